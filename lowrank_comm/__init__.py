@@ -1,0 +1,32 @@
+"""lowrank_comm: low-rank gradient communication with error feedback, for any optimizer and engine.
+
+`CompressedOptimizer` wraps a torch optimizer and averages the gradients over the workers through a compressor. See the
+README for how to switch it on in DeepSpeed by JSON.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .compressors import Compressor, Identity, PowerSGD, PowerSGDPlus
+from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
+from .optimizer import CompressedOptimizer
+
+# In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside this one.
+if not (Path(__file__).parent / "integrations").is_dir() and (Path(__file__).parents[1] / "integrations").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressedOptimizer",
+    "Compressor",
+    "ConfigError",
+    "ConfigMismatchError",
+    "Identity",
+    "LowRankCommError",
+    "PowerSGD",
+    "PowerSGDPlus",
+    "StateMismatchError",
+    "UnsupportedError",
+]

@@ -1,0 +1,173 @@
+"""The compressor's state on disk and in state dicts, keyed by parameter name; safetensors, no pickle.
+
+What is saved: for each compressed parameter its error and its basis Q; the step; the seed; and what kind of error it is:
+
+    "mean"  the mean of all workers' errors. Linear compressors use nothing else, so every worker of a run of any size
+            may start from it, and the run goes on as if it had not been interrupted.
+    "own"   one worker's error. It is right for the worker of the same rank in a group of the same size only: loading
+            rank 0's error everywhere, as is common, loses the errors of all others without a word. It is refused.
+
+`save` consolidates first (a collective that makes every worker's error the mean), then rank 0 writes the file beside
+its final name and renames it, so that a killed job leaves no half file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import StateMismatchError
+from .reducer import Reducer
+
+FILE_NAME = "lowrank_comm.safetensors"
+FORMAT = 1
+_log = logging.getLogger("lowrank_comm")
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What a saved state is: see the module's text. `step` is t of the next pass."""
+
+    kind: str
+    rank: int
+    world: int
+    step: int
+    seed: int
+    format: int = FORMAT
+
+    def check_usable_by(self, reducer: Reducer) -> None:
+        """Refuse another worker's own errors.
+
+        Raises:
+            StateMismatchError: kind "own" from another rank or world size, or an unknown format.
+        """
+        if self.format != FORMAT:
+            raise StateMismatchError(f"the saved state has format {self.format}, this version reads {FORMAT}; update.")
+        here = (reducer.group.rank, reducer.group.size)
+        if self.kind == "own" and (self.rank, self.world) != here:
+            raise StateMismatchError(
+                f"the saved error memory is rank {self.rank}'s own of {self.world} workers; this is rank {here[0]} of "
+                f"{here[1]}. Loading it here would lose the other workers' errors. Call "
+                "optimizer.consolidate_error_memory() on all ranks before state_dict(), then it fits any worker."
+            )
+
+
+def tag_of(reducer: Reducer, consolidated: bool) -> Tag:
+    """Tag of the reducer's present state."""
+    kind = "mean" if consolidated or reducer.group.size == 1 else "own"
+    return Tag(kind, reducer.group.rank, reducer.group.size, reducer.step, reducer.seed)
+
+
+def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
+    """Parameter name -> {"error": ..., "Q": ...}; live tensors, no copies."""
+    bases = reducer.bases()
+    return {name: {"error": error, **bases[name]} for name, error in reducer.error_memory().items()}
+
+
+def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give a saved state to a reducer.
+
+    Args:
+        reducer: of the resumed run, at any world size.
+        tag: of the saved state.
+        tensors: parameter name -> {"error": ..., "Q": ...}.
+
+    Raises:
+        StateMismatchError: the state belongs to another worker, or error memory would be lost: a saved parameter is
+            not compressed now, or has another shape.
+    """
+    tag.check_usable_by(reducer)
+    known = tensors_of(reducer)
+    for name, saved in tensors.items():
+        if name not in known:
+            if float(torch.linalg.vector_norm(saved["error"].float())) == 0.0:
+                continue
+            raise StateMismatchError(
+                f"{name!r} has a saved error memory but is not a compressed parameter of this run; it would be lost. "
+                "Resume with the same model, names, rank, min_compression_rate and rules."
+            )
+        if saved["error"].numel() != known[name]["error"].numel():
+            raise StateMismatchError(
+                f"{name!r}: the saved error memory is {tuple(saved['error'].shape)}, the parameter "
+                f"{tuple(known[name]['error'].shape)}; "
+                "resume with the same model."
+            )
+    fresh = sorted(known.keys() - tensors.keys())
+    if fresh:
+        _log.warning("no saved error memory for %d parameters (first: %s): they start from zero", len(fresh), fresh[0])
+    for name in known.keys() & tensors.keys():
+        saved = tensors[name]
+        fits = {k: v for k, v in saved.items() if k != "error" and k in known[name] and v.shape == known[name][k].shape}
+        if len(fits) < len(known[name]) - 1:
+            _log.warning("%s: the saved basis has another rank; the basis starts anew, the error memory is kept", name)
+        reducer.set_state(name, saved["error"], fits)
+    if tag.seed != reducer.seed:
+        _log.warning("the saved run had seed %d, this one has %d: later random draws differ", tag.seed, reducer.seed)
+    reducer.step = tag.step
+
+
+def save(reducer: Reducer, folder: str | os.PathLike[str]) -> None:
+    """Write the state of all workers as one file; a collective, between steps.
+
+    Args:
+        reducer: the run's; its error memory is consolidated.
+        folder: the file is `<folder>/lowrank_comm.safetensors`.
+    """
+    reducer.consolidate_error_memory()
+    if reducer.group.rank != 0:
+        return
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = {
+        f"{symbol}/{name}": tensor.detach().cpu().clone().contiguous()
+        for name, parts in tensors_of(reducer).items()
+        for symbol, tensor in parts.items()
+    }
+    header = {"tag": json.dumps(asdict(tag_of(reducer, True))), "settings": json.dumps(_settings(reducer))}
+    unfinished = path.with_suffix(".unfinished")
+    save_file(flat, unfinished, metadata=header)
+    unfinished.replace(path)
+
+
+def load(reducer: Reducer, folder: str | os.PathLike[str]) -> bool:
+    """Read what `save` wrote; to be called by every worker, at any world size.
+
+    Args:
+        reducer: of the resumed run.
+        folder: where the file is.
+
+    Returns:
+        False, after a warning, where there is no file: the error memory then starts from zero.
+
+    Raises:
+        StateMismatchError: the file does not fit this run.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        _log.warning("%s is missing: the checkpoint was saved without compression; error memory starts from zero", path)
+        return False
+    with safe_open(path, framework="pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            symbol, name = key.split("/", 1)
+            tensors.setdefault(name, {})[symbol] = file.get_tensor(key)
+    if "tag" not in metadata:
+        raise StateMismatchError(f"{path} was not written by lowrank_comm.checkpoint.save; remove it or restore it.")
+    restore(reducer, Tag(**json.loads(metadata["tag"])), tensors)
+    return True
+
+
+def _settings(reducer: Reducer) -> dict[str, Any]:
+    """What the run was configured with, for people who look into the file."""
+    return {key: value for key, value in reducer.describe().items() if key != "parameters"}

@@ -1,0 +1,9 @@
+"""Process groups, the agreement between workers at the start, and the ledger of bytes. Knows nothing of compressors."""
+
+from __future__ import annotations
+
+from .agreement import check_same
+from .group import Group
+from .ledger import Ledger
+
+__all__ = ["Group", "Ledger", "check_same"]

@@ -1,0 +1,74 @@
+"""The workers that average their gradients: a process group, or this process alone.
+
+The only file that calls `torch.distributed`. Collectives of a phase are started together and then awaited, so several
+buffers (one for each wire dtype) travel side by side. On CUDA `wait()` makes the current stream wait and not the host;
+buffers are used on that one stream only, so no `record_stream` is needed. Never run on a GPU so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+
+class Group:
+    """A process group as the reducer sees it: a size, a rank, a sum.
+
+    Args:
+        process_group: None for the default group (this process alone where torch.distributed is not initialised), a
+            `ProcessGroup`, or a 1-D `DeviceMesh`.
+
+    Raises:
+        UnsupportedError: a mesh of more than one dimension.
+    """
+
+    def __init__(self, process_group: Any = None) -> None:
+        if hasattr(process_group, "get_group"):  # a DeviceMesh
+            if process_group.ndim != 1:
+                raise UnsupportedError(
+                    f"process_group: a {process_group.ndim}-D mesh {process_group.mesh_dim_names} is not supported yet; "
+                    "give the dimension between the nodes, for example mesh['replicate']."
+                )
+            process_group = process_group.get_group()
+        self.process_group = process_group
+        self.initialised = dist.is_available() and dist.is_initialized()
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return dist.get_world_size(self.process_group) if self.initialised else 1
+
+    @property
+    def rank(self) -> int:
+        """This worker's number within the group."""
+        return dist.get_rank(self.process_group) if self.initialised else 0
+
+    def sum_(self, buffers: Sequence[Tensor]) -> int:
+        """All-reduce every buffer in place, by sum. Returns how many collectives that took."""
+        if not self.initialised:
+            return 0
+        works = [dist.all_reduce(buffer, group=self.process_group, async_op=True) for buffer in buffers]
+        for work in works:
+            work.wait()
+        return len(works)
+
+    def gather_bytes(self, payload: bytes, device: torch.device) -> list[bytes]:
+        """Every worker's payload, in rank order; lengths may differ."""
+        if not self.initialised:
+            return [payload]
+        length = torch.tensor([len(payload)], dtype=torch.int64, device=device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length, group=self.process_group)
+        widest = max(int(n.item()) for n in lengths)
+        padded = torch.zeros(max(widest, 1), dtype=torch.uint8, device=device)
+        if payload:
+            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.process_group)
+        return [bytes(part[: int(n.item())].cpu().numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]

@@ -1,0 +1,54 @@
+"""The byte ledger: what a worker handed to the collectives, by kind, counted where the buffers are packed.
+
+Counted is the payload: elements times bytes of the wire dtype. A ring all-reduce carries 2 (N - 1) / N times that over
+each worker's link, compressed or not, so ratios are ratios of traffic too.
+
+Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the factors of a randomized one),
+"broadcast" (singular vectors computed on one worker), "dense" (what is not compressed), "control" (one finite flag and
+the mask of missing gradients), "fingerprint" (once, at the start).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Ledger:
+    """Totals over a run.
+
+    Attributes:
+        bytes: kind -> bytes handed to collectives by this worker.
+        collectives: number of collectives of the gradient reduction.
+        uncompressed_bytes: what the same steps would have carried uncompressed, in the gradients' own dtypes.
+        steps: compressed passes, vetoed ones included.
+        vetoed: passes that some worker vetoed.
+        restarts: matrices restarted.
+    """
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    collectives: int = 0
+    uncompressed_bytes: int = 0
+    steps: int = 0
+    vetoed: int = 0
+    restarts: int = 0
+
+    def enter(self, sent: Counter[str], collectives: int, uncompressed_bytes: int, restarts: int, applied: bool) -> None:
+        """Add one pass."""
+        self.bytes.update(sent)
+        self.collectives += collectives
+        self.uncompressed_bytes += uncompressed_bytes
+        self.steps += 1
+        self.vetoed += not applied
+        self.restarts += restarts if applied else 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self.bytes.values())
+
+    @property
+    def ratio(self) -> float:
+        """Uncompressed bytes over bytes sent; 1.0 before the first step."""
+        return self.uncompressed_bytes / self.total_bytes if self.total_bytes else 1.0

@@ -1,0 +1,15 @@
+"""One algorithm a file, in the papers' symbols; the registry of names for configuration files.
+
+A compressor asks for averages and never sees a process: `base` tells the protocol.
+"""
+
+from __future__ import annotations
+
+from .base import Compressor, Context, LowRank, Result
+from .identity import Identity
+from .powersgd import PowerSGD
+from .powersgd_plus import PowerSGDPlus
+
+REGISTRY: dict[str, type[Compressor]] = {cls.json_name: cls for cls in (PowerSGD, PowerSGDPlus, Identity)}
+
+__all__ = ["REGISTRY", "Compressor", "Context", "Identity", "LowRank", "PowerSGD", "PowerSGDPlus", "Result"]

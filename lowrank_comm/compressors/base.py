@@ -1,0 +1,188 @@
+"""What a compressor is: pure maths that asks for averages, written as a generator.
+
+A compressor never sees a process group. `step` is handed a batch of same-shape matrices Delta (B, m, n), this worker's
+gradient plus its error memory, and the state of that batch. It yields requests and is sent the answers:
+
+    Mean(x)          -> (mean, own)  x averaged over the workers, and this worker's x as it went on the wire
+    ComputeOnce(...) -> tensor       each matrix's part is computed by one worker, and everyone gets the same bits
+    Decide(flag)     -> bool         a flag on the device is read by the host; it must be equal on all workers
+
+and it ends by returning a `Result`. Who drives the generator (the reducer over a process group, the simulation of N
+workers in one process) answers the requests of all batches together, so that one phase of all matrices is one
+collective. The same definition therefore serves every engine, the simulation, and the ledger that counts bytes.
+
+Rules that make this correct:
+- A decision is taken from averaged values, or from (seed, name, t), never from what only this worker knows.
+- `Result.applied` is built from the answers of collectives only, so that it has the same bits on all workers.
+- The state is never changed in place: the result carries the next one, and it takes effect when the step is committed.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..randomness import gaussian
+from ..restart import RestartSchedule
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Request: average `tensor` over the workers. Answer: (mean, own), both in tensor's shape and dtype.
+
+    `own` is this worker's contribution as it went on the wire. It equals `tensor` unless the wire dtype is narrower;
+    error feedback must subtract `own`, so that what rounding took away stays in the error memory.
+    """
+
+    tensor: Tensor
+    kind: str = "factors"
+
+
+@dataclass(frozen=True)
+class ComputeOnce:
+    """Request: compute `count` tensors of `shape`, each on one worker, and give all to everyone. Answer: (count, *shape).
+
+    `compute(indices)` returns the tensors of these indices, stacked. It is called with the share of this worker only.
+    For results that equal input does not determine bit by bit, such as singular vectors.
+    """
+
+    count: int
+    shape: tuple[int, ...]
+    compute: Callable[[list[int]], Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    kind: str = "broadcast"
+
+
+@dataclass(frozen=True)
+class Decide:
+    """Request: tell the host whether all of `flag` (bool, on the device) is true. Must be equal on all workers."""
+
+    flag: Tensor
+
+
+Request = Mean | ComputeOnce | Decide
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The batch P Q^T in factors. p: (B, m, r), q: (B, n, r)."""
+
+    p: Tensor
+    q: Tensor
+
+    def dense(self) -> Tensor:
+        """P Q^T, (B, m, n)."""
+        return self.p @ self.q.mT
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one compressed step of a batch agreed on.
+
+    Attributes:
+        applied: the approximation of the mean of Delta that every worker applies; the same bits on all workers.
+        sent: this worker's contribution C(Delta_i); its mean over the workers is `applied`, and Delta - sent is the
+            next error memory.
+        state: next state of the batch, tensors with leading dimension B.
+        kept: the next error memory itself, where it is not Delta - sent (a restart that makes it equal on all workers).
+    """
+
+    applied: LowRank | Tensor
+    sent: LowRank | Tensor
+    state: dict[str, Tensor]
+    kept: Tensor | None = None
+
+
+State = dict[str, Tensor]
+Steps = Generator[Request, Any, Result]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a compressor may know of a batch beside its numbers.
+
+    Attributes:
+        names: parameter names, one for each matrix.
+        t: step, from 0.
+        seed: of the run, equal on all workers.
+        rank: r of these matrices, already cut to min(m, n).
+        restart: whether these matrices restart in this step.
+        wire_rounds: whether the wire dtype is narrower than the dtype of the computation.
+    """
+
+    names: tuple[str, ...]
+    t: int
+    seed: int
+    rank: int
+    restart: bool = False
+    wire_rounds: bool = False
+
+    def draw(self, purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Gaussian (B, *shape) from (seed, name, t, purpose), equal on all workers, in the dtype and device of `like`."""
+        return gaussian(self.seed, self.names, self.t, purpose, shape, like.dtype, like.device)
+
+
+def checked_positive_int(owner: str, key: str, value: object) -> int:
+    """value if it is an int of at least 1, else a ConfigError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{owner}: {key} must be an integer of at least 1, got {value!r}; write for example {key}=4.")
+    if value < 1:
+        raise ConfigError(f"{owner}: {key} must be at least 1, got {value}; write for example {key}=4.")
+    return value
+
+
+@dataclass(frozen=True)
+class Compressor(abc.ABC):
+    """A communication scheme for batches of matrices. Immutable: the state lives with who drives it.
+
+    Class attributes:
+        json_name: name in configuration files.
+        linear: C(sum of Delta_i) = sum of C(Delta_i) at a shared state, so that only the mean error matters and a
+            checkpoint of the mean resumes exactly at any world size.
+        low_rank: False for schemes that leave every matrix dense.
+    """
+
+    rank: int = field(default=4)
+
+    json_name: ClassVar[str]
+    linear: ClassVar[bool] = True
+    low_rank: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checked_positive_int(type(self).__name__, "rank", self.rank)
+
+    @abc.abstractmethod
+    def elements(self, m: int, n: int, r: int) -> int:
+        """Elements that a worker hands to the collectives in an ordinary step for one m x n matrix at rank r."""
+
+    @abc.abstractmethod
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        """State before the first step, tensors of leading dimension B in dtype and device of `like`."""
+
+    @abc.abstractmethod
+    def step(self, delta: Tensor, state: State, context: Context) -> Steps:
+        """One step of a batch: delta (B, m, n) is not changed; see the module's text for the protocol."""
+
+    def restart_elements(self, m: int, n: int, r: int) -> int:
+        """Elements of a step with a restart; as an ordinary step where there are none."""
+        return self.elements(m, n, r)
+
+    def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
+        """When each parameter restarts, or None for schemes without restarts. costs: name -> elements of its restart."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain settings by name, compared between workers at the first step and written into checkpoints."""
+        return {"compressor": self.json_name} | {key: getattr(self, key) for key in self.options()}
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the settings, as the constructor and configuration files know them."""
+        return [option.name for option in fields(cls)]

@@ -1,0 +1,39 @@
+"""Identity: no compression. Every parameter travels dense, in the same fused buffer; the baseline of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .base import Compressor, Context, Mean, Result, State, Steps
+
+
+@dataclass(frozen=True)
+class Identity(Compressor):
+    """The exact mean of the gradients.
+
+    applied = mean(Delta_i),  sent_i = Delta_i
+
+    Args:
+        rank: accepted so that one configuration fits every compressor; it has no effect.
+
+    Example:
+        >>> from lowrank_comm import Identity
+        >>> Identity().elements(m=10, n=5, r=4)
+        50
+    """
+
+    json_name: ClassVar[str] = "identity"
+    low_rank: ClassVar[bool] = False
+
+    def elements(self, m: int, n: int, r: int) -> int:
+        return m * n
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        return {}
+
+    def step(self, delta: Tensor, state: State, context: Context) -> Steps:
+        mean, own = yield Mean(delta, "dense")
+        return Result(applied=mean, sent=own, state={})

@@ -1,0 +1,95 @@
+"""PowerSGD: a single step of power iteration between two averages (SSP-Comp).
+
+Source: Algorithm 1 of PowerSGD+ (Xie, Chen, Yuan; arXiv 2509.11254), after PowerSGD (Vogels et al.; arXiv 1905.13727).
+
+    P_i = Delta_i Q                  m x r
+    P   = mean of P_i;  P~ = orth(P)
+    Q_i = Delta_i^T P~               n x r
+    Q   = mean of Q_i                kept as the next step's Q (warm start)
+    applied = P~ Q^T = P~ P~^T mean(Delta),   sent_i = P~ Q_i^T,   e_i <- Delta_i - sent_i
+
+The error memory subtracts this worker's own Q_i, as the paper does, and not the averaged Q, as public implementations
+do. The means over the workers are equal, hence the training; but with the averaged Q the workers' errors part from one
+another without bound.
+
+Two things the paper leaves open. Q is orthonormalised before it is used again: range(Delta Q), hence P~ and the result,
+are the same in exact arithmetic, but Delta Q has the condition of Delta instead of its square, which in float32 decides
+whether small singular values are seen at all. And dead columns (zero, or dependent on the others) are replaced by
+random vectors from (seed, name, t): in P, where the mean of Delta Q has less than full rank, and in Q, where a zero
+column would stay zero for ever and cost rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..linalg import cholesky_qr, orthonormal_rank_revealing
+from .base import Compressor, Context, Decide, LowRank, Mean, Request, Result, State, Steps
+
+
+@dataclass(frozen=True)
+class PowerSGD(Compressor):
+    """Rank-r gradient compression by single-step power iteration with warm start and error feedback.
+
+    applied = P~ P~^T mean(Delta_i) with P~ = orth(mean(Delta_i) Q)
+
+    Args:
+        rank: r >= 1; cut to min(m, n) matrix by matrix. A matrix costs r (m + n) elements a step.
+
+    Raises:
+        ConfigError: rank is not an integer of at least 1.
+
+    Example:
+        >>> from lowrank_comm import PowerSGD
+        >>> PowerSGD(rank=2).elements(m=100, n=50, r=2)
+        300
+
+    Source: Algorithm 1 (SSP-Comp) of arXiv 2509.11254.
+    """
+
+    json_name: ClassVar[str] = "powersgd"
+
+    def elements(self, m: int, n: int, r: int) -> int:
+        return r * (m + n)
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        return {"Q": context.draw("initial Q", (n, context.rank), like)}
+
+    def step(self, delta: Tensor, state: State, context: Context) -> Steps:
+        return (yield from ssp_comp(delta, state["Q"], context))
+
+
+def ssp_comp(delta: Tensor, q: Tensor, context: Context, kind: str = "factors") -> Steps:
+    """SSP-Comp of Algorithm 1 on a batch. delta: (B, m, n), q: (B, n, r). Two averages, r (m + n) elements a matrix."""
+    p, q_mean, q_own = yield from power_iteration(delta, q, context, kind)
+    return Result(applied=LowRank(p, q_mean), sent=LowRank(p, q_own), state={"Q": (yield from next_q(q_mean, context))})
+
+
+def power_iteration(
+    delta: Tensor, q: Tensor, context: Context, kind: str, purpose: str = ""
+) -> Generator[Request, Any, tuple[Tensor, Tensor, Tensor]]:
+    """P~, mean Q and own Q of one power iteration; `purpose` tells the draws of several iterations of one step apart."""
+    p_mean, _ = yield Mean(delta @ q, kind)
+    p = yield from orthonormal(p_mean, context, f"fill P{purpose}")
+    q_mean, q_own = yield Mean(delta.mT @ p, kind)
+    return p, q_mean, q_own
+
+
+def next_q(q_mean: Tensor, context: Context, purpose: str = "") -> Generator[Request, Any, Tensor]:
+    """Basis of range(mean Q) for the next power iteration, its dead columns redrawn from (seed, name, t)."""
+    return (yield from orthonormal(q_mean, context, f"redraw Q{purpose}", passes=1))
+
+
+def orthonormal(a: Tensor, context: Context, purpose: str, passes: int = 2) -> Generator[Request, Any, Tensor]:
+    """orth(a) for averaged a (B, m, r): Cholesky-QR, or column by column where a has dead columns."""
+    basis, good = cholesky_qr(a, passes)
+    if (yield Decide(good)):
+        return basis
+    fill = context.draw(purpose, tuple(a.shape[-2:]), a)
+    # A matrix alone must give what it gives in a batch, so the good ones keep what Cholesky-QR gave them.
+    return torch.where(good[:, None, None], basis, orthonormal_rank_revealing(a, fill))

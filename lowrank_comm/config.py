@@ -1,0 +1,158 @@
+"""The `lowrank_comm` section of a JSON or YAML file, or the same as a dict: one schema for every engine.
+
+Example:
+    {"compressor": "powersgd_plus", "rank": 4, "restart_every": 200, "restart": "svd",
+     "error_feedback": {"dtype": null, "rounding": "nearest", "offload": false}, "wire_dtype": null,
+     "min_compression_rate": 2, "rules": [{"match": "lm_head.*", "treatment": "dense"}], "seed": 0,
+     "topology": {"shard_size": 1}}
+
+Unknown keys are errors that name the nearest valid one; so is a key that the chosen compressor does not have, since
+ignoring it would be a silent fallback. The string "auto" is never a value: Accelerate raises on it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .compressors import REGISTRY, Compressor
+from .error_feedback import ErrorFeedback
+from .errors import ConfigError
+from .policy import Policy, Rule
+
+SECTION = "lowrank_comm"
+
+
+class _Strict(BaseModel):
+    """No unknown keys, no conversions of one type into another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ErrorFeedbackSection(_Strict):
+    """How the error memory is kept; see `error_feedback.ErrorFeedback`."""
+
+    dtype: str | None = None
+    rounding: str = "nearest"
+    offload: bool = False
+
+
+class RuleSection(_Strict):
+    """An exception by parameter name; see `policy.Rule`."""
+
+    match: str
+    treatment: str | None = None
+    rank: int | None = None
+    min_compression_rate: float | None = None
+
+
+class TopologySection(_Strict):
+    """Who is a worker: every rank (shard_size 1), or the node (its size, or "node"), reduced exactly inside."""
+
+    shard_size: int | str = 1
+
+
+class Section(_Strict):
+    """The whole section. Options of a compressor that are absent take the compressor's own defaults."""
+
+    compressor: str = "powersgd_plus"
+    rank: int = 4
+    restart_every: int | None = None
+    restart: str | None = None
+    exact_restart: bool | None = None
+    consensus_restart: bool | None = None
+    stagger: bool | None = None
+    error_feedback: ErrorFeedbackSection = Field(default_factory=ErrorFeedbackSection)
+    wire_dtype: str | None = None
+    min_compression_rate: float = 2.0
+    rules: list[RuleSection] = Field(default_factory=list)
+    seed: int = 0
+    topology: TopologySection = Field(default_factory=TopologySection)
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any]) -> Section:
+        """Check a mapping and everything that follows from it.
+
+        Args:
+            section: the value of the key "lowrank_comm".
+
+        Returns:
+            The checked section.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest valid one), a wrong type, or a value that cannot work.
+        """
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{SECTION} must be an object with keys such as 'compressor', got {section!r}.")
+        try:
+            parsed = cls.model_validate(dict(section))
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
+        if parsed.topology.shard_size != 1:
+            raise ConfigError(
+                f"{SECTION}.topology.shard_size={parsed.topology.shard_size!r}: two levels are not supported yet; "
+                "use 1, which makes every rank a worker."
+            )
+        Policy(parsed.make_compressor(), **{k: v for k, v in parsed.reducer_options().items() if k in _OF_POLICY})
+        return parsed
+
+    def make_compressor(self) -> Compressor:
+        """The compressor that the section names, with its options."""
+        if self.compressor not in REGISTRY:
+            raise ConfigError(
+                f"{SECTION}.compressor={self.compressor!r} is unknown{_nearest(self.compressor, REGISTRY)} "
+                f"Known: {', '.join(sorted(REGISTRY))}."
+            )
+        kind = REGISTRY[self.compressor]
+        options = {key: getattr(self, key) for key in _OF_COMPRESSORS if getattr(self, key) is not None}
+        for key in options:
+            if key not in kind.options():
+                owners = [name for name, cls in REGISTRY.items() if key in cls.options()]
+                raise ConfigError(
+                    f"{SECTION}.{key}={options[key]!r} has no meaning for compressor {self.compressor!r}; remove it, "
+                    f"or use a compressor that has it ({', '.join(owners)})."
+                )
+        return kind(rank=self.rank, **options)
+
+    def reducer_options(self) -> dict[str, Any]:
+        """Keyword arguments of `Reducer` (and of `CompressedOptimizer`)."""
+        return {
+            "min_compression_rate": self.min_compression_rate,
+            "rules": tuple(Rule(**rule.model_dump()) for rule in self.rules),
+            "error_feedback": ErrorFeedback(**self.error_feedback.model_dump()),
+            "wire_dtype": self.wire_dtype,
+            "seed": self.seed,
+        }
+
+
+_OF_COMPRESSORS = ("restart_every", "restart", "exact_restart", "consensus_restart", "stagger")
+_OF_POLICY = ("min_compression_rate", "rules")
+
+
+def _nearest(word: str, known: Any) -> str:
+    """' (did you mean X?)', or a full stop."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _explain(detail: Any) -> str:
+    """One pydantic error as a sentence with the key, the value and the fix."""
+    path = ".".join(str(part) for part in (SECTION, *detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        model: type[BaseModel] = Section
+        for part in detail["loc"][:-1]:
+            model = _SUB_MODELS.get(part, model)
+        return f"{path} is not a known key{_nearest(str(detail['loc'][-1]), model.model_fields)}"
+    if detail["type"] == "missing":
+        return f"{path} is missing; a rule needs it."
+    return f"{path}={detail['input']!r} is not possible: {detail['msg'].lower()}."
+
+
+_SUB_MODELS: dict[Any, type[BaseModel]] = {
+    "error_feedback": ErrorFeedbackSection,
+    "rules": RuleSection,
+    "topology": TopologySection,
+}

@@ -1,0 +1,152 @@
+"""What a user may want to know: the plan before the first step, and a report after each one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, e.g. 1.2 MB."""
+    for unit in _UNITS:
+        if abs(count) < 1000 or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+@dataclass
+class StepReport:
+    """One pass of the reducer on this worker.
+
+    Attributes:
+        step: t, from 0; a vetoed pass repeats the t of the next one.
+        applied: False if some worker's gradient was not finite: nothing was changed anywhere.
+        bytes: kind -> bytes handed to collectives (kinds: see `communication.ledger`).
+        collectives: how many collectives that took.
+        uncompressed_bytes: what an uncompressed all-reduce of the gradients would have carried, in their own dtypes.
+        restarts: matrices that restarted.
+        captured_energy: ||sent||^2 / ||Delta||^2 over this worker's compressed matrices, in [0, 1]; None without any.
+        error_norm: Frobenius norm of this worker's whole error memory after the step; None without any.
+        seconds: host seconds in "compress", "communicate", "decompress", "commit". On CUDA, kernels run later than
+            the host; these are then the times to launch them, and waiting shows up where the host waits.
+    """
+
+    step: int
+    applied: bool
+    bytes: dict[str, int]
+    collectives: int
+    uncompressed_bytes: int
+    restarts: int
+    captured_energy: float | None
+    error_norm: float | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self.bytes.values())
+
+    @property
+    def ratio(self) -> float:
+        """Uncompressed bytes over bytes sent in this step."""
+        return self.uncompressed_bytes / self.total_bytes if self.total_bytes else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON lines."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter of the plan: its treatment, its rank, the elements of an ordinary step, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    low_rank: bool
+    rank: int
+    elements: int
+    restart_elements: int
+    numel: int
+    bytes_per_element: int
+    wire_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to happen, computed before the first step from names and shapes alone.
+
+    Attributes:
+        rows: one for each parameter.
+        compressor: its settings as text.
+        workers: number of workers.
+        restart_every: tau, or None.
+        error_bytes: of the error memory on this worker.
+        workspace_bytes: of Delta, held from the pass to its commit.
+        notes: further lines from the engine.
+    """
+
+    rows: tuple[PlanRow, ...]
+    compressor: str
+    workers: int
+    restart_every: int | None
+    error_bytes: int
+    workspace_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step_bytes(self) -> int:
+        """Payload of an ordinary step."""
+        return sum(row.elements * row.wire_bytes for row in self.rows)
+
+    @property
+    def average_bytes(self) -> float:
+        """Payload of a step on average over a whole period, restarts included."""
+        if not self.restart_every:
+            return self.step_bytes
+        extra = sum((row.restart_elements - row.elements) * row.wire_bytes for row in self.rows)
+        return self.step_bytes + extra / self.restart_every
+
+    @property
+    def uncompressed_bytes(self) -> int:
+        """What an uncompressed all-reduce of the gradients carries, in their own dtypes."""
+        return sum(row.numel * row.bytes_per_element for row in self.rows)
+
+    def __str__(self) -> str:
+        low = [row for row in self.rows if row.low_rank]
+        dense = [row for row in self.rows if not row.low_rank]
+        sent_low = sum(row.elements * row.wire_bytes for row in low)
+        full_low = sum(row.numel * row.bytes_per_element for row in low)
+        sent_dense = sum(row.elements * row.wire_bytes for row in dense)
+        lines = [
+            f"lowrank_comm: {self.compressor} over {self.workers} worker{'s' if self.workers != 1 else ''}",
+            f"  low-rank: {len(low)} matrices, {human_bytes(full_low)} of gradients -> {human_bytes(sent_low)} a step"
+            + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
+            f"  dense:    {len(dense)} parameters, {human_bytes(sent_dense)} a step",
+            f"  whole model: {human_bytes(self.uncompressed_bytes)} -> {human_bytes(self.step_bytes)} an ordinary step"
+            + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
+            + (
+                f"; {human_bytes(self.average_bytes)} on average with restarts every {self.restart_every} steps"
+                f" ({self.uncompressed_bytes / self.average_bytes:.1f}x)"
+                if self.restart_every and self.average_bytes
+                else ""
+            ),
+            f"  memory on this worker: error memory {human_bytes(self.error_bytes)}, "
+            f"and {human_bytes(self.workspace_bytes)} while a step is open",
+        ]
+        lines += self._cap(sent_dense)
+        cut = sum("cut to" in row.reason for row in low)
+        if cut:
+            lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _cap(self, sent_dense: int) -> list[str]:
+        """The parameters that set the ceiling of the ratio, if what stays dense is more than a fifth of what is sent."""
+        if not self.step_bytes or sent_dense < 0.2 * self.step_bytes or not any(row.low_rank for row in self.rows):
+            return []
+        biggest = sorted((row for row in self.rows if not row.low_rank), key=lambda row: -row.elements)[:3]
+        names = ", ".join(f"{row.name} ({row.reason})" for row in biggest)
+        return [f"  the ratio is capped by what stays dense, {sent_dense / self.step_bytes:.0%} of the bytes: {names}"]

@@ -1,0 +1,132 @@
+"""Error memory: what a worker has been given and has not yet sent, in the gradient's own units.
+
+One tensor (B, m, n) holds the errors of a batch of same-shape matrices. A step reads it once (`add_to`), and writes it
+once, when the step is committed: e <- Delta - sent. A step that is vetoed or rolled back never touches it, so the memory
+stays bit-equal without a copy. The memory's dtype may be narrower than the computation's (bfloat16, with stochastic
+rounding, so that small residuals are not lost on average), and it may live on the CPU (`offload`).
+
+float16 is refused: the memory is a sum, and 65 504 is soon reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compressors.base import LowRank
+from .errors import ConfigError
+from .randomness import stream
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """How the error memory is kept.
+
+    Args:
+        dtype: None for the wider of float32 and the parameter's dtype, or "bfloat16", "float32", "float64".
+        rounding: "nearest", or "stochastic" (bfloat16 only).
+        offload: keep the memory on the CPU; it is copied to the device for each step and back.
+
+    Raises:
+        ConfigError: a value is unknown, or stochastic rounding is asked of a dtype that does not need it.
+    """
+
+    dtype: str | None = None
+    rounding: str = "nearest"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            why = " (float16 overflows at 65504, and the memory is a sum)" if self.dtype == "float16" else ""
+            raise ConfigError(
+                f"error_feedback.dtype={self.dtype!r} is not possible{why}; use null, {', '.join(map(repr, DTYPES))}."
+            )
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ConfigError(f'error_feedback.rounding={self.rounding!r} is unknown; use "nearest" or "stochastic".')
+        if self.rounding == "stochastic" and self.dtype != "bfloat16":
+            raise ConfigError(
+                f'error_feedback.rounding="stochastic" needs error_feedback.dtype="bfloat16", got {self.dtype!r}.'
+            )
+        if not isinstance(self.offload, bool):
+            raise ConfigError(f"error_feedback.offload must be true or false, got {self.offload!r}.")
+
+    def describe(self) -> dict[str, Any]:
+        """Plain settings by name."""
+        return {"dtype": self.dtype, "rounding": self.rounding, "offload": self.offload}
+
+
+class ErrorMemory:
+    """Errors of one batch of matrices, (B, m, n), zero at the start (e_0 = 0 in Algorithm 2 of arXiv 2509.11254).
+
+    Args:
+        options: how it is kept.
+        names: parameter names, one for each matrix.
+        m, n: shape of a matrix.
+        dtype, device: of the computation.
+        seed: for stochastic rounding; the draws differ between workers by `worker`.
+    """
+
+    def __init__(
+        self,
+        options: ErrorFeedback,
+        names: tuple[str, ...],
+        m: int,
+        n: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        worker: int,
+    ) -> None:
+        self._options, self._names, self._seed, self._worker = options, names, seed, worker
+        self._compute_dtype, self._compute_device = dtype, device
+        kept_on = torch.device("cpu") if options.offload else device
+        self.tensor = torch.zeros(len(names), m, n, dtype=DTYPES[options.dtype] if options.dtype else dtype, device=kept_on)
+
+    def add_to(self, gradient: Tensor) -> Tensor:
+        """Delta = gradient + e in the computation's dtype. gradient: (B, m, n), left as it is."""
+        error = self.tensor
+        if error.device != gradient.device:
+            error = error.to(gradient.device, non_blocking=True)
+        return torch.add(gradient, error)  # promotes to the wider of the two, and error or gradient is that wide
+
+    def keep(self, delta: Tensor, sent: LowRank | Tensor, kept: Tensor | None, rows: list[int] | None, t: int) -> None:
+        """Commit: e <- Delta - sent, or e <- kept where that is given.
+
+        Args:
+            delta: (B', m, n), gradient plus error of this step.
+            sent: this worker's contribution.
+            kept: the new error itself, or None.
+            rows: which matrices of the batch these are, or None for all in order.
+            t: step, for the draws of stochastic rounding.
+        """
+        direct = rows is None and self.tensor.dtype == delta.dtype and self.tensor.device == delta.device
+        if kept is None and isinstance(sent, LowRank) and direct:
+            torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor)
+            return
+        if kept is None:
+            kept = torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1) if isinstance(sent, LowRank) else delta - sent
+        self.store(kept, rows, t)
+
+    def store(self, error: Tensor, rows: list[int] | None = None, t: int = -1) -> None:
+        """Overwrite the memory of all matrices, or of `rows`, rounding to its dtype."""
+        rounded = self._rounded(error, rows, t)
+        if rows is None:
+            self.tensor.copy_(rounded)
+        else:
+            self.tensor[rows] = rounded.to(self.tensor.device)
+
+    def _rounded(self, error: Tensor, rows: list[int] | None, t: int) -> Tensor:
+        if self._options.rounding == "nearest" or error.dtype == self.tensor.dtype:
+            return error.to(self.tensor.dtype)
+        # bfloat16 is the upper half of float32: adding uniform bits below the cut, then cutting, rounds up with the
+        # probability of what is cut off, so that the rounded value is right in expectation.
+        names = self._names if rows is None else tuple(self._names[row] for row in rows)
+        generator = stream(self._seed, "\x00".join(names), t, f"rounding of worker {self._worker}")
+        noise = torch.randint(0, 1 << 16, error.shape, dtype=torch.int32, generator=generator).to(error.device)
+        bits = (error.float().contiguous().view(torch.int32) + noise) & -65536
+        return bits.view(torch.float32).to(torch.bfloat16)

@@ -1,0 +1,23 @@
+"""The errors of the library: every message names the key or parameter, the value found, and what to do about it."""
+
+from __future__ import annotations
+
+
+class LowRankCommError(RuntimeError):
+    """Base class of all errors that this library raises on purpose."""
+
+
+class ConfigError(LowRankCommError, ValueError):
+    """A setting is unknown, has the wrong type, or cannot work; raised before any collective is called."""
+
+
+class ConfigMismatchError(LowRankCommError):
+    """The workers were started with different settings or different models; raised on all of them."""
+
+
+class StateMismatchError(LowRankCommError):
+    """A checkpoint does not fit this run: loading it would lose or mix up what was learnt."""
+
+
+class UnsupportedError(LowRankCommError, NotImplementedError):
+    """The engine, its version, or a feature of it is one that the library cannot serve correctly."""

@@ -1,0 +1,459 @@
+"""`CompressedOptimizer`: a torch optimizer that averages the gradients over the workers before it steps.
+
+It is a real `torch.optim.Optimizer` around a base optimizer. It owns nothing that the base owns: `param_groups`,
+`state` and `defaults` are the base's, through properties, so nothing can drift apart. A step is
+
+    reduce_gradients()   p.grad <- mean over the workers, compressed (a collective; all workers call it)
+    clip                 by the norm of that, if max_grad_norm is given
+    base.step()
+
+`reduce_gradients()` may be called by hand, to clip or look at the result before `step()`; it is idempotent, until
+`step()`, `zero_grad()` or a new backward pass into fresh gradients. Gradient accumulation needs nothing: communication
+happens once, when the step is due. If any worker's gradient is not finite, no worker steps.
+
+State dicts: `state_dict()` is the base's, with the compressor's state added inside `state[parameter]` (keys starting
+with "lowrank_comm."; torch.distributed.checkpoint keeps these and drops unknown top-level keys) and a readable tag at
+the top. It never communicates and never raises; see `checkpoint` for what "own" and "mean" are.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import checkpoint, state_dicts
+from .backward_end import EndOfBackward
+from .batches import Slot
+from .communication import Group, Ledger
+from .compressors.base import Compressor
+from .config import Section
+from .diagnostics import Plan, StepReport
+from .error_feedback import ErrorFeedback
+from .errors import ConfigError, LowRankCommError, StateMismatchError, UnsupportedError
+from .naming import Namer
+from .policy import Rule
+from .reducer import Reducer
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+_log = logging.getLogger("lowrank_comm")
+
+
+class CompressedOptimizer(Optimizer):
+    """Wraps any torch optimizer; takes over the averaging of gradients over data-parallel workers.
+
+    Delta_i = g_i + e_i;  p.grad <- C(Delta_1, ..., Delta_N);  e_i <- Delta_i - sent_i;  then the base optimizer's step
+
+    Args:
+        optimizer: the base, e.g. `torch.optim.AdamW(model.named_parameters(), lr=1e-3)`; SGD(momentum=...) is the
+            paper's MSGD.
+        compressor: e.g. `PowerSGDPlus(rank=4, restart_every=200)`.
+        process_group: the workers: None for the default group, a `ProcessGroup`, or a 1-D `DeviceMesh`.
+        min_compression_rate: a matrix is compressed when m n / (elements sent) is above it; 0 compresses every matrix.
+        rules: exceptions by parameter name; the first that matches wins.
+        error_feedback: how the error memory is kept.
+        wire_dtype: dtype on the wire, or None for the wider of float32 and the parameter's dtype.
+        initial_basis: parameter name -> Q (n x r), to be held against a reference.
+        named_parameters: names, where the base has none.
+        max_grad_norm: clip the averaged gradient to this norm before the base's step.
+        seed: of the random draws, equal on all workers.
+        reduce_at: "step" (default) reduces inside `step()`; "backward" at the end of every backward pass.
+
+    Raises:
+        ConfigError: a bad argument.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_comm import CompressedOptimizer, PowerSGDPlus
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = CompressedOptimizer(torch.optim.AdamW(model.named_parameters()), PowerSGDPlus(rank=4))
+        >>> model(torch.ones(2, 64)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.error_memory())
+        ['weight']
+
+    Source: Algorithm 2 of arXiv 2509.11254, for any base optimizer.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler must call step() on every worker; see `_unscale`
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        compressor: Compressor,
+        process_group: Any = None,
+        *,
+        min_compression_rate: float = 2.0,
+        rules: Sequence[Rule] = (),
+        error_feedback: ErrorFeedback | None = None,
+        wire_dtype: str | None = None,
+        initial_basis: Mapping[str, Tensor] | None = None,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+        reduce_at: str | None = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, CompressedOptimizer):
+            raise ConfigError(f"optimizer must be a plain torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if not isinstance(compressor, Compressor):
+            raise ConfigError(f"compressor must be one such as PowerSGDPlus(rank=4), got {compressor!r}.")
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
+            raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm!r}.")
+        if reduce_at not in (None, "step", "backward"):
+            raise ConfigError(f'reduce_at={reduce_at!r} is unknown; use "step", "backward" or None.')
+        self.base, self.compressor, self.max_grad_norm = optimizer, compressor, max_grad_norm
+        self._process_group = process_group
+        self._options: dict[str, Any] = {
+            "min_compression_rate": min_compression_rate,
+            "rules": tuple(rules),
+            "error_feedback": error_feedback,
+            "wire_dtype": wire_dtype,
+            "seed": seed,
+            "initial_basis": initial_basis,
+        }
+        self._namer = Namer(named_parameters)
+        self._reducer: Reducer | None = None
+        self._reduced: list[Callable[[], Tensor | None]] | None = None
+        self._vetoed = False
+        self._consolidated_at: int | None = None
+        self._warned_own = False
+        self._scaler: Any = None
+        self._reduce_at = reduce_at or "step"
+        for hooks in _HOOKS:
+            setattr(self, hooks, OrderedDict())
+        self._patch_step_function()
+        Reducer([], compressor, Group(process_group), **{**self._options, "initial_basis": None})  # bad values fail here
+        self._end_of_backward: EndOfBackward | None = None
+        if self._reduce_at == "backward":
+            trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+            self._end_of_backward = EndOfBackward(trainable, self._reduce_after_backward)
+
+    @classmethod
+    def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> CompressedOptimizer:
+        """From a `lowrank_comm` section (see `config`); `keywords` as of the constructor, for what JSON cannot hold."""
+        parsed = Section.parse(section)
+        return cls(base, parsed.make_compressor(), **{**parsed.reducer_options(), **keywords})
+
+    # ---------------------------------------------------------------- what is the base's
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; its parameters take part from the next step on, on all workers."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self._reduced = None
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def __repr__(self) -> str:
+        return f"CompressedOptimizer({self.compressor!r}, {self.base!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "CompressedOptimizer cannot be pickled or deep-copied: it belongs to a process group. Use state_dict()."
+        )
+
+    # ---------------------------------------------------------------- a step
+
+    def attach(self, model: nn.Module, scaler: Any = None) -> Plan:
+        """Take the parameters' names from the model, tell the plan, and print it once on rank 0.
+
+        Args:
+            model: the one whose parameters the base optimizes.
+            scaler: a `torch.amp.GradScaler`, so that an overflow on one worker lowers the scale on all.
+
+        Returns:
+            What goes low-rank and what dense, bytes a step, memory.
+
+        Raises:
+            UnsupportedError: the model is wrapped by an engine that reduces gradients itself.
+            ConfigError: the optimizer holds none of the model's parameters.
+        """
+        engine = _engine_of(model)
+        if engine:
+            raise UnsupportedError(
+                f"attach: the model is wrapped by {engine}, which reduces gradients itself; that is not supported yet. "
+                "Pass the plain model and do not wrap it, or use DeepSpeed with a lowrank_comm section."
+            )
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in model.parameters()):
+            raise ConfigError("attach: the optimizer holds none of this model's parameters; build it from this model.")
+        self._namer.learn(model.named_parameters())
+        self._scaler = scaler
+        plan = self.plan
+        if self.reducer.group.rank == 0:
+            print(plan, flush=True)
+        return plan
+
+    def reduce_gradients(self) -> bool:
+        """Average the gradients over the workers into `p.grad`, if that has not been done for these gradients.
+
+        Returns:
+            False if the step is vetoed: some worker's gradient was not finite. `step()` will then do nothing.
+        """
+        reducer = self._prepared()
+        parameters = [self._by_name[slot.name] for slot in reducer.slots]
+        if self._reduced is not None and all(ref() is p.grad for ref, p in zip(self._reduced, parameters, strict=True)):
+            return not self._vetoed
+        outcome = reducer.reduce([p.grad for p in parameters], scale=self._scale_of_gradients())
+        self._vetoed = not outcome.applied
+        if outcome.applied:
+            reducer.commit()
+            for parameter, grad in zip(parameters, outcome.grads, strict=True):
+                if parameter.grad is not grad:
+                    parameter.grad = grad
+        else:
+            _log.warning("step %d is skipped on all workers: a gradient was not finite", reducer.step)
+            self._tell_scaler()
+        self._reduced = [weakref.ref(p.grad) if p.grad is not None else _no_gradient for p in parameters]
+        return outcome.applied
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Reduce (if nobody has), clip (if asked to), step the base. A collective, to be called by every worker.
+
+        Args:
+            closure: computes the loss and the gradients anew; it runs first.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._only_initialises_state():
+            self.base.step()
+            return loss
+        self._unscale()
+        applied = self.reduce_gradients()
+        self._reduced = None
+        if not applied:
+            return loss
+        if self.max_grad_norm is not None:
+            held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(held, self.max_grad_norm)
+        self.base.step()
+        return loss
+
+    def _reduce_after_backward(self) -> None:
+        """End of a backward pass in mode "backward"; a veto leaves NaN in p.grad, so that whoever looks at it skips."""
+        if self._reduced is not None:
+            raise LowRankCommError(
+                'reduce_at="backward": a second backward pass came before step(), on gradients that are averaged '
+                'already. Use reduce_at="step" for gradient accumulation.'
+            )
+        if not self.reduce_gradients():
+            for slot in self.reducer.slots:
+                grad = self._by_name[slot.name].grad
+                if grad is not None:
+                    grad.fill_(float("nan"))
+
+    def _only_initialises_state(self) -> bool:
+        """torch.distributed.checkpoint makes an optimizer create its state by a step with lr 0 and zero gradients, perhaps
+        on one rank alone. That is no step of the compressor."""
+        if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups) or self._reduced is not None:
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return bool(grads) and all(g is not None and not bool(g.count_nonzero()) for g in grads)
+
+    # ---------------------------------------------------------------- loss scaling
+
+    def _scale_of_gradients(self) -> float:
+        """The loss scale that the gradients carry: 1, or the attached scaler's while nobody has unscaled them."""
+        if self._scaler is None or not self._scaler.is_enabled() or self._unscaled_by_step:
+            return 1.0
+        stage = self._scaler._per_optimizer_states[id(self)]["stage"]
+        return float(self._scaler.get_scale()) if stage.name == "READY" else 1.0
+
+    _unscaled_by_step = False
+
+    def _unscale(self) -> None:
+        """GradScaler.step hands over `grad_scale` unless the caller has unscaled. Gradients that were reduced before
+        (with the scale still in them) are unscaled too; the error memory never holds the scale."""
+        scale = getattr(self, "grad_scale", None)
+        self._unscaled_by_step = scale is not None
+        if scale is None:
+            return
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if grads:
+            torch._foreach_div_(grads, float(scale))
+
+    def _tell_scaler(self) -> None:
+        """A veto is an overflow for the scaler of every worker, so that their scales stay equal."""
+        if self._scaler is not None:
+            for found in self._scaler._per_optimizer_states[id(self)]["found_inf_per_device"].values():
+                found.fill_(1.0)
+
+    # ---------------------------------------------------------------- the reducer
+
+    @property
+    def reducer(self) -> Reducer:
+        """The reducer of the present trainable parameters."""
+        return self._prepared()
+
+    def _prepared(self) -> Reducer:
+        """Build the reducer, or build it anew with the state so far when parameters were added or unfrozen."""
+        self._by_name: dict[str, Tensor] = {}
+        named = self._namer.name_all(self.param_groups)
+        for name, parameter in named:
+            if name in self._by_name and self._by_name[name] is not parameter:
+                raise ConfigError(f"two parameters are called {name!r}; give each its own name.")
+            self._by_name[name] = parameter
+        known = {slot.name for slot in self._reducer.slots} if self._reducer else set()
+        if self._reducer is not None and all(name in known or not p.requires_grad for name, p in named):
+            if known <= self._by_name.keys():
+                return self._reducer
+            raise StateMismatchError(
+                f"parameter {min(known - self._by_name.keys())!r} is no longer known by this name; call attach(model) "
+                "before the first step, or build the base from named_parameters()."
+            )
+        slots = [Slot(name, tuple(p.shape), p.dtype, p.device) for name, p in named if p.requires_grad or name in known]
+        fresh = Reducer(slots, self.compressor, Group(self._process_group), **self._options)
+        if self._reducer is not None:
+            bases = self._reducer.bases()
+            for name, error in self._reducer.error_memory().items():
+                fresh.set_state(name, error, bases[name])
+            fresh.step, fresh.ledger = self._reducer.step, self._reducer.ledger
+        self._reducer = fresh
+        return fresh
+
+    def error_memory(self) -> dict[str, Tensor]:
+        """Parameter name -> this worker's error, a live view in the parameter's shape; dense parameters are absent."""
+        return self.reducer.error_memory()
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """Bytes, captured energy, error norm, restarts and times of the last step; None before the first."""
+        return self._reducer.last_report if self._reducer else None
+
+    @property
+    def ledger(self) -> Ledger:
+        """Totals of bytes and steps."""
+        return self.reducer.ledger
+
+    @property
+    def plan(self) -> Plan:
+        """What goes low-rank, bytes a step, memory."""
+        return self.reducer.plan
+
+    # ---------------------------------------------------------------- state
+
+    def consolidate_error_memory(self) -> None:
+        """Every worker's error becomes the mean of all; a collective. Call it on all ranks before `state_dict()`."""
+        reducer = self.reducer
+        reducer.consolidate_error_memory()
+        self._consolidated_at = reducer.step
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's state dict with the compressor's state; never communicates, never raises."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result = self.base.state_dict()
+        if self._reducer is not None:
+            tag = checkpoint.tag_of(self._reducer, self._consolidated_at == self._reducer.step)
+            if tag.kind == "own" and tag.step > 0 and not self._warned_own:
+                self._warned_own = True
+                warnings.warn(
+                    f"state_dict() holds rank {tag.rank}'s own error memory only. Call consolidate_error_memory() on all "
+                    "ranks before saving; then it fits every worker, at any world size.",
+                    stacklevel=2,
+                )
+            state_dicts.add(result, self._reducer, tag, self._numbered(result["param_groups"]))
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the base and the compressor.
+
+        Args:
+            state_dict: from `state_dict()`, at any world size if it holds the mean; a plain optimizer's is accepted too,
+                with a warning that the error memory starts from zero.
+
+        Raises:
+            StateMismatchError: it holds another worker's own error memory, or error memory would be lost.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        plain, tag, tensors = state_dicts.split(state_dict, self._numbered(state_dict["param_groups"]))
+        if tag is not None:
+            tag.check_usable_by(self.reducer)  # before the base is touched
+        self.base.load_state_dict(plain)
+        self._reduced = None
+        if tag is None:
+            if state_dict["state"]:
+                _log.warning("the state dict holds no compressor state: the error memory starts from zero")
+        else:
+            checkpoint.restore(self.reducer, tag, tensors)
+            self._consolidated_at = tag.step if tag.kind == "mean" else None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _numbered(self, saved_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+        """(parameter name, key in the state dict) for all parameters, by their order in the groups."""
+        keys = [key for group in saved_groups for key in group["params"]]
+        names = [name for name, _ in self._namer.name_all(self.param_groups)]
+        return list(zip(names, keys, strict=False))  # the base complains about another number of parameters
+
+
+def _no_gradient() -> None:
+    """Stands for a reference to a gradient that does not exist."""
+    return
+
+
+def _engine_of(model: nn.Module) -> str | None:
+    """Name of the wrapper that reduces gradients by itself, or None for a plain model."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in (
+                "DistributedDataParallel",
+                "FSDPModule",
+                "FullyShardedDataParallel",
+                "DeepSpeedEngine",
+            ):
+                return kind.__name__
+    return None

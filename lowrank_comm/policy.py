@@ -1,0 +1,134 @@
+"""Which parameter is compressed and which travels dense, and why: the first matching rule wins, then the rate decides.
+
+A tensor of two or more dimensions is seen as a matrix (shape[0], -1), in its own orientation. Its rank r is cut to
+min(m, n). It is compressed when
+
+    m n / (elements sent) > min_compression_rate            for PowerSGD: m n / (r (m + n))
+
+and goes dense otherwise: the term and the default of PyTorch's hook. A rate of 0 compresses every matrix. Embeddings are
+matrices like others. Tensors of fewer dimensions, and empty ones, are dense.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .compressors.base import Compressor, checked_positive_int
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exception to the policy for parameters whose name matches.
+
+    Args:
+        match: shell-style pattern of the whole parameter name, e.g. "*.embed_tokens.weight" or "lm_head.*".
+        treatment: "dense", "low_rank" (whatever the rate), or None to leave that to the rate.
+        rank: rank of these parameters, or None for the compressor's.
+        min_compression_rate: rate of these parameters, or None for the general one.
+
+    Raises:
+        ConfigError: an unknown treatment, a bad rank or rate, or a rank for something that goes dense.
+    """
+
+    match: str
+    treatment: str | None = None
+    rank: int | None = None
+    min_compression_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        where = f"rules[match={self.match!r}]"
+        if self.treatment not in (None, "dense", "low_rank"):
+            raise ConfigError(f'{where}.treatment={self.treatment!r} is unknown; use "dense" or "low_rank".')
+        if self.rank is not None:
+            checked_positive_int(where, "rank", self.rank)
+        if self.min_compression_rate is not None:
+            checked_rate(f"{where}.min_compression_rate", self.min_compression_rate)
+        if self.treatment == "dense" and (self.rank is not None or self.min_compression_rate is not None):
+            raise ConfigError(f"{where}: a dense parameter has no rank or rate; leave them out, or the treatment.")
+
+
+def checked_rate(key: str, value: object) -> float:
+    """value as a float if it is a finite number >= 0, else a ConfigError that names `key`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{key} must be a number of at least 0 (0 compresses every matrix), got {value!r}.")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to one parameter.
+
+    Attributes:
+        low_rank: compressed, or dense.
+        m, n: the matrix it is seen as; (numel, 1) where it is none.
+        rank: r after the cut to min(m, n); 0 where dense.
+        elements: what a worker hands to the collectives for it in an ordinary step.
+        reason: why, for the plan.
+    """
+
+    low_rank: bool
+    m: int
+    n: int
+    rank: int
+    elements: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Decides the treatment of every parameter from its name and shape.
+
+    Args:
+        compressor: the scheme.
+        min_compression_rate: see the module's text.
+        rules: exceptions by name; the first that matches wins.
+    """
+
+    compressor: Compressor
+    min_compression_rate: float = 2.0
+    rules: Sequence[Rule] = ()
+
+    def __post_init__(self) -> None:
+        checked_rate("min_compression_rate", self.min_compression_rate)
+
+    def treat(self, name: str, shape: Sequence[int]) -> Treatment:
+        """Treatment of the parameter `name` of full shape `shape`."""
+        numel = math.prod(shape)
+
+        def dense(reason: str) -> Treatment:
+            return Treatment(False, numel, 1, 0, numel, reason)
+
+        if not self.compressor.low_rank:
+            return dense(f"{self.compressor.json_name} compresses nothing")
+        if len(shape) < 2:
+            return dense(f"{len(shape)}-D")
+        if numel == 0:
+            return dense("empty")
+        rule = next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule.match)), None)
+        because = f"rule {rule.match!r}" if rule else ""
+        if rule and rule.treatment == "dense":
+            return dense(because)
+        m, n = shape[0], numel // shape[0]
+        wanted = rule.rank if rule and rule.rank is not None else self.compressor.rank
+        r = min(wanted, m, n)
+        elements = self.compressor.elements(m, n, r)
+        rate = self.min_compression_rate
+        if rule and rule.min_compression_rate is not None:
+            rate = rule.min_compression_rate
+        if not (rule and rule.treatment == "low_rank") and not numel / elements > rate:
+            return dense(f"rate {numel / elements:.2f} is not above {rate:g}" + (f" ({because})" if rule else ""))
+        cut = f"rank {wanted} cut to {r}" if r < wanted else ""
+        return Treatment(True, m, n, r, elements, ", ".join(filter(None, (because, cut))))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain settings by name, for the comparison between workers and for checkpoints."""
+        return {
+            **self.compressor.describe(),
+            "min_compression_rate": float(self.min_compression_rate),
+            "rules": [asdict(rule) for rule in self.rules],
+        }

@@ -1,0 +1,55 @@
+"""Counter-based random draws: the same numbers on every worker, whatever the device, world size or order of calls.
+
+Every draw is a pure function of (seed, parameter name, step t, purpose). The global random state of torch is never
+touched. Draws are made on the CPU in float32 and cast afterwards, because generators of different device types give
+different numbers for one seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def stream(seed: int, name: str, t: int, purpose: str) -> torch.Generator:
+    """Generator keyed by (seed, name, t, purpose).
+
+    Args:
+        seed: the run's seed, equal on all workers.
+        name: parameter name.
+        t: step counter, from 0; -1 for draws that do not belong to a step.
+        purpose: what the numbers are for, so that two draws of one step are independent.
+
+    Returns:
+        A fresh CPU generator.
+    """
+    key = f"{seed}\x00{name}\x00{t}\x00{purpose}".encode()
+    value = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") & (2**63 - 1)
+    return torch.Generator().manual_seed(value)
+
+
+def gaussian(
+    seed: int,
+    names: Sequence[str],
+    t: int,
+    purpose: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Standard normal tensors, one for each name: (len(names), *shape).
+
+    Args:
+        seed, t, purpose: see `stream`.
+        names: one parameter name for each matrix of the batch; a batch draws what its members would draw alone.
+        shape: shape of one draw.
+        dtype, device: of the result.
+
+    Returns:
+        Tensor of shape (len(names), *shape).
+    """
+    draws = [torch.randn(shape, generator=stream(seed, name, t, purpose)) for name in names]
+    return torch.stack(draws).to(device=device, dtype=dtype)

@@ -1,0 +1,140 @@
+"""N workers in one process: the same compressors, reducer and packets as over a process group, without processes.
+
+Every worker has a reducer of its own; a step runs their passes side by side and answers each buffer by the sum over the
+workers. Tests hold every engine against this, and the lab trains with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Slot
+from .communication.agreement import raise_if_different
+from .communication.group import Group
+from .compressors.base import Compressor
+from .diagnostics import StepReport
+from .errors import LowRankCommError
+from .reducer import Outcome, Reducer
+
+
+class _SimulatedGroup(Group):
+    """One of N workers that share a process; the simulation moves the data."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self.process_group, self.initialised = None, False
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def sum_(self, buffers: Sequence[Tensor]) -> int:
+        raise LowRankCommError("a simulated worker cannot communicate by itself; call Simulation's methods.")
+
+
+class Simulation:
+    """Compressed averaging of gradients over N workers in this process.
+
+    Args:
+        shapes: parameter name -> shape, or a tensor whose shape and dtype are taken.
+        compressor: the scheme.
+        workers: N >= 1.
+        dtype: of parameters given by shape.
+        options: further keyword arguments of `Reducer`: min_compression_rate, rules, error_feedback, wire_dtype, seed,
+            initial_basis.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_comm import PowerSGD
+        >>> from lowrank_comm.simulation import Simulation
+        >>> simulation = Simulation({"w": (8, 6)}, PowerSGD(rank=2), workers=2, min_compression_rate=0)
+        >>> mean = simulation.reduce([{"w": torch.ones(8, 6)}, {"w": torch.zeros(8, 6)}])["w"]
+        >>> bool(torch.allclose(mean, torch.full((8, 6), 0.5)))
+        True
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int] | Tensor],
+        compressor: Compressor,
+        workers: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
+        cpu = torch.device("cpu")
+        slots = [
+            Slot(name, tuple(s.shape), s.dtype, s.device) if isinstance(s, Tensor) else Slot(name, tuple(s), dtype, cpu)
+            for name, s in shapes.items()
+        ]
+        self.reducers = [Reducer(slots, compressor, _SimulatedGroup(i, workers), **options) for i in range(workers)]
+        raise_if_different([reducer.describe() for reducer in self.reducers])
+
+    def reduce(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
+        """One step: what every worker applies. Nothing given is changed.
+
+        Args:
+            gradients: one mapping for each worker; absent or None means that the worker has no gradient.
+
+        Returns:
+            Parameter name -> averaged, decompressed gradient, None where no worker had one; {} for a vetoed step.
+
+        Raises:
+            LowRankCommError: workers applied different numbers (a defect of a compressor).
+        """
+        outcomes = self._run(gradients)
+        if not outcomes[0].applied:
+            return {}
+        for reducer in self.reducers:
+            reducer.commit()
+        names = [slot.name for slot in self.reducers[0].slots]
+        applied = [dict(zip(names, outcome.grads, strict=True)) for outcome in outcomes]
+        for other in applied[1:]:
+            for name, tensor in applied[0].items():
+                if not _same_bits(tensor, other[name]):
+                    raise LowRankCommError(f"{name}: workers applied different numbers; the compressor is not consistent.")
+        return applied[0]
+
+    def _run(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> list[Outcome]:
+        if len(gradients) != len(self.reducers):
+            raise LowRankCommError(f"got gradients of {len(gradients)} workers, the simulation has {len(self.reducers)}.")
+        passes = []
+        for reducer, given in zip(self.reducers, gradients, strict=True):
+            grads = [None if (g := given.get(slot.name)) is None else g.detach().clone() for slot in reducer.slots]
+            passes.append(reducer.exchange(grads, 1.0))
+        asked = [next(one) for one in passes]
+        while True:
+            for buffers in zip(*asked, strict=True):
+                total = torch.stack(buffers).sum(dim=0)
+                for buffer in buffers:
+                    buffer.copy_(total)
+            collectives = len(asked[0])
+            asked, outcomes = [], []
+            for one in passes:
+                try:
+                    asked.append(one.send(collectives))
+                except StopIteration as end:  # noqa: PERF203 - this is how a generator returns
+                    outcomes.append(end.value)
+            if outcomes:
+                return outcomes
+
+    def error_memory(self, worker: int) -> dict[str, Tensor]:
+        """Parameter name -> error of one worker, live views."""
+        return self.reducers[worker].error_memory()
+
+    @property
+    def last_reports(self) -> list[StepReport | None]:
+        """Report of the last step, one for each worker."""
+        return [reducer.last_report for reducer in self.reducers]
+
+
+def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))

@@ -1,0 +1,79 @@
+"""How the compressor's state travels inside an optimizer's state dict.
+
+    state_dict["state"][parameter]["lowrank_comm.error"], ["lowrank_comm.Q"]   tensors
+    state_dict["state"][parameter]["lowrank_comm.tag"]                        the tag as numbers
+    state_dict["lowrank_comm"]                                                the tag, readable
+
+The tag stands twice because torch.distributed.checkpoint drops top-level keys that it does not know, without a word,
+and keeps what is in `state[parameter]`. The entries are added to the dict only and never to the optimizer's live state:
+Adam takes a non-empty state for one that it has initialised. They are taken out before the base loads, because
+`Optimizer.load_state_dict` would cast a float32 error to a bfloat16 parameter's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Tag, tensors_of
+from .reducer import Reducer
+
+PREFIX = "lowrank_comm."
+KEY = "lowrank_comm"
+_KINDS = ("own", "mean")
+
+
+def add(state_dict: dict[str, Any], reducer: Reducer, tag: Tag, numbered: Sequence[tuple[str, Any]]) -> None:
+    """Add the reducer's state to a base optimizer's state dict.
+
+    Args:
+        state_dict: of the base; its inner dictionaries are replaced and not changed.
+        reducer: whose state it is.
+        tag: what kind of state.
+        numbered: (parameter name, key in `state_dict["state"]`).
+    """
+    numbers = [tag.format, _KINDS.index(tag.kind), tag.rank, tag.world, tag.step, tag.seed]
+    tensors = tensors_of(reducer)
+    for name, number in numbered:
+        if name in tensors:
+            ours = {PREFIX + symbol: tensor for symbol, tensor in tensors[name].items()}
+            ours[PREFIX + "tag"] = torch.tensor(numbers, device=tensors[name]["error"].device)
+            state_dict["state"][number] = {**state_dict["state"].get(number, {}), **ours}
+    state_dict[KEY] = asdict(tag)
+
+
+def split(
+    state_dict: dict[str, Any], numbered: Sequence[tuple[str, Any]]
+) -> tuple[dict[str, Any], Tag | None, dict[str, dict[str, Tensor]]]:
+    """Take the compressor's state out of a state dict, which is left as it is.
+
+    Args:
+        state_dict: from `add`, or a plain optimizer's.
+        numbered: (parameter name, key in `state_dict["state"]`).
+
+    Returns:
+        (the base's state dict, the tag or None, parameter name -> {"error": ..., "Q": ...}).
+    """
+    base_state: dict[Any, Any] = {}
+    ours: dict[Any, dict[str, Tensor]] = {}
+    for number, entries in state_dict["state"].items():
+        ours[number] = {key[len(PREFIX) :]: value for key, value in entries.items() if str(key).startswith(PREFIX)}
+        kept = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
+        if kept:  # an empty state would look initialised to nobody, but SGD without momentum has none at all
+            base_state[number] = kept
+    tag = Tag(**state_dict[KEY]) if KEY in state_dict else None
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, number in numbered:
+        found = dict(ours.get(number, {}))
+        numbers = found.pop("tag", None)
+        if found:
+            tensors[name] = found
+        if tag is None and numbers is not None:
+            layout, kind, rank, world, step, seed = (int(value) for value in numbers.tolist())
+            tag = Tag(_KINDS[kind], rank, world, step, seed, layout)
+    plain = {key: value for key, value in state_dict.items() if key != KEY}
+    return {**plain, "state": base_state}, tag, tensors
