@@ -1,8 +1,9 @@
 """Parameters as slots, and same-shape matrices as batches: the bookkeeping between a model's tensors and (B, m, n).
 
-Small matrices of one shape share a batch, so that many of them cost no Python loop and few kernels; a batch stays
-below `CHUNK` elements, so that it fits a cache and its workspace stays small; a matrix larger than that is a batch of
-its own and is used in place, without being copied together. What a matrix gives does not depend on its batch.
+Matrices of one shape share a batch, so that orthonormalising many of them is a few kernels and no Python loop. Between
+gradients and batch, small matrices are moved together; from `LARGE` elements on, where one operation takes longer than
+Python needs to start it, each is added and decoded directly, which saves a pass over memory. What a matrix gives does
+not depend on its batch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .compressors.base import Compressor, Context, LowRank, State
-from .error_feedback import ErrorFeedback, ErrorMemory
+from .error_feedback import LARGE, ErrorFeedback, ErrorMemory
 from .errors import ConfigError
 from .linalg import orthonormal_rank_revealing
 from .policy import Treatment
 
-CHUNK = 1 << 20
+CHUNK = 1 << 21  # elements of a batch at most: 8 MB in float32, so that it stays in a cache from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -65,31 +66,53 @@ class Batch:
     device: torch.device
     memory: ErrorMemory
     state: State
+    _work: Tensor | None = None
 
-    def stack(self, grads: Sequence[Tensor | None], scale: float) -> Tensor:
-        """The gradients as (B, m, n) without the loss scale, zero where there is none. May be a view of a gradient."""
-        parts = []
-        for k in self.slots:
-            grad = grads[k]
-            if grad is None:
-                parts.append(torch.zeros(self.m, self.n, dtype=self.dtype, device=self.device))
-            else:
-                parts.append(grad.reshape(self.m, self.n))
-        if len({part.dtype for part in parts}) > 1:
-            parts = [part.to(self.dtype) for part in parts]
-        stacked = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-        stacked = stacked.to(self.dtype)
-        return stacked / scale if scale != 1.0 else stacked
+    def form_delta(self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None) -> Tensor:
+        """Delta = g / scale + e of all matrices, or of `rows`; zero in place of a missing g. Valid until the next step."""
+        work, error = self._workspace(), self.memory.on(self.device)
+        slots = self.slots
+        if rows is not None:
+            work, error, slots = work.new_empty(len(rows), self.m, self.n), error[rows], tuple(slots[row] for row in rows)
+        parts = [None if grads[k] is None else self._as_matrix(grads[k], error.dtype) for k in slots]
+        if self.m * self.n >= LARGE:
+            for row, part in enumerate(parts):
+                if part is None:
+                    work[row].copy_(error[row])
+                else:
+                    torch.add(error[row], part, alpha=1.0 / scale, out=work[row])
+            return work
+        zero = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.m, self.n)
+        filled = [zero if part is None else part for part in parts]
+        if any(part.dtype != self.dtype for part in filled):
+            filled = [part.to(self.dtype) for part in filled]
+        torch.stack(filled, out=work)
+        return torch.add(error, work, alpha=1.0 / scale, out=work)
+
+    def _as_matrix(self, grad: Tensor | None, other: torch.dtype) -> Tensor:
+        """The gradient as (m, n), in a dtype whose sum with the error memory is formed in the computation's dtype."""
+        assert grad is not None
+        matrix = grad.reshape(self.m, self.n)
+        return matrix if torch.promote_types(matrix.dtype, other) == self.dtype else matrix.to(self.dtype)
+
+    def _workspace(self) -> Tensor:
+        """Room for Delta. Kept between steps on a CPU only, where fresh pages cost as much as a pass over memory; a GPU's
+        allocator hands them out for nothing, and the room is of use to the backward pass."""
+        if self._work is None:
+            work = torch.empty(len(self.slots), self.m, self.n, dtype=self.dtype, device=self.device)
+            if self.device.type != "cpu":
+                return work
+            self._work = work
+        return self._work
 
     def write(self, applied: LowRank | Tensor, targets: Sequence[Tensor | None], scale: float) -> None:
         """Decode into the gradients; None targets are left out."""
-        only = targets[0]
-        if isinstance(applied, LowRank) and len(targets) == 1 and scale == 1.0:
-            if only is None:
-                return
-            if only.dtype == self.dtype and only.is_contiguous():
-                torch.mm(applied.p[0], applied.q[0].T, out=only.view(self.m, self.n))
-                return
+        in_place = all(t is None or (t.dtype == self.dtype and t.is_contiguous()) for t in targets)
+        if isinstance(applied, LowRank) and scale == 1.0 and self.m * self.n >= LARGE and in_place:
+            for row, target in enumerate(targets):
+                if target is not None:
+                    torch.mm(applied.p[row], applied.q[row].T, out=target.view(self.m, self.n))
+            return
         dense = applied.dense() if isinstance(applied, LowRank) else applied
         if scale != 1.0:
             dense = dense * scale

@@ -18,10 +18,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .communication import Group
 from .compressors import REGISTRY, Compressor
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError
-from .policy import Policy, Rule
+from .policy import Rule
+from .reducer import Reducer
 
 SECTION = "lowrank_comm"
 
@@ -96,7 +98,7 @@ class Section(_Strict):
                 f"{SECTION}.topology.shard_size={parsed.topology.shard_size!r}: two levels are not supported yet; "
                 "use 1, which makes every rank a worker."
             )
-        Policy(parsed.make_compressor(), **{k: v for k, v in parsed.reducer_options().items() if k in _OF_POLICY})
+        Reducer([], parsed.make_compressor(), Group(), **parsed.reducer_options())  # bad values fail here
         return parsed
 
     def make_compressor(self) -> Compressor:
@@ -129,7 +131,6 @@ class Section(_Strict):
 
 
 _OF_COMPRESSORS = ("restart_every", "restart", "exact_restart", "consensus_restart", "stagger")
-_OF_POLICY = ("min_compression_rate", "rules")
 
 
 def _nearest(word: str, known: Any) -> str:

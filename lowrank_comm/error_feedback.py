@@ -1,6 +1,6 @@
 """Error memory: what a worker has been given and has not yet sent, in the gradient's own units.
 
-One tensor (B, m, n) holds the errors of a batch of same-shape matrices. A step reads it once (`add_to`), and writes it
+One tensor (B, m, n) holds the errors of a batch of same-shape matrices. A step reads it once (`on`), and writes it
 once, when the step is committed: e <- Delta - sent. A step that is vetoed or rolled back never touches it, so the memory
 stays bit-equal without a copy. The memory's dtype may be narrower than the computation's (bfloat16, with stochastic
 rounding, so that small residuals are not lost on average), and it may live on the CPU (`offload`).
@@ -20,6 +20,7 @@ from .compressors.base import LowRank
 from .errors import ConfigError
 from .randomness import stream
 
+LARGE = 1 << 15  # elements from which a matrix is worth operations of its own: they take longer than Python needs
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -83,16 +84,12 @@ class ErrorMemory:
         worker: int,
     ) -> None:
         self._options, self._names, self._seed, self._worker = options, names, seed, worker
-        self._compute_dtype, self._compute_device = dtype, device
         kept_on = torch.device("cpu") if options.offload else device
         self.tensor = torch.zeros(len(names), m, n, dtype=DTYPES[options.dtype] if options.dtype else dtype, device=kept_on)
 
-    def add_to(self, gradient: Tensor) -> Tensor:
-        """Delta = gradient + e in the computation's dtype. gradient: (B, m, n), left as it is."""
-        error = self.tensor
-        if error.device != gradient.device:
-            error = error.to(gradient.device, non_blocking=True)
-        return torch.add(gradient, error)  # promotes to the wider of the two, and error or gradient is that wide
+    def on(self, device: torch.device) -> Tensor:
+        """The errors on the device of the computation: the memory itself, or a copy where it is offloaded."""
+        return self.tensor if self.tensor.device == device else self.tensor.to(device, non_blocking=True)
 
     def keep(self, delta: Tensor, sent: LowRank | Tensor, kept: Tensor | None, rows: list[int] | None, t: int) -> None:
         """Commit: e <- Delta - sent, or e <- kept where that is given.
@@ -106,7 +103,12 @@ class ErrorMemory:
         """
         direct = rows is None and self.tensor.dtype == delta.dtype and self.tensor.device == delta.device
         if kept is None and isinstance(sent, LowRank) and direct:
-            torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor)
+            if delta[0].numel() < LARGE:
+                torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor)
+                return
+            # Matrix by matrix: the product is subtracted while the copy of Delta is still in the cache.
+            for error, given, p, q in zip(self.tensor, delta, sent.p, sent.q, strict=True):
+                torch.addmm(given, p, q.mT, alpha=-1, out=error)
             return
         if kept is None:
             kept = torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1) if isinstance(sent, LowRank) else delta - sent

@@ -1,12 +1,13 @@
 """Batched linear algebra of tall, thin matrices: orthonormal bases with a rule for dead columns, truncated SVD.
 
-Orthonormalisation is Cholesky-QR, twice, with the r x r Gram matrix and the triangular solve in float64: two passes of
-m r^2 work, no loop over columns, an orthogonality defect near round-off up to condition numbers of about 1e7. Whether
-that path was good enough is told by a flag on the device; who reads the flag decides when to pay for the transfer.
-When the flag says no, `orthonormal_rank_revealing` goes column by column, finds the dead ones (zero, or dependent on
-those before) and puts given random vectors in their place. A basis with such replacements is legitimate: P P^T stays an
-orthogonal projection, only some of its directions are arbitrary. Nothing here divides by a zero norm, and nothing
-returns a zero column, since a zero column of Q would stay zero for ever.
+Orthonormalisation has three paths, from cheap to sure. `cholesky_qr` is two matrix products and a Cholesky
+factorisation of the r x r Gram matrix for each pass, no loop over columns; it also tells its smallest pivot, the sine of
+the smallest angle between a column and those before it, so that who calls it knows what to expect: in float32, two
+passes are orthonormal to round-off while the pivot is above 1e-2; in float64 down to 1e-7. Whoever reads the pivot
+decides when to pay for the transfer to the host. Where even float64 says no, `orthonormal_rank_revealing` goes column
+by column, finds the dead ones (zero, or dependent on those before) and puts given random vectors in their place. A basis
+with such replacements is legitimate: P P^T stays an orthogonal projection, only some of its directions are arbitrary.
+Nothing here returns a zero column, since a zero column of Q would stay zero for ever.
 
 Everything works on batches (B, m, r); a batch gives what its members would give alone.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_DEPENDENCE_FLOOR = 1e-7  # a float64 Gram matrix cannot resolve an angle below about sqrt(1e-16)
+_PIVOT_FLOOR = 1e-7  # a float64 Gram matrix cannot resolve an angle below about sqrt(1e-16)
 
 
 def dead_tolerance(dtype: torch.dtype) -> float:
@@ -24,41 +25,45 @@ def dead_tolerance(dtype: torch.dtype) -> float:
     return 64.0 * torch.finfo(dtype).eps
 
 
-def _norms(a: Tensor) -> Tensor:
-    """Column norms (B, 1, r) in float64: squares of float32 numbers neither overflow nor vanish there."""
-    return torch.linalg.vector_norm(a, dim=-2, keepdim=True, dtype=torch.float64)
+def safe_pivot(dtype: torch.dtype) -> float:
+    """Pivot above which `cholesky_qr` in this dtype is as good as any other way."""
+    return 1e-2 if dtype == torch.float32 else _PIVOT_FLOOR
 
 
-def _column_health(a: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 columns scaled to norm 1, and for each matrix whether no column is zero or non-finite next to the others."""
-    norm = _norms(a)
-    largest = norm.amax(dim=-1, keepdim=True)
-    alive = (norm > dead_tolerance(a.dtype) * largest) & torch.isfinite(norm)
-    scaled = a.double() / torch.where(norm > 0, norm, torch.ones_like(norm))
-    return scaled, alive.all(dim=-1).squeeze(-1)
+def least_pivot(dtype: torch.dtype) -> float:
+    """Pivot of a matrix computed in `dtype` at or below which float64 finds it rank-deficient."""
+    return max(dead_tolerance(dtype), _PIVOT_FLOOR)
 
 
 def cholesky_qr(a: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis of range(a) by Cholesky-QR in float64.
+    """Orthonormal basis of range(a) by Cholesky-QR in a's dtype.
+
+    G = a^T a = L L^T (after scaling a's columns to norm 1);  basis = a L^-T;  the second pass repeats that on the basis
 
     Args:
-        a: (B, m, r), r <= m.
-        passes: 2 for a basis that is orthonormal to round-off; 1 where only its condition matters (then about
-            1e-16 times the square of a's condition number, after scaling its columns).
+        a: (B, m, r), r <= m, float32 or float64.
+        passes: 2 for a basis that is orthonormal to round-off, 1 where only its condition matters.
 
     Returns:
-        (basis, good): basis (B, m, r) in a's dtype with basis^T basis = I where good, garbage elsewhere; good: (B,)
-        bool on the device, computed without a synchronisation: no column is zero, or dependent on the others.
+        (basis, pivot): basis (B, m, r), garbage where the pivot is 0; pivot (B,) float64 on the device, computed without
+        a synchronisation: the smallest sine of an angle between a column and those before it, 0 where a column is zero
+        next to the largest, or a number is not finite or out of the dtype's range.
     """
-    basis, good = _column_health(a)
-    for k in range(passes):
-        lower, info = torch.linalg.cholesky_ex(basis.mT @ basis)
-        basis = torch.linalg.solve_triangular(lower.mT, basis, upper=True, left=False)
-        good = good & (info == 0)
-        if k == 0:  # pivots are the sines of the angles between a column and those before it
-            pivot = lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
-            good = good & (pivot > max(dead_tolerance(a.dtype), _DEPENDENCE_FLOOR))
-    return basis.to(a.dtype), good
+    basis, smallest = a, None
+    for _ in range(passes):
+        gram = (basis.mT @ basis).double()
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        scale = squares.rsqrt()
+        lower, info = torch.linalg.cholesky_ex(gram * scale[..., :, None] * scale[..., None, :])
+        identity = torch.eye(a.shape[-1], dtype=gram.dtype, device=a.device).expand_as(gram)
+        inverse = scale[..., :, None] * torch.linalg.solve_triangular(lower.mT, identity, upper=True)
+        basis = basis @ inverse.to(a.dtype)
+        pivot = lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
+        sound = (info == 0) & (squares > dead_tolerance(a.dtype) ** 2 * squares.amax(dim=-1, keepdim=True)).all(dim=-1)
+        pivot = torch.where(sound & torch.isfinite(pivot), pivot, torch.zeros_like(pivot))
+        smallest = pivot if smallest is None else torch.where(pivot > 0, smallest, pivot)
+    assert smallest is not None
+    return basis, smallest
 
 
 def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:
@@ -75,8 +80,8 @@ def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:
         (B, m, r) in a's dtype.
     """
     tolerance = dead_tolerance(a.dtype)
-    scaled, _ = _column_health(a)
-    norms = _norms(a)
+    norms = torch.linalg.vector_norm(a, dim=-2, keepdim=True, dtype=torch.float64)
+    scaled = a.double() / torch.where(norms > 0, norms, torch.ones_like(norms))
     alive = norms > tolerance * norms.amax(dim=-1, keepdim=True)
     basis = torch.zeros_like(scaled)
     for k in range(a.shape[-1]):

@@ -19,6 +19,7 @@ workers in one process run the same code.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from .batches import Batch, Slot, build_batches
 from .communication import Group, Ledger, check_same
-from .compressors.base import Compressor, Context, LowRank, Result
+from .compressors.base import Compressor, Context, LowRank, Result, Steps
 from .diagnostics import Plan, StepReport
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError, LowRankCommError
@@ -62,8 +63,8 @@ class _Job:
 
     batch: Batch
     rows: list[int] | None
-    delta: Tensor
     context: Context
+    delta: Tensor | None = None
     result: Result | None = None
 
     @property
@@ -130,6 +131,7 @@ class Reducer:
         self._batches = build_batches(
             self.slots, self.treatments, compressor, self._error_feedback, seed, group.rank, initial_basis or {}
         )
+        self._initial_basis = {name: _digest(basis) for name, basis in (initial_basis or {}).items()}
         self._dense = [k for k, treatment in enumerate(self.treatments) if not treatment.low_rank]
         low = {slot.name: t for slot, t in zip(self.slots, self.treatments, strict=True) if t.low_rank}
         self._schedule = compressor.schedule(
@@ -180,8 +182,8 @@ class Reducer:
         self._check(grads)
         clock = time.perf_counter()
         account = Account()
-        jobs = [job for batch in self._batches for job in self._jobs(batch, grads, scale)]
-        steps = [self.compressor.step(job.delta, job.batch.rows_of_state(job.rows), job.context) for job in jobs]
+        jobs = [job for batch in self._batches for job in self._jobs(batch)]
+        steps = [self._steps(job, grads, scale) for job in jobs]
         dense = [self._flat(group, grads, scale) for group in self._dense_groups()]
         account.seconds["compress"] += time.perf_counter() - clock
         agreed = yield from lockstep(
@@ -215,6 +217,7 @@ class Reducer:
         assert self._last is not None
         for job in pending.jobs:
             assert job.result is not None
+            assert job.delta is not None
             alive = [row for row in job.indices if pending.present[job.batch.slots[row]]]
             if len(alive) == len(job.indices):
                 job.batch.memory.keep(job.delta, job.result.sent, job.result.kept, job.rows, self.step)
@@ -226,7 +229,7 @@ class Reducer:
                 job.batch.store_state(alive, result.state)
             self._last.sent.append(job.result.sent)
         for job in pending.jobs:
-            job.delta, job.result = job.delta.new_empty(0), None  # Delta is model-sized: free it now
+            job.delta, job.result = None, None  # Delta is model-sized: let it go now
         self.step += 1
         self._last.account.seconds["commit"] = time.perf_counter() - clock
 
@@ -258,9 +261,15 @@ class Reducer:
                     f"{slot.name}: the gradient has shape {tuple(grad.shape)}, the parameter {slot.shape}; they must agree."
                 )
 
-    def _jobs(self, batch: Batch, grads: Sequence[Tensor | None], scale: float) -> list[_Job]:
+    def _steps(self, job: _Job, grads: Sequence[Tensor | None], scale: float) -> Steps:
+        """The compressor's generator. Delta is formed when it is first advanced: the compressor reads it while it is in the
+        cache."""
+        delta = job.batch.form_delta(grads, scale, job.rows)
+        job.delta = delta
+        return (yield from self.compressor.step(delta, job.batch.rows_of_state(job.rows), job.context))
+
+    def _jobs(self, batch: Batch) -> list[_Job]:
         """The batch as one job, or as two where only some of its matrices restart."""
-        delta = batch.memory.add_to(batch.stack(grads, scale))
         due = [bool(self._schedule and self._schedule.due(name, self.step)) for name in batch.names]
         jobs = []
         for restart in (False, True):
@@ -276,7 +285,7 @@ class Reducer:
                 restart,
                 wire_rounds=self._wire_dtype is not None and self._wire_dtype.itemsize < batch.dtype.itemsize,
             )
-            jobs.append(_Job(batch, None if whole else rows, delta if whole else delta[rows], context))
+            jobs.append(_Job(batch, None if whole else rows, context))
         return jobs
 
     def _dense_groups(self) -> list[list[int]]:
@@ -368,6 +377,7 @@ class Reducer:
             "seed": self.seed,
             "wire_dtype": self._wire_name,
             "error_feedback": self._error_feedback.describe(),
+            "initial_basis": self._initial_basis,
             "step": self.step,
             "parameters": {slot.name: f"#{k} {slot.shape} {slot.dtype}" for k, slot in enumerate(self.slots)},
         }
@@ -392,6 +402,11 @@ class Reducer:
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
         self.ledger.enter(account.bytes, account.collectives, full, restarts, applied)
+
+
+def _digest(tensor: Tensor) -> str:
+    """A short hash of the numbers, to be compared between workers."""
+    return hashlib.sha256(repr(tensor.tolist()).encode()).hexdigest()[:16]
 
 
 def _rows_of_result(result: Result, rows: list[int]) -> Result:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigMismatchError
-from .group import Group
+from .group import LENGTH_BYTES, Group
 
 
 def check_same(description: Mapping[str, Any], group: Group, device: torch.device) -> int:
@@ -36,7 +36,7 @@ def check_same(description: Mapping[str, Any], group: Group, device: torch.devic
     digest = hashlib.sha256(text).digest()
     fingerprints = group.gather_bytes(digest, device)
     if all(other == digest for other in fingerprints):
-        return len(digest)
+        return len(digest) + LENGTH_BYTES
     # Not every worker need see a difference to its own fingerprint only: the list is the same on all, so all gather.
     raise_if_different([json.loads(part) for part in group.gather_bytes(text, device)])
     raise AssertionError("unreachable: different fingerprints of equal descriptions")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 
+LENGTH_BYTES = torch.int64.itemsize
+
 
 class Group:
     """A process group as the reducer sees it: a size, a rank, a sum.
@@ -59,7 +61,7 @@ class Group:
         return len(works)
 
     def gather_bytes(self, payload: bytes, device: torch.device) -> list[bytes]:
-        """Every worker's payload, in rank order; lengths may differ."""
+        """Every worker's payload, in rank order; lengths may differ, so each travels first, in LENGTH_BYTES."""
         if not self.initialised:
             return [payload]
         length = torch.tensor([len(payload)], dtype=torch.int64, device=device)
@@ -71,4 +73,4 @@ class Group:
             padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self.process_group)
-        return [bytes(part[: int(n.item())].cpu().numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]
+        return [bytes(part[: int(n.item())].tolist()) for part, n in zip(parts, lengths, strict=True)]

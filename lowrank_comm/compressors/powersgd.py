@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import cholesky_qr, orthonormal_rank_revealing
+from ..linalg import cholesky_qr, least_pivot, orthonormal_rank_revealing, safe_pivot
 from .base import Compressor, Context, Decide, LowRank, Mean, Request, Result, State, Steps
 
 
@@ -76,8 +76,13 @@ def power_iteration(
     """P~, mean Q and own Q of one power iteration; `purpose` tells the draws of several iterations of one step apart."""
     p_mean, _ = yield Mean(delta @ q, kind)
     p = yield from orthonormal(p_mean, context, f"fill P{purpose}")
-    q_mean, q_own = yield Mean(delta.mT @ p, kind)
+    q_mean, q_own = yield Mean(transposed_product(delta, p), kind)
     return p, q_mean, q_own
+
+
+def transposed_product(delta: Tensor, p: Tensor) -> Tensor:
+    """Delta^T P, (B, n, r), formed as (P^T Delta)^T: reading Delta along its rows is up to three times as fast."""
+    return (p.mT @ delta).mT
 
 
 def next_q(q_mean: Tensor, context: Context, purpose: str = "") -> Generator[Request, Any, Tensor]:
@@ -86,10 +91,16 @@ def next_q(q_mean: Tensor, context: Context, purpose: str = "") -> Generator[Req
 
 
 def orthonormal(a: Tensor, context: Context, purpose: str, passes: int = 2) -> Generator[Request, Any, Tensor]:
-    """orth(a) for averaged a (B, m, r): Cholesky-QR, or column by column where a has dead columns."""
-    basis, good = cholesky_qr(a, passes)
+    """orth(a) for averaged a (B, m, r): Cholesky-QR; again in float64 where columns are nearly dependent; column by column,
+    with random vectors for the dead ones, where they are dependent. Each matrix gets what it would get alone."""
+    basis, pivot = cholesky_qr(a, passes)
+    safe = pivot > safe_pivot(a.dtype)
+    if (yield Decide(safe)):
+        return basis
+    wide, pivot = cholesky_qr(a.double())
+    basis = torch.where(safe[:, None, None], basis, wide.to(a.dtype))
+    good = safe | (pivot > least_pivot(a.dtype))
     if (yield Decide(good)):
         return basis
     fill = context.draw(purpose, tuple(a.shape[-2:]), a)
-    # A matrix alone must give what it gives in a batch, so the good ones keep what Cholesky-QR gave them.
     return torch.where(good[:, None, None], basis, orthonormal_rank_revealing(a, fill))

@@ -32,7 +32,7 @@ from ..errors import ConfigError
 from ..linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 from ..restart import RestartSchedule, staggered
 from .base import ComputeOnce, Context, LowRank, Mean, Result, State, Steps, checked_positive_int
-from .powersgd import PowerSGD, next_q, power_iteration, ssp_comp
+from .powersgd import PowerSGD, next_q, power_iteration, ssp_comp, transposed_product
 
 RESTARTS = ("svd", "randomized")
 
@@ -113,15 +113,17 @@ class PowerSGDPlus(PowerSGD):
         p = yield ComputeOnce(batch, (m, r), lambda mine: leading_left_singular_vectors(d[mine], r), d.dtype, d.device)
         if context.wire_rounds:  # a basis that was rounded on the wire is orthonormal no more
             p = orthonormal_rank_revealing(p, context.draw("fill P", (m, r), p))
-        q = d.mT @ p
+        q = transposed_product(d, p)
         q_next = yield from next_q(q, context)
         applied = LowRank(p, q)
         if self.exact_restart:
             return Result(applied=d, sent=own, state={"Q": q_next})
         if self.consensus_restart:
             # delta - own is what the wire's rounding took from this worker alone; it stays with this worker.
-            return Result(applied, LowRank(p, own.mT @ p), {"Q": q_next}, kept=(delta - own) + (d - applied.dense()))
-        return Result(applied, LowRank(p, own.mT @ p), {"Q": q_next})
+            return Result(
+                applied, LowRank(p, transposed_product(own, p)), {"Q": q_next}, kept=(delta - own) + (d - applied.dense())
+            )
+        return Result(applied, LowRank(p, transposed_product(own, p)), {"Q": q_next})
 
 
 def _randomized_comp(delta: Tensor, context: Context) -> Steps:
