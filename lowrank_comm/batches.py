@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compressors.base import Compressor, Context, LowRank, State
-from .error_feedback import LARGE, ErrorFeedback, ErrorMemory
+from .compressors.base import Compressor, Context, Delta, LowRank, State
+from .error_feedback import LARGE, ErrorFeedback, ErrorMemory, row_blocks
 from .errors import ConfigError
 from .linalg import orthonormal_rank_revealing
 from .policy import Treatment
@@ -68,7 +68,7 @@ class Batch:
     state: State
     _work: Tensor | None = None
 
-    def form_delta(self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None) -> Tensor:
+    def delta(self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None) -> Delta:
         """Delta = g / scale + e of all matrices, or of `rows`; zero in place of a missing g. Valid until the next step."""
         work, error = self._workspace(), self.memory.on(self.device)
         slots = self.slots
@@ -76,18 +76,13 @@ class Batch:
             work, error, slots = work.new_empty(len(rows), self.m, self.n), error[rows], tuple(slots[row] for row in rows)
         parts = [None if grads[k] is None else self._as_matrix(grads[k], error.dtype) for k in slots]
         if self.m * self.n >= LARGE:
-            for row, part in enumerate(parts):
-                if part is None:
-                    work[row].copy_(error[row])
-                else:
-                    torch.add(error[row], part, alpha=1.0 / scale, out=work[row])
-            return work
+            return _FormedOnTheWay(work, error, parts, scale)
         zero = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.m, self.n)
         filled = [zero if part is None else part for part in parts]
         if any(part.dtype != self.dtype for part in filled):
             filled = [part.to(self.dtype) for part in filled]
         torch.stack(filled, out=work)
-        return torch.add(error, work, alpha=1.0 / scale, out=work)
+        return Delta(torch.add(error, work, alpha=1.0 / scale, out=work))
 
     def _as_matrix(self, grad: Tensor | None, other: torch.dtype) -> Tensor:
         """The gradient as (m, n), in a dtype whose sum with the error memory is formed in the computation's dtype."""
@@ -132,6 +127,43 @@ class Batch:
             else:
                 self.state[symbol] = self.state[symbol].clone()
                 self.state[symbol][rows] = tensor
+
+
+class _FormedOnTheWay(Delta):
+    """Delta of large matrices, formed within its first product, block of rows by block, while a block is in the cache."""
+
+    def __init__(self, work: Tensor, error: Tensor, gradients: Sequence[Tensor | None], scale: float) -> None:
+        super().__init__(work)
+        self._error, self._gradients, self._scale, self._formed = error, gradients, scale, False
+
+    @property
+    def tensor(self) -> Tensor:
+        if not self._formed:
+            for row in range(len(self._gradients)):
+                self._form(row, slice(None))
+            self._done()
+        return self._tensor
+
+    def times(self, q: Tensor) -> Tensor:
+        if self._formed:
+            return super().times(q)
+        product = torch.empty(*self._tensor.shape[:2], q.shape[-1], dtype=q.dtype, device=q.device)
+        for row in range(len(self._gradients)):
+            for block in row_blocks(self._tensor[row]):
+                self._form(row, block)
+                torch.mm(self._tensor[row, block], q[row], out=product[row, block])
+        self._done()
+        return product
+
+    def _form(self, row: int, block: slice) -> None:
+        gradient = self._gradients[row]
+        if gradient is None:
+            self._tensor[row, block] = self._error[row, block]
+        else:
+            torch.add(self._error[row, block], gradient[block], alpha=1.0 / self._scale, out=self._tensor[row, block])
+
+    def _done(self) -> None:
+        self._formed, self._gradients = True, ()
 
 
 def build_batches(

@@ -21,7 +21,15 @@ from .errors import ConfigError
 from .randomness import stream
 
 LARGE = 1 << 15  # elements from which a matrix is worth operations of its own: they take longer than Python needs
+BLOCK = 1 << 17  # elements of a block of rows
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def row_blocks(matrix: Tensor) -> list[slice]:
+    """Rows of an (m, n) matrix in blocks that fit a CPU's cache; all of them on other devices, where launches cost more."""
+    m, n = matrix.shape
+    rows = m if matrix.device.type != "cpu" else max(1, BLOCK // n)
+    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,10 @@ class ErrorMemory:
             if delta[0].numel() < LARGE:
                 torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor)
                 return
-            # Matrix by matrix: the product is subtracted while the copy of Delta is still in the cache.
+            # Block by block: the product is subtracted while the copy of Delta is still in the cache.
             for error, given, p, q in zip(self.tensor, delta, sent.p, sent.q, strict=True):
-                torch.addmm(given, p, q.mT, alpha=-1, out=error)
+                for block in row_blocks(given):
+                    torch.addmm(given[block], p[block], q.mT, alpha=-1, out=error[block])
             return
         if kept is None:
             kept = torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1) if isinstance(sent, LowRank) else delta - sent

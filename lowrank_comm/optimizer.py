@@ -12,7 +12,7 @@ It is a real `torch.optim.Optimizer` around a base optimizer. It owns nothing th
 happens once, when the step is due. If any worker's gradient is not finite, no worker steps.
 
 State dicts: `state_dict()` is the base's, with the compressor's state added inside `state[parameter]` (keys starting
-with "lowrank_comm."; torch.distributed.checkpoint keeps these and drops unknown top-level keys) and a readable tag at
+with "lowrank_comm_"; torch.distributed.checkpoint keeps these and drops unknown top-level keys) and a readable tag at
 the top. It never communicates and never raises; see `checkpoint` for what "own" and "mean" are.
 """
 

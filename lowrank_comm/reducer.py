@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .batches import Batch, Slot, build_batches
 from .communication import Group, Ledger, check_same
-from .compressors.base import Compressor, Context, LowRank, Result, Steps
+from .compressors.base import Compressor, Context, Delta, LowRank, Result, Steps
 from .diagnostics import Plan, StepReport
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError, LowRankCommError
@@ -64,7 +64,7 @@ class _Job:
     batch: Batch
     rows: list[int] | None
     context: Context
-    delta: Tensor | None = None
+    delta: Delta | None = None
     result: Result | None = None
 
     @property
@@ -220,12 +220,12 @@ class Reducer:
             assert job.delta is not None
             alive = [row for row in job.indices if pending.present[job.batch.slots[row]]]
             if len(alive) == len(job.indices):
-                job.batch.memory.keep(job.delta, job.result.sent, job.result.kept, job.rows, self.step)
+                job.batch.memory.keep(job.delta.tensor, job.result.sent, job.result.kept, job.rows, self.step)
                 job.batch.store_state(job.rows, job.result.state)
             elif alive:  # nobody had a gradient for some: their error and basis stay as they are
                 places = [job.indices.index(row) for row in alive]
                 result = _rows_of_result(job.result, places)
-                job.batch.memory.keep(job.delta[places], result.sent, result.kept, alive, self.step)
+                job.batch.memory.keep(job.delta.tensor[places], result.sent, result.kept, alive, self.step)
                 job.batch.store_state(alive, result.state)
             self._last.sent.append(job.result.sent)
         for job in pending.jobs:
@@ -262,11 +262,9 @@ class Reducer:
                 )
 
     def _steps(self, job: _Job, grads: Sequence[Tensor | None], scale: float) -> Steps:
-        """The compressor's generator. Delta is formed when it is first advanced: the compressor reads it while it is in the
-        cache."""
-        delta = job.batch.form_delta(grads, scale, job.rows)
-        job.delta = delta
-        return (yield from self.compressor.step(delta, job.batch.rows_of_state(job.rows), job.context))
+        """The compressor's generator; Delta is made when it is first advanced, just before it is read."""
+        job.delta = job.batch.delta(grads, scale, job.rows)
+        return (yield from self.compressor.step(job.delta, job.batch.rows_of_state(job.rows), job.context))
 
     def _jobs(self, batch: Batch) -> list[_Job]:
         """The batch as one job, or as two where only some of its matrices restart."""

@@ -1,11 +1,12 @@
 """How the compressor's state travels inside an optimizer's state dict.
 
-    state_dict["state"][parameter]["lowrank_comm.error"], ["lowrank_comm.Q"]   tensors
-    state_dict["state"][parameter]["lowrank_comm.tag"]                        the tag as numbers
+    state_dict["state"][parameter]["lowrank_comm_error"], ["lowrank_comm_Q"]   tensors
+    state_dict["state"][parameter]["lowrank_comm_tag"]                        the tag as numbers
     state_dict["lowrank_comm"]                                                the tag, readable
 
 The tag stands twice because torch.distributed.checkpoint drops top-level keys that it does not know, without a word,
-and keeps what is in `state[parameter]`. The entries are added to the dict only and never to the optimizer's live state:
+and keeps what is in `state[parameter]`. Every trainable parameter has one, compressed or not, because it refuses a state
+dict in which some parameters have a state and others have none. No key has a dot, at which it splits flattened names. The entries are added to the dict only and never to the optimizer's live state:
 Adam takes a non-empty state for one that it has initialised. They are taken out before the base loads, because
 `Optimizer.load_state_dict` would cast a float32 error to a bfloat16 parameter's dtype.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from .checkpoint import Tag, tensors_of
 from .reducer import Reducer
 
-PREFIX = "lowrank_comm."
+PREFIX = "lowrank_comm_"
 KEY = "lowrank_comm"
 _KINDS = ("own", "mean")
 
@@ -38,10 +39,11 @@ def add(state_dict: dict[str, Any], reducer: Reducer, tag: Tag, numbered: Sequen
     """
     numbers = [tag.format, _KINDS.index(tag.kind), tag.rank, tag.world, tag.step, tag.seed]
     tensors = tensors_of(reducer)
+    devices = {slot.name: slot.device for slot in reducer.slots}
     for name, number in numbered:
-        if name in tensors:
-            ours = {PREFIX + symbol: tensor for symbol, tensor in tensors[name].items()}
-            ours[PREFIX + "tag"] = torch.tensor(numbers, device=tensors[name]["error"].device)
+        if name in devices:
+            ours = {PREFIX + symbol: tensor for symbol, tensor in tensors.get(name, {}).items()}
+            ours[PREFIX + "tag"] = torch.tensor(numbers, device=devices[name])
             state_dict["state"][number] = {**state_dict["state"].get(number, {}), **ours}
     state_dict[KEY] = asdict(tag)
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Compressor, Context, Mean, Result, State, Steps
+from .base import Compressor, Context, Delta, Mean, Result, State, Steps
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,6 @@ class Identity(Compressor):
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         return {}
 
-    def step(self, delta: Tensor, state: State, context: Context) -> Steps:
-        mean, own = yield Mean(delta, "dense")
+    def step(self, delta: Delta, state: State, context: Context) -> Steps:
+        mean, own = yield Mean(delta.tensor, "dense")
         return Result(applied=mean, sent=own, state={})

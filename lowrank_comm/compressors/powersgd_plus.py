@@ -26,13 +26,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ..errors import ConfigError
 from ..linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 from ..restart import RestartSchedule, staggered
-from .base import ComputeOnce, Context, LowRank, Mean, Result, State, Steps, checked_positive_int
-from .powersgd import PowerSGD, next_q, power_iteration, ssp_comp, transposed_product
+from .base import ComputeOnce, Context, Delta, LowRank, Mean, Result, State, Steps, checked_positive_int, transposed_product
+from .powersgd import PowerSGD, next_q, power_iteration, ssp_comp
 
 RESTARTS = ("svd", "randomized")
 
@@ -98,18 +96,18 @@ class PowerSGDPlus(PowerSGD):
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
         return staggered(self.restart_every, costs) if self.stagger else RestartSchedule(self.restart_every)
 
-    def step(self, delta: Tensor, state: State, context: Context) -> Steps:
+    def step(self, delta: Delta, state: State, context: Context) -> Steps:
         if not context.restart:
             return (yield from ssp_comp(delta, state["Q"], context))
         if self.restart == "svd":
             return (yield from self._svd_comp(delta, context))
         return (yield from _randomized_comp(delta, context))
 
-    def _svd_comp(self, delta: Tensor, context: Context) -> Steps:
+    def _svd_comp(self, delta: Delta, context: Context) -> Steps:
         """SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all have."""
-        batch, m, _ = delta.shape
+        batch, m, _ = delta.tensor.shape
         r = context.rank
-        d, own = yield Mean(delta, "restart")
+        d, own = yield Mean(delta.tensor, "restart")
         p = yield ComputeOnce(batch, (m, r), lambda mine: leading_left_singular_vectors(d[mine], r), d.dtype, d.device)
         if context.wire_rounds:  # a basis that was rounded on the wire is orthonormal no more
             p = orthonormal_rank_revealing(p, context.draw("fill P", (m, r), p))
@@ -121,14 +119,17 @@ class PowerSGDPlus(PowerSGD):
         if self.consensus_restart:
             # delta - own is what the wire's rounding took from this worker alone; it stays with this worker.
             return Result(
-                applied, LowRank(p, transposed_product(own, p)), {"Q": q_next}, kept=(delta - own) + (d - applied.dense())
+                applied,
+                LowRank(p, transposed_product(own, p)),
+                {"Q": q_next},
+                kept=(delta.tensor - own) + (d - applied.dense()),
             )
         return Result(applied, LowRank(p, transposed_product(own, p)), {"Q": q_next})
 
 
-def _randomized_comp(delta: Tensor, context: Context) -> Steps:
+def _randomized_comp(delta: Delta, context: Context) -> Steps:
     """SSP-Comp from a fresh Gaussian Q, with one extra power iteration before it. 2 r (m + n) elements a matrix."""
-    fresh = context.draw("restart Q", (delta.shape[-1], context.rank), delta)
+    fresh = context.draw("restart Q", (delta.tensor.shape[-1], context.rank), delta.tensor)
     purpose = " of the extra iteration"
     _, q_mean, _ = yield from power_iteration(delta, fresh, context, "restart", purpose)
     q = yield from next_q(q_mean, context, purpose)
