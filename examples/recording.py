@@ -1,0 +1,181 @@
+"""Callbacks of the examples: a progress bar with the loss, and one line of figures a step in `log.jsonl`.
+
+A Trainer's own progress callback prints a line for every log; with one log a step that hides the bar.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from report import LOG, WINDOW, Summary, read_log
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+# The first steps allocate memory and warm caches; the mean time of a step leaves them out.
+WARM_UP_STEPS = 2
+
+
+class CompressionHandle(Protocol):
+    """What `lowrank_comm.integrations.deepspeed.get(engine)` offers and this file uses."""
+
+    @property
+    def last_report(self) -> Any: ...  # noqa: D102
+
+    @property
+    def ledger(self) -> Any: ...  # noqa: D102
+
+
+def gradient_bytes(model: torch.nn.Module) -> int:
+    """Bytes that an all-reduce of all gradients carries: tied parameters once, ZeRO-3's shards at full size."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained)
+
+
+class Bar(ProgressCallback):
+    """Trainer's progress bar with the loss behind it instead of a line for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Put the loss behind the bar."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+
+class Recorder(TrainerCallback):
+    """Writes `log.jsonl`: after every logged step its loss and time, and what the run has sent so far.
+
+    `find_handle` is asked when training begins (the engine exists only then) for what knows the compressor's figures;
+    None means an uncompressed run, whose bytes follow from the parameters. Only rank 0 writes; the figures are its own,
+    and every worker sends the same.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, find_handle: Callable[[], CompressionHandle | None]):
+        self.trainer = trainer
+        self.file = folder / LOG
+        self.folder = folder
+        self.find_handle = find_handle
+        self.handle: CompressionHandle | None = None
+        self.counted = self.dense_bytes = 0
+        self.started = 0.0
+        self.since_log: list[dict[str, Any]] = []
+        self.before: dict[str, Any] = {}
+
+    def totals(self) -> dict[str, Any]:
+        """What this process has counted since it began, as `log.jsonl` names it."""
+        if self.handle is None:
+            sent = self.counted * self.dense_bytes
+            return {"bytes": {"all-reduce": sent}, "uncompressed_bytes": sent}
+        ledger = self.handle.ledger
+        return {
+            "bytes": {str(kind): count for kind, count in ledger.bytes.items()},
+            "uncompressed_bytes": ledger.uncompressed_bytes,
+            "collectives": ledger.collectives,
+            "restarts": ledger.restarts,
+        }
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Start the log, or go on with that of the run which is resumed."""
+        self.handle = self.find_handle()
+        self.counted = 0
+        self.dense_bytes = gradient_bytes(self.trainer.model)
+        kept = []
+        if state.global_step > 0 and self.file.exists():
+            kept = [line for line in read_log(self.folder) if line["step"] <= state.global_step]
+        steps = [line for line in kept if "loss" in line]
+        # What the resumed run had sent, less what a restored ledger already knows of it.
+        self.before = add(steps[-1] if steps else {}, self.totals(), sign=-1)
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Start the clock of an optimizer step (all of its micro-steps)."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Stop the clock and keep the step's report until its loss is logged."""
+        self.counted += 1
+        step: dict[str, Any] = {"seconds": time.perf_counter() - self.started}
+        report = self.handle.last_report if self.handle is not None else None
+        if report is not None:
+            step |= {"phases": dict(report.seconds), "captured_energy": report.captured_energy}
+        self.since_log.append(step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Write a line: means over the steps since the last one, totals since the run began."""
+        if not logs or "loss" not in logs or not self.since_log:
+            return
+        steps, self.since_log = self.since_log, []
+        phases: Counter[str] = Counter()
+        for step in steps:
+            phases.update(step.get("phases", {}))
+        energies = [step["captured_energy"] for step in steps if step.get("captured_energy") is not None]
+        totals = add(self.before, self.totals())
+        self.write(
+            state,
+            {
+                "step": state.global_step,
+                "loss": logs["loss"],
+                "learning_rate": logs.get("learning_rate"),
+                "seconds": statistics.fmean(step["seconds"] for step in steps),
+                "phases": {phase: seconds / len(steps) for phase, seconds in phases.items()},
+                "captured_energy": statistics.fmean(energies) if energies else None,
+                "bytes_total": sum(totals["bytes"].values()),
+                **totals,
+            },
+        )
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        """Write the held-out perplexity."""
+        if metrics and "eval_loss" in metrics:
+            self.write(state, {"step": state.global_step, "perplexity": math.exp(min(metrics["eval_loss"], 700.0))})
+
+    def write(self, state: TrainerState, line: dict[str, Any]) -> None:
+        """Append one line on rank 0."""
+        if state.is_world_process_zero:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def summary(self, name: str, setup: dict[str, Any], section: dict[str, Any] | None) -> Summary:
+        """The whole run's figures, from its log."""
+        lines = read_log(self.folder)
+        steps = [line for line in lines if "loss" in line]
+        if not steps:
+            raise RuntimeError(f"{self.file} holds no step: --logging_steps must not exceed the number of steps")
+        timed = steps[WARM_UP_STEPS:] or steps
+        energies = [line["captured_energy"] for line in steps if line["captured_energy"] is not None]
+        last = steps[-1]
+        return Summary(
+            name=name,
+            setup=setup,
+            steps=last["step"],
+            first_loss=steps[0]["loss"],
+            last_loss=statistics.fmean(line["loss"] for line in steps[-WINDOW:]),
+            first_perplexity=lines[0].get("perplexity"),
+            last_perplexity=lines[-1].get("perplexity"),
+            bytes={kind: count for kind, count in last["bytes"].items() if count},
+            uncompressed_bytes=last["uncompressed_bytes"],
+            step_seconds=statistics.fmean(line["seconds"] for line in timed),
+            compressor=section,
+            collectives=last.get("collectives"),
+            restarts=last.get("restarts"),
+            captured_energy=statistics.fmean(energies) if energies else None,
+            phases={phase: statistics.fmean(line["phases"].get(phase, 0.0) for line in timed) for phase in last["phases"]},
+        )
+
+
+def add(base: dict[str, Any], totals: dict[str, Any], sign: int = 1) -> dict[str, Any]:
+    """`base + sign * totals` for the figures of `totals`; in dictionaries, for the keys of both; absent counts as 0."""
+    return {
+        key: {k: base.get(key, {}).get(k, 0) + sign * value.get(k, 0) for k in {**value, **base.get(key, {})}}
+        if isinstance(value, dict)
+        else base.get(key, 0) + sign * value
+        for key, value in totals.items()
+    }

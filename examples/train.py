@@ -1,0 +1,215 @@
+"""Train a causal language model with Hugging Face's Trainer and DeepSpeed, gradients compressed as the JSON says.
+
+    deepspeed --num_gpus 2 examples/train.py --deepspeed configs/ds_powersgd_plus.json
+
+trains a LLaMA of a million parameters from nothing on Shakespeare, on GPUs or, where there are none, on the CPU. Every
+flag of `TrainingArguments` works beside the few below. A model and a text of one's own:
+
+    deepspeed examples/train.py --deepspeed configs/ds_powersgd_plus.json \
+        --model_name_or_path DIR --train_file my.txt --max_steps 1000 --learning_rate 1e-4
+
+For compression this script needs one line, the import of `lowrank_comm.integrations.deepspeed`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ON_CPU = "--use_cpu" in sys.argv or not torch.accelerator.is_available()
+if ON_CPU:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+    if "OMP_NUM_THREADS" not in os.environ:  # else each worker takes all cores
+        workers_here = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+        )  # torchrun's, DeepSpeed's name
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers_here))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # accelerate would set its own number
+
+from data import load_corpus  # noqa: E402  (these import deepspeed or transformers, which look at the environment set above)
+from recording import Bar, Recorder  # noqa: E402
+from report import SUMMARY, Summary, show  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback  # noqa: E402
+
+import lowrank_comm.integrations.deepspeed  # noqa: E402  (the one line: the JSON's "lowrank_comm" section now means something)
+
+ROOT = Path(__file__).resolve().parent.parent
+UNCOMPRESSED_CONFIG = "ds_uncompressed"
+# LLaMAs for a CPU, by number of parameters: 1.05M, 5.27M, 12.2M.
+PRESETS = {
+    "S": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "intermediate_size": 344,
+        "num_attention_heads": 4,
+        "vocab_size": 2048,
+    },
+    "M": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "intermediate_size": 688,
+        "num_attention_heads": 4,
+        "vocab_size": 2048,
+    },
+    "L": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "intermediate_size": 1024,
+        "num_attention_heads": 6,
+        "vocab_size": 4096,
+    },
+}
+
+
+@dataclass
+class ExampleArguments:
+    """What to train on what; everything else is TrainingArguments."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Start from this model and tokenizer (folder or hub name)."}
+    )
+    model_size: str = field(
+        default="S", metadata={"help": "A LLaMA from nothing, if no model is given.", "choices": list(PRESETS)}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "A text file (UTF-8). Default: Shakespeare's plays."})
+    sequence_length: int = field(default=128, metadata={"help": "Tokens in a training example."})
+    held_out_tokens: int = field(
+        default=40_000, metadata={"help": "Tokens at the text's end that judge the model and never train it."}
+    )
+    cache_dir: str = field(
+        default=str(ROOT / ".cache" / "examples"), metadata={"help": "Where tokenizers and token ids are kept."}
+    )
+    compare_with: str | None = field(
+        default=None,
+        metadata={"help": f"output_dir of a run to show beside this one. Default: {UNCOMPRESSED_CONFIG} there, if it fits."},
+    )
+
+
+@dataclass
+class ExampleTrainingArguments(TrainingArguments):
+    """TrainingArguments with defaults for a short run of a small model. A CPU is chosen where there is nothing else."""
+
+    use_cpu: bool = field(default=ON_CPU, metadata={"help": "Train on the CPU."})
+    ddp_backend: str | None = field(default="gloo" if ON_CPU else None, metadata={"help": "Backend of the process group."})
+    max_steps: int = field(default=300, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples per worker and micro-step."})
+    per_device_eval_batch_size: int = field(default=12, metadata={"help": "Examples per worker in an evaluation."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "The highest learning rate."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up, or below 1 their share of all steps."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Only where the DeepSpeed JSON has no scheduler."})
+    logging_steps: float = field(default=1, metadata={"help": "A line of log.jsonl every so many steps."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluations compute the loss only."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step too."})
+
+    def __post_init__(self) -> None:
+        """A folder of its own for each config: runs/<name of the DeepSpeed JSON>."""
+        if self.output_dir is None:
+            self.output_dir = str(Path("runs") / (Path(self.deepspeed).stem if isinstance(self.deepspeed, str) else "plain"))
+        super().__post_init__()
+
+
+def make_model(given: ExampleArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The user's model, or a new LLaMA with the tokenizer's vocabulary."""
+    if given.model_name_or_path is not None:
+        return AutoModelForCausalLM.from_pretrained(given.model_name_or_path)
+    sizes: dict[str, Any] = PRESETS[given.model_size] | {"vocab_size": len(tokenizer)}
+    token = tokenizer.eos_token_id
+    config = LlamaConfig(
+        **sizes, max_position_embeddings=max(256, given.sequence_length), tie_word_embeddings=True, use_cache=False,
+        bos_token_id=token, eos_token_id=token, pad_token_id=token,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def find_comparison(given: ExampleArguments, output_dir: Path, own: Summary) -> Path | None:
+    """The run to show beside this one: the one asked for, else the uncompressed one, if it equals this in all else."""
+    if given.compare_with is not None:
+        return Path(given.compare_with)
+    neighbour = output_dir.parent / UNCOMPRESSED_CONFIG
+    if own.compressor is None or not (neighbour / SUMMARY).is_file() or own.differences(Summary.load(neighbour)):
+        return None
+    return neighbour
+
+
+def main() -> None:
+    """Parse, train, report."""
+    parser = HfArgumentParser((ExampleArguments, ExampleTrainingArguments))  # type: ignore[arg-type]
+    if ON_CPU:
+        lowrank_comm.integrations.deepspeed.skip_shm_extension()  # a compilation of minutes, for inference only
+    given, args = parser.parse_args_into_dataclasses()
+    output_dir = Path(args.output_dir)
+    if given.compare_with is not None:
+        Summary.load(Path(given.compare_with))  # a wrong folder is noticed before training, not after
+
+    with args.main_process_first(local=True, desc="text and tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path) if given.model_name_or_path is not None else None
+        corpus = load_corpus(Path(given.cache_dir), given.train_file, PRESETS[given.model_size]["vocab_size"], tokenizer)
+    training, held_out = corpus.split(given.held_out_tokens, given.sequence_length)
+
+    set_seed(args.seed)
+    model = make_model(given, corpus.tokenizer)
+    trainer = Trainer(
+        model=model, args=args, train_dataset=training, eval_dataset=held_out, processing_class=corpus.tokenizer,
+        data_collator=default_data_collator,
+    )  # fmt: skip
+    recorder = Recorder(trainer, output_dir, lambda: lowrank_comm.integrations.deepspeed.get(trainer.model_wrapped))
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Bar)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(recorder)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.evaluate()
+
+    if trainer.is_world_process_zero():
+        section = (args.hf_deepspeed_config.config if args.deepspeed else {}).get("lowrank_comm")
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        setup = {
+            "model": f"{type(model).__name__} of {size / 1e6:.2f}M parameters",
+            "text": given.train_file or "Shakespeare",
+            "tokens per step": args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size
+            * given.sequence_length,
+            "workers": args.world_size,
+            "steps": trainer.state.max_steps,
+            "learning rate": args.learning_rate,
+            "seed": args.seed,
+        }
+        own = recorder.summary(describe(section, output_dir), setup, section)
+        own.save(output_dir)
+        show(output_dir, find_comparison(given, output_dir, own))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def describe(section: dict[str, Any] | None, output_dir: Path) -> str:
+    """A column's heading: the compressor and its rank."""
+    if section is None:
+        return "uncompressed"
+    rank = f" rank {section['rank']}" if "rank" in section else ""
+    return f"{section.get('compressor', output_dir.name)}{rank}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The smallest driver of a compressor's generators: N workers in one process, answers in plain arithmetic. No reducer, no buffers, no group.
+
+The tests hold the library's reducer against it, and look with it at what a compressor returns (what was sent, what was applied).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lowrank_comm.compressors.base import Compressor, ComputeOnce, Context, Delta, Mean, Result, State
+from torch import Tensor
+
+
+def drive(compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[State], context: Context) -> list[Result]:
+    """One step of one batch for every worker. deltas: (B, m, n) for each worker. Returns each worker's result."""
+    runs = [compressor.step(Delta(delta), state, context) for delta, state in zip(deltas, states, strict=True)]
+    results: list[Result] = []
+    asked = [next(run) for run in runs]
+    while not results:
+        first = asked[0]
+        if isinstance(first, Mean):
+            mean = torch.stack([request.tensor for request in asked]).mean(0)
+            answers = [(mean, request.tensor) for request in asked]
+        elif isinstance(first, ComputeOnce):
+            answers = [first.compute(list(range(first.count)))] * len(runs)
+        else:
+            answers = [bool(first.flag.all())] * len(runs)
+        asked = []
+        for run, answer in zip(runs, answers, strict=True):
+            try:
+                asked.append(run.send(answer))
+            except StopIteration as end:
+                results.append(end.value)
+    assert len(results) == len(runs), "workers of one batch must ask the same number of times"
+    return results
+
+
+def dense(value: object) -> Tensor:
+    """A result's `applied` or `sent` as a full tensor."""
+    return value if isinstance(value, Tensor) else value.dense()  # type: ignore[attr-defined]
+
+
+class Workers:
+    """N workers that repeat `drive` with error feedback on a batch of named matrices of one shape."""
+
+    def __init__(self, compressor: Compressor, names: tuple[str, ...], workers: int, basis: Tensor, seed: int = 0) -> None:
+        self.compressor, self.names, self.seed, self.t = compressor, names, seed, 0
+        self.rank = basis.shape[-1]
+        self.states: list[State] = [{"Q": basis.clone()} for _ in range(workers)]
+        self.errors: list[Tensor] | None = None
+
+    def step(self, gradients: Sequence[Tensor]) -> list[Result]:
+        """gradients: (B, m, n) for each worker. `errors` is e_{t+1} afterwards."""
+        errors = self.errors if self.errors is not None else [torch.zeros_like(g) for g in gradients]
+        schedule = self.compressor.schedule(dict.fromkeys(self.names, 1))
+        context = Context(
+            names=self.names,
+            t=self.t,
+            seed=self.seed,
+            rank=self.rank,
+            restart=schedule is not None and schedule.due(self.names[0], self.t),
+        )
+        deltas = [g + e for g, e in zip(gradients, errors, strict=True)]
+        results = drive(self.compressor, deltas, self.states, context)
+        self.states = [result.state for result in results]
+        self.errors = [
+            delta - dense(result.sent) if result.kept is None else result.kept
+            for delta, result in zip(deltas, results, strict=True)
+        ]
+        self.t += 1
+        return results

@@ -1,0 +1,123 @@
+"""Real gloo processes for the tests: started once a session, a fresh default process group for every case.
+
+A *case* is a module-level function `case(rank, *arguments)`. `GlooPool.run(case, world, *arguments)` calls it on `world` processes at once, each of
+them a member of a new default group of that size, and returns the values by rank. An exception on any rank comes back as `CaseFailed` with
+every rank's traceback. Nothing hangs: a case that is not done in time, or that left a rank waiting for a dead one, costs the processes
+their life; the next case starts new ones.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=30)
+"""How long one collective may wait for a rank that never comes."""
+GRACE = 5.0
+"""Seconds the other ranks get to end by themselves once one of them has raised."""
+
+
+class CaseFailed(AssertionError):
+    """A case raised on some rank, or did not end in time; carries the tracebacks."""
+
+
+def _serve(rank: int, connection: Connection) -> None:
+    """The life of one process: receive a case, join the group, run it, answer, leave the group."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            store, world, case, arguments = pickle.loads(message)
+            torch.manual_seed(0)
+            dist.init_process_group(
+                "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
+            )
+            answer = pickle.dumps((True, case(rank, *arguments)))
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send_bytes(answer)
+
+
+class GlooPool:
+    """`size` processes that run cases; `close()` ends them."""
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self._workers: list[tuple[Any, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="gloo_")
+        self._cases = 0
+
+    def run(self, case: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
+        """`case(rank, *arguments)` on ranks 0 .. world-1; their values by rank. (Pickled here, so tensors travel by value.)"""
+        if not self._workers:
+            self._start()
+        self._cases += 1
+        store = str(Path(self._folder.name) / f"store_{self._cases}")
+        message = pickle.dumps((store, world, case, arguments))
+        pending = {connection: rank for rank, (_, connection) in enumerate(self._workers[:world])}
+        for connection in pending:
+            connection.send_bytes(message)
+        values: list[Any] = [None] * world
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while pending:
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                failures |= {rank: "did not end in time" for rank in pending.values()}
+                break
+            for connection in ready:
+                rank = pending.pop(connection)
+                try:
+                    fine, value = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    fine, value = False, "the process died"
+                if fine:
+                    values[rank] = value
+                else:
+                    failures[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if failures:
+            self._stop()
+            raise CaseFailed("\n".join(f"--- rank {rank} of {world}\n{text}" for rank, text in sorted(failures.items())))
+        return values
+
+    def close(self) -> None:
+        self._stop()
+        self._folder.cleanup()
+
+    def _start(self) -> None:
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, there), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+    def _stop(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []

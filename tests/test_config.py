@@ -1,0 +1,237 @@
+"""Bad input is a clear error before training starts: in Python, in the JSON section, and between ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from gloo import GlooPool
+from lowrank_comm import CompressedOptimizer, ConfigError, ConfigMismatchError, Identity, LowRankCommError, PowerSGD, PowerSGDPlus
+from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.config import Section
+
+FULL = {
+    "compressor": "powersgd_plus",
+    "rank": 4,
+    "restart_every": 200,
+    "restart": "svd",
+    "exact_restart": False,
+    "consensus_restart": True,
+    "stagger": True,
+    "error_feedback": {"dtype": None, "rounding": "nearest", "offload": False},
+    "wire_dtype": None,
+    "min_compression_rate": 2,
+    "rules": [{"match": "lm_head.*", "treatment": "dense"}, {"match": "*.embed.weight", "rank": 2}],
+    "seed": 7,
+    "topology": {"shard_size": 1},
+}
+
+
+def test_the_documented_section() -> None:
+    section = Section.parse(json.loads(json.dumps(FULL)))
+    assert section.make_compressor() == PowerSGDPlus(4, restart_every=200, consensus_restart=True, stagger=True)
+    options = section.reducer_options()
+    assert options["seed"] == 7
+    assert options["min_compression_rate"] == 2.0
+    assert [rule.match for rule in options["rules"]] == ["lm_head.*", "*.embed.weight"]
+
+
+@pytest.mark.parametrize(
+    ("section", "compressor"),
+    [
+        ({}, PowerSGDPlus(4, restart_every=200)),
+        ({"compressor": "powersgd"}, PowerSGD(4)),
+        ({"compressor": "powersgd", "rank": 2}, PowerSGD(2)),
+        ({"compressor": "powersgd_plus", "rank": 2, "restart": "randomized"}, PowerSGDPlus(2, restart="randomized")),
+        ({"compressor": "identity"}, Identity()),
+    ],
+)
+def test_defaults(section: dict[str, Any], compressor: Compressor) -> None:
+    assert Section.parse(section).make_compressor() == compressor
+
+
+BAD = {
+    "unknown key": ({"restart_evry": 100}, ["restart_evry", "restart_every"]),
+    "unknown key, no rank": ({"rnak": 4}, ["rnak", "'rank'"]),
+    "unknown key in error_feedback": ({"error_feedback": {"dtyp": None}}, ["error_feedback.dtyp", "'dtype'"]),
+    "unknown key in a rule": ({"rules": [{"match": "a", "treatmnt": "dense"}]}, ["treatmnt", "'treatment'"]),
+    "rule without a pattern": ({"rules": [{"treatment": "dense"}]}, ["match"]),
+    "rank 0": ({"rank": 0}, ["rank", "0"]),
+    "rank negative": ({"rank": -3}, ["rank", "-3"]),
+    "rank not an integer": ({"rank": 2.5}, ["rank", "2.5"]),
+    "rank a float that is whole": ({"rank": 4.0}, ["rank", "4.0"]),
+    "rank a bool": ({"rank": True}, ["rank", "True"]),
+    "rank a string": ({"rank": "4"}, ["rank", "'4'"]),
+    "rank null": ({"rank": None}, ["rank", "None"]),
+    "rank auto": ({"rank": "auto"}, ["rank", "auto"]),
+    "tau not an integer": ({"restart_every": 10.5}, ["restart_every", "10.5"]),
+    "tau a bool": ({"restart_every": True}, ["restart_every", "True"]),
+    "tau 0": ({"restart_every": 0}, ["restart_every", "0"]),
+    "tau negative": ({"restart_every": -1}, ["restart_every", "-1"]),
+    "tau auto": ({"restart_every": "auto"}, ["restart_every", "auto"]),
+    "unknown compressor": ({"compressor": "powersgd_pluss"}, ["powersgd_pluss", "powersgd_plus"]),
+    "unknown compressor, far off": ({"compressor": "zip"}, ["zip", "powersgd", "identity"]),
+    "compressor auto": ({"compressor": "auto"}, ["compressor", "auto"]),
+    "unknown restart": ({"restart": "svdd"}, ["svdd", "svd", "randomized"]),
+    "a key of another compressor": ({"compressor": "powersgd", "restart_every": 5}, ["restart_every", "powersgd_plus"]),
+    "options that contradict": ({"restart": "randomized", "exact_restart": True}, ["exact_restart", "svd"]),
+    "negative rate": ({"min_compression_rate": -0.5}, ["min_compression_rate", "-0.5"]),
+    "rate nan": ({"min_compression_rate": float("nan")}, ["min_compression_rate", "nan"]),
+    "rate auto": ({"min_compression_rate": "auto"}, ["min_compression_rate", "auto"]),
+    "rate a bool": ({"min_compression_rate": True}, ["min_compression_rate", "True"]),
+    "unknown wire dtype": ({"wire_dtype": "float8"}, ["wire_dtype", "float8"]),
+    "wire dtype auto": ({"wire_dtype": "auto"}, ["wire_dtype", "auto"]),
+    "error memory in float16": ({"error_feedback": {"dtype": "float16"}}, ["error_feedback.dtype", "float16"]),
+    "error dtype auto": ({"error_feedback": {"dtype": "auto"}}, ["error_feedback.dtype", "auto"]),
+    "rounding unknown": ({"error_feedback": {"rounding": "up"}}, ["rounding", "up"]),
+    "treatment unknown": ({"rules": [{"match": "a", "treatment": "dence"}]}, ["treatment", "dence"]),
+    "seed a float": ({"seed": 1.5}, ["seed", "1.5"]),
+    "shard size": ({"topology": {"shard_size": 2}}, ["shard_size", "2"]),
+    "bool for a number": ({"stagger": 1}, ["stagger", "1"]),
+}
+
+
+@pytest.mark.parametrize(("section", "words"), BAD.values(), ids=BAD.keys())
+def test_a_bad_section_is_named(section: dict[str, Any], words: list[str]) -> None:
+    """The error names the key and the value, is a ValueError too, and comes from parse() alone: nothing has been started by then."""
+    with pytest.raises(ConfigError) as caught:
+        Section.parse(section)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, LowRankCommError)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("section", [None, [], "powersgd", 4])
+def test_a_section_that_is_no_object(section: Any) -> None:
+    with pytest.raises(ConfigError, match="lowrank_comm"):
+        Section.parse(section)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: PowerSGD(rank=0), ["rank", "0"]),
+        (lambda: PowerSGD(rank=-1), ["rank", "-1"]),
+        (lambda: PowerSGD(rank=1.5), ["rank", "1.5"]),
+        (lambda: PowerSGD(rank=True), ["rank", "True"]),
+        (lambda: PowerSGD(rank=None), ["rank", "None"]),
+        (lambda: PowerSGDPlus(rank="auto"), ["rank", "auto"]),
+        (lambda: PowerSGDPlus(4, restart_every=0), ["restart_every", "0"]),
+        (lambda: PowerSGDPlus(4, restart_every=2.0), ["restart_every", "2.0"]),
+        (lambda: PowerSGDPlus(4, restart_every=True), ["restart_every", "True"]),
+        (lambda: PowerSGDPlus(4, restart_every=None), ["restart_every", "None"]),
+        (lambda: PowerSGDPlus(4, restart="svdd"), ["restart", "svdd", "randomized"]),
+        (lambda: PowerSGDPlus(4, stagger="yes"), ["stagger", "yes"]),
+        (lambda: PowerSGDPlus(4, restart="randomized", consensus_restart=True), ["consensus_restart", "svd"]),
+        (lambda: PowerSGDPlus(4, exact_restart=True, consensus_restart=True), ["exact_restart", "consensus_restart"]),
+        (lambda: optimizer(min_compression_rate=-1), ["min_compression_rate", "-1"]),
+        (lambda: optimizer(min_compression_rate="auto"), ["min_compression_rate", "auto"]),
+        (lambda: optimizer(seed=0.5), ["seed", "0.5"]),
+        (lambda: optimizer(wire_dtype="float8"), ["wire_dtype", "float8"]),
+        (lambda: optimizer(max_grad_norm=-1.0), ["max_grad_norm", "-1.0"]),
+        (lambda: optimizer(max_grad_norm=0), ["max_grad_norm", "0"]),
+        (lambda: optimizer(reduce_at="sometimes"), ["reduce_at", "sometimes", "step"]),
+        (lambda: optimizer(initial_basis={"weigth": torch.ones(3, 2)}).plan, ["initial_basis", "weigth"]),
+        (lambda: optimizer(initial_basis={"weight": torch.ones(8, 2)}).plan, ["initial_basis", "weight", "6"]),
+        (lambda: CompressedOptimizer(torch.nn.Linear(6, 8), compressor=PowerSGD(2)), ["Linear"]),
+        (lambda: CompressedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(6, 8))]), compressor="powersgd"), ["powersgd"]),
+    ],
+)
+def test_bad_arguments_are_named(build: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def optimizer(**options: Any) -> CompressedOptimizer:
+    model = torch.nn.Linear(6, 8)
+    return CompressedOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1), **({"compressor": PowerSGD(2), "min_compression_rate": 0} | options)
+    )
+
+
+def test_a_section_makes_an_optimizer() -> None:
+    model = torch.nn.Linear(60, 50)
+    made = CompressedOptimizer.from_config(
+        torch.optim.SGD(model.named_parameters(), lr=0.1), {"compressor": "powersgd", "rank": 2, "seed": 5}, max_grad_norm=1.0
+    )
+    model(torch.ones(3, 60)).sum().backward()
+    made.step()
+    assert set(made.error_memory()) == {"weight"}
+    assert made.last_report.bytes["factors"] == 4 * 2 * (60 + 50)
+    with pytest.raises(ConfigError, match="'rank'"):
+        CompressedOptimizer.from_config(torch.optim.SGD(model.named_parameters(), lr=0.1), {"rnk": 2})
+
+
+# --- different settings on two ranks --------------------------------------------------------------------------------------------------
+
+
+def disagree(rank: int, settings: list[dict[str, Any]]) -> str:
+    """The error's text; each rank has settings of its own."""
+    mine = dict(settings[rank % len(settings)])
+    shapes = mine.pop("shapes", {"w": (12, 9), "b": (4,)})
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    made = CompressedOptimizer(torch.optim.SGD(parameters.items(), lr=0.1), min_compression_rate=mine.pop("rate", 0), **mine)
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    try:
+        made.step()
+    except ConfigMismatchError as error:
+        assert not any(bool(p.any()) for p in parameters.values())
+        return str(error)
+    return "no error"
+
+
+DIFFERENT = {
+    "rank": ([{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(3)}], ["rank", "2", "3"]),
+    "compressor": ([{"compressor": PowerSGD(2)}, {"compressor": PowerSGDPlus(2)}], ["compressor", "powersgd", "powersgd_plus"]),
+    "identity": ([{"compressor": PowerSGD(2)}, {"compressor": Identity()}], ["compressor", "powersgd", "identity"]),
+    "tau": ([{"compressor": PowerSGDPlus(2, 100)}, {"compressor": PowerSGDPlus(2, 200)}], ["restart_every", "100", "200"]),
+    "restart": (
+        [{"compressor": PowerSGDPlus(2)}, {"compressor": PowerSGDPlus(2, restart="randomized")}],
+        ["restart", "svd", "randomized"],
+    ),
+    "seed": ([{"compressor": PowerSGD(2), "seed": 1}, {"compressor": PowerSGD(2), "seed": 11}], ["seed", "1", "11"]),
+    "rate": ([{"compressor": PowerSGD(2), "rate": 0}, {"compressor": PowerSGD(2), "rate": 3}], ["min_compression_rate", "0", "3"]),
+    "wire": (
+        [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "wire_dtype": "bfloat16"}],
+        ["wire_dtype", "None", "bfloat16"],
+    ),
+    "a shape": (
+        [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "shapes": {"w": (12, 10), "b": (4,)}}],
+        ["parameters", "w", "(12, 9)", "(12, 10)"],
+    ),
+    "a parameter": (
+        [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "shapes": {"w": (12, 9)}}],
+        ["parameters", "b", "absent"],
+    ),
+    "a basis": (
+        [{"compressor": PowerSGD(1), "initial_basis": {"w": torch.ones(9, 1)}}, {"compressor": PowerSGD(1)}],
+        ["initial_basis"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), DIFFERENT.values(), ids=DIFFERENT.keys())
+def test_different_settings_on_two_ranks(gloo: GlooPool, settings: list[dict[str, Any]], words: list[str]) -> None:
+    """A ConfigMismatchError on every rank, within seconds, that names the field and both values; never a hang."""
+    texts = gloo.run(disagree, 2, settings, timeout=20.0)
+    assert texts[0] == texts[1]
+    for word in words:
+        assert word in texts[0], texts[0]
+
+
+def test_one_rank_of_four_that_differs(gloo: GlooPool) -> None:
+    """All four raise, also those that agree with one another."""
+    same = {"compressor": PowerSGD(2)}
+    for text in gloo.run(disagree, 4, [same, same, {"compressor": PowerSGD(4)}, same], timeout=20.0):
+        assert "rank" in text
+        assert "rank 2" in text  # who
+
+
+def test_equal_settings_raise_nothing(gloo: GlooPool) -> None:
+    assert gloo.run(disagree, 2, [{"compressor": PowerSGD(2)}]) == ["no error", "no error"]

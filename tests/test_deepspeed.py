@@ -1,0 +1,334 @@
+"""The DeepSpeed adapter against DeepSpeed itself and against the simulation, on two gloo processes.
+
+The processes run every case of deepspeed_worker.py once; the tests look at one case each. What `moved` and the like guard
+against is a test that would also pass if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gloo import CaseFailed, GlooPool
+
+pytest.importorskip("deepspeed")
+import deepspeed_cases
+import deepspeed_toy as toy
+import deepspeed_worker as worker
+
+pytestmark = pytest.mark.slow
+
+STAGES = range(4)
+Look = Callable[[str], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, dict[str, Any]]]:
+    """Everything that the two processes found, by rank and case."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    pool = GlooPool(toy.WORLD)
+    try:
+        yield dict(enumerate(pool.run(worker.run, toy.WORLD, str(folder), timeout=400)))
+    except CaseFailed as failure:
+        died = {path.name: path.read_text() for path in folder.glob("running_*")}
+        raise CaseFailed(f"last cases: {died}\n{failure}") from None
+    finally:
+        pool.close()
+
+
+@pytest.fixture
+def look(results: dict[int, dict[str, Any]]) -> Look:
+    """`look(case)`: its values by rank, or a failure with the traceback of every rank on which it raised."""
+
+    def values(case: str) -> list[Any]:
+        errors = [f"rank {rank}:\n{found[case]['error']}" for rank, found in results.items() if "error" in found[case]]
+        assert not errors, "\n".join(errors)
+        return [found[case]["value"] for found in results.values()]
+
+    return values
+
+
+@pytest.mark.timeout(420)
+def test_the_processes_ran_every_case(results: dict[int, dict[str, Any]], tmp_path: Path) -> None:
+    for found in results.values():
+        assert list(found) == list(worker.cases(str(tmp_path)))
+
+
+# ---------------------------------------------------------------- the same training
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_rank_is_the_uncompressed_engine(look: Look, stage: int, gas: int) -> None:
+    for found in look(f"parity {stage} {gas}"):
+        assert found["adamw"]["losses"] < 1e-5
+        assert found["sgd"]["parameters"] < 1e-5
+        if stage > 0:  # stage 0 in fp32 does not tell its norm
+            ours, theirs = found["norms"]
+            assert ours > toy.CLIP, "clipping must be at work"
+            assert math.isclose(ours, theirs, rel_tol=1e-5)
+
+
+@functools.cache
+def simulated(gas: int) -> list[list[float]]:
+    return deepspeed_cases.simulated(gas)
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_rank_2_gives_the_losses_of_the_simulation(look: Look, stage: int, gas: int) -> None:
+    expected = simulated(gas)
+    for losses, of_worker in zip(look(f"rank 2 {stage} {gas}"), expected, strict=True):
+        assert len(losses) == 20 * gas
+        assert toy.gap(losses, of_worker) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_all_ranks_hold_the_same_bits_after_50_steps(look: Look, stage: int, dtype: str) -> None:
+    first, second = look(f"identical {stage} {dtype}")
+    start = dict(toy.seeded_toy().named_parameters())
+    assert all(torch.equal(first[name], second[name]) for name in start)
+    assert toy.gap(first["first.weight"], start["first.weight"].detach()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("case", "tolerance"),
+    [
+        *(
+            (f"{what} {stage}", 1e-5)
+            for what in ("variant offload", "variant buckets", "variant overlap")
+            for stage in (1, 2, 3)
+        ),
+        ("variant round robin", 1e-5),
+        ("variant autocast", 1e-2),  # bfloat16 activations, and DeepSpeed's own reduction in bfloat16
+    ],
+)
+def test_other_settings_of_deepspeed_train_the_same(look: Look, case: str, tolerance: float) -> None:
+    for found in look(case):
+        assert found["losses"] < tolerance
+        assert found["parameters"] < tolerance
+
+
+def test_fp32_accumulation_of_bfloat16_gradients_is_kept_at_every_stage(look: Look) -> None:
+    for found in look("float accumulation"):
+        assert found == {"1-2": 0.0, "1-3": 0.0}
+
+
+OWN_BOUNDARIES = [f"owned boundary {stage}" for stage in STAGES] + [f"own coalescing {stage}" for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("case", OWN_BOUNDARIES)
+def test_boundaries_that_the_caller_owns(look: Look, case: str) -> None:
+    for found in look(case):
+        assert found["parameters"] < 1e-5
+        assert found.get("passes", 4) == 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loss_backward_is_as_good_as_engine_backward(look: Look, stage: int) -> None:
+    for found in look(f"direct {stage}"):
+        if stage == 0:
+            assert "engine.backward(loss)" in found["refused"]  # DeepSpeed's own words
+        else:
+            assert found == {"losses": 0.0}
+
+
+# ---------------------------------------------------------------- which parameters
+
+
+# ZeRO-3 gathers a module's parameters when it runs, so all ranks must run the same modules.
+USERS = [f"{stage} {who}" for stage in STAGES for who in ("nobody", "rank 1", "everybody") if (stage, who) != (3, "rank 1")]
+
+
+@pytest.mark.parametrize("case", USERS)
+def test_a_matrix_that_only_some_ranks_use(look: Look, case: str) -> None:
+    for found in look(f"detour {case}"):
+        assert found["parameters"] < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_missing_on_one_rank(look: Look, stage: int) -> None:
+    for found in look(f"dropped {stage}"):
+        assert found["parameters"] < 1e-5
+        assert found["moved"] > 1e-3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_and_tied_parameters(look: Look, stage: int) -> None:
+    for found in look(f"frozen and tied {stage}"):
+        assert found["parameters"] < 1e-5
+        assert found["names"] == ["first.weight", "first.bias", "sometimes.weight", "last.weight", "last.bias"]
+
+
+# ---------------------------------------------------------------- steps that do not count
+
+VETOES = [f"{stage} {dtype}" for stage in STAGES for dtype in toy.DTYPES] + [f"{stage} bf16 fp32" for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("case", VETOES)
+def test_nan_on_one_rank_skips_the_step_everywhere_and_leaves_no_trace(look: Look, case: str) -> None:
+    for found in look(f"veto {case}"):
+        assert found["changed"] == 0.0  # parameters, error memory, bases, step counter: bit-equal
+        assert not found["applied"]
+        assert found["skipped"] == 1
+        assert found["moved"] > 1e-3
+        if case != "0 fp16":  # there DeepSpeed divides by a loss scale that it never multiplied by, and the skip lowered it
+            assert found["later"] == found["final"] == 0.0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, stage: int) -> None:
+    for found in look(f"late overflow {stage}"):
+        expected = {"changed": 0.0, "applied": False, "skipped": 1, "scale fell": True, "vetoed": 0, "steps": 4}
+        assert found == expected
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_loss_scale_that_is_too_high_comes_down_and_never_enters_the_error_memory(look: Look, stage: int) -> None:
+    for found in look(f"high scale {stage}"):
+        applied, skipped, vetoed = found["counted"]
+        assert applied + skipped == 20
+        assert skipped == vetoed > 2
+        assert 0 < found["largest error"] < 10  # a gradient's size; the scale is above 10 000
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("case", [*(f"{stage} fp32" for stage in STAGES), "1 bf16 fp32", "3 fp16"])
+def test_a_resumed_run_goes_on_as_if_uninterrupted(look: Look, case: str) -> None:
+    for found in look(f"resume {case}"):
+        assert found["resumed"] == found["parameters"] == 0.0
+        assert found["never saved"] < (1e-5 if "16" not in case else 2e-2)
+        assert found["step"] == 4
+        assert found["module only"] == 0
+        assert found["files"] == ["lowrank_comm.safetensors"]
+
+
+# ---------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_sent_is_what_the_ledger_says_and_nothing_else(look: Look, stage: int) -> None:
+    gradients = {"factors", "restart", "broadcast", "dense", "control"}
+    for found in look(f"traffic {stage}"):
+        for step, seen in enumerate(found["steps"]):
+            assert seen["early"] == []  # micro-steps only accumulate
+            reductions = [one for one in seen["backward"] if one[0] in toy.REDUCTIONS]
+            assert {name for name, _, _ in reductions} == {"all_reduce"}
+            assert sum(size for _, _, size in reductions) == sum(seen["ledger"].get(kind, 0) for kind in gradients)
+            assert len(reductions) == seen["collectives"] == 2
+            assert all(elements <= 2 for _, elements, _ in seen["step"])  # norm and overflow flag
+            assert {kind: count for kind, count in seen["report"].items() if count} == {
+                kind: count for kind, count in seen["ledger"].items() if count and kind != "fingerprint"
+            }
+            fingerprint = [size for name, _, size in seen["backward"] if name == "all_gather" and size in (8, 32)]
+            assert sum(fingerprint if step == 0 else []) == seen["ledger"].get("fingerprint", 0)
+        matrices = sum(m * n for m, n in ((24, 12), (20, 24), (20, 20), (5, 20)))
+        assert found["numel"] == matrices + 24 + 5
+        sizes = [(24, 12, 2), (20, 24, 2), (20, 20, 2), (5, 20, 2)]
+        for step, seen in enumerate(found["steps"]):
+            assert seen["ledger"]["dense"] == 4 * (24 + 5)
+            if step % 3 == 0:
+                assert seen["ledger"]["restart"] == 4 * matrices
+                assert seen["ledger"]["broadcast"] == 4 * sum(m * r for m, _, r in sizes)
+            else:
+                assert seen["ledger"]["factors"] == 4 * sum(r * (m + n) for m, n, r in sizes)
+
+
+# ---------------------------------------------------------------- refusals
+
+REFUSED = {
+    "unknown key": ["lowrank_comm.restart_evry", "did you mean 'restart_every'"],
+    "rank": ["rank", "got 0"],
+    "tau": ["lowrank_comm.restart_every=2.5"],
+    "compressor": ["lowrank_comm.compressor='powersdg'", "did you mean 'powersgd'"],
+    "shard_size": ["topology.shard_size=2"],
+    "no object": ["lowrank_comm must be an object"],
+    "zero_quantized_gradients": ["zero_optimization.zero_quantized_gradients=True", "Set it to false"],
+    "zenflow": ["zero_optimization.zenflow", "Remove the section"],
+    "super_offload": ["zero_optimization.offload_optimizer.super_offload=True"],
+    "deepcompile": ["compile.deepcompile=True"],
+    "contiguous_gradients": ["zero_optimization.contiguous_gradients=False", "Set it to true"],
+    "check_grad_overflow": ["bf16.check_grad_overflow=False", "Set it to true"],
+    "compute_grad_norm": ["zero_optimization.compute_grad_norm=False", "Set it to true"],
+    "gradient_allreduce_op": ["gradient_allreduce_op='sum'", "mean"],
+    "torch_autocast": ["torch_autocast.dtype='float16'", "bfloat16"],
+    "hybrid_engine": ["hybrid_engine.enabled=True"],
+    "autotp": ["tensor_parallel.autotp_size=2"],
+    "sequence": ["sequence_parallel_size=2"],
+    "muon": ["optimizer.type='muon'"],
+    "expert_parallel": ["expert_parallel.enabled=True"],
+    "node_local": ["checkpoint.use_node_local_storage=True"],
+    "pipeline": ["model='PipelineModule'"],
+    "mixture of experts": ["MoE"],
+    "sparse": ["words.sparse=True", "sparse=False"],
+    "client optimizer": ["CompressedOptimizer", 'section "lowrank_comm"'],
+    "client optimizer, no section": ["CompressedOptimizer", 'section "lowrank_comm"'],
+    "client callable": ["CompressedOptimizer", 'section "lowrank_comm"'],
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_settings_that_cannot_be_are_refused_by_name(look: Look, setting: str) -> None:
+    for found in look("refusals"):
+        assert found[setting].startswith("ConfigError: ")
+        for words in REFUSED[setting]:
+            assert words in found[setting]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("value", "lowrank_comm.rank: 2 on rank 0, 3 on rank 1"),
+        ("absent", "section 'lowrank_comm': 'present' on rank 0, 'absent' on rank 1"),
+        ("typo", "lowrank_comm.rnk: '(absent)' on rank 0, 3 on rank 1"),
+    ],
+)
+def test_ranks_that_read_different_files_all_raise(look: Look, case: str, words: str) -> None:
+    for found in look("mismatch"):
+        assert found[case].startswith("ConfigMismatchError: ")
+        assert words in found[case]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_calls_in_the_wrong_order_say_so(look: Look, stage: int) -> None:
+    expected = {
+        "second backward": "second backward at the accumulation boundary",
+        "step without backward": "no backward did",
+        "reduction of DeepSpeed's own": "about to average gradients by itself",
+        "save between backward and step": "call engine.step() first",
+    }
+    if stage > 0:
+        expected["hook"] = "about to average gradients by itself"
+    for found in look(f"misuse {stage}"):
+        assert found.keys() == expected.keys()
+        for name, words in expected.items():
+            assert words in found[name]
+
+
+def test_an_engine_without_the_section_is_left_alone(look: Look) -> None:
+    for found in look("without section"):
+        assert found == {"adapter": None, "touched": [], "coalescing": False}
+
+
+def test_a_missing_private_name_is_reported_with_the_version() -> None:
+    import deepspeed
+
+    from lowrank_comm.errors import UnsupportedError
+    from lowrank_comm.integrations import _deepspeed_seams as seams
+
+    class Engine:
+        _take_model_step = None
+
+    with pytest.raises(UnsupportedError) as raised:
+        seams.check(Engine(), ("_take_model_step", "_flush_coalesced_reduction_zero3"), "the engine")
+    assert f"DeepSpeed {deepspeed.__version__} has no _flush_coalesced_reduction_zero3" in str(raised.value)
+    assert f"tested with DeepSpeed {seams.TESTED}" in str(raised.value)
+    assert "_take_model_step" not in str(raised.value)

@@ -1,0 +1,158 @@
+"""What the examples report about a run: the log that goes on after a resume, the summary, the table and the plot."""
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import recording
+import report
+import torch
+from rich.console import Console
+
+SETUP = {"model": "toy of 12 parameters", "workers": 2, "steps": 4}
+
+
+class Ledger:
+    """Counts as a run would: 10 bytes of factors a step, and a restart at the first."""
+
+    def __init__(self):
+        self.bytes, self.uncompressed_bytes, self.collectives, self.restarts = {}, 0, 0, 0
+
+    def count(self):
+        self.bytes["factors"] = self.bytes.get("factors", 0) + 10
+        if not self.restarts:
+            self.bytes["restart"], self.restarts = 100, 3
+        self.uncompressed_bytes += 48
+        self.collectives += 2
+
+
+class Run:
+    """Drives a Recorder as Trainer does."""
+
+    def __init__(self, folder, compressed=True):
+        self.handle = SimpleNamespace(ledger=Ledger(), last_report=None) if compressed else None
+        trainer = SimpleNamespace(model=torch.nn.Linear(3, 3))
+        self.recorder = recording.Recorder(trainer, folder, lambda: self.handle)
+        self.state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+
+    def steps(self, first, last, log_every=1):
+        self.state.global_step = first - 1
+        self.recorder.on_train_begin(None, self.state, None)
+        self.recorder.on_evaluate(None, self.state, None, metrics={"eval_loss": 2.0 / first})
+        for step in range(first, last + 1):
+            self.recorder.on_step_begin(None, self.state, None)
+            if self.handle is not None:
+                self.handle.ledger.count()
+                self.handle.last_report = SimpleNamespace(seconds={"compress": 0.25}, captured_energy=step / 10)
+            self.state.global_step = step
+            self.recorder.on_step_end(None, self.state, None)
+            if step % log_every == 0:
+                self.recorder.on_log(None, self.state, None, logs={"loss": 8.0 / step})
+        return self.recorder.summary("powersgd_plus rank 4", SETUP, {"compressor": "powersgd_plus"} if self.handle else None)
+
+
+def test_summary_of_a_compressed_run(tmp_path):
+    summary = Run(tmp_path).steps(1, 4)
+    assert summary.bytes == {"factors": 40, "restart": 100}
+    assert summary.total_bytes == 140
+    assert summary.uncompressed_bytes == 4 * 48
+    assert summary.ratio == 192 / 140
+    assert (summary.collectives, summary.restarts, summary.steps) == (8, 3, 4)
+    assert summary.captured_energy == pytest.approx(0.25)
+    assert summary.phases == {"compress": pytest.approx(0.25)}
+    assert (summary.first_loss, summary.last_loss) == (8.0, pytest.approx((8 + 4 + 8 / 3 + 2) / 4))
+
+
+def test_an_uncompressed_run_counts_what_its_parameters_weigh(tmp_path):
+    summary = Run(tmp_path, compressed=False).steps(1, 4)
+    assert summary.bytes == {"all-reduce": 4 * 12 * 4}
+    assert summary.ratio == 1
+
+
+def test_gradient_bytes_count_tied_parameters_once_and_frozen_ones_not_at_all():
+    layers = torch.nn.ModuleList([torch.nn.Linear(5, 5, bias=False), torch.nn.Linear(5, 5)])
+    layers[0].weight = layers[1].weight
+    layers[1].bias.requires_grad_(False)
+    assert recording.gradient_bytes(layers) == 4 * 25
+
+
+def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path):
+    whole = Run(tmp_path / "whole").steps(1, 4)
+    cut = tmp_path / "cut"
+    Run(cut).steps(1, 3)  # died after step 3; its last checkpoint is of step 2
+    resumed = Run(cut)
+    resumed.handle.ledger.restarts = 3  # this worker's ledger restarts nothing by itself
+    summary = resumed.steps(3, 4)
+    assert [line["step"] for line in report.logged_steps(cut)] == [1, 2, 3, 4]
+    assert summary.bytes == whole.bytes
+    assert summary.uncompressed_bytes == whole.uncompressed_bytes
+    assert summary.first_perplexity == whole.first_perplexity
+
+
+def test_rare_logs_still_count_every_step(tmp_path):
+    run = Run(tmp_path)
+    summary = run.steps(1, 4, log_every=2)
+    lines = report.logged_steps(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[0]["captured_energy"] == pytest.approx(0.15)
+    assert lines[0]["phases"] == {"compress": pytest.approx(0.25)}
+    assert summary.total_bytes == 140
+
+
+def test_perplexities_belong_to_the_start_and_the_end_only(tmp_path):
+    run = Run(tmp_path)
+    assert run.steps(1, 3).last_perplexity is None  # evaluated before the first step, never after the last
+    run.recorder.on_evaluate(None, run.state, None, metrics={"eval_loss": 1.0})
+    summary = run.recorder.summary("name", SETUP, None)
+    assert (summary.first_perplexity, summary.last_perplexity) == (pytest.approx(math.e**2), pytest.approx(math.e))
+
+
+def test_a_run_without_a_logged_step_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match="logging_steps"):
+        Run(tmp_path).steps(1, 1, log_every=5)
+
+
+def test_table_and_plot_of_two_runs(tmp_path):
+    folders = tmp_path / "compressed", tmp_path / "dense"
+    for folder, compressed in zip(folders, (True, False), strict=True):
+        Run(folder, compressed).steps(1, 4).save(folder)
+    runs = [report.Summary.load(folder) for folder in folders]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.table(runs))
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:4]
+        for line in console.export_text().splitlines()
+        if line.count("│") == 4
+    }
+    assert [cell.strip() for cell in rows["sent per worker: factors"]] == ["40 B", "–"]
+    assert [cell.strip() for cell in rows["sent per worker: all-reduce"]] == ["–", "192 B"]
+    assert [cell.strip() for cell in rows["ratio"]] == ["1.4x", "1.0x"]
+    assert [cell.strip() for cell in rows["restarts, all matrices"]] == ["3", "–"]
+    picture = report.plot(*folders)
+    assert picture == folders[0] / "loss_vs_bytes.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_differences_name_what_is_not_comparable(tmp_path):
+    one = Run(tmp_path).steps(1, 4)
+    other = report.Summary(**(vars(one) | {"setup": SETUP | {"steps": 9}}))
+    assert one.differences(one) == []
+    assert one.differences(other) == ["steps 4 against 9"]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"summary\.json"):
+        report.Summary.load(tmp_path)
+
+
+def test_log_lines_are_json_with_totals(tmp_path):
+    Run(tmp_path).steps(1, 2)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["bytes_total"] for line in lines[1:]] == [110, 120]
+
+
+def test_smoothing_takes_what_there_is_on_both_sides():
+    assert report.smoothed([4.0, 2.0, 0.0, 7.0], 1) == [3.0, 2.0, 3.0, 3.5]

@@ -1,0 +1,396 @@
+"""What every step must keep, whatever the matrices look like: conservation of mass, full rank, odd shapes, dead columns, scale, randomness."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from driver import Workers, dense
+from lowrank_comm import Identity, PowerSGD, PowerSGDPlus
+from lowrank_comm.communication import Group
+from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.reducer import Reducer, Slot
+from lowrank_comm.simulation import Simulation
+from reference import gradient, initial_basis
+from torch import Tensor
+
+COMPRESSORS = [
+    PowerSGD(2),
+    PowerSGDPlus(2, restart_every=3),
+    PowerSGDPlus(2, restart_every=3, restart="randomized"),
+    PowerSGDPlus(2, restart_every=3, exact_restart=True),
+    PowerSGDPlus(2, restart_every=3, consensus_restart=True),
+    PowerSGDPlus(2, restart_every=3, stagger=True),
+]
+every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+SHAPES = {"tall": (12, 7), "wide": (7, 12), "filter": (6, 3, 2, 2), "bias": (5,), "scale": ()}
+MATRICES = ("tall", "wide", "filter")
+
+
+def drawn(step: int, worker: int, shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    return {
+        name: torch.as_tensor(gradient(shape, step, worker, k), dtype=dtype) for k, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def simulation(compressor: Compressor, shapes: dict[str, tuple[int, ...]], workers: int = 1, **options: object) -> Simulation:
+    """Everything of two dimensions compressed, in float64 unless told."""
+    return Simulation(shapes, compressor, workers, **({"dtype": torch.float64, "min_compression_rate": 0} | options))
+
+
+def apply(sim: Simulation, matrix: Tensor) -> Tensor:
+    """One step of a simulation that holds one matrix, called w, in one worker."""
+    return sim.reduce([{"w": matrix.clone()}])["w"]
+
+
+def low_rank(m: int, n: int, rank: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(m, rank, generator=generator, dtype=torch.float64) @ torch.randn(rank, n, generator=generator, dtype=torch.float64)
+    ).to(dtype)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+# --- conservation ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_compressor
+def test_given_is_sent_plus_kept(compressor: Compressor) -> None:
+    """Per worker and step g + e = sent + e', with `sent` from the compressor's own result and e' from the reducer's memory."""
+    shape, workers = (9, 6), 3
+    basis = torch.from_numpy(initial_basis({"w": shape}, 2)["w"])
+    by_hand = Workers(compressor, ("w",), workers, basis[None])
+    sim = simulation(compressor, {"w": shape}, workers, initial_basis={"w": basis})
+    for t in range(12):
+        given = [torch.from_numpy(gradient(shape, t, worker)) for worker in range(workers)]
+        before = [sim.error_memory(worker)["w"].clone() for worker in range(workers)]
+        results = by_hand.step([g[None] for g in given])
+        applied = sim.reduce([{"w": g.clone()} for g in given])["w"]
+        torch.testing.assert_close(applied, dense(results[0].applied)[0], rtol=1e-12, atol=1e-12)
+        sent = [dense(result.sent)[0] for result in results]
+        torch.testing.assert_close(torch.stack(sent).mean(0), applied, rtol=1e-12, atol=1e-12)
+        for worker in range(workers):
+            kept = sim.error_memory(worker)["w"]
+            if compressor in (COMPRESSORS[4],) and t % 3 == 0:  # consensus: the mean is kept everywhere
+                kept_mean = torch.stack([sim.error_memory(w)["w"] for w in range(workers)]).mean(0)
+                given_mean = torch.stack([g + e for g, e in zip(given, before, strict=True)]).mean(0)
+                torch.testing.assert_close(given_mean, applied + kept_mean, rtol=1e-12, atol=1e-12)
+            else:
+                torch.testing.assert_close(given[worker] + before[worker], sent[worker] + kept, rtol=1e-12, atol=1e-12)
+
+
+@every_compressor
+def test_compression_is_an_orthogonal_projection(compressor: Compressor) -> None:
+    """C(Delta) is orthogonal to Delta - C(Delta), hence Lemma 1: neither is longer than Delta."""
+    by_hand = Workers(compressor, ("w",), 2, torch.from_numpy(initial_basis({"w": (8, 10)}, 2)["w"])[None])
+    for t in range(7):
+        given = torch.stack([torch.from_numpy(gradient((8, 10), t, worker)) for worker in range(2)])
+        delta = given.mean(0) + (torch.stack(by_hand.errors).mean(0)[0] if by_hand.errors else 0)
+        applied = dense(by_hand.step([g[None] for g in given])[0].applied)[0]
+        rest = delta - applied
+        assert abs(float((applied * rest).sum())) < 1e-11 * float(delta.norm()) ** 2
+        assert max(applied.norm(), rest.norm()) <= delta.norm() * (1 + 1e-12)
+
+
+@every_compressor
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_applied_adds_up_to_what_was_given(compressor: Compressor, workers: int) -> None:
+    """Over the run: the sum of what was applied = the sum of the mean gradients - the mean error."""
+    sim = simulation(compressor, SHAPES, workers)
+    given = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    applied = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    for t in range(50):
+        gradients = [drawn(t, worker) for worker in range(workers)]
+        for name in SHAPES:
+            given[name] += sum(g[name] for g in gradients) / workers
+        for name, value in sim.reduce(gradients).items():
+            applied[name] += value
+    errors = [sim.error_memory(worker) for worker in range(workers)]
+    assert set(errors[0]) == set(MATRICES)
+    for name in SHAPES:
+        error = sum(e[name] for e in errors) / workers if name in MATRICES else torch.zeros_like(given[name])
+        assert relative(applied[name] + error, given[name]) < 1e-10
+        assert name not in MATRICES or float(error.norm()) > 1e-2 or compressor.exact_restart  # otherwise nothing was compressed
+
+
+def test_a_narrow_wire_loses_nothing_to_its_own_rounding() -> None:
+    """wire_dtype=bfloat16, one worker: P and Q are rounded on the wire, and what rounding took stays in the error memory."""
+    for compressor in (PowerSGD(2), PowerSGDPlus(2, restart_every=4)):
+        sim = simulation(compressor, {"w": (12, 7)}, dtype=torch.float32, wire_dtype="bfloat16")
+        given, applied = torch.zeros(12, 7), torch.zeros(12, 7)
+        rounded = False
+        for t in range(20):
+            g = torch.as_tensor(gradient((12, 7), t, 0), dtype=torch.float32)
+            out = apply(sim, g)
+            given, applied = given + g, applied + out
+            rounded |= relative(out, out.to(torch.bfloat16).float()) > 1e-4
+        assert relative(applied + sim.error_memory(0)["w"], given) < 1e-6
+        assert sim.last_reports[0].bytes["factors"] == 2 * 2 * (12 + 7)
+        assert rounded
+
+
+def test_error_memory_is_in_gradient_units_whatever_the_loss_scale() -> None:
+    """reduce(scale=s): Delta = g / s + e, and what is written back is the mean times s."""
+    slots = [Slot(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]
+    plain = Reducer(slots, PowerSGDPlus(2, restart_every=3), Group(), min_compression_rate=0)
+    scaled = Reducer(slots, PowerSGDPlus(2, restart_every=3), Group(), min_compression_rate=0)
+    for t in range(7):
+        scale = 2.0 ** (10 - t)
+        one, other = list(drawn(t, 0).values()), [g * scale for g in drawn(t, 0).values()]
+        assert plain.reduce(one).applied
+        assert scaled.reduce(other, scale=scale).applied
+        plain.commit()
+        scaled.commit()
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(b / scale, a, rtol=1e-12, atol=1e-12)
+        for name in MATRICES:
+            torch.testing.assert_close(scaled.error_memory()[name], plain.error_memory()[name], rtol=1e-12, atol=1e-12)
+
+
+# --- full rank, shapes ----------------------------------------------------------------------------------------------------------------
+
+
+@every_compressor
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (5, 5), (1, 9), (9, 1), (6, 3, 2, 2), (1, 1)])
+def test_full_rank_is_the_plain_mean(compressor: Compressor, shape: tuple[int, ...]) -> None:
+    """With r >= min(m, n) (cut to it) every step gives the mean of the gradients, and no error is left."""
+    settings = {key: value for key, value in vars(compressor).items() if key != "rank"}
+    sim = simulation(type(compressor)(rank=50, **settings), {"w": shape}, 2)
+    for t in range(8):
+        gradients = [torch.from_numpy(gradient(shape, t, worker)) for worker in range(2)]
+        applied = sim.reduce([{"w": g.clone()} for g in gradients])["w"]
+        assert relative(applied, sum(gradients) / 2) < 1e-10
+        mean_error = (sim.error_memory(0)["w"] + sim.error_memory(1)["w"]) / 2
+        assert float(mean_error.norm()) < 1e-9
+    assert applied.shape == torch.Size(shape)
+
+
+def test_rank_is_cut_and_the_plan_says_so() -> None:
+    sim = simulation(PowerSGD(10), {"small": (5, 8), "large": (30, 20)})
+    rows = {row.name: row for row in sim.reducers[0].plan.rows}
+    assert (rows["small"].rank, rows["large"].rank) == (5, 10)
+    assert rows["small"].reason == "rank 10 cut to 5"
+    assert rows["large"].reason == ""
+    assert "cut to min(m, n) for 1 of" in str(sim.reducers[0].plan)
+
+
+def test_what_is_not_worth_compressing_goes_dense() -> None:
+    """A matrix is compressed when m n / (r (m + n)) > min_compression_rate; vectors and scalars never are. What goes dense has no error."""
+    shapes = {"row": (1, 40), "column": (40, 1), "edge": (16, 16), "big": (17, 16), "vector": (64,), "scalar": (), "filter": (16, 4, 3, 3)}
+    sim = Simulation(shapes, PowerSGD(4), 2, dtype=torch.float64)  # 16 x 16 at rank 4: exactly 2, not more
+    assert set(sim.error_memory(0)) == {"big", "filter"}
+    for t in range(3):
+        gradients = [drawn(t, worker, shapes) for worker in range(2)]
+        applied = sim.reduce([{k: v.clone() for k, v in g.items()} for g in gradients])
+        for name in shapes:
+            distance = float((applied[name] - (gradients[0][name] + gradients[1][name]) / 2).norm())
+            assert (distance > 1e-3) if name in ("big", "filter") else (distance < 1e-14), name
+
+
+def test_identity_is_the_plain_mean() -> None:
+    sim = simulation(Identity(), SHAPES, 3)
+    gradients = [drawn(0, worker) for worker in range(3)]
+    applied = sim.reduce([{k: v.clone() for k, v in g.items()} for g in gradients])
+    assert sim.error_memory(0) == {}
+    for name in SHAPES:
+        torch.testing.assert_close(applied[name], sum(g[name] for g in gradients) / 3, rtol=1e-15, atol=1e-15)
+
+
+def test_a_tensor_of_four_dimensions_is_a_matrix_of_its_first() -> None:
+    """(6, 3, 2, 2) behaves as (6, 12), number by number, and its error memory has the parameter's shape."""
+    basis = {"w": torch.from_numpy(initial_basis({"w": (6, 12)}, 2)["w"])}
+    as_filter = simulation(PowerSGD(2), {"w": (6, 3, 2, 2)}, initial_basis=basis)
+    as_matrix = simulation(PowerSGD(2), {"w": (6, 12)}, initial_basis=basis)
+    for t in range(5):
+        g = torch.from_numpy(gradient((6, 12), t, 0))
+        assert torch.equal(apply(as_filter, g.view(6, 3, 2, 2)).reshape(6, 12), apply(as_matrix, g))
+    assert as_filter.error_memory(0)["w"].shape == (6, 3, 2, 2)
+    assert torch.equal(as_filter.error_memory(0)["w"].reshape(6, 12), as_matrix.error_memory(0)["w"])
+
+
+def test_gradients_that_are_not_contiguous() -> None:
+    one, other = simulation(PowerSGD(2), {"w": (8, 6)}), simulation(PowerSGD(2), {"w": (8, 6)})
+    for t in range(4):
+        g = torch.from_numpy(gradient((8, 6), t, 0))
+        strided = g.t().contiguous().t()
+        assert not strided.is_contiguous()
+        torch.testing.assert_close(other.reduce([{"w": strided}])["w"], apply(one, g), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(one.error_memory(0)["w"], other.error_memory(0)["w"], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "memory"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+)
+def test_dtypes(dtype: torch.dtype, memory: torch.dtype) -> None:
+    """The error memory has the wider of float32 and the parameter's dtype; what is applied has the gradient's."""
+    sim = simulation(PowerSGD(2), {"w": (12, 7)}, 2, dtype=dtype)
+    applied = sim.reduce([{"w": torch.as_tensor(gradient((12, 7), 0, worker), dtype=dtype)} for worker in range(2)])["w"]
+    assert applied.dtype == dtype
+    assert sim.error_memory(0)["w"].dtype == memory
+    assert bool(torch.isfinite(applied).all())
+
+
+# --- degenerate gradients -------------------------------------------------------------------------------------------------------------
+
+
+@every_compressor
+@pytest.mark.parametrize("first", [0, 4], ids=["from the start", "after some steps"])
+def test_zero_gradients_then_progress(compressor: Compressor, first: int) -> None:
+    """Zero gradients leave everything zero; a gradient of rank 2 that follows goes through whole, at once."""
+    sim = simulation(compressor, {"w": (14, 9)})
+    for t in range(first):
+        apply(sim, low_rank(14, 9, 2, t))
+    assert first == 0 or float(sim.error_memory(0)["w"].norm()) > 1e-3 or compressor.rank == 2
+    for _ in range(40):  # what error there is goes out first
+        last = apply(sim, torch.zeros(14, 9, dtype=torch.float64))
+    assert float(last.norm()) < 1e-9
+    assert float(sim.error_memory(0)["w"].norm()) < 1e-9
+    for t in range(3):
+        g = low_rank(14, 9, 2, 100 + t)
+        assert relative(apply(sim, g), g) < 1e-9
+
+
+@every_compressor
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_of_lower_rank_than_r(compressor: Compressor, dtype: torch.dtype) -> None:
+    """Rank 1 under r = 2: P is rank-deficient, its filling is arbitrary, the result exact; then rank 2 goes through as well."""
+    sim = simulation(compressor, {"w": (14, 9)}, dtype=dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for t in range(5):
+        g = low_rank(14, 9, 1, t, dtype)
+        assert relative(apply(sim, g), g) < tolerance
+    for t in range(5):
+        g = low_rank(14, 9, 2, 50 + t, dtype)
+        assert relative(apply(sim, g), g) < 100 * tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("rank_before", [0, 1, 5, 40])
+def test_dead_columns_of_q_are_redrawn_before_use(dtype: torch.dtype, tolerance: float, rank_before: int) -> None:
+    """120 x 48 at full rank 48: after a gradient of lower rank most columns of Q are dead. Random vectors in P alone would miss
+    more than half of the next gradient; with Q redrawn it goes through whole."""
+    sim = simulation(PowerSGD(48), {"w": (120, 48)}, dtype=dtype)
+    poor = low_rank(120, 48, rank_before, 1, dtype) if rank_before else torch.zeros(120, 48, dtype=dtype)
+    apply(sim, poor)
+    for seed in (2, 3):
+        g = low_rank(120, 48, 48, seed, dtype)
+        assert relative(apply(sim, g), g) < tolerance
+
+
+@pytest.mark.parametrize("rows", [8, 15])
+def test_a_gradient_whose_first_rows_and_columns_are_zero(rows: int) -> None:
+    """Padding: a basis filled with unit vectors e_1, e_2, ... would never see it."""
+    sim = simulation(PowerSGD(2), {"w": (20, 18)})
+    apply(sim, torch.zeros(20, 18, dtype=torch.float64))
+    g = torch.zeros(20, 18, dtype=torch.float64)
+    g[rows:, rows:] = low_rank(20 - rows, 18 - rows, 2, 5)
+    assert relative(apply(sim, g), g) < 1e-10
+    assert float(sim.error_memory(0)["w"][:rows].norm()) < 1e-10
+
+
+@every_compressor
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e18, 1e-18])
+def test_scale_does_not_matter(compressor: Compressor, dtype: torch.dtype, scale: float) -> None:
+    """C(s Delta) = s C(Delta): squares of 1e18 overflow float32 and those of 1e-18 vanish, unless one takes care."""
+    one, other = simulation(compressor, {"w": (12, 9)}, dtype=dtype), simulation(compressor, {"w": (12, 9)}, dtype=dtype)
+    for t in range(6):
+        g = torch.as_tensor(gradient((12, 9), t, 0), dtype=dtype)
+        expected, actual = apply(one, g), apply(other, g * scale)
+        assert relative(actual.double() / scale, expected.double()) < (1e-10 if dtype == torch.float64 else 1e-4)
+
+
+# --- batches, randomness --------------------------------------------------------------------------------------------------------------
+
+
+@every_compressor
+def test_a_batch_gives_what_its_members_give_alone(compressor: Compressor) -> None:
+    """Matrices of one shape are one batch; among them one that is zero and one of rank 1, so that the fall-backs run for part of it."""
+    if getattr(compressor, "stagger", False):
+        pytest.skip("offsets depend on which matrices there are")
+    names = [f"w{k}" for k in range(5)]
+    together = simulation(compressor, dict.fromkeys(names, (10, 6)), 2)
+    alone = {name: simulation(compressor, {name: (10, 6)}, 2) for name in names}
+    for t in range(7):
+        gradients = [{name: torch.from_numpy(gradient((10, 6), t, worker, k)) for k, name in enumerate(names)} for worker in range(2)]
+        for g in gradients:
+            g["w1"].zero_()
+            g["w3"] = low_rank(10, 6, 1, t)
+        applied = together.reduce([{k: v.clone() for k, v in g.items()} for g in gradients])
+        for name, sim in alone.items():
+            expected = sim.reduce([{name: g[name].clone()} for g in gradients])[name]
+            torch.testing.assert_close(applied[name], expected, rtol=1e-12, atol=1e-12)
+    for worker in range(2):
+        for name, sim in alone.items():
+            torch.testing.assert_close(
+                together.error_memory(worker)[name], sim.error_memory(worker)[name], rtol=1e-12, atol=1e-12
+            )
+
+
+@every_compressor
+def test_global_random_states_are_not_touched(compressor: Compressor) -> None:
+    states = (torch.get_rng_state().clone(), np.random.get_state()[1].copy(), random.getstate())  # noqa: NPY002
+    sim = simulation(compressor, SHAPES, 2)
+    for t in range(4):
+        sim.reduce([drawn(t, worker) if t else {k: torch.zeros_like(v) for k, v in drawn(t, worker).items()} for worker in range(2)])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert random.getstate() == states[2]
+
+
+def test_the_seed_determines_every_bit() -> None:
+    """Same seed, same bits, whatever torch's own random state; another seed, another subspace; another name, another subspace."""
+
+    def run(seed: int, name: str = "w") -> Tensor:
+        torch.manual_seed(seed + random.randrange(1000))
+        sim = simulation(PowerSGD(2), {name: (12, 9)}, 2, seed=seed)
+        for t in range(3):
+            out = sim.reduce([{name: torch.from_numpy(gradient((12, 9), t, worker))} for worker in range(2)])[name]
+        return out
+
+    assert torch.equal(run(3), run(3))
+    assert relative(run(4), run(3)) > 1e-2
+    assert relative(run(3, "v"), run(3)) > 1e-2
+
+
+def test_the_first_basis_does_not_depend_on_the_world_size() -> None:
+    """Equal gradients on 1 and on 4 workers: the same mean, hence the same result if Q_{-1} is the same."""
+    g = torch.from_numpy(gradient((12, 9), 0, 0))
+    alone = simulation(PowerSGD(2), {"w": (12, 9)}, 1, seed=5).reduce([{"w": g.clone()}])["w"]
+    four = simulation(PowerSGD(2), {"w": (12, 9)}, 4, seed=5).reduce([{"w": g.clone()} for _ in range(4)])["w"]
+    torch.testing.assert_close(four, alone, rtol=1e-12, atol=1e-12)
+
+
+# --- the error memory over a long run -------------------------------------------------------------------------------------------------
+
+
+def test_error_memory_stays_bounded_where_the_averaged_residual_grows() -> None:
+    """4 000 steps, 4 workers with data of their own. The averaged form, e_i = Delta_i - P Q^T, leads to the same training, since only the
+    mean error matters; so its memory is the running sum of g_i - applied, which the test adds up as its control."""
+    shape, workers = (16, 12), 4
+    sim = simulation(PowerSGD(2), {"w": shape}, workers)
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(shape, generator=generator, dtype=torch.float64)
+    bias = [0.2 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(workers)]
+    averaged = [torch.zeros(shape, dtype=torch.float64) for _ in range(workers)]
+    local_norm, averaged_norm = {}, {}
+    for t in range(1, 4001):
+        gradients = [
+            common / t**0.5 + bias[worker] + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+            for worker in range(workers)
+        ]
+        applied = sim.reduce([{"w": g.clone()} for g in gradients])["w"]
+        averaged = [e + g - applied for e, g in zip(averaged, gradients, strict=True)]
+        if t in (1000, 4000):
+            local_norm[t] = max(float(sim.error_memory(worker)["w"].norm()) for worker in range(workers))
+            averaged_norm[t] = max(float(e.norm()) for e in averaged)
+    mean = torch.stack([sim.error_memory(worker)["w"] for worker in range(workers)]).mean(0)
+    torch.testing.assert_close(torch.stack(averaged).mean(0), mean, rtol=1e-8, atol=1e-8)  # the same mean error
+    assert local_norm[4000] < 1.5 * local_norm[1000]
+    assert averaged_norm[4000] > 3 * averaged_norm[1000]

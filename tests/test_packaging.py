@@ -1,0 +1,124 @@
+"""What a user installs: the wheel, a checkout without installation, and what `import lowrank_comm` costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, folder: Path, *path: Path) -> str:
+    """Run code in a fresh interpreter, from `folder`, with `path` in front; what it printed."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::SyntaxWarning", "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TRY_IT = """
+import torch, lowrank_comm
+from lowrank_comm import CompressedOptimizer, Identity, PowerSGD, PowerSGDPlus
+model = torch.nn.Linear(64, 64)
+optimizer = CompressedOptimizer(torch.optim.AdamW(model.named_parameters()), compressor=PowerSGDPlus(rank=4))
+model(torch.ones(2, 64)).sum().backward()
+optimizer.step()
+assert sorted(optimizer.error_memory()) == ["weight"]
+import lowrank_comm.integrations
+print(lowrank_comm.__file__)
+print(lowrank_comm.integrations.__file__)
+"""
+
+
+def test_a_checkout_that_is_not_installed_works(tmp_path: Path) -> None:
+    """PYTHONPATH=<checkout> is enough, `lowrank_comm.integrations` included."""
+    core, integrations = map(Path, python(TRY_IT, tmp_path, ROOT).split())
+    assert core == ROOT / "lowrank_comm" / "__init__.py"
+    assert integrations == ROOT / "integrations" / "__init__.py"
+
+
+def test_the_core_imports_no_engine(tmp_path: Path) -> None:
+    code = """
+import sys, lowrank_comm, lowrank_comm.simulation, lowrank_comm.config, lowrank_comm.checkpoint, lowrank_comm.diagnostics
+heavy = {"deepspeed", "transformers", "accelerate", "peft", "rich", "matplotlib", "tokenizers", "datasets"}
+print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
+"""
+    assert python(code, tmp_path, ROOT).strip() == "[]"
+
+
+def test_the_core_needs_torch_safetensors_and_pydantic_only(tmp_path: Path) -> None:
+    """Every top-level module that lowrank_comm imports by itself is of the standard library or one of the three it declares."""
+    code = f"""
+import ast, pathlib, sys
+found = set()
+for file in pathlib.Path({str(ROOT / "lowrank_comm")!r}).rglob("*.py"):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {{alias.name.split(".")[0] for alias in node.names}}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+print(sorted(found - set(sys.stdlib_module_names)))
+"""
+    assert python(code, tmp_path).strip() == "['pydantic', 'safetensors', 'torch']"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the tracked kinds of files, so that nothing is left behind in the checkout; no network."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "lowrank_comm", "integrations"):
+        origin = ROOT / name
+        if origin.is_dir():
+            for file in origin.rglob("*"):
+                if file.is_file() and "__pycache__" not in file.parts:
+                    target = source / file.relative_to(ROOT)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
+        else:
+            (source / name).write_bytes(origin.read_bytes())
+    out = tmp_path_factory.mktemp("wheel")
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = out.glob("*.whl")
+    return made
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "lowrank_comm/py.typed" in names
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"lowrank_comm"}
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    expected = {file.relative_to(ROOT).as_posix() for file in (ROOT / "lowrank_comm").rglob("*.py")}
+    expected |= {f"lowrank_comm/integrations/{file.relative_to(ROOT / 'integrations').as_posix()}" for file in (ROOT / "integrations").rglob("*.py")}
+    assert expected <= set(names)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked as pip does, away from the checkout: the core trains, `lowrank_comm.integrations` is inside the package."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    core, integrations = map(Path, python(TRY_IT, tmp_path, site).split())
+    assert core == site / "lowrank_comm" / "__init__.py"
+    assert integrations == site / "lowrank_comm" / "integrations" / "__init__.py"
+
+
+@pytest.mark.slow
+def test_the_wheels_deepspeed_adapter_can_be_imported(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    out = python("import lowrank_comm.integrations.deepspeed as adapter; print(adapter.__file__)", tmp_path, site)
+    assert out.strip().splitlines()[-1] == str(site / "lowrank_comm" / "integrations" / "deepspeed.py")
