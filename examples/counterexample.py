@@ -1,22 +1,24 @@
-"""Figure 1 of the PowerSGD+ paper: a problem on which PowerSGD never learns and PowerSGD+ does, under momentum SGD and under Adam.
+"""Figure 1 of the PowerSGD+ paper: a problem on which PowerSGD never learns and PowerSGD+ does, under momentum SGD and
+under Adam.
 
     python examples/counterexample.py [--steps 600] [--output counterexample.png]
 
-The problem is that of Theorem 1 (arXiv 2509.11254): f(X) = psi(D^T X D), psi(x) = x^2 for |x| <= 1 and 2|x| - 1 beyond, with the gradient
-oracle g_i = G + xi_i (sigma B - G), G the true gradient, B all ones, xi_i = +1 or -1 by a fair coin, rank 1. If all coins of the first step
-show +1 (probability 2^-N, and the figure shows that case), the first Delta is sigma B, the subspace is span(1, ..., 1), and D is orthogonal
-to it: no later step sees G, and it piles up in the error memory unseen.
+The problem is that of Theorem 1 (arXiv 2509.11254): f(X) = psi(D^T X D), psi(x) = x^2 for |x| <= 1 and 2|x| - 1 beyond,
+with the gradient oracle g_i = G + xi_i (sigma B - G), G the true gradient, B all ones, xi_i = +1 or -1 by a fair coin,
+rank 1. If all coins of the first step show +1 (probability 2^-N, and the figure shows that case), the first Delta is
+sigma B, the subspace is span(1, ..., 1), and D is orthogonal to it: no later step sees G, and it piles up in the error
+memory unseen.
 
 Both curves are made by the library's own compressors, in the simulation of N workers; nothing is re-implemented here.
 
-What is exact. In floating point, round-off in the subspace grows with the error memory and frees PowerSGD after some 10 to 20 steps when X
-is 2 x 2 as in the paper, because 1 / sqrt(2) has no finite binary form. Here every entry of the paper's example is repeated in a 2 x 2 block
-(X is 4 x 4, D = (1, 1, -1, -1)), so that the basis is (1, 1, 1, 1) / 2; with sigma = 3 and N = 3 all of PowerSGD's numbers are integers or
-halves far below 2^53, and its float64 arithmetic *is* exact arithmetic: every applied update is a multiple of B, bit by bit, which this
-program checks. Not exact: the optimizer's own step on X (its rounding moves D^T X D by about 1e-13, and psi' does not change), and all of
-PowerSGD+, which needs no exactness to escape. N is odd because with an even N the coins may cancel, P is 0 then, and the random vector that
-takes its place opens the trap; the paper's proof passes over this case.
-"""
+What is exact. In floating point, round-off in the subspace grows with the error memory and frees PowerSGD after some 10
+to 20 steps when X is 2 x 2 as in the paper, because 1 / sqrt(2) has no finite binary form. Here every entry of the
+paper's example is repeated in a 2 x 2 block (X is 4 x 4, D = (1, 1, -1, -1)), so that the basis is (1, 1, 1, 1) / 2;
+with sigma = 3 and N = 3 all of PowerSGD's numbers are integers or halves far below 2^53, and its float64 arithmetic
+*is* exact arithmetic: every applied update is a multiple of B, bit by bit, which this program checks. Not exact: the
+optimizer's own step on X (its rounding moves D^T X D by about 1e-13, and psi' does not change), and all of PowerSGD+,
+which needs no exactness to escape. N is odd because with an even N the coins may cancel, P is 0 then, and the random
+vector that takes its place opens the trap; the paper's proof passes over this case."""
 
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from lowrank_comm import Identity, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
@@ -33,7 +36,9 @@ from lowrank_comm.simulation import Simulation
 WORKERS, SIGMA, RESTART_EVERY = 3, 3.0, 10
 D = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
 A, B = torch.outer(D, D), torch.ones(4, 4, dtype=torch.float64)
-FIRST_BASIS = torch.tensor([[1.0], [0.0], [0.0], [0.0]], dtype=torch.float64)  # any Q_{-1} whose sum is not 0 leads to the trap
+FIRST_BASIS = torch.tensor(
+    [[1.0], [0.0], [0.0], [0.0]], dtype=torch.float64
+)  # any Q_{-1} whose sum is not 0 leads to the trap
 
 COMPRESSORS: dict[str, Compressor] = {
     "PowerSGD": PowerSGD(rank=1),
@@ -62,7 +67,8 @@ class Run:
 
     @property
     def trapped_exactly(self) -> bool:
-        """Whether every update was a multiple of B to the last bit: nothing of the gradient, a multiple of A, came through."""
+        """Whether every update was a multiple of B to the last bit: nothing of the gradient, a multiple of A, came
+        through."""
         return all(torch.equal(update, update[0, 0] * B) for update in self.updates)
 
 
@@ -84,7 +90,9 @@ def train(compressor: Compressor, optimizer_of: Callable[..., torch.optim.Optimi
     x = torch.nn.Parameter(A / 8)
     optimizer = optimizer_of([x])
     basis = {"X": FIRST_BASIS} if compressor.low_rank else None
-    workers = Simulation({"X": (4, 4)}, compressor, WORKERS, dtype=torch.float64, min_compression_rate=0, initial_basis=basis)
+    workers = Simulation(
+        {"X": (4, 4)}, compressor, WORKERS, dtype=torch.float64, min_compression_rate=0, initial_basis=basis
+    )
     losses, squared_gradients, updates = [], [], []
     for xi in coins(steps, seed):
         loss, slope = loss_and_slope(x.detach())
@@ -136,10 +144,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Run]]:
     print(f"{'optimizer':10} {'compressor':13} {'first loss':>10} {'last loss':>10} {'last |grad|^2':>14}  updates")
     for optimizer, by_compressor in runs.items():
         for name, run in by_compressor.items():
-            trapped = "all multiples of B, exactly" if run.trapped_exactly else "reach the gradient"
-            print(
-                f"{optimizer:10} {name:13} {run.losses[0]:10.3g} {run.losses[-1]:10.3g} {run.squared_gradients[-1]:14.3g}  {trapped}"
-            )
+            updates = "all multiples of B, exactly" if run.trapped_exactly else "reach the gradient"
+            last = f"{run.losses[-1]:10.3g} {run.squared_gradients[-1]:14.3g}"
+            print(f"{optimizer:10} {name:13} {run.losses[0]:10.3g} {last}  {updates}")
     draw(runs, options.output)
     print(f"drawn: {options.output}")
     return runs

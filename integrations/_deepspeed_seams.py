@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import deepspeed
+import deepspeed.runtime.utils
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
@@ -67,6 +68,8 @@ def choose(engine: Any) -> Seam | None:
     if optimizer is None or type(optimizer).__name__ in without or not getattr(optimizer, "using_real_optimizer", True):
         return None
     check(engine, (*_ENGINE, *_ENGINE_STATE), "the engine")
+    # Before this function existed, ZeRO in fp32 and stage 3 in any dtype applied steps whose gradients were NaN.
+    check(deepspeed.runtime.utils, ("is_invalid_grad_norm",), "deepspeed.runtime.utils")
     if hasattr(optimizer, "fp32_groups_gradients"):
         return FloatViews(engine)
     if hasattr(optimizer, "gradient_reduction_w_predivide"):

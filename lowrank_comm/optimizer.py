@@ -19,10 +19,12 @@ the top. It never communicates and never raises; see `checkpoint` for what "own"
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -291,11 +293,18 @@ class CompressedOptimizer(Optimizer):
 
     def _only_initialises_state(self) -> bool:
         """torch.distributed.checkpoint makes an optimizer create its state by a step with lr 0 and zero gradients, perhaps
-        on one rank alone. That is no step of the compressor."""
-        if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups) or self._reduced is not None:
+        on one rank alone. That is no step of the compressor: it would take the error memory and apply it with lr 0. Who
+        calls is looked up, since a worker's gradients may be zero in a real step too, and then it must take part."""
+        if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
-        return bool(grads) and all(g is not None and not bool(g.count_nonzero()) for g in grads)
+        frame: FrameType | None = sys._getframe(1)
+        for _ in range(8):
+            if frame is None:
+                return False
+            if frame.f_code.co_name == "_init_optim_state":
+                return True
+            frame = frame.f_back
+        return False
 
     # ---------------------------------------------------------------- loss scaling
 

@@ -25,8 +25,12 @@ class _SimulatedGroup(Group):
     """One of N workers that share a process; the simulation moves the data."""
 
     def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
         self._rank, self._size = rank, size
-        self.process_group, self.initialised = None, False
+
+    @property
+    def initialised(self) -> bool:
+        return False
 
     @property
     def size(self) -> int:

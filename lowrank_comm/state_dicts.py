@@ -6,9 +6,10 @@
 
 The tag stands twice because torch.distributed.checkpoint drops top-level keys that it does not know, without a word,
 and keeps what is in `state[parameter]`. Every trainable parameter has one, compressed or not, because it refuses a state
-dict in which some parameters have a state and others have none. No key has a dot, at which it splits flattened names. The entries are added to the dict only and never to the optimizer's live state:
-Adam takes a non-empty state for one that it has initialised. They are taken out before the base loads, because
-`Optimizer.load_state_dict` would cast a float32 error to a bfloat16 parameter's dtype.
+dict in which some parameters have a state and others have none. No key has a dot, at which it splits flattened names.
+The entries are added to the dict only and never to the optimizer's live state: Adam takes a non-empty state for one
+that it has initialised. They are taken out before the base loads, because `Optimizer.load_state_dict` would cast a
+float32 error to a bfloat16 parameter's dtype.
 """
 
 from __future__ import annotations

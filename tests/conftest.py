@@ -11,9 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from gloo import GlooPool  # noqa: E402
+import pytest
+import torch
+from gloo import GlooPool
 
 
 def pytest_configure(config: pytest.Config) -> None:

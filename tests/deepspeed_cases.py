@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from deepspeed_toy import (
     REDUCTIONS,
     RESTARTS,
     WORLD,
+    Detour,
+    Toy,
     adapter_of,
     batch,
     config,
@@ -21,6 +24,7 @@ from deepspeed_toy import (
     engines,
     gap,
     loss_of,
+    nobody,
     parameters,
     seeded_toy,
     sent,
@@ -101,7 +105,11 @@ def identical(rank: int, stage: int, dtype: str) -> dict[str, Tensor]:
 def veto(rank: int, stage: int, dtype: str, **top: Any) -> dict[str, Any]:
     """NaN in rank 0's data at step 3: nothing changes at that step, and training goes on as if it had never been."""
     made = config(stage, dtype, section=RESTARTS, **top)
-    with engines(engine_of(made)) as engine:
+
+    def falling(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    with engines(engine_of(made, lr_scheduler=falling)) as engine:
         adapter = adapter_of(engine)
         train(engine, range(3), rank)
         before = (parameters(engine), state(adapter))
@@ -109,8 +117,8 @@ def veto(rank: int, stage: int, dtype: str, **top: Any) -> dict[str, Any]:
         after = (parameters(engine), state(adapter))
         report, skipped = adapter.last_report, engine.skipped_steps
         later = train(engine, range(4, 6), rank)
-        final = parameters(engine)
-    with engines(engine_of(made)) as engine:
+        final, scheduled = parameters(engine), engine.lr_scheduler.last_epoch
+    with engines(engine_of(made, lr_scheduler=falling)) as engine:
         train(engine, range(3), rank)
         undisturbed = train(engine, range(4, 6), rank)
         expected = parameters(engine)
@@ -118,6 +126,7 @@ def veto(rank: int, stage: int, dtype: str, **top: Any) -> dict[str, Any]:
         "changed": gap(before, after),
         "applied": report.applied,
         "skipped": skipped,
+        "scheduled": scheduled,
         "later": gap(later, undisturbed),
         "final": gap(final, expected),
         "moved": gap(final, after[0]),
@@ -223,13 +232,20 @@ def traffic(rank: int, stage: int, gas: int) -> dict[str, Any]:
         return {"steps": steps, "numel": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())}
 
 
+USERS: dict[str, Detour] = {
+    "nobody": nobody,
+    "rank 1": lambda rank, step: rank == 1,
+    "everybody": lambda rank, step: True,
+    "everybody at first": lambda rank, step: step < 2,
+}
+
+
 def detours(rank: int, stage: int, who: str) -> dict[str, Any]:
-    """A matrix that nobody, or rank 1 only, has a gradient for, against DeepSpeed's own stage 0, which knows zeros there."""
-    detour = {"nobody": lambda r: False, "rank 1": lambda r: r == 1, "everybody": lambda r: True}[who]
+    """A matrix that not all have a gradient for, against DeepSpeed's own stage 0, where a missing gradient is zero."""
     weights = []
     for section, at in ((None, 0), (FULL_RANK, stage)):
         with engines(engine_of(config(at, section=section), "sgd")) as engine:
-            train(engine, range(5), rank, detour=detour)
+            train(engine, range(5), rank, detour=USERS[who])
             weights.append(parameters(engine))
     return {"parameters": gap(*weights)}
 
@@ -259,7 +275,7 @@ def frozen_and_tied(rank: int, stage: int) -> dict[str, Any]:
         model.again = nn.Linear(20, 20, bias=False)
         model.again.weight = model.sometimes.weight
         with engines(engine_of(config(stage, section=section), "sgd", model)) as engine:
-            train(engine, range(5), rank, detour=lambda r: True)
+            train(engine, range(5), rank, detour=USERS["everybody"])
             weights.append(parameters(engine))
             if section is not None:
                 names = [row.name for row in adapter_of(engine).plan.rows]
@@ -308,13 +324,54 @@ def own_coalescing(rank: int, stage: int) -> dict[str, Any]:
     return {"parameters": gap(*weights), "passes": passes}
 
 
-def float_accumulation(rank: int) -> dict[str, Any]:
+def float_accumulation(rank: int, who: str) -> dict[str, Any]:
     """bfloat16 with fp32 accumulation over 4 micro-steps: each stage keeps the sums elsewhere, and all must agree."""
-    losses = {}
-    for stage in (1, 2, 3):
+    found = {}
+    for stage in (1, 2) if who == "rank 1" else (1, 2, 3):
         settings = config(stage, "bf16", 4, RANK_2, data_types={"grad_accum_dtype": "fp32"})
         with engines(engine_of(settings)) as engine:
-            losses[stage] = train(engine, range(6), rank)
-            kind = {slot.dtype for slot in adapter_of(engine).reducer.slots}
-            assert kind == {torch.float32}, kind
-    return {"1-2": gap(losses[1], losses[2]), "1-3": gap(losses[1], losses[3])}
+            losses = train(engine, range(6), rank, detour=USERS[who])
+            assert {slot.dtype for slot in adapter_of(engine).reducer.slots} == {torch.float32}
+            found[stage] = {"losses": losses, "parameters": parameters(engine), "optimizer": type(engine.optimizer).__name__}
+    return found
+
+
+def no_sync(rank: int, stage: int) -> dict[str, Any]:
+    """Two backwards inside `engine.no_sync()`, and a third outside of it before the step."""
+    weights = []
+    for section in (None, FULL_RANK):
+        with engines(engine_of(config(stage, section=section), "sgd")) as engine:
+            for step in range(4):
+                for micro in range(3):
+                    x, y = batch(rank, 3 * step + micro)
+                    with engine.no_sync() if micro < 2 else nullcontext():
+                        engine.backward(loss_of(engine(x), y))
+                engine.step()
+            weights.append(parameters(engine))
+    return {"parameters": gap(*weights)}
+
+
+def recomputed(rank: int, stage: int) -> dict[str, Any]:
+    """Activation checkpointing of the kind that calls backward within backward."""
+    weights = []
+    for section in (None, FULL_RANK):
+        with engines(engine_of(config(stage, gas=2, section=section), "sgd", seeded_toy(recompute=True))) as engine:
+            train(engine, range(5), rank)
+            weights.append(parameters(engine))
+    return {"parameters": gap(*weights), "moved": gap(weights[0]["second.weight"], seeded_toy().second.weight.detach())}
+
+
+def partitioned_from_birth(rank: int) -> dict[str, Any]:
+    """Stage 3 with a model built under `zero.Init`, and parameters that are not kept whole between uses."""
+    import deepspeed
+
+    weights = []
+    for section in (None, FULL_RANK):
+        settings = config(3, gas=2, section=section, zero={"stage3_param_persistence_threshold": 0})
+        torch.manual_seed(0)
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = Toy()
+        with engines(engine_of(settings, "sgd", model)) as engine:
+            train(engine, range(5), rank)
+            weights.append(parameters(engine))
+    return {"parameters": gap(*weights)}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WORLD = 2
 FULL_RANK = {"compressor": "powersgd", "rank": 64, "min_compression_rate": 0}
@@ -25,15 +26,20 @@ CLIP = 0.5
 class Toy(nn.Module):
     """Matrices with m > n and m < n, biases, and a matrix that `forward` uses only where asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.first = nn.Linear(12, 24)
         self.second = nn.Linear(24, 20, bias=False)
         self.sometimes = nn.Linear(20, 20, bias=False)
         self.last = nn.Linear(20, 5)
 
     def forward(self, x: Tensor, detour: bool = False) -> Tensor:
-        hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
+        hidden = torch.tanh(self.first(x))
+        if self.recompute:  # backward within backward
+            hidden = torch.tanh(checkpoint(self.second, hidden, use_reentrant=True))
+        else:
+            hidden = torch.tanh(self.second(hidden))
         return self.last(torch.tanh(self.sometimes(hidden)) if detour else hidden)
 
 
@@ -48,9 +54,8 @@ def loss_of(output: Tensor, y: Tensor) -> Tensor:
     return (output.float() - y).pow(2).mean()
 
 
-def config(
-    stage: int, dtype: str = "fp32", gas: int = 1, section: dict[str, Any] | None = None, **top: Any
-) -> dict[str, Any]:
+def config(stage: int, dtype: str = "fp32", gas: int = 1, section: Any = None, **top: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration; `zero` goes into its zero_optimization section, everything else in `top` to the top."""
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": gas,
@@ -68,9 +73,9 @@ def config(
     return result | top
 
 
-def seeded_toy() -> Toy:
+def seeded_toy(recompute: bool = False) -> Toy:
     torch.manual_seed(0)
-    return Toy()
+    return Toy(recompute)
 
 
 def engine_of(settings: dict[str, Any], optimizer: str = "adamw", model: nn.Module | None = None, **more: Any) -> Any:
@@ -85,14 +90,16 @@ def engine_of(settings: dict[str, Any], optimizer: str = "adamw", model: nn.Modu
     return deepspeed.initialize(model=model, optimizer=base, config=settings, dist_init_required=False, **more)[0]
 
 
+Detour = Callable[[int, int], bool]
+"""(rank, step) -> whether the toy's third matrix is used."""
+
+
+def nobody(rank: int, step: int) -> bool:
+    return False
+
+
 def train(
-    engine: Any,
-    steps: range,
-    rank: int,
-    *,
-    direct: bool = False,
-    nan_at: int = -1,
-    detour: Callable[[int], bool] | None = None,
+    engine: Any, steps: range, rank: int, *, direct: bool = False, nan_at: int = -1, detour: Detour = nobody
 ) -> list[float]:
     """Optimizer steps with the engine's accumulation; the losses of this rank's micro-batches."""
     dtype, gas, losses = next(engine.module.parameters()).dtype, engine.gradient_accumulation_steps(), []
@@ -101,7 +108,7 @@ def train(
             x, y = batch(rank, gas * step + micro)
             if step == nan_at and rank == 0 and micro == 0:
                 x = x * torch.nan
-            loss = loss_of(engine(x.to(dtype), detour is not None and detour(rank)), y)
+            loss = loss_of(engine(x.to(dtype), detour(rank, step)), y)
             loss.backward() if direct else engine.backward(loss)
             engine.step()
             losses.append(loss.item())
@@ -158,12 +165,8 @@ def adapter_of(engine: Any) -> Any:
 # -------------------------------------------------------------------- counting what is sent
 
 REDUCTIONS = {"all_reduce": "tensor", "reduce": "tensor", "reduce_scatter": "input_list", "reduce_scatter_tensor": "input"}
-OTHERS = {
-    "all_gather": "tensor",
-    "all_gather_into_tensor": "input_tensor",
-    "broadcast": "tensor",
-    "all_to_all_single": "input",
-}
+"""Collectives that could average gradients, and the argument that is sent."""
+OTHERS = {"all_gather": "tensor", "all_gather_into_tensor": "input_tensor", "broadcast": "tensor"}
 sent: list[tuple[str, int, int]] = []
 """(collective, elements, bytes) that this process handed to torch.distributed."""
 

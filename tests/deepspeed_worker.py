@@ -147,13 +147,20 @@ def mismatch(rank: int) -> dict[str, str]:
     return found
 
 
-def without_section(rank: int) -> dict[str, Any]:
-    """No section: an ordinary engine, with none of our functions on it."""
+def left_alone(rank: int) -> dict[str, Any]:
+    """An engine without the section, and one with it that does not train: ordinary engines."""
+    import deepspeed
+
     from lowrank_comm.integrations.deepspeed import get
 
-    with engines(engine_of(config(2))) as engine:
-        touched = [key for key in ("allreduce_gradients", "save_checkpoint", "_take_model_step") if key in vars(engine)]
-        return {"adapter": get(engine), "touched": touched, "coalescing": engine.optimizer._coalesce_grad_reduction}
+    found = {}
+    settings = config(3, section=RANK_2)
+    inference = deepspeed.initialize(model=seeded_toy(), config=settings, dist_init_required=False)[0]
+    for name, made in {"no section": engine_of(config(2)), "no optimizer": inference}.items():
+        with engines(made) as engine:
+            touched = [key for key in ("allreduce_gradients", "save_checkpoint", "_take_model_step") if key in vars(engine)]
+            found[name] = (get(engine), touched, getattr(engine.optimizer, "_coalesce_grad_reduction", False))
+    return found
 
 
 Case = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -186,9 +193,11 @@ def cases(folder: str) -> dict[str, Case]:
         add(f"owned boundary {stage}", training.owned_boundary, stage)
         add(f"frozen and tied {stage}", training.frozen_and_tied, stage)
         add(f"misuse {stage}", misuse, stage)
+        add(f"recomputed {stage}", training.recomputed, stage)
         add(f"dropped {stage}", training.dropped, stage)
-        for who in ("nobody", "rank 1", "everybody") if stage < 3 else ("nobody", "everybody"):
-            add(f"detour {stage} {who}", training.detours, stage, who)
+        for who in training.USERS:
+            if (stage, who) != (3, "rank 1"):  # ZeRO-3 gathers a module when it runs: all ranks must run the same
+                add(f"detour {stage} {who}", training.detours, stage, who)
         if stage > 0:
             add(f"own coalescing {stage}", training.own_coalescing, stage)
             offload = {"offload_optimizer": {"device": "cpu"}}
@@ -199,10 +208,14 @@ def cases(folder: str) -> dict[str, Case]:
     add("resume 3 fp16", training.resume, f"{folder}/resume_fp16", 3, "fp16", 1)
     add("variant round robin", training.variant, stage=2, zero={"round_robin_gradients": True})
     add("variant autocast", training.variant, stage=2, torch_autocast={"enabled": True, "dtype": "bfloat16"})
-    add("float accumulation", training.float_accumulation)
+    for who in ("nobody", "rank 1"):
+        add(f"float accumulation {who}", training.float_accumulation, who)
+    for stage in (0, 1):
+        add(f"no_sync {stage}", training.no_sync, stage)
+    add("partitioned from birth", training.partitioned_from_birth)
     add("refusals", refusals)
     add("mismatch", mismatch)
-    add("without section", without_section)
+    add("left alone", left_alone)
     return listed
 
 

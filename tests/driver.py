@@ -1,22 +1,24 @@
-"""The smallest driver of a compressor's generators: N workers in one process, answers in plain arithmetic. No reducer, no buffers, no group.
+"""The smallest driver of a compressor's generators: N workers in one process, answers in plain arithmetic. No reducer,
+no buffers, no group.
 
-The tests hold the library's reducer against it, and look with it at what a compressor returns (what was sent, what was applied).
-"""
+The tests hold the library's reducer against it, and look with it at what a compressor returns (what was sent, what was
+applied)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from lowrank_comm.compressors.base import Compressor, ComputeOnce, Context, Delta, Mean, Result, State
 from torch import Tensor
+
+from lowrank_comm.compressors.base import Compressor, ComputeOnce, Context, Delta, Mean, Request, Result, State, Steps
 
 
 def drive(compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[State], context: Context) -> list[Result]:
     """One step of one batch for every worker. deltas: (B, m, n) for each worker. Returns each worker's result."""
     runs = [compressor.step(Delta(delta), state, context) for delta, state in zip(deltas, states, strict=True)]
     results: list[Result] = []
-    asked = [next(run) for run in runs]
+    asked: list[Request] = [next(run) for run in runs]
     while not results:
         first = asked[0]
         if isinstance(first, Mean):
@@ -28,12 +30,18 @@ def drive(compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[Sta
             answers = [bool(first.flag.all())] * len(runs)
         asked = []
         for run, answer in zip(runs, answers, strict=True):
-            try:
-                asked.append(run.send(answer))
-            except StopIteration as end:
-                results.append(end.value)
+            reply = _send(run, answer)
+            (results if isinstance(reply, Result) else asked).append(reply)
     assert len(results) == len(runs), "workers of one batch must ask the same number of times"
     return results
+
+
+def _send(run: Steps, answer: object) -> Request | Result:
+    """The generator's next request, or its result."""
+    try:
+        return run.send(answer)
+    except StopIteration as end:
+        return end.value
 
 
 def dense(value: object) -> Tensor:

@@ -1,10 +1,9 @@
 """Real gloo processes for the tests: started once a session, a fresh default process group for every case.
 
-A *case* is a module-level function `case(rank, *arguments)`. `GlooPool.run(case, world, *arguments)` calls it on `world` processes at once, each of
-them a member of a new default group of that size, and returns the values by rank. An exception on any rank comes back as `CaseFailed` with
-every rank's traceback. Nothing hangs: a case that is not done in time, or that left a rank waiting for a dead one, costs the processes
-their life; the next case starts new ones.
-"""
+A *case* is a module-level function `case(rank, *arguments)`. `GlooPool.run(case, world, *arguments)` calls it on
+`world` processes at once, each of them a member of a new default group of that size, and returns the values by rank. An
+exception on any rank comes back as `CaseFailed` with every rank's traceback. Nothing hangs: a case that is not done in
+time, or that left a rank waiting for a dead one, costs the processes their life; the next case starts new ones."""
 
 from __future__ import annotations
 
@@ -67,7 +66,8 @@ class GlooPool:
         self._cases = 0
 
     def run(self, case: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
-        """`case(rank, *arguments)` on ranks 0 .. world-1; their values by rank. (Pickled here, so tensors travel by value.)"""
+        """`case(rank, *arguments)` on ranks 0 .. world-1; their values by rank. (Pickled here, so tensors travel by
+        value.)"""
         if not self._workers:
             self._start()
         self._cases += 1
@@ -82,7 +82,7 @@ class GlooPool:
         while pending:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                failures |= {rank: "did not end in time" for rank in pending.values()}
+                failures |= dict.fromkeys(pending.values(), "did not end in time")
                 break
             for connection in ready:
                 rank = pending.pop(connection)

@@ -1,8 +1,8 @@
-"""Algorithms 1 and 2 of "From PowerSGD to PowerSGD+" in NumPy, written from the paper's text. Nothing of `lowrank_comm` is used here.
+"""Algorithms 1 and 2 of "From PowerSGD to PowerSGD+" in NumPy, written from the paper's text. Nothing of `lowrank_comm`
+is used here.
 
-Symbols are the paper's: N workers, Delta_i = g_i + e_i (m x n), basis Q (n x r), P orthonormal (m x r), restart period tau, step t from 0.
-Also the seeded problems that several test files share.
-"""
+Symbols are the paper's: N workers, Delta_i = g_i + e_i (m x n), basis Q (n x r), P orthonormal (m x r), restart period
+tau, step t from 0. Also the seeded problems that several test files share."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class Reference:
         self.sent: list[Matrix] = []
 
     def step(self, gradients: Sequence[Matrix]) -> Matrix:
-        """One step: all workers' gradients in, the applied update out; `errors` and `sent` are of this step afterwards."""
+        """One step: all workers' gradients in, the applied update out; `errors` and `sent` are of this step
+        afterwards."""
         deltas = [(g + e).reshape(self.matrix_shape) for g, e in zip(gradients, self.errors, strict=True)]
         if self.restart_every is not None and self.t % self.restart_every == 0:
             result = svd_comp(self.rank, deltas)
@@ -85,11 +86,12 @@ class Reference:
         return result.applied.reshape(self.shape)
 
 
-# --- seeded problems ------------------------------------------------------------------------------------------------------------------
+# --- seeded problems -------------------------------------------------------------------------------------------------
 
 
 def gradient(shape: tuple[int, ...], step: int, worker: int, seed: int = 0) -> Matrix:
-    """A gradient of one worker at one step: a part that all workers share, and one of its own (heterogeneous data and noise)."""
+    """A gradient of one worker at one step: a part that all workers share, and one of its own (heterogeneous data and
+    noise)."""
     common = np.random.default_rng((seed, step, 0)).standard_normal(shape)
     own = np.random.default_rng((seed, step, worker + 1)).standard_normal(shape)
     return np.asarray(common + 0.7 * own)

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from gloo import GlooPool
-from lowrank_comm import CompressedOptimizer, ConfigError, ConfigMismatchError, Identity, LowRankCommError, PowerSGD, PowerSGDPlus
+
+from lowrank_comm import (
+    CompressedOptimizer,
+    ConfigError,
+    ConfigMismatchError,
+    Identity,
+    LowRankCommError,
+    PowerSGD,
+    PowerSGDPlus,
+)
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import Section
 
@@ -95,7 +104,8 @@ BAD = {
 
 @pytest.mark.parametrize(("section", "words"), BAD.values(), ids=BAD.keys())
 def test_a_bad_section_is_named(section: dict[str, Any], words: list[str]) -> None:
-    """The error names the key and the value, is a ValueError too, and comes from parse() alone: nothing has been started by then."""
+    """The error names the key and the value, is a ValueError too, and comes from parse() alone: nothing has been
+    started by then."""
     with pytest.raises(ConfigError) as caught:
         Section.parse(section)
     assert isinstance(caught.value, ValueError)
@@ -137,7 +147,10 @@ def test_a_section_that_is_no_object(section: Any) -> None:
         (lambda: optimizer(initial_basis={"weigth": torch.ones(3, 2)}).plan, ["initial_basis", "weigth"]),
         (lambda: optimizer(initial_basis={"weight": torch.ones(8, 2)}).plan, ["initial_basis", "weight", "6"]),
         (lambda: CompressedOptimizer(torch.nn.Linear(6, 8), compressor=PowerSGD(2)), ["Linear"]),
-        (lambda: CompressedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(6, 8))]), compressor="powersgd"), ["powersgd"]),
+        (
+            lambda: CompressedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(6, 8))]), compressor="powersgd"),
+            ["powersgd"],
+        ),
     ],
 )
 def test_bad_arguments_are_named(build: Any, words: list[str]) -> None:
@@ -150,14 +163,17 @@ def test_bad_arguments_are_named(build: Any, words: list[str]) -> None:
 def optimizer(**options: Any) -> CompressedOptimizer:
     model = torch.nn.Linear(6, 8)
     return CompressedOptimizer(
-        torch.optim.SGD(model.named_parameters(), lr=0.1), **({"compressor": PowerSGD(2), "min_compression_rate": 0} | options)
+        torch.optim.SGD(model.named_parameters(), lr=0.1),
+        **({"compressor": PowerSGD(2), "min_compression_rate": 0} | options),
     )
 
 
 def test_a_section_makes_an_optimizer() -> None:
     model = torch.nn.Linear(60, 50)
     made = CompressedOptimizer.from_config(
-        torch.optim.SGD(model.named_parameters(), lr=0.1), {"compressor": "powersgd", "rank": 2, "seed": 5}, max_grad_norm=1.0
+        torch.optim.SGD(model.named_parameters(), lr=0.1),
+        {"compressor": "powersgd", "rank": 2, "seed": 5},
+        max_grad_norm=1.0,
     )
     model(torch.ones(3, 60)).sum().backward()
     made.step()
@@ -167,7 +183,7 @@ def test_a_section_makes_an_optimizer() -> None:
         CompressedOptimizer.from_config(torch.optim.SGD(model.named_parameters(), lr=0.1), {"rnk": 2})
 
 
-# --- different settings on two ranks --------------------------------------------------------------------------------------------------
+# --- different settings on two ranks ---------------------------------------------------------------------------------
 
 
 def disagree(rank: int, settings: list[dict[str, Any]]) -> str:
@@ -188,7 +204,10 @@ def disagree(rank: int, settings: list[dict[str, Any]]) -> str:
 
 DIFFERENT = {
     "rank": ([{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(3)}], ["rank", "2", "3"]),
-    "compressor": ([{"compressor": PowerSGD(2)}, {"compressor": PowerSGDPlus(2)}], ["compressor", "powersgd", "powersgd_plus"]),
+    "compressor": (
+        [{"compressor": PowerSGD(2)}, {"compressor": PowerSGDPlus(2)}],
+        ["compressor", "powersgd", "powersgd_plus"],
+    ),
     "identity": ([{"compressor": PowerSGD(2)}, {"compressor": Identity()}], ["compressor", "powersgd", "identity"]),
     "tau": ([{"compressor": PowerSGDPlus(2, 100)}, {"compressor": PowerSGDPlus(2, 200)}], ["restart_every", "100", "200"]),
     "restart": (
@@ -196,7 +215,10 @@ DIFFERENT = {
         ["restart", "svd", "randomized"],
     ),
     "seed": ([{"compressor": PowerSGD(2), "seed": 1}, {"compressor": PowerSGD(2), "seed": 11}], ["seed", "1", "11"]),
-    "rate": ([{"compressor": PowerSGD(2), "rate": 0}, {"compressor": PowerSGD(2), "rate": 3}], ["min_compression_rate", "0", "3"]),
+    "rate": (
+        [{"compressor": PowerSGD(2), "rate": 0}, {"compressor": PowerSGD(2), "rate": 3}],
+        ["min_compression_rate", "0", "3"],
+    ),
     "wire": (
         [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "wire_dtype": "bfloat16"}],
         ["wire_dtype", "None", "bfloat16"],

@@ -1,4 +1,5 @@
-"""Theorem 1: PowerSGD stays trapped, PowerSGD+ leaves. In exact rational arithmetic, in the float window, and in the example's figure."""
+"""Theorem 1: PowerSGD stays trapped, PowerSGD+ leaves. In exact rational arithmetic, in the float window, and in the
+example's figure."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+
 from lowrank_comm import PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
@@ -29,7 +31,7 @@ def example() -> ModuleType:
     return module
 
 
-# --- the paper's problem and PowerSGD in rational numbers -----------------------------------------------------------------------------
+# --- the paper's problem and PowerSGD in rational numbers ------------------------------------------------------------
 
 
 def slope(x: Fraction) -> Fraction:
@@ -38,7 +40,9 @@ def slope(x: Fraction) -> Fraction:
 
 
 def matmul(a: Rational, b: Rational) -> Rational:
-    return [[sum((x * y for x, y in zip(row, column, strict=True)), Fraction(0)) for column in zip(*b, strict=True)] for row in a]
+    return [
+        [sum((x * y for x, y in zip(row, column, strict=True)), Fraction(0)) for column in zip(*b, strict=True)] for row in a
+    ]
 
 
 def combine(*terms: tuple[Fraction | int, Rational]) -> Rational:
@@ -52,7 +56,8 @@ def transposed(a: Rational) -> Rational:
 
 
 class RationalPowerSGD:
-    """Rank-1 PowerSGD without a square root: P~ P~^T = p p^T / (p^T p) is rational, and Q = Delta^T p has the direction of the paper's Q."""
+    """Rank-1 PowerSGD without a square root: P~ P~^T = p p^T / (p^T p) is rational, and Q = Delta^T p has the direction
+    of the paper's Q."""
 
     def __init__(self, size: int, workers: int, basis: Sequence[int | Fraction]) -> None:
         self.q: Rational = [[Fraction(b)] for b in basis]
@@ -88,8 +93,8 @@ def functional(x: Rational) -> Fraction:
 @pytest.mark.parametrize("start", [[[1, 0], [0, 1]], [[Fraction(1, 3), 0], [0, Fraction(1, 7)]]], ids=["|x| > 1", "|x| < 1"])
 @pytest.mark.parametrize("workers", [1, 3, 5])
 def test_powersgd_is_trapped_in_exact_arithmetic(workers: int, start: list[list[Fraction | int]]) -> None:
-    """200 steps of momentum SGD, learning rates that change, any Q_{-1}: the slope psi' stays exactly what it was, the updates are multiples
-    of B, the errors multiples of A; uncompressed, the same oracle moves at once."""
+    """200 steps of momentum SGD, learning rates that change, any Q_{-1}: the slope psi' stays exactly what it was, the
+    updates are multiples of B, the errors multiples of A; uncompressed, the same oracle moves at once."""
     sigma, momentum_factor = Fraction(3), Fraction(9, 10)
     x: Rational = [[Fraction(entry) for entry in row] for row in start]
     uncompressed = [list(row) for row in x]
@@ -103,22 +108,25 @@ def test_powersgd_is_trapped_in_exact_arithmetic(workers: int, start: list[list[
         assert applied[0] == applied[1] == [applied[0][0]] * 2
         assert all(combine((error[0][0], A2)) == error for error in compressor.errors)
         momentum = combine((momentum_factor, momentum), (1, applied))
-        # Momentum's denominators would grow by a digit a step; rounding its multiple of B to one keeps the argument and the numbers small.
+        # Momentum's denominators would grow by a digit a step. Rounded to another multiple of B, they do not.
         momentum = combine((momentum[0][0].limit_denominator(10**6), B2))
         x = combine((1, x), (-Fraction(1, 10 + t), momentum))
         assert slope(functional(x)) == first
-        if t < 3:
+        if t < 10:
             gradients = [oracle(functional(uncompressed), int(coin), sigma) for coin in row]
             uncompressed = combine((1, uncompressed), *((-Fraction(1, 10 * workers), g) for g in gradients))
-    assert functional(uncompressed) != functional([[Fraction(entry) for entry in row] for row in start]) or coins[:3].min() == 1
+    assert functional(uncompressed) != functional([[Fraction(entry) for entry in row] for row in start])
     assert any(error[0][0] != 0 for error in compressor.errors)
 
 
-# --- the library's compressors --------------------------------------------------------------------------------------------------------
+# --- the library's compressors ---------------------------------------------------------------------------------------
 
 
-def paper_problem(compressor: Compressor, dtype: torch.dtype, workers: int, steps: int, rate: float, basis: tuple[float, float]) -> list[float]:
-    """x11 - x12 - x21 + x22 before each step, by the library, on the paper's own 2 x 2 problem (sigma = 3, all coins +1 at first)."""
+def paper_problem(
+    compressor: Compressor, dtype: torch.dtype, workers: int, steps: int, rate: float, basis: tuple[float, float]
+) -> list[float]:
+    """x11 - x12 - x21 + x22 before each step, by the library, on the paper's own 2 x 2 problem (sigma = 3, all coins +1
+    at first)."""
     a, b = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=dtype), torch.ones(2, 2, dtype=dtype)
     sim = Simulation(
         {"X": (2, 2)},
@@ -146,8 +154,8 @@ def paper_problem(compressor: Compressor, dtype: torch.dtype, workers: int, step
 def test_powersgd_is_trapped_within_the_float_window(
     workers: int, basis: tuple[float, float], dtype: torch.dtype, window: int, tolerance: float
 ) -> None:
-    """Round-off frees PowerSGD after some 9 steps in float64, 6 in float32; before that nothing of the gradient comes through, while
-    PowerSGD+ that restarts within the window has moved."""
+    """Round-off frees PowerSGD after some 9 steps in float64, 6 in float32; before that nothing of the gradient comes
+    through, while PowerSGD+ that restarts within the window has moved."""
     trapped = paper_problem(PowerSGD(1), dtype, workers, window + 1, 0.02, basis)
     assert trapped[0] == 2.0
     assert max(abs(value - 2.0) for value in trapped) < tolerance
@@ -157,18 +165,19 @@ def test_powersgd_is_trapped_within_the_float_window(
 
 @pytest.mark.parametrize("restart", ["svd", "randomized"])
 def test_powersgd_plus_converges_on_the_papers_problem(restart: str) -> None:
-    """N = 4, tau = 10, decaying rate: mean ||grad f||^2 = 4 psi'^2 over the last quarter of 3 000 steps."""
-    values = paper_problem(PowerSGDPlus(1, restart_every=10, restart=restart), torch.float64, 4, 3000, 0.02, (0.3, 1.1))
+    """N = 4, tau = 10, decaying rate: mean ||grad f||^2 = 4 psi'^2 over the last quarter of 600 steps."""
+    values = paper_problem(PowerSGDPlus(1, restart_every=10, restart=restart), torch.float64, 4, 600, 0.02, (0.3, 1.1))
     squared = [4 * (2 * value if abs(value) <= 1 else 2.0) ** 2 for value in values]
     assert squared[0] == 16.0
-    assert np.mean(squared[-750:]) < 2e-3
+    assert np.mean(squared[-150:]) < 1e-8
 
 
-# --- the example ----------------------------------------------------------------------------------------------------------------------
+# --- the example -----------------------------------------------------------------------------------------------------
 
 
 def test_the_examples_powersgd_is_exact(example: ModuleType) -> None:
-    """The library's float64 PowerSGD in the example against rational arithmetic: every update equal, number by number, for 300 steps."""
+    """The library's float64 PowerSGD in the example against rational arithmetic: every update equal, number by number,
+    for 300 steps."""
     steps = 300
     run = example.train(example.COMPRESSORS["PowerSGD"], example.OPTIMIZERS["MSGD"], steps)
     d = [Fraction(int(value)) for value in example.D]
@@ -185,7 +194,7 @@ def test_the_examples_powersgd_is_exact(example: ModuleType) -> None:
 
 def test_the_example_draws_figure_1(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "figure.png"
-    runs = example.main(["--steps", "400", "--output", str(picture)])
+    runs = example.main(["--steps", "250", "--output", str(picture)])
     for optimizer in ("MSGD", "Adam"):
         trapped, free, plain = (runs[optimizer][name] for name in ("PowerSGD", "PowerSGD+", "uncompressed"))
         assert trapped.trapped_exactly

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import GlooPool
+from reference import gradient
+
 from lowrank_comm import CompressedOptimizer, Identity, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
-from reference import gradient
 
 MATRICES = {"tall": (40, 12), "tall_too": (40, 12), "wide": (12, 40), "filter": (16, 4, 3, 3), "thin": (50, 3)}
 DENSE = {"bias": (5,), "scale": ()}
@@ -59,13 +60,22 @@ every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 
 
 @every_compressor
-@pytest.mark.parametrize(("dtype", "wire", "element"), [(torch.float32, None, 4), (torch.float64, None, 8), (torch.float32, "bfloat16", 2)])
-def test_payload_by_kind_over_two_periods(compressor: Compressor, dtype: torch.dtype, wire: str | None, element: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "wire", "element"), [(torch.float32, None, 4), (torch.float64, None, 8), (torch.float32, "bfloat16", 2)]
+)
+def test_payload_by_kind_over_two_periods(
+    compressor: Compressor, dtype: torch.dtype, wire: str | None, element: int
+) -> None:
     workers = 2
     sim = Simulation(SHAPES, compressor, workers, dtype=dtype, min_compression_rate=0, wire_dtype=wire)
     total: Counter[str] = Counter()
     for t in range(2 * TAU):
-        sim.reduce([{name: torch.as_tensor(gradient(shape, t, k), dtype=dtype) for name, shape in SHAPES.items()} for k in range(workers)])
+        sim.reduce(
+            [
+                {name: torch.as_tensor(gradient(shape, t, k), dtype=dtype) for name, shape in SHAPES.items()}
+                for k in range(workers)
+            ]
+        )
         expected = payload(compressor, t, element)
         total.update(expected)
         for report in sim.last_reports:
@@ -84,7 +94,8 @@ def test_payload_by_kind_over_two_periods(compressor: Compressor, dtype: torch.d
 
 
 def counted(rank: int, compressor: Compressor) -> dict[str, Any]:
-    """Count at torch.distributed's own functions: bytes of every tensor that a collective is called with, step by step."""
+    """Count at torch.distributed's own functions: bytes of every tensor that a collective is called with, step by
+    step."""
     calls: list[tuple[str, int]] = []
 
     def watch(name: str, tensor_at: int) -> None:
@@ -100,12 +111,21 @@ def counted(rank: int, compressor: Compressor) -> dict[str, Any]:
         originals[name] = original
 
     originals: dict[str, Any] = {}
-    places = {"all_reduce": 0, "broadcast": 0, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "reduce": 0}
+    places = {
+        "all_reduce": 0,
+        "broadcast": 0,
+        "all_gather": 1,
+        "all_gather_into_tensor": 1,
+        "reduce_scatter_tensor": 1,
+        "reduce": 0,
+    }
     try:
         for name, tensor_at in places.items():
             watch(name, tensor_at)
         parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
-        optimizer = CompressedOptimizer(torch.optim.SGD(parameters.items(), lr=0.1), compressor=compressor, min_compression_rate=0)
+        optimizer = CompressedOptimizer(
+            torch.optim.SGD(parameters.items(), lr=0.1), compressor=compressor, min_compression_rate=0
+        )
         per_step, reports = [], []
         for t in range(2 * TAU):
             for k, p in enumerate(parameters.values()):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from gloo import GlooPool
-from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD, PowerSGDPlus, UnsupportedError
-from lowrank_comm.compressors.base import Compressor
 from reference import gradient
 from torch import Tensor, nn
+
+from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD, PowerSGDPlus, UnsupportedError
+from lowrank_comm.compressors.base import Compressor
 
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
 BASES: dict[str, Builder] = {
@@ -48,7 +49,9 @@ def loss_of(model: nn.Module, step: int, worker: int = 0) -> Tensor:
     return ((model(x) - y) ** 2).mean()
 
 
-def compressed(model: nn.Module, base: Builder = BASES["MSGD"], compressor: Compressor | None = None, **options: Any) -> CompressedOptimizer:
+def compressed(
+    model: nn.Module, base: Builder = BASES["MSGD"], compressor: Compressor | None = None, **options: Any
+) -> CompressedOptimizer:
     return CompressedOptimizer(
         base(model.named_parameters()), compressor=compressor or PowerSGD(2), **({"min_compression_rate": 0} | options)
     )
@@ -58,7 +61,7 @@ def distance(one: nn.Module, other: nn.Module) -> float:
     return max(float((p - q).detach().abs().max()) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
-# --- the base is the base -------------------------------------------------------------------------------------------------------------
+# --- the base is the base --------------------------------------------------------------------------------------------
 
 
 @every_base
@@ -77,7 +80,10 @@ def test_it_is_an_optimizer_that_shares_what_the_base_owns(base: str) -> None:
 @every_base
 def test_full_rank_equals_the_base_alone(base: str) -> None:
     plain, squeezed = network(), network()
-    inner, outer = BASES[base](plain.named_parameters()), compressed(squeezed, BASES[base], PowerSGDPlus(99, restart_every=4))
+    inner, outer = (
+        BASES[base](plain.named_parameters()),
+        compressed(squeezed, BASES[base], PowerSGDPlus(99, restart_every=4)),
+    )
     for t in range(10):
         for model, optimizer in ((plain, inner), (squeezed, outer)):
             optimizer.zero_grad()
@@ -125,7 +131,8 @@ def full_rank_training(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
 def test_full_rank_training_equals_uncompressed_training(
     gloo: GlooPool, base: str, dtype: torch.dtype, micro_steps: int, max_norm: float | None
 ) -> None:
-    """Two ranks, gradient accumulation, clipping: losses to 1e-5, and parameters too where Adam does not turn round-off into steps."""
+    """Two ranks, gradient accumulation, clipping: losses to 1e-5, and parameters too where Adam does not turn round-off
+    into steps."""
     settings = {"base": base, "dtype": dtype, "micro_steps": micro_steps, "max_norm": max_norm}
     for seen in gloo.run(full_rank_training, 2, settings):
         assert seen["loss"] < 1e-5
@@ -136,7 +143,7 @@ def test_full_rank_training_equals_uncompressed_training(
             assert seen["parameters"] < 1e-5
 
 
-# --- manners of an optimizer ----------------------------------------------------------------------------------------------------------
+# --- manners of an optimizer -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -258,7 +265,9 @@ def test_clipping_acts_on_the_averaged_gradient() -> None:
             loss_of(model, t).backward()
             optimizer.reduce_gradients()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
-        assert nn.utils.get_total_norm([p.grad for p in clipped.parameters()]) > 0.05  # not yet: the caller may still look at it
+        assert (
+            nn.utils.get_total_norm([p.grad for p in clipped.parameters()]) > 0.05
+        )  # not yet: the caller may still look at it
         with_limit.step()
         without.step()
         assert float(nn.utils.get_total_norm([p.grad for p in clipped.parameters()])) == pytest.approx(0.05, rel=1e-4)
@@ -356,7 +365,7 @@ def test_copying_and_pickling_are_refused() -> None:
         pickle.dumps(optimizer)
 
 
-# --- names ----------------------------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def test_parameters_without_names() -> None:
@@ -375,7 +384,10 @@ def test_parameters_without_names() -> None:
 def test_names_given_beside_the_base() -> None:
     model = network()
     optimizer = CompressedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0, named_parameters=model.named_parameters()
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        PowerSGD(2),
+        min_compression_rate=0,
+        named_parameters=model.named_parameters(),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -406,7 +418,9 @@ def test_wrappers_are_stripped_from_names(prefix: str) -> None:
 def test_a_compiled_models_names_are_the_models_own() -> None:
     model = network()
     optimizer = CompressedOptimizer(
-        torch.optim.SGD(torch.compile(model, backend="eager").named_parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0
+        torch.optim.SGD(torch.compile(model, backend="eager").named_parameters(), lr=0.1),
+        PowerSGD(2),
+        min_compression_rate=0,
     )
     assert set(optimizer.error_memory()) == {"0.weight", "2.weight"}
 
@@ -428,7 +442,7 @@ def test_attach_refuses_what_it_cannot_serve() -> None:
         optimizer.attach(DistributedDataParallel(model))
 
 
-# --- reports --------------------------------------------------------------------------------------------------------------------------
+# --- reports ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_of_a_step() -> None:
@@ -454,11 +468,12 @@ def test_the_report_of_a_step() -> None:
         assert report.as_dict()["bytes"] == report.bytes
 
 
-# --- missing gradients ----------------------------------------------------------------------------------------------------------------
+# --- missing gradients -----------------------------------------------------------------------------------------------
 
 
 def missing(rank: int) -> dict[str, Any]:
-    """Step 1: rank 0 has no gradient for `some`, nobody has one for `nobody` and `no_bias`. Steps 0 and 2 are complete."""
+    """Step 1: rank 0 has no gradient for `some`, nobody has one for `nobody` and `no_bias`. Steps 0 and 2 are
+    complete."""
     shapes = {"all": (9, 6), "some": (9, 6), "nobody": (9, 6), "some_bias": (4,), "no_bias": (3,)}
     parameters = {name: nn.Parameter(torch.ones(shape, dtype=torch.float64)) for name, shape in shapes.items()}
     optimizer = CompressedOptimizer(
@@ -481,14 +496,16 @@ def missing(rank: int) -> dict[str, Any]:
             report["grads"] = {name: p.grad.numpy().copy() for name, p in parameters.items() if p.grad is not None}
             report["errors_before"] = {name: e.numpy() for name, e in errors.items()}
             report["errors"] = {name: e.numpy().copy() for name, e in optimizer.error_memory().items()}
-            report["same_basis"] = sorted(n for n, parts in optimizer.reducer.bases().items() if torch.equal(parts["Q"], bases[n]))
+            report["same_basis"] = sorted(
+                n for n, parts in optimizer.reducer.bases().items() if torch.equal(parts["Q"], bases[n])
+            )
     report["parameters"] = {name: p.detach().numpy().copy() for name, p in parameters.items()}
     return report
 
 
 def test_gradients_that_are_missing_on_some_ranks_or_on_all(gloo: GlooPool) -> None:
-    """On some: they count as zero, and what the others had is applied everywhere, also where there was none. On all: the gradient stays
-    None, the base leaves the parameter alone, error and basis stay bit-equal. Nothing hangs."""
+    """On some: they count as zero, and what the others had is applied everywhere, also where there was none. On all:
+    the gradient stays None, the base leaves the parameter alone, error and basis stay bit-equal. Nothing hangs."""
     reports = gloo.run(missing, 3)
     shapes = {"all": (9, 6), "some": (9, 6), "some_bias": (4,)}
     for report in reports:
@@ -501,8 +518,13 @@ def test_gradients_that_are_missing_on_some_ranks_or_on_all(gloo: GlooPool) -> N
         np.testing.assert_allclose(report["grads"]["some_bias"], bias, rtol=1e-14)
     for k, name in enumerate(("all", "some")):
         ranks = range(3) if name == "all" else (1, 2)
-        given = sum(gradient(shapes[name], 1, rank, k) for rank in ranks) / 3 + sum(r["errors_before"][name] for r in reports) / 3
-        np.testing.assert_allclose(reports[0]["grads"][name] + sum(r["errors"][name] for r in reports) / 3, given, atol=1e-12)
+        given = (
+            sum(gradient(shapes[name], 1, rank, k) for rank in ranks) / 3
+            + sum(r["errors_before"][name] for r in reports) / 3
+        )
+        np.testing.assert_allclose(
+            reports[0]["grads"][name] + sum(r["errors"][name] for r in reports) / 3, given, atol=1e-12
+        )
 
 
 def test_a_step_without_any_gradient() -> None:
@@ -513,7 +535,7 @@ def test_a_step_without_any_gradient() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-# --- the other moment of reduction ----------------------------------------------------------------------------------------------------
+# --- the other moment of reduction -----------------------------------------------------------------------------------
 
 
 def at_backward(rank: int, poisoned: int | None) -> dict[str, Any]:
@@ -539,7 +561,8 @@ def at_backward(rank: int, poisoned: int | None) -> dict[str, Any]:
 
 @pytest.mark.parametrize("poisoned", [None, 1])
 def test_reduction_at_the_end_of_backward(gloo: GlooPool, poisoned: int | None) -> None:
-    """step() is left without collectives; a veto leaves NaN in p.grad on every rank, so that whoever looks at it skips."""
+    """step() is left without collectives; a veto leaves NaN in p.grad on every rank, so that whoever looks at it
+    skips."""
     for report in gloo.run(at_backward, 2, poisoned):
         assert report["inside_step"] == 0
         assert report["distance"] < 1e-12

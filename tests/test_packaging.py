@@ -18,7 +18,12 @@ def python(code: str, folder: Path, *path: Path) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
     done = subprocess.run(
-        [sys.executable, "-W", "error::SyntaxWarning", "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error::SyntaxWarning", "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -55,7 +60,8 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 
 
 def test_the_core_needs_torch_safetensors_and_pydantic_only(tmp_path: Path) -> None:
-    """Every top-level module that lowrank_comm imports by itself is of the standard library or one of the three it declares."""
+    """Every top-level module that lowrank_comm imports by itself is of the standard library or one of the three it
+    declares."""
     code = f"""
 import ast, pathlib, sys
 found = set()
@@ -101,13 +107,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"lowrank_comm"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     expected = {file.relative_to(ROOT).as_posix() for file in (ROOT / "lowrank_comm").rglob("*.py")}
-    expected |= {f"lowrank_comm/integrations/{file.relative_to(ROOT / 'integrations').as_posix()}" for file in (ROOT / "integrations").rglob("*.py")}
+    expected |= {
+        f"lowrank_comm/integrations/{file.relative_to(ROOT / 'integrations').as_posix()}"
+        for file in (ROOT / "integrations").rglob("*.py")
+    }
     assert expected <= set(names)
 
 
 @pytest.mark.slow
 def test_the_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
-    """Unpacked as pip does, away from the checkout: the core trains, `lowrank_comm.integrations` is inside the package."""
+    """Unpacked as pip does, away from the checkout: the core trains, `lowrank_comm.integrations` is inside the
+    package."""
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     core, integrations = map(Path, python(TRY_IT, tmp_path, site).split())

@@ -1,4 +1,5 @@
-"""The library over real gloo processes against the paper's Algorithms 1 and 2 in NumPy (`reference.py`), number by number."""
+"""The library over real gloo processes against the paper's Algorithms 1 and 2 in NumPy (`reference.py`), number by
+number."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from gloo import GlooPool
-from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
 from reference import Reference, average, gradients, initial_basis, ssp_comp, svd_comp
+
+from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
 
 SHAPES = {"tall": (12, 7), "tall_too": (12, 7), "wide": (7, 12), "square": (9, 9), "thin": (30, 3), "filter": (6, 3, 2, 2)}
 STEPS = 30
@@ -19,7 +21,8 @@ def compressor(rank: int, tau: int | None) -> PowerSGD:
 
 
 def train(rank: int, compression_rank: int, tau: int | None) -> list[dict[str, dict[str, np.ndarray]]]:
-    """30 steps of momentum SGD: at each step the averaged compressed gradient, this worker's error memory, and the parameters."""
+    """30 steps of momentum SGD: at each step the averaged compressed gradient, this worker's error memory, and the
+    parameters."""
     parameters = {name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()}
     optimizer = CompressedOptimizer(
         torch.optim.SGD(parameters.items(), lr=RATE, momentum=MOMENTUM),
@@ -75,7 +78,8 @@ def test_the_basis_given_is_the_one_used(gloo: GlooPool) -> None:
 
 
 def test_reference_on_the_papers_first_step() -> None:
-    """The reference itself against Claim 1 of the paper's appendix, computed by hand: Delta = sigma B gives Q_0 = 2 sigma C, all applied."""
+    """The reference itself against Claim 1 of the paper's appendix, computed by hand: Delta = sigma B gives Q_0 = 2
+    sigma C, all applied."""
     sigma = 3.0
     b = np.ones((2, 2))
     result = ssp_comp(np.array([[0.3], [1.1]]), [sigma * b, sigma * b])
@@ -84,7 +88,8 @@ def test_reference_on_the_papers_first_step() -> None:
 
 
 def test_reference_svd_is_the_best_approximation() -> None:
-    """The reference itself against Eckart-Young: what SVD-Comp leaves of the mean is the energy of the singular values beyond r."""
+    """The reference itself against Eckart-Young: what SVD-Comp leaves of the mean is the energy of the singular values
+    beyond r."""
     deltas = [gradients(SHAPES, 0, worker)["tall"] for worker in range(3)]
     result = svd_comp(2, deltas)
     left = np.sum((average(deltas) - result.applied) ** 2)

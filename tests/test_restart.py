@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from reference import gradient, spectrum_matrix
+from torch import Tensor
+
 from lowrank_comm import PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
-from reference import gradient, spectrum_matrix
-from torch import Tensor
 
 SPECTRA = {
     "1/k": lambda count: 1.0 / np.arange(1, count + 1),
@@ -25,22 +28,23 @@ def simulation(compressor: Compressor, shapes: dict[str, tuple[int, ...]], worke
 
 
 def captured(compressor: Compressor, matrix: np.ndarray, draws: int) -> np.ndarray:
-    """Share of the energy that the first step applies, for `draws` independent draws: one batch of equal matrices with names of their own."""
+    """Share of the energy that the first step applies, for `draws` independent draws: one batch of equal matrices with
+    names of their own."""
     names = [f"draw{k}" for k in range(draws)]
     given = torch.from_numpy(matrix)
     applied = simulation(compressor, dict.fromkeys(names, matrix.shape), 1).reduce([{name: given.clone() for name in names}])
     return np.array([float(applied[name].norm() ** 2 / given.norm() ** 2) for name in names])
 
 
-# --- contraction ----------------------------------------------------------------------------------------------------------------------
+# --- contraction -----------------------------------------------------------------------------------------------------
 
 
 @every_spectrum
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (15, 15)])
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_lemma_2_for_svd_restarts(spectrum: str, shape: tuple[int, int], rank: int) -> None:
-    """||C(Delta) - Delta||^2 <= (1 - r / min(m, n)) ||Delta||^2 for the mean of three workers, with equality for a flat spectrum;
-    what is left is exactly the energy of the singular values beyond r."""
+    """||C(Delta) - Delta||^2 <= (1 - r / min(m, n)) ||Delta||^2 for the mean of three workers, with equality for a flat
+    spectrum; what is left is exactly the energy of the singular values beyond r."""
     values = SPECTRA[spectrum](min(shape))
     mean = torch.from_numpy(spectrum_matrix(*shape, values))
     parts = [torch.from_numpy(gradient(shape, 0, worker)) for worker in range(3)]
@@ -53,7 +57,8 @@ def test_lemma_2_for_svd_restarts(spectrum: str, shape: tuple[int, int], rank: i
 
 
 def test_lemma_2_does_not_hold_for_a_subspace_of_the_past() -> None:
-    """Negative control, and the reason for restarts: PowerSGD's single step from a bad basis captures less than r / n."""
+    """Negative control, and the reason for restarts: PowerSGD's single step from a bad basis captures less than r /
+    n."""
     u, s, v = np.linalg.svd(spectrum_matrix(20, 12, SPECTRA["0.7^k"](12)))
     matrix, worst = torch.from_numpy((u[:, :12] * s) @ v), torch.from_numpy(v[-3:].T.copy())
     sim = simulation(PowerSGD(3), {"w": (20, 12)}, 1, initial_basis={"w": worst})
@@ -66,11 +71,15 @@ DRAWS = 300
 
 @every_spectrum
 def test_randomized_restarts_capture_their_share_in_expectation(spectrum: str) -> None:
-    """A fresh Gaussian Q captures at least r / n of the energy on average, Lemma 2's constant; with the extra iteration of
-    restart="randomized", more. PowerSGD's very first step is the restart without that iteration, since its Q is Gaussian too."""
+    """A fresh Gaussian Q captures at least r / n of the energy on average, Lemma 2's constant; with the extra iteration
+    of restart="randomized", more. PowerSGD's very first step is the restart without that iteration, since its Q is
+    Gaussian too."""
     m, n, rank = 64, 32, 4
     matrix = spectrum_matrix(m, n, SPECTRA[spectrum](n))
-    sketch, iterated = captured(PowerSGD(rank), matrix, DRAWS), captured(PowerSGDPlus(rank, restart="randomized"), matrix, DRAWS)
+    sketch, iterated = (
+        captured(PowerSGD(rank), matrix, DRAWS),
+        captured(PowerSGDPlus(rank, restart="randomized"), matrix, DRAWS),
+    )
     best = captured(PowerSGDPlus(rank), matrix, 1)[0]
     standard_error = 3 * sketch.std() / DRAWS**0.5
     assert sketch.mean() + standard_error >= rank / n - 1e-12
@@ -90,15 +99,17 @@ def test_randomized_restarts_capture_their_share_in_expectation(spectrum: str) -
 
 @every_spectrum
 def test_another_power_iteration_never_captures_less(spectrum: str) -> None:
-    """On a matrix that does not change: PowerSGD's steps capture more and more (the error memory is taken off, so that Delta is the same)."""
+    """On a matrix that does not change: PowerSGD's steps capture more and more (the error memory is taken off, so that
+    Delta is the same)."""
     matrix = torch.from_numpy(spectrum_matrix(24, 16, SPECTRA[spectrum](16)))
     sim = simulation(PowerSGD(3), {"w": (24, 16)}, 1)
     energy = [float(sim.reduce([{"w": matrix - sim.error_memory(0)["w"]}])["w"].norm()) for _ in range(8)]
-    assert all(later >= earlier * (1 - 1e-12) for earlier, later in zip(energy, energy[1:], strict=False))
+    assert all(later >= earlier * (1 - 1e-12) for earlier, later in itertools.pairwise(energy))
 
 
 def test_each_randomized_restart_draws_anew() -> None:
-    """Two restarts on one matrix, one name: independent subspaces. (A draw that repeats would not average over bad luck.)"""
+    """Two restarts on one matrix, one name: independent subspaces. (A draw that repeats would not average over bad
+    luck.)"""
     matrix = torch.from_numpy(spectrum_matrix(30, 20, np.ones(20)))
     sim = simulation(PowerSGDPlus(2, restart_every=1, restart="randomized"), {"w": (30, 20)}, 1)
     first = sim.reduce([{"w": matrix.clone()}])["w"]
@@ -107,7 +118,7 @@ def test_each_randomized_restart_draws_anew() -> None:
     assert float((second - first).norm() / first.norm()) > 0.1
 
 
-# --- when -----------------------------------------------------------------------------------------------------------------------------
+# --- when ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("restart", ["svd", "randomized"])
@@ -116,13 +127,22 @@ def test_restarts_come_every_tau_steps_from_the_first(restart: str, tau: int) ->
     sim = simulation(PowerSGDPlus(2, restart_every=tau, restart=restart), {"a": (9, 6), "b": (6, 9), "c": (9, 6)}, 2)
     seen = []
     for t in range(10):
-        sim.reduce([{name: torch.from_numpy(gradient(shape, t, worker)) for name, shape in (("a", (9, 6)), ("b", (6, 9)), ("c", (9, 6)))} for worker in range(2)])
+        sim.reduce(
+            [
+                {
+                    name: torch.from_numpy(gradient(shape, t, worker))
+                    for name, shape in (("a", (9, 6)), ("b", (6, 9)), ("c", (9, 6)))
+                }
+                for worker in range(2)
+            ]
+        )
         seen.append(sim.last_reports[0].restarts)
     assert seen == [3 if t % tau == 0 else 0 for t in range(10)]
 
 
 def restarted_by_step(shapes: dict[str, tuple[int, ...]], tau: int, steps: int) -> tuple[list[set[str]], list[int]]:
-    """Which matrices restarted at each step, told from outside: with exact_restart they are those without error afterwards."""
+    """Which matrices restarted at each step, told from outside: with exact_restart they are those without error
+    afterwards."""
     sim = simulation(PowerSGDPlus(1, restart_every=tau, stagger=True, exact_restart=True), shapes, 1)
     names, restart_bytes = [], []
     for t in range(steps):
@@ -166,7 +186,7 @@ def test_without_stagger_all_restart_together() -> None:
     assert counts == [6, 0, 0, 0, 6, 0, 0, 0, 6]
 
 
-# --- the options that are free --------------------------------------------------------------------------------------------------------
+# --- the options that are free ---------------------------------------------------------------------------------------
 
 
 def run(compressor: Compressor, steps: int, workers: int = 3) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from gloo import GlooPool
+from reference import gradient
+from torch import Tensor
+
 from lowrank_comm import CompressedOptimizer, Identity, LowRankCommError, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
-from reference import gradient
-from torch import Tensor
 
 SHAPES = {"tall": (12, 7), "tall_too": (12, 7), "wide": (7, 12), "filter": (6, 3, 2, 2), "bias": (5,), "scale": ()}
 STEPS = 50
@@ -25,7 +26,8 @@ COMPRESSORS = [
 
 
 def pulled(name: str, shape: tuple[int, ...], parameter: Tensor, step: int, worker: int) -> Tensor:
-    """Gradient of 0.5 ||X - T_i||^2 plus noise: workers with targets of their own, so that parameters feed back into gradients."""
+    """Gradient of 0.5 ||X - T_i||^2 plus noise: workers with targets of their own, so that parameters feed back into
+    gradients."""
     noise = torch.as_tensor(gradient(shape, step, worker, len(name)), dtype=parameter.dtype)
     return parameter.detach() - (1 + worker) + noise
 
@@ -61,7 +63,8 @@ def over_gloo(rank: int, compressor: Compressor, dtype: torch.dtype) -> list[dic
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 @pytest.mark.parametrize(("workers", "steps"), [(2, STEPS), (4, 15)])
 def test_gloo_equals_simulation(gloo: GlooPool, compressor: Compressor, workers: int, steps: int) -> None:
-    """Step by step to 1e-12. Two numbers have one sum; of four, gloo takes another order, and the power iteration amplifies that round-off."""
+    """Step by step to 1e-12. Two numbers have one sum; of four, gloo takes another order, and the power iteration
+    amplifies that round-off."""
     histories = gloo.run(over_gloo, workers, compressor, torch.float64)
     parameters = start(torch.float64)
     optimizer = base(parameters)
@@ -84,8 +87,12 @@ def test_gloo_equals_simulation(gloo: GlooPool, compressor: Compressor, workers:
                 np.testing.assert_allclose(history[t]["error"][name], error.numpy(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize(
+    ("compressor", "dtype"),
+    [(compressor, torch.float32) for compressor in COMPRESSORS]
+    + [(COMPRESSORS[1], torch.float64), (COMPRESSORS[1], torch.bfloat16), (COMPRESSORS[2], torch.bfloat16)],
+    ids=str,
+)
 def test_all_ranks_hold_the_same_bits(gloo: GlooPool, compressor: Compressor, dtype: torch.dtype) -> None:
     """After 50 steps with data that differ between the ranks; their error memories do differ."""
     values = gloo.run(final_bits, 4, compressor, dtype)
@@ -112,7 +119,7 @@ def final_bits(rank: int, compressor: Compressor, dtype: torch.dtype) -> tuple[d
     )
 
 
-# --- the simulation's own manners -----------------------------------------------------------------------------------------------------
+# --- the simulation's own manners ------------------------------------------------------------------------------------
 
 
 def test_simulation_changes_nothing_it_is_given() -> None:
@@ -126,7 +133,10 @@ def test_simulation_changes_nothing_it_is_given() -> None:
 def test_simulation_of_a_missing_gradient() -> None:
     """None on one worker counts as zero; None on all stays None, and error and basis stay untouched."""
     sim = Simulation({"w": (8, 6), "v": (8, 6), "b": (3,)}, PowerSGD(2), 2, dtype=torch.float64, min_compression_rate=0)
-    full = [{name: torch.from_numpy(gradient(shape, 0, k)) for name, shape in (("w", (8, 6)), ("v", (8, 6)), ("b", (3,)))} for k in range(2)]
+    full = [
+        {name: torch.from_numpy(gradient(shape, 0, k)) for name, shape in (("w", (8, 6)), ("v", (8, 6)), ("b", (3,)))}
+        for k in range(2)
+    ]
     sim.reduce(full)
     before = [{name: e.clone() for name, e in sim.error_memory(k).items()} for k in range(2)]
     out = sim.reduce([{"w": full[0]["w"], "b": None}, {"b": None}])
@@ -141,7 +151,8 @@ def test_simulation_of_a_missing_gradient() -> None:
 
 
 def test_simulation_of_a_veto() -> None:
-    """A vetoed step gives {} and changes nothing: the steps after it are those of a run that never had it, bit for bit."""
+    """A vetoed step gives {} and changes nothing: the steps after it are those of a run that never had it, bit for
+    bit."""
     sims = [Simulation({"w": (8, 6)}, PowerSGDPlus(2, restart_every=3), 2, min_compression_rate=0) for _ in range(2)]
     for t in range(5):
         gradients = [{"w": torch.as_tensor(gradient((8, 6), t, k), dtype=torch.float32)} for k in range(2)]

@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 from gloo import GlooPool
-from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus, StateMismatchError
-from lowrank_comm import checkpoint as library_checkpoint
-from lowrank_comm.compressors.base import Compressor
 from reference import gradient
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -25,6 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+
+from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus, StateMismatchError
+from lowrank_comm import checkpoint as library_checkpoint
+from lowrank_comm.compressors.base import Compressor
 
 COMPRESSORS = [
     PowerSGD(2),
@@ -38,9 +39,12 @@ Arrays = dict[str, np.ndarray]
 
 
 class Trainer:
-    """A plain model under a compressed Adam or SGD, with gradients that are a function of (step, worker) and the parameters."""
+    """A plain model under a compressed Adam or SGD, with gradients that are a function of (step, worker) and the
+    parameters."""
 
-    def __init__(self, compressor: Compressor, dtype: torch.dtype = torch.float64, adam: bool = True, **options: Any) -> None:
+    def __init__(
+        self, compressor: Compressor, dtype: torch.dtype = torch.float64, adam: bool = True, **options: Any
+    ) -> None:
         self.model = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 5)).to(dtype)
         with torch.no_grad():
             for k, p in enumerate(self.model.parameters()):
@@ -54,7 +58,9 @@ class Trainer:
         seen = []
         for t in range(first, first + steps):
             for k, p in enumerate(self.model.parameters()):
-                p.grad = 0.1 * p.detach() + torch.as_tensor(gradient(tuple(p.shape), t, 0 if common else worker, k), dtype=p.dtype)
+                p.grad = 0.1 * p.detach() + torch.as_tensor(
+                    gradient(tuple(p.shape), t, 0 if common else worker, k), dtype=p.dtype
+                )
             self.optimizer.reduce_gradients()
             seen.append({name: p.grad.double().numpy().copy() for name, p in self.model.named_parameters()})
             self.optimizer.step()
@@ -76,14 +82,14 @@ def largest_difference(one: list[Arrays], other: list[Arrays]) -> float:
     return max(float(np.abs(a[name] - b[name]).max()) for a, b in zip(one, other, strict=True) for name in a)
 
 
-# --- one process ----------------------------------------------------------------------------------------------------------------------
+# --- one process -----------------------------------------------------------------------------------------------------
 
 
 @every_compressor
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_round_trip_is_bit_equal(compressor: Compressor, dtype: torch.dtype) -> None:
-    """state_dict, torch.save, torch.load(weights_only=True), load_state_dict: the resumed run gives the same bits, and a float32 error memory
-    of a bfloat16 parameter is not rounded."""
+    """state_dict, torch.save, torch.load(weights_only=True), load_state_dict: the resumed run gives the same bits, and
+    a float32 error memory of a bfloat16 parameter is not rounded."""
     one, other = Trainer(compressor, dtype), Trainer(compressor, dtype)
     one.train(0, FIRST, 0)
     state, weights = saved(one.optimizer.state_dict()), saved(one.model.state_dict())
@@ -99,7 +105,8 @@ def test_round_trip_is_bit_equal(compressor: Compressor, dtype: torch.dtype) -> 
 
 
 def test_the_round_trip_carries_what_it_claims() -> None:
-    """Negative control: without the compressor's part the resumed run is another one, and a warning says that errors start from zero."""
+    """Negative control: without the compressor's part the resumed run is another one, and a warning says that errors
+    start from zero."""
     one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     one.train(0, FIRST, 0)
     other.model.load_state_dict(one.model.state_dict())
@@ -117,7 +124,8 @@ def test_a_plain_optimizers_state_is_accepted_with_a_warning(caplog: pytest.LogC
 
 
 def test_state_dict_before_the_first_step() -> None:
-    """Accelerate calls it in prepare(): nothing to say yet, nothing raised, nothing warned; what it gives can be loaded."""
+    """Accelerate calls it in prepare(): nothing to say yet, nothing raised, nothing warned; what it gives can be
+    loaded."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one = Trainer(PowerSGD(2))
@@ -162,7 +170,7 @@ def test_errors_that_would_be_lost_are_refused() -> None:
     """Resuming with other rules: the saved error has no place to go. It is not dropped without a word."""
     one = Trainer(PowerSGD(2))
     one.train(0, 3, 0)
-    with pytest.raises(StateMismatchError, match="0.weight"):
+    with pytest.raises(StateMismatchError, match=r"0\.weight"):
         Trainer(PowerSGD(2), min_compression_rate=1000).optimizer.load_state_dict(one.optimizer.state_dict())
 
 
@@ -189,11 +197,12 @@ def test_restart_schedule_goes_on_where_it_was() -> None:
     assert restarts == [0, 0, 2, 0]
 
 
-# --- several workers ------------------------------------------------------------------------------------------------------------------
+# --- several workers -------------------------------------------------------------------------------------------------
 
 
 def own_state(rank: int, compressor: Compressor) -> dict[str, Any]:
-    """Only rank 0 calls state_dict() (a collective in there would hang), then every rank does; then each loads its own."""
+    """Only rank 0 calls state_dict() (a collective in there would hang), then every rank does; then each loads its
+    own."""
     one, resumed = Trainer(compressor), Trainer(compressor)
     one.train(0, FIRST, rank)
     before = one.optimizer.ledger.collectives
@@ -274,7 +283,8 @@ def resume(rank: int, compressor: Compressor, state: bytes, weights: bytes) -> l
 @every_compressor
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 2), (2, 4), (4, 2), (3, 1)])
 def test_the_mean_resumes_at_any_world_size(gloo: GlooPool, compressor: Compressor, before: int, after: int) -> None:
-    """Rank 0's file, loaded by every worker of another world: the next 10 steps to 1e-10, where the mean gradients are equal."""
+    """Rank 0's file, loaded by every worker of another world: the next 10 steps to 1e-10, where the mean gradients are
+    equal."""
     first = gloo.run(mean_state, before, compressor)
     assert all(one["exact"] for one in first)
     assert read(first[0]["state"])["lowrank_comm"]["kind"] == "mean"
@@ -283,7 +293,8 @@ def test_the_mean_resumes_at_any_world_size(gloo: GlooPool, compressor: Compress
 
 
 def consolidate_then_step(rank: int) -> list[str]:
-    """The tag is "mean" right after consolidation, and "own" again after the next step; consolidation itself changes no trajectory."""
+    """The tag is "mean" right after consolidation, and "own" again after the next step; consolidation itself changes no
+    trajectory."""
     one, twin = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     one.train(0, 3, rank)
     twin.train(0, 3, rank)
@@ -301,7 +312,7 @@ def test_the_tag_tells_whether_the_state_is_the_mean(gloo: GlooPool) -> None:
     assert gloo.run(consolidate_then_step, 2) == [["mean", "own"]] * 2
 
 
-# --- the file of `lowrank_comm.checkpoint` --------------------------------------------------------------------------------------------
+# --- the file of `lowrank_comm.checkpoint` ---------------------------------------------------------------------------
 
 
 def save_file(rank: int, compressor: Compressor, folder: str) -> dict[str, Any]:
@@ -324,7 +335,9 @@ def load_file(rank: int, compressor: Compressor, folder: str, weights: bytes, ba
 @every_compressor
 def test_the_file_resumes_at_any_world_size(gloo: GlooPool, compressor: Compressor, tmp_path: Path) -> None:
     first = gloo.run(save_file, 2, compressor, str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["lowrank_comm.safetensors"]  # one file, nothing half-written beside it
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "lowrank_comm.safetensors"
+    ]  # one file, nothing half-written beside it
     with safe_open(tmp_path / "lowrank_comm.safetensors", framework="pt") as file:
         assert set(file.keys()) == {f"{symbol}/{name}" for symbol in ("error", "Q") for name in ("0.weight", "1.weight")}
         assert '"mean"' in file.metadata()["tag"]
@@ -348,14 +361,15 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         library_checkpoint.load(Trainer(PowerSGD(2)).optimizer.reducer, tmp_path)
 
 
-# --- torch.distributed.checkpoint's helpers -------------------------------------------------------------------------------------------
+# --- torch.distributed.checkpoint's helpers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adam", [True, False], ids=["Adam", "SGD without state"])
 @pytest.mark.parametrize("compressor", COMPRESSORS[:2], ids=repr)
 def test_torch_checkpoint_helpers_keep_the_error_memory(compressor: Compressor, adam: bool) -> None:
-    """get_optimizer_state_dict drops top-level keys that it does not know; set_optimizer_state_dict makes a fresh optimizer initialise its
-    state by a step of its own, and wants a state for every parameter or for none. None of that may cost the error memory or count as a step."""
+    """get_optimizer_state_dict drops top-level keys that it does not know; set_optimizer_state_dict makes a fresh
+    optimizer initialise its state by a step of its own, and wants a state for every parameter or for none. None of that
+    may cost the error memory or count as a step."""
     one, other = Trainer(compressor, adam=adam), Trainer(compressor, adam=adam)
     one.train(0, FIRST, 0)
     state = copy.deepcopy(get_optimizer_state_dict(one.model, one.optimizer))  # it holds live tensors
@@ -369,8 +383,8 @@ def test_torch_checkpoint_helpers_keep_the_error_memory(compressor: Compressor, 
 
 
 def test_torch_checkpoint_helpers_flattened_lose_it_but_not_silently(caplog: pytest.LogCaptureFixture) -> None:
-    """With flatten_optimizer_state_dict torch's loader asks for the names of the live state only, so the compressor's part, although saved,
-    never arrives. The base's state does, and the log says that errors start from zero."""
+    """With flatten_optimizer_state_dict torch's loader asks for the names of the live state only, so the compressor's
+    part, although saved, never arrives. The base's state does, and the log says that errors start from zero."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     one.train(0, FIRST, 0)
@@ -384,15 +398,22 @@ def test_torch_checkpoint_helpers_flattened_lose_it_but_not_silently(caplog: pyt
 
 
 def helpers_on_ranks(rank: int, folder: str) -> dict[str, float]:
-    """Through torch.distributed.checkpoint's own files, saved by two ranks after consolidation, loaded by two fresh ones."""
+    """Through torch.distributed.checkpoint's own files, saved by two ranks after consolidation, loaded by two fresh
+    ones."""
     import torch.distributed.checkpoint as dcp
 
     one, other = Trainer(PowerSGDPlus(2, restart_every=4)), Trainer(PowerSGDPlus(2, restart_every=4))
     one.train(0, FIRST, rank)
     one.optimizer.consolidate_error_memory()
-    dcp.save({"model": get_model_state_dict(one.model), "optimizer": get_optimizer_state_dict(one.model, one.optimizer)}, checkpoint_id=folder)
+    dcp.save(
+        {"model": get_model_state_dict(one.model), "optimizer": get_optimizer_state_dict(one.model, one.optimizer)},
+        checkpoint_id=folder,
+    )
     other.optimizer.error_memory()
-    target = {"model": get_model_state_dict(other.model), "optimizer": get_optimizer_state_dict(other.model, other.optimizer)}
+    target = {
+        "model": get_model_state_dict(other.model),
+        "optimizer": get_optimizer_state_dict(other.model, other.optimizer),
+    }
     dcp.load(target, checkpoint_id=folder)
     other.model.load_state_dict(target["model"])
     set_optimizer_state_dict(other.model, other.optimizer, target["optimizer"])
@@ -407,7 +428,8 @@ def test_torch_checkpoint_files(gloo: GlooPool, tmp_path: Path) -> None:
 
 
 def test_tensors_in_a_state_dict_are_those_of_the_moment_it_is_used(tmp_path: Path) -> None:
-    """As torch's own optimizers, state_dict() gives references; a state dict that was saved is independent of later steps."""
+    """As torch's own optimizers, state_dict() gives references; a state dict that was saved is independent of later
+    steps."""
     trainer = Trainer(PowerSGD(2))
     trainer.train(0, 2, 0)
     state = trainer.optimizer.state_dict()

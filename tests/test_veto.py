@@ -1,4 +1,5 @@
-"""A number that is not finite, on any rank and in any parameter, stops the step on all ranks and changes no bit anywhere."""
+"""A number that is not finite, on any rank and in any parameter, stops the step on all ranks and changes no bit
+anywhere."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from gloo import GlooPool
-from lowrank_comm import CompressedOptimizer, Identity, PowerSGD, PowerSGDPlus
-from lowrank_comm.compressors.base import Compressor
 from reference import gradient
 from torch import Tensor
+
+from lowrank_comm import CompressedOptimizer, Identity, PowerSGD, PowerSGDPlus
+from lowrank_comm.compressors.base import Compressor
 
 SHAPES = {"tall": (12, 7), "twin": (12, 7), "wide": (7, 12), "bias": (5,)}
 BAD_STEP, STEPS = 3, 7
@@ -49,7 +51,8 @@ class Run:
             p.grad = torch.as_tensor(gradient(tuple(p.shape), step, rank, k), dtype=p.dtype) * factor
 
     def state(self) -> Any:
-        """Everything that a veto must leave alone: parameters, error memory, bases, counters, the base optimizer's state."""
+        """Everything that a veto must leave alone: parameters, error memory, bases, counters, the base optimizer's
+        state."""
         return bits(
             {
                 "parameters": {name: p.data for name, p in self.parameters.items()},
@@ -99,7 +102,9 @@ POISON = {
 @pytest.mark.parametrize("poison", POISON.values(), ids=POISON.keys())
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 @pytest.mark.parametrize("explicit", [True, False], ids=["reduce_gradients", "step"])
-def test_veto_on_all_ranks(gloo: GlooPool, compressor: Compressor, poison: dict[int, dict[str, float]], explicit: bool) -> None:
+def test_veto_on_all_ranks(
+    gloo: GlooPool, compressor: Compressor, poison: dict[int, dict[str, float]], explicit: bool
+) -> None:
     reports = gloo.run(vetoed, 2, compressor, poison, explicit)
     for report in reports:
         assert report["untouched"]
@@ -139,11 +144,12 @@ def test_veto_when_the_wire_overflows(gloo: GlooPool) -> None:
         assert report == {"untouched": True, "applied": False}
 
 
-# --- with torch's GradScaler ----------------------------------------------------------------------------------------------------------
+# --- with torch's GradScaler -----------------------------------------------------------------------------------------
 
 
 def scaled(rank: int, unscale_first: bool, bad_rank: int, attached: bool) -> dict[str, Any]:
-    """Training through torch.amp.GradScaler; at one step the loss overflows on one rank only. The twin has neither scaler nor bad step."""
+    """Training through torch.amp.GradScaler; at one step the loss overflows on one rank only. The twin has neither
+    scaler nor bad step."""
     run, twin = Run(PowerSGDPlus(2, restart_every=3)), Run(PowerSGDPlus(2, restart_every=3))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
     if attached:
@@ -175,7 +181,10 @@ def scaled(rank: int, unscale_first: bool, bad_rank: int, attached: bool) -> dic
         twin.optimizer.step()
         report["scales"].append(scaler.get_scale())
         report["distance"].append(
-            max(float((p - q).detach().abs().max()) for p, q in zip(run.parameters.values(), twin.parameters.values(), strict=True))
+            max(
+                float((p - q).detach().abs().max())
+                for p, q in zip(run.parameters.values(), twin.parameters.values(), strict=True)
+            )
         )
         report["error_distance"] = max(
             float((e - twin.optimizer.error_memory()[name]).abs().max()) for name, e in run.optimizer.error_memory().items()
@@ -187,9 +196,12 @@ def scaled(rank: int, unscale_first: bool, bad_rank: int, attached: bool) -> dic
 @pytest.mark.parametrize("unscale_first", [False, True], ids=["step", "unscale_ then step"])
 @pytest.mark.parametrize("attached", [True, False], ids=["attach(scaler=)", "scaler unknown"])
 @pytest.mark.parametrize("bad_rank", [0, 1])
-def test_grad_scaler_with_an_overflow_on_one_rank(gloo: GlooPool, unscale_first: bool, attached: bool, bad_rank: int) -> None:
-    """All ranks skip, nothing hangs, and the error memory is free of the scale. With the scaler made known to attach(), all scales stay
-    equal; otherwise only the bad rank lowers its own, which changes nothing else, since each rank unscales by its own."""
+def test_grad_scaler_with_an_overflow_on_one_rank(
+    gloo: GlooPool, unscale_first: bool, attached: bool, bad_rank: int
+) -> None:
+    """All ranks skip, nothing hangs, and the error memory is free of the scale. With the scaler made known to attach(),
+    all scales stay equal; otherwise only the bad rank lowers its own, which changes nothing else, since each rank
+    unscales by its own."""
     reports = gloo.run(scaled, 2, unscale_first, bad_rank, attached)
     for rank, report in enumerate(reports):
         assert report["untouched"]

@@ -39,7 +39,11 @@ class Group:
                 )
             process_group = process_group.get_group()
         self.process_group = process_group
-        self.initialised = dist.is_available() and dist.is_initialized()
+
+    @property
+    def initialised(self) -> bool:
+        """Whether there is a process group; asked each time, since it may be made after the optimizer."""
+        return dist.is_available() and dist.is_initialized()
 
     @property
     def size(self) -> int:
