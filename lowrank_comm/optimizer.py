@@ -269,7 +269,7 @@ class CompressedOptimizer(Optimizer):
             return loss
         self._unscale()
         applied = self.reduce_gradients()
-        self._reduced = None
+        self._reduced, self._unscaled_by_step = None, False
         if not applied:
             return loss
         if self.max_grad_norm is not None:

@@ -147,10 +147,10 @@ def test_veto_when_the_wire_overflows(gloo: GlooPool) -> None:
 # --- with torch's GradScaler -----------------------------------------------------------------------------------------
 
 
-def scaled(rank: int, unscale_first: bool, bad_rank: int, attached: bool) -> dict[str, Any]:
+def scaled(rank: int, unscale_first: bool, bad_rank: int, attached: bool, reduce_at: str) -> dict[str, Any]:
     """Training through torch.amp.GradScaler; at one step the loss overflows on one rank only. The twin has neither
     scaler nor bad step."""
-    run, twin = Run(PowerSGDPlus(2, restart_every=3)), Run(PowerSGDPlus(2, restart_every=3))
+    run, twin = Run(PowerSGDPlus(2, restart_every=3), reduce_at=reduce_at), Run(PowerSGDPlus(2, restart_every=3))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
     if attached:
         run.optimizer.attach(run.model, scaler=scaler)
@@ -202,7 +202,7 @@ def test_grad_scaler_with_an_overflow_on_one_rank(
     """All ranks skip, nothing hangs, and the error memory is free of the scale. With the scaler made known to attach(),
     all scales stay equal; otherwise only the bad rank lowers its own, which changes nothing else, since each rank
     unscales by its own."""
-    reports = gloo.run(scaled, 2, unscale_first, bad_rank, attached)
+    reports = gloo.run(scaled, 2, unscale_first, bad_rank, attached, "step")
     for rank, report in enumerate(reports):
         assert report["untouched"]
         lowered = 2.0**11 if attached or rank == bad_rank else 2.0**12
@@ -210,3 +210,14 @@ def test_grad_scaler_with_an_overflow_on_one_rank(
         assert max(report["distance"]) < 1e-5
         assert report["error_distance"] < 1e-5
         assert report["moved"]
+
+
+@pytest.mark.parametrize("unscale_first", [False, True], ids=["step", "unscale_ then step"])
+def test_grad_scaler_when_the_reduction_is_at_the_end_of_backward(gloo: GlooPool, unscale_first: bool) -> None:
+    """The gradients carry the scale when they are reduced; a veto leaves NaN everywhere, which every rank's scaler
+    finds."""
+    for report in gloo.run(scaled, 2, unscale_first, 1, True, "backward"):
+        assert report["untouched"]
+        assert report["scales"] == [2.0**12] * BAD_STEP + [2.0**11] * (STEPS - BAD_STEP)
+        assert max(report["distance"]) < 1e-5
+        assert report["error_distance"] < 1e-5
