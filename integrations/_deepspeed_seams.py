@@ -246,7 +246,11 @@ class FloatViews(Seam):
 class ZeroSeam(Seam):
     """What the ZeRO optimizers of stages 1 to 3 share: hooks kept still, and accumulation in a wider dtype if asked for."""
 
-    needs = ("_coalesce_grad_reduction", "set_gradient_accumulation_boundary", "gradient_accumulation_dtype")
+    needs: tuple[str, ...] = (
+        "_coalesce_grad_reduction",
+        "set_gradient_accumulation_boundary",
+        "gradient_accumulation_dtype",
+    )
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)

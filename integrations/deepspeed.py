@@ -73,12 +73,15 @@ class DeepSpeedAdapter:
     def plan(self) -> Plan:
         """What goes low-rank, bytes, memory."""
         local = sum(slot.numel * slot.dtype.itemsize for slot in self.reducer.slots)
-        notes = (
-            f"DeepSpeed {deepspeed.__version__}, {self._seam.description}: one pass for each optimizer step; every rank "
-            f"holds all its local gradients until then ({human_bytes(local)}), whatever the stage,",
+        notes = [
+            f"DeepSpeed {deepspeed.__version__}, {self._seam.description}: one pass for each optimizer step. Whatever the",
+            f"stage, every rank holds all its local gradients until then ({human_bytes(local)}),",
             'and the whole error memory, which "error_feedback": {"offload": true} moves to the CPU',
-        )
-        return replace(self.reducer.plan, notes=notes)
+        ]
+        wire = self._engine._config.communication_data_type
+        if wire is not None:
+            notes.append(f"communication_data_type={wire} has no effect: {SECTION}.wire_dtype says how gradients travel")
+        return replace(self.reducer.plan, notes=tuple(notes))
 
     @property
     def last_report(self) -> StepReport | None:

@@ -49,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         sys.path[0] = str(Path(script).resolve().parent)  # `python -m` put the working directory there
         runpy.run_path(script, run_name="__main__")
+    # A script that leaves its process group open may abort at exit, when gloo's threads outlive it; the launcher would then
+    # report a failure after a run that was complete.
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ def resume(rank: int, folder: str, stage: int, dtype: str, gas: int, **top: Any)
     with engines(engine_of(made)) as engine:
         train(engine, range(4), rank)
         engine.save_checkpoint(folder, tag="half")
+        saved = state(adapter_of(engine))
         went_on = train(engine, range(4, 8), rank)
         final = parameters(engine)
     with engines(engine_of(made)) as engine:
@@ -194,6 +195,7 @@ def resume(rank: int, folder: str, stage: int, dtype: str, gas: int, **top: Any)
         "resumed": gap(went_on, resumed),
         "parameters": gap(final, resumed_final),
         "never saved": gap(went_on, never_saved),
+        "saved": saved,
         "step": step,
         "module only": warm,
         "files": sorted(path.name for path in (Path(folder) / "half").glob("lowrank_comm*")),

@@ -22,6 +22,7 @@ from deepspeed_toy import (
     RESTARTS,
     WORLD,
     Toy,
+    adapter_of,
     batch,
     config,
     count_collectives,
@@ -29,6 +30,8 @@ from deepspeed_toy import (
     engines,
     loss_of,
     seeded_toy,
+    state,
+    train,
 )  # fmt: skip
 from torch import nn
 
@@ -206,6 +209,9 @@ def cases(folder: str) -> dict[str, Case]:
             add(f"variant overlap {stage}", training.variant, stage=stage, zero={"overlap_comm": stage < 3}, gas=2)
     add("resume 1 bf16 fp32", training.resume, f"{folder}/resume_bf16", 1, "bf16", 2, **accumulate)
     add("resume 3 fp16", training.resume, f"{folder}/resume_fp16", 3, "fp16", 1)
+    add("variant secondary partition", training.variant, stage=3, zero={"zero_hpz_partition_size": 2})
+    parameters_on_cpu = {"offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
+    add("variant offload of parameters", training.variant, stage=3, zero=parameters_on_cpu)
     add("variant round robin", training.variant, stage=2, zero={"round_robin_gradients": True})
     add("variant autocast", training.variant, stage=2, torch_autocast={"enabled": True, "dtype": "bfloat16"})
     for who in ("nobody", "rank 1"):
@@ -219,9 +225,9 @@ def cases(folder: str) -> dict[str, Case]:
     return listed
 
 
-def run(rank: int, folder: str, chosen: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """All cases on this rank, inside the process group that is there."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "DS_ACCELERATOR": "cpu"}
+def start(rank: int, world: int) -> None:
+    """Hand the process group that is there to DeepSpeed."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # DeepSpeed wants to see them; nobody connects
     count_collectives()
     logging.disable(logging.WARNING)
@@ -231,13 +237,25 @@ def run(rank: int, folder: str, chosen: list[str] | None = None) -> dict[str, di
 
     skip_shm_extension()
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
+
+
+def run(rank: int, folder: str) -> dict[str, dict[str, Any]]:
+    """All cases on this rank, inside the process group that is there."""
+    start(rank, WORLD)
     results = {}
     for name, (case, arguments, options) in cases(folder).items():
-        if chosen is not None and name not in chosen:
-            continue
         (Path(folder) / f"running_{rank}").write_text(name)  # for whoever wonders which case a process died in
         try:
             results[name] = {"value": case(rank, *arguments, **options)}
         except Exception:
             results[name] = {"error": traceback.format_exc()}
     return results
+
+
+def alone(rank: int, folder: str) -> dict[str, Any]:
+    """One process resumes what two have saved."""
+    start(rank, 1)
+    with engines(engine_of(config(0, gas=2, section=RESTARTS))) as engine:
+        engine.load_checkpoint(f"{folder}/resume_0_fp32")
+        found = state(adapter_of(engine))
+        return {"loaded": found, "losses": train(engine, range(4, 8), rank), "steps": adapter_of(engine).reducer.step}

@@ -6,12 +6,14 @@ applied)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, ComputeOnce, Context, Delta, Mean, Request, Result, State, Steps
+from lowrank_comm.simulation import Simulation
 
 
 def drive(compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[State], context: Context) -> list[Result]:
@@ -78,3 +80,8 @@ class Workers:
         ]
         self.t += 1
         return results
+
+
+def simulation(compressor: Compressor, shapes: Mapping[str, Sequence[int]], workers: int = 1, **options: Any) -> Simulation:
+    """The library's simulation with every matrix compressed, in float64 unless told."""
+    return Simulation(shapes, compressor, workers, **({"dtype": torch.float64, "min_compression_rate": 0} | options))

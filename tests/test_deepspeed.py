@@ -28,9 +28,14 @@ Look = Callable[[str], list[Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the cases save."""
+    return tmp_path_factory.mktemp("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Iterator[dict[int, dict[str, Any]]]:
     """Everything that the two processes found, by rank and case."""
-    folder = tmp_path_factory.mktemp("deepspeed")
     pool = GlooPool(toy.WORLD)
     try:
         yield dict(enumerate(pool.run(worker.run, toy.WORLD, str(folder), timeout=400)))
@@ -105,6 +110,8 @@ def test_all_ranks_hold_the_same_bits_after_50_steps(look: Look, stage: int, dty
             for what in ("variant offload", "variant buckets", "variant overlap")
             for stage in (1, 2, 3)
         ),
+        ("variant secondary partition", 1e-5),
+        ("variant offload of parameters", 1e-5),
         ("variant round robin", 1e-5),
         ("variant autocast", 1e-2),  # bfloat16 activations, and DeepSpeed's own reduction in bfloat16
     ],
@@ -229,6 +236,21 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(look: Look, case: str) -> Non
         assert found["step"] == 4
         assert found["module only"] == 0
         assert found["files"] == ["lowrank_comm.safetensors"]
+
+
+def test_one_process_resumes_what_two_have_saved(look: Look, folder: Path) -> None:
+    """Every worker starts from the mean error of all, at any number of workers."""
+    saved = [found["saved"] for found in look("resume 0 fp32")]
+    pool = GlooPool(1)
+    try:
+        (found,) = pool.run(worker.alone, 1, str(folder))
+    finally:
+        pool.close()
+    assert toy.gap(saved[0], saved[1]) == 0.0
+    assert toy.gap(found["loaded"], saved[0]) == 0.0
+    assert max(float(error.abs().max()) for error in saved[0]["errors"].values()) > 1e-3
+    assert found["steps"] == 8
+    assert all(map(math.isfinite, found["losses"]))
 
 
 # ---------------------------------------------------------------- bytes

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from driver import Workers, dense
-from reference import gradient, initial_basis
+from driver import Workers, dense, simulation
+from reference import Reference, gradient, initial_basis
 from torch import Tensor
 
 from lowrank_comm import Identity, LowRankCommError, PowerSGD, PowerSGDPlus
@@ -41,13 +41,6 @@ def drawn(
         name: torch.as_tensor(gradient(shape, step, worker, k), dtype=dtype)
         for k, (name, shape) in enumerate(shapes.items())
     }
-
-
-def simulation(
-    compressor: Compressor, shapes: dict[str, tuple[int, ...]], workers: int = 1, **options: object
-) -> Simulation:
-    """Everything of two dimensions compressed, in float64 unless told."""
-    return Simulation(shapes, compressor, workers, **({"dtype": torch.float64, "min_compression_rate": 0} | options))
 
 
 def apply(sim: Simulation, matrix: Tensor) -> Tensor:
@@ -88,7 +81,7 @@ def test_given_is_sent_plus_kept(compressor: Compressor) -> None:
         torch.testing.assert_close(torch.stack(sent).mean(0), applied, rtol=1e-12, atol=1e-12)
         for worker in range(workers):
             kept = sim.error_memory(worker)["w"]
-            if compressor in (COMPRESSORS[4],) and t % 3 == 0:  # consensus: the mean is kept everywhere
+            if getattr(compressor, "consensus_restart", False) and t % 3 == 0:  # consensus: the mean is kept everywhere
                 kept_mean = torch.stack([sim.error_memory(w)["w"] for w in range(workers)]).mean(0)
                 given_mean = torch.stack([g + e for g, e in zip(given, before, strict=True)]).mean(0)
                 torch.testing.assert_close(given_mean, applied + kept_mean, rtol=1e-12, atol=1e-12)
@@ -127,9 +120,7 @@ def test_what_is_applied_adds_up_to_what_was_given(compressor: Compressor, worke
     for name in SHAPES:
         error = sum(e[name] for e in errors) / workers if name in MATRICES else torch.zeros_like(given[name])
         assert relative(applied[name] + error, given[name]) < 1e-10
-        assert (
-            name not in MATRICES or float(error.norm()) > 1e-2 or compressor.exact_restart
-        )  # otherwise nothing was compressed
+        assert name not in MATRICES or float(error.norm()) > 1e-2  # otherwise nothing was compressed
 
 
 def test_a_narrow_wire_loses_nothing_to_its_own_rounding() -> None:
@@ -333,6 +324,53 @@ def test_dtypes(dtype: torch.dtype, memory: torch.dtype) -> None:
     assert bool(torch.isfinite(applied).all())
 
 
+LARGE = {"square": (401, 353), "twin": (401, 353), "wide": (37, 4001), "tall": (4001, 37), "filter": (128, 64, 5, 5)}
+"""Above the size from which matrices are worked on one by one, in blocks of rows; odd, so that the last block is not
+full."""
+
+
+@pytest.mark.parametrize("tau", [None, 2])
+def test_large_matrices_follow_the_paper(tau: int | None) -> None:
+    """Against the NumPy reference, two workers; the twin's gradient is missing on one worker in the second step (it
+    counts as zero)."""
+    bases = initial_basis(LARGE, 3)
+    compressor = PowerSGD(3) if tau is None else PowerSGDPlus(3, restart_every=tau)
+    sim = simulation(compressor, LARGE, 2, initial_basis={name: torch.from_numpy(q) for name, q in bases.items()})
+    paper = {name: Reference(shape, 2, 3, basis=bases[name], restart_every=tau) for name, shape in LARGE.items()}
+    for t in range(4):
+        given: list[dict[str, Any]] = [drawn(t, worker, LARGE) for worker in range(2)]
+        if t == 1:
+            given[1]["twin"] = None
+            given[0]["wide"] = given[0]["wide"].t().contiguous().t()
+        applied = sim.reduce(given)
+        for name, reference in paper.items():
+            absent = torch.zeros(LARGE[name], dtype=torch.float64)
+            expected = reference.step([(absent if g[name] is None else g[name]).numpy() for g in given])
+            np.testing.assert_allclose(applied[name].numpy(), expected, rtol=1e-9, atol=1e-9)
+            for worker in range(2):
+                np.testing.assert_allclose(
+                    sim.error_memory(worker)[name].numpy(), reference.errors[worker], rtol=1e-9, atol=1e-9
+                )
+
+
+def test_large_gradients_of_16_bits_and_with_a_loss_scale() -> None:
+    """bfloat16 gradients give the error memory that the same numbers in float32 give, also with a scale in them."""
+    cpu = torch.device("cpu")
+    of_16_bits, of_32_bits = (
+        Reducer([Slot("w", (401, 353), dtype, cpu)], PowerSGDPlus(3, restart_every=2), Group())
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    for t in range(4):
+        narrow = torch.as_tensor(gradient((401, 353), t, 0)).to(torch.bfloat16)
+        wide = narrow.float()
+        assert of_16_bits.reduce([narrow.mul_(64)], scale=64.0).applied
+        assert of_32_bits.reduce([wide]).applied
+        of_16_bits.commit()
+        of_32_bits.commit()
+        assert relative(of_16_bits.error_memory()["w"], of_32_bits.error_memory()["w"]) < 1e-5
+        assert relative(narrow.float() / 64, wide) < 1e-2
+
+
 # --- degenerate gradients --------------------------------------------------------------------------------------------
 
 
@@ -342,8 +380,9 @@ def test_zero_gradients_then_progress(compressor: Compressor, first: int) -> Non
     """Zero gradients leave everything zero; a gradient of rank 2 that follows goes through whole, at once."""
     sim = simulation(compressor, {"w": (14, 9)})
     for t in range(first):
-        apply(sim, low_rank(14, 9, 2, t))
-    assert first == 0 or float(sim.error_memory(0)["w"].norm()) > 1e-3 or compressor.rank == 2
+        apply(sim, low_rank(14, 9, 5, t))
+        cleared = t % 3 == 0 and getattr(compressor, "exact_restart", False)
+        assert cleared or float(sim.error_memory(0)["w"].norm()) > 1e-1
     for _ in range(40):  # what error there is goes out first
         last = apply(sim, torch.zeros(14, 9, dtype=torch.float64))
     assert float(last.norm()) < 1e-9
@@ -406,12 +445,10 @@ def test_scale_does_not_matter(compressor: Compressor, dtype: torch.dtype, scale
 # --- batches, randomness ---------------------------------------------------------------------------------------------
 
 
-@every_compressor
+@pytest.mark.parametrize("compressor", COMPRESSORS[:5], ids=repr)  # staggered offsets depend on which matrices there are
 def test_a_batch_gives_what_its_members_give_alone(compressor: Compressor) -> None:
     """Matrices of one shape are one batch; among them one that is zero and one of rank 1, so that the fall-backs run
     for part of it."""
-    if getattr(compressor, "stagger", False):
-        pytest.skip("offsets depend on which matrices there are")
     names = [f"w{k}" for k in range(5)]
     together = simulation(compressor, dict.fromkeys(names, (10, 6)), 2)
     alone = {name: simulation(compressor, {name: (10, 6)}, 2) for name in names}

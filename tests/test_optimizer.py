@@ -108,7 +108,7 @@ def full_rank_training(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
             for micro in range(micro_steps):
                 loss = loss_of(model, t * micro_steps + micro, rank) / micro_steps
                 loss.backward()
-                losses[k].append(float(loss))
+                losses[k].append(float(loss.detach()))
             if optimizer is inner:
                 for p in model.parameters():
                     torch.distributed.all_reduce(p.grad)
@@ -216,7 +216,7 @@ def test_closure() -> None:
         loss = outer.step(closure)
     loss_of(plain, 0).backward()
     assert twin.step() is None
-    assert float(loss) == float(loss_of(network(), 0))
+    assert float(loss.detach()) == float(loss_of(network(), 0).detach())
     assert distance(plain, squeezed) == 0.0
     assert outer.ledger.steps == 1
 

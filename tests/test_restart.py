@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from driver import simulation
 from reference import gradient, spectrum_matrix
 from torch import Tensor
 
 from lowrank_comm import PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.simulation import Simulation
 
 SPECTRA = {
     "1/k": lambda count: 1.0 / np.arange(1, count + 1),
@@ -21,10 +21,6 @@ SPECTRA = {
     "flat": np.ones,
 }
 every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
-
-
-def simulation(compressor: Compressor, shapes: dict[str, tuple[int, ...]], workers: int, **options: object) -> Simulation:
-    return Simulation(shapes, compressor, workers, dtype=torch.float64, min_compression_rate=0, **options)
 
 
 def captured(compressor: Compressor, matrix: np.ndarray, draws: int) -> np.ndarray:

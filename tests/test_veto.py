@@ -95,6 +95,7 @@ POISON = {
     "nan in a vector": {1: {"bias": torch.nan}},
     "-inf in a vector": {1: {"bias": -torch.inf}},
     "inf and -inf that cancel": {0: {"tall": torch.inf, "bias": torch.inf}, 1: {"tall": -torch.inf, "bias": -torch.inf}},
+    "a sum that overflows": {0: {"bias": 3e38}, 1: {"bias": 3e38}},
     "nan everywhere": {rank: dict.fromkeys(SHAPES, torch.nan) for rank in range(4)},
 }
 
