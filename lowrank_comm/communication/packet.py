@@ -75,9 +75,12 @@ class Packet:
         buffer[start : start + values.numel()] = values.reshape(-1).to(buffer.dtype)
 
     def all_finite(self) -> Tensor:
-        """0-d bool on the first buffer's device: every number in the buffers is finite (summed in float64, so that large
-        finite numbers do not look infinite)."""
-        flags = [torch.isfinite(buffer.sum(dtype=torch.float64)).to(self.buffers[0].device) for buffer in self.buffers]
+        """0-d bool on the first buffer's device: every number in the buffers is finite.
+
+        Read off the least and the largest: NaN passes through them, and no overflow spoils them, as it would a sum.
+        """
+        extremes = [torch.stack(torch.aminmax(buffer)) for buffer in self.buffers if buffer.numel()]
+        flags = [torch.isfinite(pair).all().to(self.buffers[0].device) for pair in extremes]
         return torch.stack(flags).all()
 
     def answers(self) -> list[tuple[Tensor, Tensor]]:
