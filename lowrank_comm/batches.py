@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compressors.base import Compressor, Context, Delta, LowRank, State
+from .compressors.base import Compressor, Context, Delta, LowRank, Result, State
 from .error_feedback import LARGE, ErrorFeedback, ErrorMemory, row_blocks
 from .errors import ConfigError
 from .linalg import orthonormal_rank_revealing
@@ -114,6 +114,15 @@ class Batch:
         pairs = [(target, part) for target, part in zip(targets, dense.unbind(0), strict=True) if target is not None]
         if pairs:
             torch._foreach_copy_([t for t, _ in pairs], [part.reshape(t.shape) for t, part in pairs])
+
+    def keep_error(self, delta: Tensor, result: Result, rows: list[int] | None, t: int) -> None:
+        """Commit the error memory of all matrices, or of `rows`: e <- Delta - sent. `delta` may be overwritten."""
+        if delta is self._work and result.kept is None and isinstance(result.sent, LowRank) and rows is None:
+            free = self.memory.exchange(delta, result.sent)
+            if free is not None:
+                self._work = free
+                return
+        self.memory.keep(delta, result.sent, result.kept, rows, t)
 
     def rows_of_state(self, rows: list[int] | None) -> State:
         """State of some matrices, or of all."""

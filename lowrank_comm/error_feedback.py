@@ -1,15 +1,18 @@
 """Error memory: what a worker has been given and has not yet sent, in the gradient's own units.
 
 One tensor (B, m, n) holds the errors of a batch of same-shape matrices. A step reads it once (`on`), and writes it
-once, when the step is committed: e <- Delta - sent. A step that is vetoed or rolled back never touches it, so the memory
-stays bit-equal without a copy. The memory's dtype may be narrower than the computation's (bfloat16, with stochastic
-rounding, so that small residuals are not lost on average), and it may live on the CPU (`offload`).
+once, when the step is committed: e <- Delta - sent, either into the memory (`keep`), or into Delta's own place, whose
+room and the memory's then change roles (`exchange`), which saves a pass; views that were handed out follow. A step that
+is vetoed or rolled back never touches the memory, so it stays bit-equal without a copy. The memory's dtype may be
+narrower than the computation's (bfloat16, with stochastic rounding, so that small residuals are not lost on average),
+and it may live on the CPU (`offload`).
 
 float16 is refused: the memory is a sum, and 65 504 is soon reached.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +96,44 @@ class ErrorMemory:
     ) -> None:
         self._options, self._names, self._seed, self._worker = options, names, seed, worker
         kept_on = torch.device("cpu") if options.offload else device
+        self._views: list[tuple[weakref.ref[Tensor], int]] = []
         self.tensor = torch.zeros(len(names), m, n, dtype=DTYPES[options.dtype] if options.dtype else dtype, device=kept_on)
 
     def on(self, device: torch.device) -> Tensor:
         """The errors on the device of the computation: the memory itself, or a copy where it is offloaded."""
         return self.tensor if self.tensor.device == device else self.tensor.to(device, non_blocking=True)
+
+    def view(self, row: int, shape: tuple[int, ...]) -> Tensor:
+        """One matrix's error in the shape of its parameter; a live view, whatever the memory does later."""
+        view = self.tensor[row].view(shape)
+        self._views = [(ref, k) for ref, k in self._views if ref() is not None]
+        self._views.append((weakref.ref(view), row))
+        return view
+
+    def exchange(self, delta: Tensor, sent: LowRank) -> Tensor | None:
+        """Commit in Delta's place: Delta <- Delta - sent becomes the memory.
+
+        Args:
+            delta: (B, m, n), overwritten.
+            sent: this worker's contribution.
+
+        Returns:
+            The room that was the memory's, or None, and nothing done, if it differs from Delta's in dtype or device.
+        """
+        if delta.dtype != self.tensor.dtype or delta.device != self.tensor.device:
+            return None
+        if delta[0].numel() < LARGE:
+            delta.baddbmm_(sent.p, sent.q.mT, alpha=-1)
+        else:
+            for matrix, p, q in zip(delta, sent.p, sent.q, strict=True):
+                matrix.addmm_(p, q.mT, alpha=-1)
+        free, self.tensor = self.tensor, delta
+        for ref, row in self._views:
+            view = ref()
+            if view is not None:
+                now = delta[row].view(view.shape)
+                view.set_(now.untyped_storage(), now.storage_offset(), now.shape, now.stride())
+        return free
 
     def keep(self, delta: Tensor, sent: LowRank | Tensor, kept: Tensor | None, rows: list[int] | None, t: int) -> None:
         """Commit: e <- Delta - sent, or e <- kept where that is given.
@@ -109,15 +145,9 @@ class ErrorMemory:
             rows: which matrices of the batch these are, or None for all in order.
             t: step, for the draws of stochastic rounding.
         """
-        direct = rows is None and self.tensor.dtype == delta.dtype and self.tensor.device == delta.device
-        if kept is None and isinstance(sent, LowRank) and direct:
-            if delta[0].numel() < LARGE:
-                torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor)
-                return
-            # Block by block: the product is subtracted while the copy of Delta is still in the cache.
-            for error, given, p, q in zip(self.tensor, delta, sent.p, sent.q, strict=True):
-                for block in row_blocks(given):
-                    torch.addmm(given[block], p[block], q.mT, alpha=-1, out=error[block])
+        alike = self.tensor.dtype == delta.dtype and self.tensor.device == delta.device
+        if kept is None and rows is None and isinstance(sent, LowRank) and alike:
+            torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor)
             return
         if kept is None:
             kept = torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1) if isinstance(sent, LowRank) else delta - sent

@@ -220,12 +220,12 @@ class Reducer:
             assert job.delta is not None
             alive = [row for row in job.indices if pending.present[job.batch.slots[row]]]
             if len(alive) == len(job.indices):
-                job.batch.memory.keep(job.delta.tensor, job.result.sent, job.result.kept, job.rows, self.step)
+                job.batch.keep_error(job.delta.tensor, job.result, job.rows, self.step)
                 job.batch.store_state(job.rows, job.result.state)
             elif alive:  # nobody had a gradient for some: their error and basis stay as they are
                 places = [job.indices.index(row) for row in alive]
                 result = _rows_of_result(job.result, places)
-                job.batch.memory.keep(job.delta.tensor[places], result.sent, result.kept, alive, self.step)
+                job.batch.keep_error(job.delta.tensor[places], result, alive, self.step)
                 job.batch.store_state(alive, result.state)
             self._last.sent.append(job.result.sent)
         for job in pending.jobs:
@@ -325,7 +325,7 @@ class Reducer:
     def error_memory(self) -> dict[str, Tensor]:
         """Parameter name -> this worker's error, a live view in the parameter's shape; dense parameters are absent."""
         return {
-            name: batch.memory.tensor[row].view(self.slots[batch.slots[row]].shape)
+            name: batch.memory.view(row, self.slots[batch.slots[row]].shape)
             for batch in self._batches
             for row, name in enumerate(batch.names)
         }

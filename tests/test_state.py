@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import warnings
 from pathlib import Path
@@ -440,3 +441,23 @@ def test_tensors_in_a_state_dict_are_those_of_the_moment_it_is_used(tmp_path: Pa
         return next(entries["lowrank_comm_error"] for entries in of["state"].values() if "lowrank_comm_error" in entries)
 
     assert not torch.equal(error(data), error(trainer.optimizer.state_dict()))
+
+
+def test_views_of_the_error_memory_stay_live() -> None:
+    """A view taken once shows every later step's error, for large matrices too, whose memory changes its place."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 200), torch.nn.Tanh(), torch.nn.Linear(200, 16))
+    optimizer = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(2))
+    held = optimizer.error_memory()
+    seen = []
+    for _ in range(4):
+        model(torch.randn(8, 256)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, fresh in optimizer.error_memory().items():
+            assert torch.equal(held[name], fresh)
+            assert held[name].data_ptr() == fresh.data_ptr()
+        seen.append(held["0.weight"].clone())
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
+    held["0.weight"].zero_()
+    assert not optimizer.error_memory()["0.weight"].any()
