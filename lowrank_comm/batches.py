@@ -8,9 +8,10 @@ not depend on its batch.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ class Batch:
         m, n, rank: of each matrix.
         dtype, device: of the computation.
         memory: errors, (B, m, n).
-        state: symbol -> (B, ...).
+        initial_state: makes the compressor's state before the first step.
+        state: the compressor's state, symbol -> (B, ...).
     """
 
     slots: tuple[int, ...]
@@ -65,8 +67,12 @@ class Batch:
     dtype: torch.dtype
     device: torch.device
     memory: ErrorMemory
-    state: State
+    initial_state: Callable[[], State]
+    state: State = field(init=False)
     _work: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.state = self.initial_state()
 
     def delta(self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None) -> Delta:
         """Delta = g / scale + e of all matrices, or of `rows`; zero in place of a missing g. Valid until the next step."""
@@ -218,13 +224,21 @@ def build_batches(
             m, n, rank, dtype = treatment.m, treatment.n, treatment.rank, slot.compute_dtype
             names = tuple(slots[k].name for k in chosen)
             memory = ErrorMemory(error_feedback, names, m, n, dtype, slot.device, seed, worker)
-            context = Context(names, -1, seed, rank)
-            state = compressor.initial_state(context, m, n, torch.empty(0, dtype=dtype, device=slot.device))
-            for row, name in enumerate(names):
-                if name in initial_basis:
-                    state["Q"][row] = _checked_basis(name, initial_basis[name], n, rank, context, state["Q"][row])
+            like = torch.empty(0, dtype=dtype, device=slot.device)
+            state = functools.partial(_initial_state, compressor, Context(names, -1, seed, rank), m, n, like, initial_basis)
             batches.append(Batch(chosen, names, m, n, rank, dtype, slot.device, memory, state))
     return batches
+
+
+def _initial_state(
+    compressor: Compressor, context: Context, m: int, n: int, like: Tensor, initial_basis: Mapping[str, Tensor]
+) -> State:
+    """The compressor's state before the first step, with the given bases in the place of drawn ones."""
+    state = compressor.initial_state(context, m, n, like)
+    for row, name in enumerate(context.names):
+        if name in initial_basis:
+            state["Q"][row] = _checked_basis(name, initial_basis[name], n, context.rank, context, state["Q"][row])
+    return state
 
 
 def _checked_basis(name: str, basis: Tensor, n: int, rank: int, context: Context, like: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     return {name: {"error": error, **bases[name]} for name, error in reducer.error_memory().items()}
 
 
-def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Give a saved state to a reducer.
+def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse a saved state that does not fit, before anything is changed.
 
     Args:
         reducer: of the resumed run, at any world size.
@@ -99,17 +99,32 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
         if saved["error"].numel() != known[name]["error"].numel():
             raise StateMismatchError(
                 f"{name!r}: the saved error memory is {tuple(saved['error'].shape)}, the parameter "
-                f"{tuple(known[name]['error'].shape)}; "
-                "resume with the same model."
+                f"{tuple(known[name]['error'].shape)}; resume with the same model."
             )
+
+
+def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give a saved state to a reducer; what it held is replaced, and what is not in the saved state starts anew.
+
+    Args:
+        reducer, tag, tensors: see `check_fits`.
+
+    Raises:
+        StateMismatchError: see `check_fits`; then nothing is changed.
+    """
+    check_fits(reducer, tag, tensors)
+    known = tensors_of(reducer)
     fresh = sorted(known.keys() - tensors.keys())
     if fresh:
         _log.warning("no saved error memory for %d parameters (first: %s): they start from zero", len(fresh), fresh[0])
+    reducer.reset(fresh)  # and no others: the saved tensors may be this reducer's own, as in load_state_dict(state_dict())
     for name in known.keys() & tensors.keys():
         saved = tensors[name]
         fits = {k: v for k, v in saved.items() if k != "error" and k in known[name] and v.shape == known[name][k].shape}
         if len(fits) < len(known[name]) - 1:
             _log.warning("%s: the saved basis has another rank; the basis starts anew, the error memory is kept", name)
+            saved = {"error": saved["error"].clone()}
+            reducer.reset([name])
         reducer.set_state(name, saved["error"], fits)
     if tag.seed != reducer.seed:
         _log.warning("the saved run had seed %d, this one has %d: later random draws differ", tag.seed, reducer.seed)
@@ -155,6 +170,7 @@ def load(reducer: Reducer, folder: str | os.PathLike[str]) -> bool:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         _log.warning("%s is missing: the checkpoint was saved without compression; error memory starts from zero", path)
+        reducer.reset()
         return False
     with safe_open(path, framework="pt", device="cpu") as file:
         metadata = file.metadata() or {}

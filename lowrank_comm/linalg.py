@@ -111,6 +111,10 @@ def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
         r: number of vectors, r <= min(m, n).
 
     Returns:
-        (B, m, r) orthonormal.
+        (B, m, r) orthonormal; NaN if the decomposition does not converge, which vetoes the step on all workers, where an
+        exception on this one alone would leave the others waiting.
     """
-    return torch.linalg.svd(d, full_matrices=False).U[..., :r].contiguous()
+    try:
+        return torch.linalg.svd(d, full_matrices=False).U[..., :r].contiguous()
+    except torch.linalg.LinAlgError:
+        return torch.full((*d.shape[:-1], r), torch.nan, dtype=d.dtype, device=d.device)

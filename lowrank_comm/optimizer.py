@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint, state_dicts
-from .backward_end import EndOfBackward
+from .backward_end import BackwardWatch
 from .batches import Slot
 from .communication import Group, Ledger
 from .compressors.base import Compressor
@@ -40,6 +40,7 @@ from .config import Section
 from .diagnostics import Plan, StepReport
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError, LowRankCommError, StateMismatchError, UnsupportedError
+from .loss_scaling import LossScaling
 from .naming import Namer
 from .policy import Rule
 from .reducer import Reducer
@@ -91,7 +92,7 @@ class CompressedOptimizer(Optimizer):
     Source: Algorithm 2 of arXiv 2509.11254, for any base optimizer.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler must call step() on every worker; see `_unscale`
+    _step_supports_amp_scaling = True  # GradScaler must call step() on every worker; see `loss_scaling`
 
     def __init__(
         self,
@@ -111,6 +112,10 @@ class CompressedOptimizer(Optimizer):
     ) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, CompressedOptimizer):
             raise ConfigError(f"optimizer must be a plain torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "optimizer=LBFGS evaluates the loss several times a step; use SGD, Adam, or another that does not."
+            )
         if not isinstance(compressor, Compressor):
             raise ConfigError(f"compressor must be one such as PowerSGDPlus(rank=4), got {compressor!r}.")
         if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
@@ -129,24 +134,43 @@ class CompressedOptimizer(Optimizer):
         }
         self._namer = Namer(named_parameters)
         self._reducer: Reducer | None = None
-        self._reduced: list[Callable[[], Tensor | None]] | None = None
-        self._vetoed = False
+        self._status: str | None = None  # of the gradients: None as they came, "averaged", or "vetoed"
+        self._averaged: list[weakref.ref[Tensor]] = []
+        self._vetoes_in_a_row = 0
         self._consolidated_at: int | None = None
         self._warned_own = False
-        self._scaler: Any = None
+        self._scaling = LossScaling(id(self))
         self._reduce_at = reduce_at or "step"
         for hooks in _HOOKS:
             setattr(self, hooks, OrderedDict())
         self._patch_step_function()
         Reducer([], compressor, Group(process_group), **{**self._options, "initial_basis": None})  # bad values fail here
-        self._end_of_backward: EndOfBackward | None = None
+        self._watch: BackwardWatch | None = None
+        self._accumulated = False
         if self._reduce_at == "backward":
-            trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-            self._end_of_backward = EndOfBackward(trainable, self._reduce_after_backward)
+            self._watch_backward()
 
     @classmethod
     def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> CompressedOptimizer:
-        """From a `lowrank_comm` section (see `config`); `keywords` as of the constructor, for what JSON cannot hold."""
+        """From a `lowrank_comm` section, as in a JSON file.
+
+        Args:
+            base: the base optimizer.
+            section: see `config`.
+            keywords: of the constructor, for what JSON cannot hold; they win over the section.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ConfigError: an unknown key, with the nearest valid one, or a value that cannot work.
+
+        Example:
+            >>> import torch
+            >>> base = torch.optim.SGD(torch.nn.Linear(8, 8).named_parameters(), lr=0.1)
+            >>> CompressedOptimizer.from_config(base, {"compressor": "powersgd", "rank": 2}).compressor
+            PowerSGD(rank=2)
+        """
         parsed = Section.parse(section)
         return cls(base, parsed.make_compressor(), **{**parsed.reducer_options(), **keywords})
 
@@ -185,7 +209,7 @@ class CompressedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
-        self._reduced = None
+        self._status = None
         self.base.zero_grad(set_to_none=set_to_none)
 
     def __repr__(self) -> str:
@@ -222,34 +246,51 @@ class CompressedOptimizer(Optimizer):
         if not any(id(p) in held for p in model.parameters()):
             raise ConfigError("attach: the optimizer holds none of this model's parameters; build it from this model.")
         self._namer.learn(model.named_parameters())
-        self._scaler = scaler
+        self._scaling.scaler = scaler
         plan = self.plan
         if self.reducer.group.rank == 0:
             print(plan, flush=True)
         return plan
 
     def reduce_gradients(self) -> bool:
-        """Average the gradients over the workers into `p.grad`, if that has not been done for these gradients.
+        """Average the gradients over the workers into `p.grad`; a collective, to be called by every worker.
+
+        Idempotent: called again before `step()`, `zero_grad()` or a new backward pass, it does nothing. Use
+        `optimizer.zero_grad()` to drop averaged gradients without a step.
 
         Returns:
             False if the step is vetoed: some worker's gradient was not finite. `step()` will then do nothing.
         """
+        self._watch_backward()
+        dropped = bool(self._averaged) and all(p.grad is None for group in self.param_groups for p in group["params"])
+        if self._status == "averaged" and not dropped:
+            return True
+        return self._reduce(self._scaling.scale_of_gradients())
+
+    def _reduce(self, scale: float) -> bool:
         reducer = self._prepared()
         parameters = [self._by_name[slot.name] for slot in reducer.slots]
-        if self._reduced is not None and all(ref() is p.grad for ref, p in zip(self._reduced, parameters, strict=True)):
-            return not self._vetoed
-        outcome = reducer.reduce([p.grad for p in parameters], scale=self._scale_of_gradients())
-        self._vetoed = not outcome.applied
-        if outcome.applied:
-            reducer.commit()
+        outcome = reducer.reduce([p.grad for p in parameters], scale=scale)
+        applied = outcome.applied
+        if applied:
             for parameter, grad in zip(parameters, outcome.grads, strict=True):
                 if parameter.grad is not grad:
                     parameter.grad = grad
-        else:
-            _log.warning("step %d is skipped on all workers: a gradient was not finite", reducer.step)
-            self._tell_scaler()
-        self._reduced = [weakref.ref(p.grad) if p.grad is not None else _no_gradient for p in parameters]
-        return outcome.applied
+            if _finite(p.grad for p in parameters if p.dtype == torch.float16):
+                reducer.commit()
+            else:  # the same on all workers, since they all hold the same numbers now
+                reducer.rollback()
+                applied = False
+        self._vetoes_in_a_row = 0 if applied else self._vetoes_in_a_row + 1
+        if not applied:
+            _log.warning(
+                "step %d is skipped on all workers (%d in a row): a gradient was not finite, or overflowed on the wire",
+                reducer.step,
+                self._vetoes_in_a_row,
+            )
+        self._averaged = [weakref.ref(p.grad) for p in parameters if p.grad is not None]
+        self._status = "averaged" if applied else "vetoed"
+        return applied
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Reduce (if nobody has), clip (if asked to), step the base. A collective, to be called by every worker.
@@ -264,75 +305,49 @@ class CompressedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._only_initialises_state():
+        if _only_initialises_state(self.param_groups):
             self.base.step()
             return loss
-        self._unscale()
-        applied = self.reduce_gradients()
-        self._reduced, self._unscaled_by_step = None, False
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self._scaling.unscale(getattr(self, "grad_scale", None), everything, reduced=self._status is not None)
+        applied = self._reduce(1.0) if self._status is None else self._status == "averaged"
+        self._status = None
         if not applied:
+            self._scaling.overflowed()
             return loss
         if self.max_grad_norm is not None:
-            held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(held, self.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_([p for p in everything if p.grad is not None], self.max_grad_norm)
         self.base.step()
         return loss
 
+    def _watch_backward(self) -> None:
+        """Notice new gradients: needed once gradients may be averaged before `step()`."""
+        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if self._watch is None:
+            at_end = self._reduce_after_backward if self._reduce_at == "backward" else None
+            self._watch = BackwardWatch(trainable, self._new_gradient, at_end)
+        else:
+            self._watch.add(trainable)
+
+    def _new_gradient(self, parameter: Tensor) -> None:
+        if self._status == "averaged" and self._reduce_at == "backward":
+            self._accumulated |= any(ref() is parameter.grad for ref in self._averaged)
+        if self._reduce_at == "step":
+            self._status = None
+
     def _reduce_after_backward(self) -> None:
         """End of a backward pass in mode "backward"; a veto leaves NaN in p.grad, so that whoever looks at it skips."""
-        if self._reduced is not None:
+        accumulated, self._accumulated = self._accumulated, False
+        if accumulated:
             raise LowRankCommError(
                 'reduce_at="backward": a second backward pass came before step(), on gradients that are averaged '
                 'already. Use reduce_at="step" for gradient accumulation.'
             )
-        if not self.reduce_gradients():
+        if not self._reduce(self._scaling.scale_of_gradients()):
             for slot in self.reducer.slots:
                 grad = self._by_name[slot.name].grad
                 if grad is not None:
                     grad.fill_(float("nan"))
-
-    def _only_initialises_state(self) -> bool:
-        """torch.distributed.checkpoint makes an optimizer create its state by a step with lr 0 and zero gradients, perhaps
-        on one rank alone. That is no step of the compressor: it would take the error memory and apply it with lr 0. Who
-        calls is looked up, since a worker's gradients may be zero in a real step too, and then it must take part."""
-        if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
-            return False
-        frame: FrameType | None = sys._getframe(1)
-        for _ in range(8):
-            if frame is None:
-                return False
-            if frame.f_code.co_name == "_init_optim_state":
-                return True
-            frame = frame.f_back
-        return False
-
-    # ---------------------------------------------------------------- loss scaling
-
-    def _scale_of_gradients(self) -> float:
-        """The loss scale that the gradients carry: 1, or the attached scaler's while nobody has unscaled them."""
-        if self._scaler is None or not self._scaler.is_enabled() or self._unscaled_by_step:
-            return 1.0
-        stage = self._scaler._per_optimizer_states[id(self)]["stage"]
-        return float(self._scaler.get_scale()) if stage.name == "READY" else 1.0
-
-    _unscaled_by_step = False
-
-    def _unscale(self) -> None:
-        """GradScaler.step hands over `grad_scale` unless the caller has unscaled. Gradients that were reduced before
-        (with the scale still in them) are unscaled too; the error memory never holds the scale."""
-        scale = getattr(self, "grad_scale", None)
-        self._unscaled_by_step = scale is not None
-        if scale is None:
-            return
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if grads:
-            torch._foreach_div_(grads, float(scale))
-
-    def _tell_scaler(self) -> None:
-        """A veto is an overflow for the scaler of every worker, so that their scales stay equal."""
-        if self._scaler is not None:
-            for found in self._scaler._per_optimizer_states[id(self)]["found_inf_per_device"].values():
-                found.fill_(1.0)
 
     # ---------------------------------------------------------------- the reducer
 
@@ -359,6 +374,13 @@ class CompressedOptimizer(Optimizer):
             )
         slots = [Slot(name, tuple(p.shape), p.dtype, p.device) for name, p in named if p.requires_grad or name in known]
         fresh = Reducer(slots, self.compressor, Group(self._process_group), **self._options)
+        fresh.agreed_settings = {
+            "optimizer": type(self.base).__name__,
+            "max_grad_norm": self.max_grad_norm,
+            "reduce_at": self._reduce_at,
+        }
+        if self._watch is not None:
+            self._watch_backward()
         if self._reducer is not None:
             bases = self._reducer.bases()
             for name, error in self._reducer.error_memory().items():
@@ -430,15 +452,17 @@ class CompressedOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         plain, tag, tensors = state_dicts.split(state_dict, self._numbered(state_dict["param_groups"]))
         if tag is not None:
-            tag.check_usable_by(self.reducer)  # before the base is touched
+            checkpoint.check_fits(self.reducer, tag, tensors)  # before anything is touched
         self.base.load_state_dict(plain)
-        self._reduced = None
-        if tag is None:
-            if state_dict["state"]:
-                _log.warning("the state dict holds no compressor state: the error memory starts from zero")
-        else:
+        self._status = None
+        if tag is not None:
             checkpoint.restore(self.reducer, tag, tensors)
             self._consolidated_at = tag.step if tag.kind == "mean" else None
+        else:
+            if state_dict["state"] or (self._reducer is not None and self._reducer.step > 0):
+                _log.warning("the state dict holds no compressor state: the error memory starts from zero")
+            if self._reducer is not None:
+                self._reducer.reset()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -449,9 +473,29 @@ class CompressedOptimizer(Optimizer):
         return list(zip(names, keys, strict=False))  # the base complains about another number of parameters
 
 
-def _no_gradient() -> None:
-    """Stands for a reference to a gradient that does not exist."""
-    return
+def _finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether decoded gradients of a narrow dtype are finite; asked of float16 only, whose range a sum may leave."""
+    flags = [torch.isfinite(gradient).all() for gradient in gradients if gradient is not None]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+def _only_initialises_state(param_groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether torch.distributed.checkpoint is making an optimizer create its state.
+
+    It does so by a step with lr 0 and zero gradients, perhaps on one rank alone. That is no step of the compressor: it would
+    take the error memory and apply it with lr 0. Who calls is looked up, since a worker's gradients may be zero in a real
+    step too, and then it must take part.
+    """
+    if any(float(group.get("lr", 1.0)) != 0.0 for group in param_groups):
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _engine_of(model: nn.Module) -> str | None:

@@ -20,6 +20,7 @@ workers in one process run the same code.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from .policy import Policy, Rule, Treatment
 from .reporting import LastPass, make_plan
 
 __all__ = ["Outcome", "Reducer", "Slot"]
+
+_log = logging.getLogger("lowrank_comm")
 
 WIRE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -123,6 +126,7 @@ class Reducer:
         if twice:
             raise ConfigError(f"parameter names must be unique, but {twice[0]!r} occurs twice; give each its own name.")
         self.step = 0
+        self.agreed_settings: dict[str, Any] = {}  # of whoever uses the reducer; compared between the workers too
         self.ledger = Ledger()
         self._error_feedback = error_feedback or ErrorFeedback()
         self._wire_name, self._wire_dtype = wire_dtype, WIRE_DTYPES.get(wire_dtype or "")
@@ -132,6 +136,7 @@ class Reducer:
             self.slots, self.treatments, compressor, self._error_feedback, seed, group.rank, initial_basis or {}
         )
         self._initial_basis = {name: _digest(basis) for name, basis in (initial_basis or {}).items()}
+        self._place = {name: (batch, row) for batch in self._batches for row, name in enumerate(batch.names)}
         self._dense = [k for k, treatment in enumerate(self.treatments) if not treatment.low_rank]
         low = {slot.name: t for slot, t in zip(self.slots, self.treatments, strict=True) if t.low_rank}
         self._schedule = compressor.schedule(
@@ -227,7 +232,7 @@ class Reducer:
                 result = _rows_of_result(job.result, places)
                 job.batch.keep_error(job.delta.tensor[places], result, alive, self.step)
                 job.batch.store_state(alive, result.state)
-            self._last.sent.append(job.result.sent)
+            self._last.enter_sent(job.result.sent)
         for job in pending.jobs:
             job.delta, job.result = None, None  # Delta is model-sized: let it go now
         self.step += 1
@@ -331,22 +336,34 @@ class Reducer:
         }
 
     def bases(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> state of the compressor by its symbol (Q), live views."""
+        """Parameter name -> state of the compressor by its symbol (Q), as it is now."""
         return {
             name: {symbol: tensor[row] for symbol, tensor in batch.state.items()}
             for batch in self._batches
             for row, name in enumerate(batch.names)
         }
 
+    @torch.no_grad()
     def set_state(self, name: str, error: Tensor | None, state: Mapping[str, Tensor]) -> None:
         """Overwrite the error memory and the basis of one parameter, as read from a checkpoint."""
-        batch, row = next((b, b.names.index(name)) for b in self._batches if name in b.names)
+        batch, row = self._place[name]
         if error is not None:
             memory = batch.memory.tensor
             memory[row] = error.to(memory).view(batch.m, batch.n)
         for symbol, value in state.items():
-            batch.state[symbol] = batch.state[symbol].clone()
             batch.state[symbol][row] = value.to(batch.state[symbol])
+
+    @torch.no_grad()
+    def reset(self, names: Sequence[str] | None = None) -> None:
+        """Back to the state before the first step: zero errors and initial bases, of all parameters and the step counter,
+        or of the named parameters only."""
+        if names is None:
+            self._pending, self.step, names = None, 0, list(self._place)
+        initial: dict[int, dict[str, Tensor]] = {}
+        for name in names:
+            batch, row = self._place[name]
+            state = initial.get(id(batch)) or initial.setdefault(id(batch), batch.initial_state())
+            self.set_state(name, torch.zeros(batch.m, batch.n), {symbol: value[row] for symbol, value in state.items()})
 
     @torch.no_grad()
     def consolidate_error_memory(self) -> None:
@@ -363,9 +380,12 @@ class Reducer:
         self.agree()
         if self.group.size == 1:
             return
+        if not self.compressor.linear:
+            _log.warning("%s is not linear: the mean error is a valid start, not an exact one", self.compressor.json_name)
         for batch in self._batches:
             total = batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True)
-            self.group.sum_([total])
+            self.ledger.collectives += self.group.sum_([total])
+            self.ledger.bytes["consolidation"] += total.nbytes
             batch.memory.store(total.div_(self.group.size), t=self.step)
 
     def describe(self) -> dict[str, Any]:
@@ -377,6 +397,7 @@ class Reducer:
             "error_feedback": self._error_feedback.describe(),
             "initial_basis": self._initial_basis,
             "step": self.step,
+            **self.agreed_settings,
             "parameters": {slot.name: f"#{k} {slot.shape} {slot.dtype}" for k, slot in enumerate(self.slots)},
         }
 

@@ -25,7 +25,7 @@ class LastPass:
         account: bytes, collectives and seconds.
         uncompressed_bytes: of all gradients.
         restarts: matrices that restarted.
-        sent: this worker's contributions, once committed.
+        sent: norms of this worker's contributions, or small factors of the same norm, once committed.
     """
 
     step: int
@@ -33,8 +33,12 @@ class LastPass:
     account: Account
     uncompressed_bytes: int
     restarts: int
-    sent: list[LowRank | Tensor] = field(default_factory=list)
+    sent: list[Tensor] = field(default_factory=list)
     _made: StepReport | None = None
+
+    def enter_sent(self, sent: LowRank | Tensor) -> None:
+        """Keep what its norm is computed from later; of a whole matrix the norm only, since it is as large as a gradient."""
+        self.sent.append(sent.q if isinstance(sent, LowRank) else torch.linalg.vector_norm(sent, dtype=torch.float64))
 
     def report(self, batches: Sequence[Batch]) -> StepReport:
         """The report, made once."""
@@ -63,7 +67,7 @@ class LastPass:
         kept = sum(_norm(batch.memory.tensor) ** 2 for batch in batches)
         if not self.applied or not self.sent:
             return None, kept**0.5
-        sent = sum(_norm(part.q if isinstance(part, LowRank) else part) ** 2 for part in self.sent)
+        sent = sum(_norm(part) ** 2 for part in self.sent)
         return (sent / (sent + kept) if sent + kept > 0 else None), kept**0.5
 
 

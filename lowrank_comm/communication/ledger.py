@@ -5,7 +5,8 @@ each worker's link, compressed or not, so ratios are ratios of traffic too.
 
 Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the factors of a randomized one),
 "broadcast" (singular vectors computed on one worker), "dense" (what is not compressed), "control" (one finite flag and
-the mask of missing gradients), "fingerprint" (once, at the start).
+the mask of missing gradients), "fingerprint" (once, at the start), "consolidation" (error memory averaged for a checkpoint).
+A process without a process group counts what it would hand over, and no collectives.
 """
 
 from __future__ import annotations

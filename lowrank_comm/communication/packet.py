@@ -58,10 +58,7 @@ class Packet:
             groups.setdefault((self._wire(entry.tensor), entry.tensor.device), []).append(k)
         for (wire, _), members in groups.items():
             members.sort(key=lambda k: not self._entries[k].averaged)  # stable: the averaged ones come first
-            pieces = [self._entries[k].tensor.reshape(-1).to(wire) for k in members]
-            buffer = torch.cat(pieces)
-            if self._divides_first(wire):
-                buffer[: self._averaged_length(members)].div_(self._workers)
+            buffer = torch.cat([self._on_wire(self._entries[k], wire) for k in members])
             rounds = any(self._entries[k].tensor.dtype != wire and self._entries[k].averaged for k in members)
             self._order.append(members)
             self._own.append(buffer.clone() if rounds else None)
@@ -107,6 +104,12 @@ class Packet:
                     mean = mean.to(mine.dtype)
                 result[k] = (mean, mine)
         return [pair for pair in result if pair is not None]
+
+    def _on_wire(self, entry: _Entry, wire: torch.dtype) -> Tensor:
+        flat = entry.tensor.reshape(-1)
+        if entry.averaged and self._divides_first(wire):
+            flat = flat / self._workers  # before the cast: 8e4 / 4 fits float16, 8e4 does not
+        return flat.to(wire)
 
     def _wire(self, tensor: Tensor) -> torch.dtype:
         return self._wire_dtype or tensor.dtype
