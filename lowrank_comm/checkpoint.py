@@ -128,7 +128,7 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
         reducer.set_state(name, saved["error"], fits)
     if tag.seed != reducer.seed:
         _log.warning("the saved run had seed %d, this one has %d: later random draws differ", tag.seed, reducer.seed)
-    reducer.step = tag.step
+    reducer.continue_at(tag.step)
 
 
 def save(reducer: Reducer, folder: str | os.PathLike[str]) -> None:

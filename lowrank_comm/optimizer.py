@@ -19,13 +19,10 @@ the top. It never communicates and never raises; see `checkpoint` for what "own"
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,19 +41,12 @@ from .loss_scaling import LossScaling
 from .naming import Namer
 from .policy import Rule
 from .reducer import Reducer
+from .wrapping import OptimizerAroundAnother, only_initialises_state
 
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 _log = logging.getLogger("lowrank_comm")
 
 
-class CompressedOptimizer(Optimizer):
+class CompressedOptimizer(OptimizerAroundAnother):
     """Wraps any torch optimizer; takes over the averaging of gradients over data-parallel workers.
 
     Delta_i = g_i + e_i;  p.grad <- C(Delta_1, ..., Delta_N);  e_i <- Delta_i - sent_i;  then the base optimizer's step
@@ -122,7 +112,8 @@ class CompressedOptimizer(Optimizer):
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm!r}.")
         if reduce_at not in (None, "step", "backward"):
             raise ConfigError(f'reduce_at={reduce_at!r} is unknown; use "step", "backward" or None.')
-        self.base, self.compressor, self.max_grad_norm = optimizer, compressor, max_grad_norm
+        super().__init__(optimizer)
+        self.compressor, self.max_grad_norm = compressor, max_grad_norm
         self._process_group = process_group
         self._options: dict[str, Any] = {
             "min_compression_rate": min_compression_rate,
@@ -141,9 +132,6 @@ class CompressedOptimizer(Optimizer):
         self._warned_own = False
         self._scaling = LossScaling(id(self))
         self._reduce_at = reduce_at or "step"
-        for hooks in _HOOKS:
-            setattr(self, hooks, OrderedDict())
-        self._patch_step_function()
         Reducer([], compressor, Group(process_group), **{**self._options, "initial_basis": None})  # bad values fail here
         self._watch: BackwardWatch | None = None
         self._accumulated = False
@@ -174,38 +162,7 @@ class CompressedOptimizer(Optimizer):
         parsed = Section.parse(section)
         return cls(base, parsed.make_compressor(), **{**parsed.reducer_options(), **keywords})
 
-    # ---------------------------------------------------------------- what is the base's
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base's."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base.param_groups = value
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base's."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base.defaults = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; its parameters take part from the next step on, on all workers."""
-        self.base.add_param_group(param_group)
+    # ---------------------------------------------------------------- a step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
@@ -214,13 +171,6 @@ class CompressedOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"CompressedOptimizer({self.compressor!r}, {self.base!r})"
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(
-            "CompressedOptimizer cannot be pickled or deep-copied: it belongs to a process group. Use state_dict()."
-        )
-
-    # ---------------------------------------------------------------- a step
 
     def attach(self, model: nn.Module, scaler: Any = None) -> Plan:
         """Take the parameters' names from the model, tell the plan, and print it once on rank 0.
@@ -305,7 +255,7 @@ class CompressedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if _only_initialises_state(self.param_groups):
+        if only_initialises_state(self.param_groups):
             self.base.step()
             return loss
         everything = [p for group in self.param_groups for p in group["params"]]
@@ -477,25 +427,6 @@ def _finite(gradients: Iterable[Tensor | None]) -> bool:
     """Whether decoded gradients of a narrow dtype are finite; asked of float16 only, whose range a sum may leave."""
     flags = [torch.isfinite(gradient).all() for gradient in gradients if gradient is not None]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
-
-
-def _only_initialises_state(param_groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether torch.distributed.checkpoint is making an optimizer create its state.
-
-    It does so by a step with lr 0 and zero gradients, perhaps on one rank alone. That is no step of the compressor: it would
-    take the error memory and apply it with lr 0. Who calls is looked up, since a worker's gradients may be zero in a real
-    step too, and then it must take part.
-    """
-    if any(float(group.get("lr", 1.0)) != 0.0 for group in param_groups):
-        return False
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(8):
-        if frame is None:
-            return False
-        if frame.f_code.co_name == "_init_optim_state":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _engine_of(model: nn.Module) -> str | None:

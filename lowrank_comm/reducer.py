@@ -173,7 +173,8 @@ class Reducer:
             return outcome
 
     def agree(self) -> None:
-        """Compare settings, parameters and step with the other workers, once. A collective."""
+        """Compare settings, parameters and step with the other workers: once, and again after a state was loaded, since
+        workers that loaded different steps would restart at different times and wait for each other. A collective."""
         if self._agreed:
             return
         device = self.slots[0].device if self.slots else torch.device("cpu")
@@ -358,12 +359,17 @@ class Reducer:
         """Back to the state before the first step: zero errors and initial bases, of all parameters and the step counter,
         or of the named parameters only."""
         if names is None:
-            self._pending, self.step, names = None, 0, list(self._place)
+            self._pending, names = None, list(self._place)
+            self.continue_at(0)
         initial: dict[int, dict[str, Tensor]] = {}
         for name in names:
             batch, row = self._place[name]
             state = initial.get(id(batch)) or initial.setdefault(id(batch), batch.initial_state())
             self.set_state(name, torch.zeros(batch.m, batch.n), {symbol: value[row] for symbol, value in state.items()})
+
+    def continue_at(self, step: int) -> None:
+        """The next pass is t = step, as read from a checkpoint."""
+        self.step, self._agreed = step, False
 
     @torch.no_grad()
     def consolidate_error_memory(self) -> None:

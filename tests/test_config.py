@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -148,6 +149,10 @@ def test_a_section_that_is_no_object(section: Any) -> None:
         (lambda: optimizer(initial_basis={"weight": torch.ones(8, 2)}).plan, ["initial_basis", "weight", "6"]),
         (lambda: CompressedOptimizer(torch.nn.Linear(6, 8), compressor=PowerSGD(2)), ["Linear"]),
         (
+            lambda: CompressedOptimizer(torch.optim.LBFGS([torch.nn.Parameter(torch.ones(6, 8))]), PowerSGD(2)),
+            ["optimizer=LBFGS", "use SGD"],
+        ),
+        (
             lambda: CompressedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(6, 8))]), compressor="powersgd"),
             ["powersgd"],
         ),
@@ -191,7 +196,8 @@ def disagree(rank: int, settings: list[dict[str, Any]]) -> str:
     mine = dict(settings[rank % len(settings)])
     shapes = mine.pop("shapes", {"w": (12, 9), "b": (4,)})
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    made = CompressedOptimizer(torch.optim.SGD(parameters.items(), lr=0.1), min_compression_rate=mine.pop("rate", 0), **mine)
+    base = mine.pop("base", torch.optim.SGD)(parameters.items(), lr=0.1)
+    made = CompressedOptimizer(base, min_compression_rate=mine.pop("rate", 0), **mine)
     for p in parameters.values():
         p.grad = torch.ones_like(p)
     try:
@@ -231,6 +237,18 @@ DIFFERENT = {
         [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "shapes": {"w": (12, 9)}}],
         ["parameters", "b", "absent"],
     ),
+    "the base optimizer": (
+        [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "base": torch.optim.Adam}],
+        ["optimizer", "SGD", "Adam"],
+    ),
+    "clipping": (
+        [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "max_grad_norm": 1.0}],
+        ["max_grad_norm", "None", "1.0"],
+    ),
+    "the moment": (
+        [{"compressor": PowerSGD(2), "reduce_at": "backward"}, {"compressor": PowerSGD(2)}],
+        ["reduce_at", "backward", "step"],
+    ),
     "a basis": (
         [{"compressor": PowerSGD(1), "initial_basis": {"w": torch.ones(9, 1)}}, {"compressor": PowerSGD(1)}],
         ["initial_basis"],
@@ -245,6 +263,37 @@ def test_different_settings_on_two_ranks(gloo: GlooPool, settings: list[dict[str
     assert texts[0] == texts[1]
     for word in words:
         assert word in texts[0], texts[0]
+
+
+def different_steps(rank: int) -> str:
+    """Rank 1 loads a state of another step in the middle of the run: its restarts would come at other times."""
+    model = torch.nn.Linear(9, 12)
+    made = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGDPlus(2, 3), min_compression_rate=0)
+
+    def step() -> None:
+        made.zero_grad()
+        model(torch.ones(2, 9)).sum().backward()
+        made.step()
+
+    step()
+    step()
+    made.consolidate_error_memory()
+    earlier = made.state_dict()
+    if rank == 1:
+        earlier = copy.deepcopy(earlier)
+    step()
+    made.load_state_dict(earlier if rank == 1 else made.state_dict())
+    try:
+        step()
+    except ConfigMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_loaded_different_steps(gloo: GlooPool) -> None:
+    texts = gloo.run(different_steps, 2, timeout=20.0)
+    assert texts[0] == texts[1]
+    assert "step: 3 on rank 0, 2 on rank 1" in texts[0]
 
 
 def test_one_rank_of_four_that_differs(gloo: GlooPool) -> None:

@@ -140,6 +140,20 @@ def test_a_narrow_wire_loses_nothing_to_its_own_rounding() -> None:
         assert rounded
 
 
+def test_a_float16_wire_carries_numbers_beyond_its_range_if_their_mean_is_within() -> None:
+    """65 504 ends float16. Gradients are divided by the number of workers before they are cast, and the own contribution is
+    known all the same."""
+    for name, shape in (("matrix", (6, 4)), ("vector", (5,))):
+        compressor = PowerSGDPlus(2, restart_every=1)
+        sim = simulation(compressor, {name: shape}, 2, dtype=torch.float32, wire_dtype="float16")
+        large = torch.full(shape, 8e4)
+        applied = sim.reduce([{name: large}, {name: torch.zeros(shape)}])[name]
+        assert applied is not None
+        assert relative(applied, large / 2) < 1e-3
+        if name == "matrix":
+            assert relative(applied + (sim.error_memory(0)[name] + sim.error_memory(1)[name]) / 2, large / 2) < 1e-6
+
+
 def test_error_memory_is_in_gradient_units_whatever_the_loss_scale() -> None:
     """reduce(scale=s): Delta = g / s + e, and what is written back is the mean times s."""
     slots = [Slot(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]

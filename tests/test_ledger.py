@@ -134,13 +134,18 @@ def counted(rank: int, compressor: Compressor) -> dict[str, Any]:
             optimizer.step()
             per_step.append(calls[before:])
             reports.append(optimizer.last_report)
+        of_steps, of_the_ledger = len(calls), (dict(optimizer.ledger.bytes), optimizer.ledger.collectives)
+        optimizer.consolidate_error_memory()
         return {
-            "start": calls[: len(calls) - sum(map(len, per_step))],
+            "consolidation": calls[of_steps:],
+            "consolidation in the ledger": optimizer.ledger.bytes["consolidation"],
+            "consolidation's collectives": optimizer.ledger.collectives - of_the_ledger[1],
+            "start": calls[: of_steps - sum(map(len, per_step))],
             "steps": per_step,
             "bytes": [dict(report.bytes) for report in reports],
             "collectives": [report.collectives for report in reports],
-            "ledger": dict(optimizer.ledger.bytes),
-            "ledger_collectives": optimizer.ledger.collectives,
+            "ledger": of_the_ledger[0],
+            "ledger_collectives": of_the_ledger[1],
         }
     finally:
         for name, original in originals.items():
@@ -163,6 +168,10 @@ def test_ledger_equals_what_the_collectives_carried(gloo: GlooPool, compressor: 
             expected = (2 if compressor.restart == "svd" else 4) if restart else phases.get(type(compressor), 2)
             assert collectives == len(step) == expected  # as many as there are phases, however many matrices
         assert seen["ledger_collectives"] == sum(seen["collectives"])
+        assert sum(size for _, size in seen["consolidation"]) == seen["consolidation in the ledger"]
+        assert len(seen["consolidation"]) == seen["consolidation's collectives"]
+        matrices = sum(math.prod(shape) for shape in SHAPES.values() if len(shape) > 1)
+        assert seen["consolidation in the ledger"] == (4 * matrices if compressor.low_rank else 0)
         fingerprint = sum(size for _, size in all_calls) - sum(map(sum, of_gradients))
         assert fingerprint == seen["ledger"]["fingerprint"] < 100  # once, and small
         assert all(name == "all_reduce" for step in seen["steps"][1:] for name, _ in step)

@@ -15,7 +15,7 @@ from gloo import GlooPool
 from reference import gradient
 from torch import Tensor, nn
 
-from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD, PowerSGDPlus, UnsupportedError
+from lowrank_comm import CompressedOptimizer, ConfigError, LowRankCommError, PowerSGD, PowerSGDPlus, UnsupportedError
 from lowrank_comm.compressors.base import Compressor
 
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -237,6 +237,47 @@ def test_reduce_gradients_is_idempotent() -> None:
         assert all(torch.equal(a, p.grad) for a, p in zip(reduced, one.parameters(), strict=True))
         assert distance(one, other) == 0.0
     assert by_hand.ledger.steps == by_step.ledger.steps == 4
+
+
+def test_new_gradients_after_a_reduction_without_a_step_are_reduced_again() -> None:
+    """The averaged gradients were dropped past the optimizer (model.zero_grad()), or added to: what the base sees is
+    averaged in any case."""
+    dropped, added, twin = network(), network(), network()
+    optimizers = {name: compressed(m) for name, m in (("dropped", dropped), ("added", added), ("twin", twin))}
+    loss_of(dropped, 0).backward()
+    optimizers["dropped"].reduce_gradients()
+    dropped.zero_grad()
+    loss_of(dropped, 1).backward()
+    optimizers["dropped"].reduce_gradients()
+    optimizers["dropped"].step()
+    assert optimizers["dropped"].ledger.steps == 2
+    loss_of(twin, 0).backward()
+    optimizers["twin"].reduce_gradients()
+    optimizers["twin"].zero_grad()
+    loss_of(twin, 1).backward()
+    optimizers["twin"].step()
+    assert distance(dropped, twin) == 0.0
+    loss_of(added, 0).backward()
+    optimizers["added"].reduce_gradients()
+    loss_of(added, 1).backward()
+    optimizers["added"].step()
+    assert optimizers["added"].ledger.steps == 2
+
+
+def test_gradients_that_the_caller_replaces_between_reduction_and_step_are_not_averaged_twice() -> None:
+    """Clipping of one's own need not be in place."""
+    one, other = network(), network()
+    by_hand, twin = compressed(one), compressed(other)
+    for model, optimizer in ((one, by_hand), (other, twin)):
+        loss_of(model, 0).backward()
+        optimizer.reduce_gradients()
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        p.grad = 0.5 * p.grad
+        q.grad.mul_(0.5)
+    by_hand.step()
+    twin.step()
+    assert by_hand.ledger.steps == 1
+    assert distance(one, other) == 0.0
 
 
 def test_gradient_accumulation_without_zero_grad_between() -> None:
@@ -557,6 +598,45 @@ def at_backward(rank: int, poisoned: int | None) -> dict[str, Any]:
     report["distance"] = distance(one, other)
     report["moved"] = distance(one, network())
     return report
+
+
+def test_reduction_at_backward_refuses_a_second_pass_onto_averaged_gradients() -> None:
+    model = network()
+    optimizer = compressed(model, reduce_at="backward")
+    loss_of(model, 0).backward()
+    with pytest.raises(LowRankCommError, match=r'reduce_at="step"'):
+        loss_of(model, 1).backward()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()  # and goes on
+    optimizer.step()
+    assert optimizer.ledger.steps == 2
+
+
+def test_reduction_at_backward_after_a_pass_that_failed() -> None:
+    """A backward pass that ends by an exception has no end; the next one must not be taken for it."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: Tensor) -> Tensor:
+            raise ArithmeticError("in the middle of backward")
+
+    one, other = network(), network()
+    early, late = compressed(one, reduce_at="backward"), compressed(other)
+    x, y = batch(0, 0)
+    with pytest.raises(ArithmeticError):
+        ((one[2](Fails.apply(one[1](one[0](x)))) - y) ** 2).mean().backward()
+    assert one[2].weight.grad is not None  # it got that far
+    assert early.ledger.steps == 0
+    for model, optimizer in ((one, early), (other, late)):
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
+        optimizer.step()
+    assert early.ledger.steps == 1
+    assert distance(one, other) == 0.0
 
 
 @pytest.mark.parametrize("poisoned", [None, 1])

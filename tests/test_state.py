@@ -175,6 +175,70 @@ def test_errors_that_would_be_lost_are_refused() -> None:
         Trainer(PowerSGD(2), min_compression_rate=1000).optimizer.load_state_dict(one.optimizer.state_dict())
 
 
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """All that a load may change, as copies."""
+    optimizer = trainer.optimizer
+    return {
+        "errors": {name: e.clone() for name, e in optimizer.error_memory().items()},
+        "bases": {name: parts["Q"].clone() for name, parts in optimizer.reducer.bases().items()},
+        "moments": [optimizer.state[p]["exp_avg"].clone() for p in trainer.model.parameters() if p in optimizer.state],
+        "step": optimizer.reducer.step,
+        "rate": optimizer.param_groups[0]["lr"],
+    }
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    """Neither the base nor the compressor: who catches the error goes on as before."""
+    one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2), min_compression_rate=2)  # one matrix goes dense there
+    one.train(0, 3, 0)
+    other.train(10, 2, 0)
+    assert len(other.optimizer.error_memory()) == 1
+    one.optimizer.param_groups[0]["lr"] = 0.5
+    before = everything(other)
+    with pytest.raises(StateMismatchError):
+        other.optimizer.load_state_dict(one.optimizer.state_dict())
+    assert equal(everything(other), before)
+
+
+def test_a_load_replaces_all_that_was_there(caplog: pytest.LogCaptureFixture) -> None:
+    """A plain optimizer's state over a run that has begun: errors, bases and t are those of a start, and that is said."""
+    fresh, used = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
+    used.train(0, 3, 0)
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        used.optimizer.load_state_dict(torch.optim.Adam(used.model.named_parameters()).state_dict())
+    assert "error memory starts from zero" in caplog.text
+    found, start = everything(used), everything(fresh)
+    assert all(equal(found[part], start[part]) for part in ("errors", "bases", "step"))
+
+
+def test_what_a_saved_state_does_not_have_starts_anew(caplog: pytest.LogCaptureFixture) -> None:
+    fresh, used = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
+    used.train(0, 3, 0)
+    state = used.optimizer.state_dict()
+    for number in (2, 3):  # the second layer, as saved before it was trained
+        state["state"][number] = {k: v for k, v in state["state"][number].items() if not k.startswith("lowrank_comm_")}
+    kept = used.optimizer.error_memory()["0.weight"].clone()
+    used.train(3, 2, 0)
+    state = copy.deepcopy(state)
+    state["state"][0]["lowrank_comm_error"] = kept
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        used.optimizer.load_state_dict(state)
+    assert "1.weight" in caplog.text
+    assert torch.equal(used.optimizer.error_memory()["0.weight"], kept)
+    assert not used.optimizer.error_memory()["1.weight"].any()
+    assert torch.equal(used.optimizer.reducer.bases()["1.weight"]["Q"], fresh.optimizer.reducer.bases()["1.weight"]["Q"])
+
+
 def test_another_rank_keeps_the_error_and_starts_the_basis_anew(caplog: pytest.LogCaptureFixture) -> None:
     one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(3))
     one.train(0, 3, 0)
@@ -350,8 +414,11 @@ def test_the_file_resumes_at_any_world_size(gloo: GlooPool, compressor: Compress
 def test_a_missing_file_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = Trainer(PowerSGD(2))
     with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        trainer.train(0, 2, 0)
         assert library_checkpoint.load(trainer.optimizer.reducer, tmp_path) is False
     assert str(tmp_path) in caplog.text
+    assert not any(e.any() for e in trainer.optimizer.error_memory().values())
+    assert trainer.optimizer.reducer.step == 0
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ anywhere."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from gloo import GlooPool
 from reference import gradient
 from torch import Tensor
 
-from lowrank_comm import CompressedOptimizer, Identity, PowerSGD, PowerSGDPlus
+from lowrank_comm import CompressedOptimizer, Identity, LowRankCommError, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.simulation import Simulation
 
 SHAPES = {"tall": (12, 7), "twin": (12, 7), "wide": (7, 12), "bias": (5,)}
 BAD_STEP, STEPS = 3, 7
@@ -145,6 +147,51 @@ def test_veto_when_the_wire_overflows(gloo: GlooPool) -> None:
         assert report == {"untouched": True, "applied": False}
 
 
+def overflowing_parameters(rank: int) -> dict[str, Any]:
+    """float16 parameters: local gradients, P and Q are finite in float32, but the mean does not fit the gradient."""
+    run = Run(PowerSGD(2), dtype=torch.float16)
+    run.give(0, rank)
+    run.optimizer.step()
+    run.optimizer.error_memory()["tall"].fill_(1e5)
+    before = run.state()
+    run.give(1, rank)
+    run.optimizer.step()
+    found = {"untouched": run.state() == before, "applied": run.optimizer.last_report.applied}
+    run.optimizer.error_memory()["tall"].zero_()
+    run.give(1, rank)
+    run.optimizer.step()
+    return found | {"goes on": run.optimizer.last_report.applied and run.state() != before}
+
+
+def test_veto_when_what_is_decompressed_overflows_the_parameters_dtype(gloo: GlooPool) -> None:
+    for report in gloo.run(overflowing_parameters, 2):
+        assert report == {"untouched": True, "applied": False, "goes on": True}
+
+
+def test_veto_when_the_singular_vectors_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker alone computes them: its exception would leave the others waiting, its NaN stops all."""
+    workers = Simulation({"w": (12, 7), "b": (3,)}, PowerSGDPlus(2, restart_every=2), 2, min_compression_rate=0)
+
+    def given(t: int) -> list[dict[str, Tensor]]:
+        shapes = {"w": (12, 7), "b": (3,)}
+        return [
+            {n: torch.as_tensor(gradient(s, t, worker), dtype=torch.float32) for n, s in shapes.items()} for worker in (0, 1)
+        ]
+
+    assert workers.reduce(given(0))
+    assert workers.reduce(given(1))
+    before = [bits(workers.error_memory(worker)) for worker in (0, 1)]
+    with monkeypatch.context() as patch:
+
+        def fails(*_: Any, **__: Any) -> None:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+        patch.setattr(torch.linalg, "svd", fails)
+        assert workers.reduce(given(2)) == {}
+    assert [bits(workers.error_memory(worker)) for worker in (0, 1)] == before
+    assert workers.reduce(given(2))
+
+
 # --- with torch's GradScaler -----------------------------------------------------------------------------------------
 
 
@@ -222,3 +269,22 @@ def test_grad_scaler_when_the_reduction_is_at_the_end_of_backward(gloo: GlooPool
         assert report["scales"] == [2.0**12] * BAD_STEP + [2.0**11] * (STEPS - BAD_STEP)
         assert max(report["distance"]) < 1e-5
         assert report["error_distance"] < 1e-5
+
+
+def test_a_reduction_with_a_scale_that_nobody_knew_of_is_told() -> None:
+    """reduce_gradients() before step(), with a scaler that attach() was not told of: the scale is in the error memory."""
+    run = Run(PowerSGD(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(sum((p * (k + 1)).sum() for k, p in enumerate(run.parameters.values()))).backward()
+    run.optimizer.reduce_gradients()
+    with pytest.raises(LowRankCommError, match=r"attach\(model, scaler=scaler\)"):
+        scaler.step(run.optimizer)
+
+
+def test_vetoes_in_a_row_are_counted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(PowerSGD(2))
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        for factor in (torch.nan, torch.nan, 1.0, torch.inf):
+            run.give(0, 0, factor)
+            run.optimizer.step()
+    assert [message.split("(")[1].split(")")[0] for message in caplog.messages] == ["1 in a row", "2 in a row", "1 in a row"]

@@ -1,0 +1,91 @@
+"""An optimizer around another one that owns nothing: whatever the base owns is the base's, so nothing can drift apart."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from torch.optim import Optimizer
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class OptimizerAroundAnother(Optimizer):
+    """A `torch.optim.Optimizer` whose `param_groups`, `state` and `defaults` are those of `base`.
+
+    Hooks are its own: those registered here run around this optimizer's step, the base's around the base's.
+
+    Args:
+        base: the optimizer that steps.
+    """
+
+    def __init__(self, base: Optimizer) -> None:  # Optimizer.__init__ would make groups and state of its own
+        self.base = base
+        for hooks in _HOOKS:
+            setattr(self, hooks, OrderedDict())
+        self._patch_step_function()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; its parameters take part from the next step on, on all workers."""
+        self.base.add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "CompressedOptimizer cannot be pickled or deep-copied: it belongs to a process group. Use state_dict()."
+        )
+
+
+def only_initialises_state(param_groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether torch.distributed.checkpoint is making an optimizer create its state.
+
+    It does so by a step with lr 0 and zero gradients, perhaps on one rank alone. That is no step of the compressor: it would
+    take the error memory and apply it with lr 0. Who calls is looked up, since a worker's gradients may be zero in a real
+    step too, and then it must take part.
+    """
+    if any(float(group.get("lr", 1.0)) != 0.0 for group in param_groups):
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False
