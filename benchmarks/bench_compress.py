@@ -40,6 +40,11 @@ from lowrank_comm.communication import Group
 from lowrank_comm.reducer import Reducer, Slot
 
 BUCKET_BYTES = 25 * 2**20
+NOTE = """Where rank is high and the model small, matrix products decide. This library forms four of them for each matrix and the
+hook three: the error memory subtracts the worker's own contribution P Q_i^T, as the paper's algorithm does, and the hook the
+decoded mean, which it has anyway and by which the workers' memories part without bound (how_it_works.md).
+
+"""
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,14 @@ def check_alike(mine: list[Tensor], hook: list[Tensor], given: list[Tensor]) -> 
             assert 0.5 < norms[0] / norms[1] < 2.0, norms
 
 
+def processor() -> str:
+    """The processor's name, or at least its kind."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="timed rounds for each row")] = 15,
     markdown: Annotated[Path | None, typer.Option(help="also write the table to this file")] = None,
@@ -182,8 +195,9 @@ def main(
     logging.disable(logging.WARNING)
     store = Path(tempfile.mkdtemp()) / "store"
     dist.init_process_group("gloo", store=dist.FileStore(str(store), 1), rank=0, world_size=1)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    command = "python " + " ".join([Path(sys.argv[0]).as_posix().split("/main/")[-1], *sys.argv[1:]])
+    machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    here = Path(__file__).resolve()
+    command = " ".join(["python", here.relative_to(here.parents[1]).as_posix(), *sys.argv[1:]])
     heads = ["model", "rank", "hook batches", "ours ms", "hook ms", "ours / hook", "quartiles"]
     table = Table(*heads, title=f"one step: compress + decompress + error feedback ({rounds} paired rounds, {machine})")
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
@@ -207,6 +221,7 @@ def main(
     if markdown is not None:
         text = f"# Benchmarks\n\n`{command}` on {machine}; {rounds} paired rounds, medians.\n\n"
         text += "Below 1, this library is faster. `hook batches` is the hook's `batch_tensors_with_same_shape`.\n\n"
+        text += NOTE
         markdown.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
     dist.destroy_process_group()
 

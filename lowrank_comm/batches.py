@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .compressors.base import Compressor, Context, Delta, LowRank, Result, State
+from .compressors.base import Compressor, Context, Delta, LowRank, Result, State, columns_in_memory
 from .error_feedback import LARGE, ErrorFeedback, ErrorMemory, row_blocks
 from .errors import ConfigError
 from .linalg import orthonormal_rank_revealing
@@ -163,6 +163,7 @@ class _FormedOnTheWay(Delta):
         if self._formed:
             return super().times(q)
         product = torch.empty(*self._tensor.shape[:2], q.shape[-1], dtype=q.dtype, device=q.device)
+        q = columns_in_memory(q)
         for row in range(len(self._gradients)):
             for block in row_blocks(self._tensor[row]):
                 self._form(row, block)
