@@ -40,9 +40,9 @@ from lowrank_comm.communication import Group
 from lowrank_comm.reducer import Reducer, Slot
 
 BUCKET_BYTES = 25 * 2**20
-NOTE = """Where rank is high and the model small, matrix products decide. This library forms four of them for each matrix and the
-hook three: the error memory subtracts the worker's own contribution P Q_i^T, as the paper's algorithm does, and the hook the
-decoded mean, which it has anyway and by which the workers' memories part without bound (how_it_works.md).
+NOTE = """Where rank is high and the model small, matrix products decide. This library forms four of them for each matrix and
+the hook three: the error memory subtracts the worker's own contribution P Q_i^T, as the paper's algorithm does, and the
+hook the decoded mean, which it has anyway and by which the workers' memories part without bound (how_it_works.md).
 
 """
 

@@ -127,8 +127,10 @@ class Delta:
 
 
 def columns_in_memory(q: Tensor) -> Tensor:
-    """The same numbers, column after column in memory: matrix @ Q of few columns then takes a CPU down to a fifth of the time,
-    since rows of the matrix and columns of Q are both read as they lie. q: (B, n, r)."""
+    """The same numbers, column after column in memory. q: (B, n, r).
+
+    matrix @ Q then reads rows of the matrix and columns of Q as they lie, which takes a CPU a quarter of the time at r = 4.
+    """
     return q.mT.contiguous().mT
 
 
