@@ -2,16 +2,18 @@
 no buffers, no group.
 
 The tests hold the library's reducer against it, and look with it at what a compressor returns (what was sent, what was
-applied)."""
+applied). And one step of the real optimizer, recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_comm import CompressedOptimizer
 from lowrank_comm.compressors.base import Compressor, ComputeOnce, Context, Delta, Mean, Request, Result, State, Steps
 from lowrank_comm.simulation import Simulation
 
@@ -80,6 +82,20 @@ class Workers:
         ]
         self.t += 1
         return results
+
+
+def recorded_step(
+    optimizer: CompressedOptimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, dict[str, np.ndarray]]:
+    """A step on this rank: the averaged compressed gradient, this worker's error memory and the parameters after it."""
+    optimizer.reduce_gradients()
+    applied = {name: p.grad.numpy().copy() for name, p in parameters.items()}
+    optimizer.step()
+    return {
+        "applied": applied,
+        "error": {name: e.numpy().copy() for name, e in optimizer.error_memory().items()},
+        "parameter": {name: p.detach().numpy().copy() for name, p in parameters.items()},
+    }
 
 
 def simulation(compressor: Compressor, shapes: Mapping[str, Sequence[int]], workers: int = 1, **options: Any) -> Simulation:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from driver import recorded_step
 from gloo import GlooPool
 from reference import Reference, average, gradients, initial_basis, ssp_comp, svd_comp
 
@@ -34,16 +35,7 @@ def train(rank: int, compression_rank: int, tau: int | None) -> list[dict[str, d
     for t in range(STEPS):
         for name, gradient in gradients(SHAPES, t, rank).items():
             parameters[name].grad = torch.from_numpy(gradient)
-        optimizer.reduce_gradients()
-        applied = {name: p.grad.numpy().copy() for name, p in parameters.items()}
-        optimizer.step()
-        history.append(
-            {
-                "applied": applied,
-                "error": {name: e.numpy().copy() for name, e in optimizer.error_memory().items()},
-                "parameter": {name: p.detach().numpy().copy() for name, p in parameters.items()},
-            }
-        )
+        history.append(recorded_step(optimizer, parameters))
     return history
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from driver import recorded_step
 from gloo import GlooPool
 from reference import gradient
 from torch import Tensor
@@ -47,16 +48,7 @@ def over_gloo(rank: int, compressor: Compressor, dtype: torch.dtype) -> list[dic
     for t in range(STEPS):
         for name, p in parameters.items():
             p.grad = pulled(name, SHAPES[name], p, t, rank)
-        optimizer.reduce_gradients()
-        applied = {name: p.grad.numpy().copy() for name, p in parameters.items()}
-        optimizer.step()
-        history.append(
-            {
-                "applied": applied,
-                "error": {name: e.numpy().copy() for name, e in optimizer.error_memory().items()},
-                "parameter": {name: p.detach().numpy().copy() for name, p in parameters.items()},
-            }
-        )
+        history.append(recorded_step(optimizer, parameters))
     return history
 
 
