@@ -140,7 +140,6 @@ class Batch:
             if rows is None:
                 self.state[symbol] = tensor
             else:
-                self.state[symbol] = self.state[symbol].clone()
                 self.state[symbol][rows] = tensor
 
 
@@ -149,7 +148,8 @@ class _FormedOnTheWay(Delta):
 
     def __init__(self, work: Tensor, error: Tensor, gradients: Sequence[Tensor | None], scale: float) -> None:
         super().__init__(work)
-        self._error, self._gradients, self._scale, self._formed = error, gradients, scale, False
+        self._error: Tensor | None = error
+        self._gradients, self._scale, self._formed = gradients, scale, False
 
     @property
     def tensor(self) -> Tensor:
@@ -172,14 +172,16 @@ class _FormedOnTheWay(Delta):
         return product
 
     def _form(self, row: int, block: slice) -> None:
-        gradient = self._gradients[row]
+        assert self._error is not None
+        gradient, error = self._gradients[row], self._error[row, block]
         if gradient is None:
-            self._tensor[row, block] = self._error[row, block]
+            self._tensor[row, block] = error
         else:
-            torch.add(self._error[row, block], gradient[block], alpha=1.0 / self._scale, out=self._tensor[row, block])
+            torch.add(error, gradient[block], alpha=1.0 / self._scale, out=self._tensor[row, block])
 
     def _done(self) -> None:
-        self._formed, self._gradients = True, ()
+        # An offloaded memory is here as a copy as large as the model; it must not live until the commit.
+        self._formed, self._gradients, self._error = True, (), None
 
 
 def build_batches(

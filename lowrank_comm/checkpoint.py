@@ -64,8 +64,9 @@ class Tag:
 
 def tag_of(reducer: Reducer, consolidated: bool) -> Tag:
     """Tag of the reducer's present state."""
-    kind = "mean" if consolidated or reducer.group.size == 1 else "own"
-    return Tag(kind, reducer.group.rank, reducer.group.size, reducer.step, reducer.seed)
+    rank, world = reducer.worker
+    kind = "mean" if consolidated or world == 1 or reducer.step == 0 else "own"  # before the first step all are zero
+    return Tag(kind, rank, world, reducer.step, reducer.seed)
 
 
 def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:

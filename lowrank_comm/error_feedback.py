@@ -97,6 +97,7 @@ class ErrorMemory:
         self._options, self._names, self._seed, self._worker = options, names, seed, worker
         kept_on = torch.device("cpu") if options.offload else device
         self._views: list[tuple[weakref.ref[Tensor], int]] = []
+        self._clear_views_at = len(names)
         self.tensor = torch.zeros(len(names), m, n, dtype=DTYPES[options.dtype] if options.dtype else dtype, device=kept_on)
 
     def on(self, device: torch.device) -> Tensor:
@@ -104,9 +105,14 @@ class ErrorMemory:
         return self.tensor if self.tensor.device == device else self.tensor.to(device, non_blocking=True)
 
     def view(self, row: int, shape: tuple[int, ...]) -> Tensor:
-        """One matrix's error in the shape of its parameter; a live view, whatever the memory does later."""
+        """One matrix's error in the shape of its parameter; a live view, whatever the memory does later.
+
+        What is derived from it (a slice, `.numpy()`) is of the moment: `exchange` gives the memory another place.
+        """
         view = self.tensor[row].view(shape)
-        self._views = [(ref, k) for ref, k in self._views if ref() is not None]
+        if len(self._views) >= self._clear_views_at:  # now and then, so that many views cost no more than few
+            self._views = [(ref, k) for ref, k in self._views if ref() is not None]
+            self._clear_views_at = 2 * len(self._views) + len(self._names)
         self._views.append((weakref.ref(view), row))
         return view
 
@@ -153,21 +159,27 @@ class ErrorMemory:
             kept = torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1) if isinstance(sent, LowRank) else delta - sent
         self.store(kept, rows, t)
 
-    def store(self, error: Tensor, rows: list[int] | None = None, t: int = -1) -> None:
-        """Overwrite the memory of all matrices, or of `rows`, rounding to its dtype."""
-        rounded = self._rounded(error, rows, t)
+    def store(self, error: Tensor, rows: list[int] | None = None, t: int = -1, shared: bool = False) -> None:
+        """Overwrite the memory of all matrices, or of `rows`, rounding to its dtype; `shared`: with the same draws on all
+        workers, for errors that are equal on all."""
+        rounded = self._rounded(error, rows, t, shared)
         if rows is None:
             self.tensor.copy_(rounded)
         else:
             self.tensor[rows] = rounded.to(self.tensor.device)
 
-    def _rounded(self, error: Tensor, rows: list[int] | None, t: int) -> Tensor:
+    def _rounded(self, error: Tensor, rows: list[int] | None, t: int, shared: bool) -> Tensor:
         if self._options.rounding == "nearest" or error.dtype == self.tensor.dtype:
             return error.to(self.tensor.dtype)
         # bfloat16 is the upper half of float32: adding uniform bits below the cut, then cutting, rounds up with the
         # probability of what is cut off, so that the rounded value is right in expectation.
+        purpose = "rounding" if shared else f"rounding of worker {self._worker}"
         names = self._names if rows is None else tuple(self._names[row] for row in rows)
-        generator = stream(self._seed, "\x00".join(names), t, f"rounding of worker {self._worker}")
-        noise = torch.randint(0, 1 << 16, error.shape, dtype=torch.int32, generator=generator).to(error.device)
-        bits = (error.float().contiguous().view(torch.int32) + noise) & -65536
+        noise = [
+            torch.randint(
+                0, 1 << 16, error.shape[1:], dtype=torch.int32, generator=stream(self._seed, name, t, purpose), device="cpu"
+            )
+            for name in names
+        ]
+        bits = (error.float().contiguous().view(torch.int32) + torch.stack(noise).to(error.device)) & -65536
         return bits.view(torch.float32).to(torch.bfloat16)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SVD_ELEMENTS = 1 << 20  # of matrices that are decomposed together
 _PIVOT_FLOOR = 1e-7  # a float64 Gram matrix cannot resolve an angle below about sqrt(1e-16)
 
 
@@ -114,7 +115,9 @@ def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
         (B, m, r) orthonormal; NaN if the decomposition does not converge, which vetoes the step on all workers, where an
         exception on this one alone would leave the others waiting.
     """
+    together = max(1, _SVD_ELEMENTS // max(1, d[0].numel()))  # a decomposition is as large as what is decomposed
     try:
-        return torch.linalg.svd(d, full_matrices=False).U[..., :r].contiguous()
+        parts = [torch.linalg.svd(part, full_matrices=False).U[..., :r].contiguous() for part in d.split(together)]
     except torch.linalg.LinAlgError:
         return torch.full((*d.shape[:-1], r), torch.nan, dtype=d.dtype, device=d.device)
+    return torch.cat(parts)

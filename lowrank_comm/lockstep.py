@@ -6,7 +6,7 @@ process group, or the simulation of N workers side by side); the pieces are hand
 many collectives as the algorithm has phases, however many matrices there are. The first packet also carries everything
 that travels dense, and the control numbers:
 
-    [0]   1 if this worker holds a number that is not finite, else 0
+    [0]   1 if this worker holds a number that is not finite (or next to the end of its dtype's range), else 0
     [1:]  for each parameter, 1 if this worker had a gradient, else 0
 
 The veto. A packet is suspicious if some worker raised the flag, or if the sum itself is not finite (it may overflow on a
@@ -114,14 +114,14 @@ def lockstep(
             control = packet.add(numbers_of_control, "control", averaged=False)
         packet.seal()
         if first:
-            packet.write(control, (~packet.all_finite()).to(numbers_of_control))
+            packet.write(control, (~packet.all_sound()).to(numbers_of_control))
         account.bytes.update(packet.bytes)
         account.seconds["compress"] += time.perf_counter() - clock
         clock = time.perf_counter()
         account.collectives += yield packet.buffers
         account.seconds["communicate"] += time.perf_counter() - clock
         clock = time.perf_counter()
-        suspects.append((~packet.all_finite()).to(torch.float32))
+        suspects.append((~packet.all_sound()).to(torch.float32))
         answers = packet.answers()
         if first:
             dense_answers = [answers[k][0] for k in dense_numbers]

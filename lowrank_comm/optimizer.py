@@ -108,7 +108,8 @@ class CompressedOptimizer(OptimizerAroundAnother):
             )
         if not isinstance(compressor, Compressor):
             raise ConfigError(f"compressor must be one such as PowerSGDPlus(rank=4), got {compressor!r}.")
-        if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
+        number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
+        if max_grad_norm is not None and not (number and max_grad_norm > 0):
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm!r}.")
         if reduce_at not in (None, "step", "backward"):
             raise ConfigError(f'reduce_at={reduce_at!r} is unknown; use "step", "backward" or None.')

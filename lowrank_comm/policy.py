@@ -42,6 +42,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         where = f"rules[match={self.match!r}]"
+        if not isinstance(self.match, str):
+            raise ConfigError(f'{where}: match must be a pattern of parameter names such as "lm_head.*".')
         if self.treatment not in (None, "dense", "low_rank"):
             raise ConfigError(f'{where}.treatment={self.treatment!r} is unknown; use "dense" or "low_rank".')
         if self.rank is not None:

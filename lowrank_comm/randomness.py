@@ -28,7 +28,7 @@ def stream(seed: int, name: str, t: int, purpose: str) -> torch.Generator:
     """
     key = f"{seed}\x00{name}\x00{t}\x00{purpose}".encode()
     value = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") & (2**63 - 1)
-    return torch.Generator().manual_seed(value)
+    return torch.Generator("cpu").manual_seed(value)
 
 
 def gaussian(
@@ -51,5 +51,7 @@ def gaussian(
     Returns:
         Tensor of shape (len(names), *shape).
     """
-    draws = [torch.randn(shape, generator=stream(seed, name, t, purpose)) for name in names]
+    draws = [  # neither torch's default dtype nor its default device may have a say
+        torch.randn(shape, generator=stream(seed, name, t, purpose), dtype=torch.float32, device="cpu") for name in names
+    ]
     return torch.stack(draws).to(device=device, dtype=dtype)

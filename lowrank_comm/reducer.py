@@ -118,8 +118,22 @@ class Reducer:
     ) -> None:
         if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
             raise ConfigError(f"wire_dtype={wire_dtype!r} is unknown; use null or one of {', '.join(WIRE_DTYPES)}.")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigError(f"seed must be an integer, got {seed!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ConfigError(f"seed must be an integer of 64 bits, got {seed!r}; write for example seed=0.")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ConfigError(
+                    f'rules must hold Rule objects such as Rule("lm_head.*", treatment="dense"), got {rule!r}.'
+                )
+        if error_feedback is not None and not isinstance(error_feedback, ErrorFeedback):
+            raise ConfigError(
+                f'error_feedback must be None or such as ErrorFeedback(dtype="bfloat16"), got {error_feedback!r}.'
+            )
+        for slot in slots:
+            if not slot.dtype.is_floating_point:
+                raise ConfigError(
+                    f"{slot.name}: parameters of {slot.dtype} cannot be averaged here; use a real floating dtype."
+                )
         self.slots, self.compressor, self.group, self.seed = list(slots), compressor, group, seed
         names = [slot.name for slot in self.slots]
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
@@ -143,6 +157,7 @@ class Reducer:
             {name: compressor.restart_elements(t.m, t.n, t.rank) for name, t in low.items()}
         )
         self._agreed = False
+        self._worker: tuple[int, int] | None = None
         self._pending: _Pending | None = None
         self._last: LastPass | None = None
 
@@ -202,6 +217,7 @@ class Reducer:
             device=self.slots[0].device if self.slots else torch.device("cpu"),
             account=account,
         )
+        self._worker = (self.group.rank, self.group.size)
         self._enter_ledger(account, jobs, agreed is not None)
         if agreed is None:
             return Outcome(False, list(grads))
@@ -237,6 +253,7 @@ class Reducer:
         for job in pending.jobs:
             job.delta, job.result = None, None  # Delta is model-sized: let it go now
         self.step += 1
+        self.ledger.restarts += self._last.restarts
         self._last.account.seconds["commit"] = time.perf_counter() - clock
 
     def rollback(self) -> None:
@@ -244,6 +261,11 @@ class Reducer:
         self._pending = None
         if self._last is not None:
             self._last.applied = False
+
+    @property
+    def worker(self) -> tuple[int, int]:
+        """(rank, world size) of the last pass, which the error memory is of, also when the process group is gone by now."""
+        return self._worker or (self.group.rank, self.group.size)
 
     @property
     def pending(self) -> bool:
@@ -337,9 +359,9 @@ class Reducer:
         }
 
     def bases(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> state of the compressor by its symbol (Q), as it is now."""
+        """Parameter name -> state of the compressor by its symbol (Q), a copy as it is now."""
         return {
-            name: {symbol: tensor[row] for symbol, tensor in batch.state.items()}
+            name: {symbol: tensor[row].clone() for symbol, tensor in batch.state.items()}
             for batch in self._batches
             for row, name in enumerate(batch.names)
         }
@@ -392,7 +414,7 @@ class Reducer:
             total = batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True)
             self.ledger.collectives += self.group.sum_([total])
             self.ledger.bytes["consolidation"] += total.nbytes
-            batch.memory.store(total.div_(self.group.size), t=self.step)
+            batch.memory.store(total.div_(self.group.size), t=self.step, shared=True)
 
     def describe(self) -> dict[str, Any]:
         """Everything that must be equal on all workers."""
@@ -426,7 +448,7 @@ class Reducer:
         restarts = sum(len(job.indices) for job in jobs if job.context.restart)
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
-        self.ledger.enter(account.bytes, account.collectives, full, restarts, applied)
+        self.ledger.enter(account.bytes, account.collectives, full, applied)
 
 
 def _digest(tensor: Tensor) -> str:

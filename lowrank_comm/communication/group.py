@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 
 LENGTH_BYTES = torch.int64.itemsize
 
@@ -28,6 +28,7 @@ class Group:
 
     Raises:
         UnsupportedError: a mesh of more than one dimension.
+        ConfigError: something else, or a group that this rank does not belong to.
     """
 
     def __init__(self, process_group: Any = None) -> None:
@@ -38,6 +39,14 @@ class Group:
                     "give the dimension between the nodes, for example mesh['replicate']."
                 )
             process_group = process_group.get_group()
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            outside = process_group is dist.GroupMember.NON_GROUP_MEMBER
+            raise ConfigError(
+                "process_group: this rank is not a member of the group that it was given; give every rank a group that it "
+                "belongs to, or make the optimizer on the members only."
+                if outside
+                else f"process_group must be None, a ProcessGroup or a 1-D DeviceMesh, got {process_group!r}."
+            )
         self.process_group = process_group
 
     @property

@@ -21,11 +21,11 @@ class Ledger:
 
     Attributes:
         bytes: kind -> bytes handed to collectives by this worker.
-        collectives: number of collectives of the gradient reduction.
+        collectives: number of collectives of the gradient reduction and of consolidations.
         uncompressed_bytes: what the same steps would have carried uncompressed, in the gradients' own dtypes.
         steps: compressed passes, vetoed ones included.
         vetoed: passes that some worker vetoed.
-        restarts: matrices restarted.
+        restarts: matrices restarted, in steps that were committed.
     """
 
     bytes: Counter[str] = field(default_factory=Counter)
@@ -35,14 +35,13 @@ class Ledger:
     vetoed: int = 0
     restarts: int = 0
 
-    def enter(self, sent: Counter[str], collectives: int, uncompressed_bytes: int, restarts: int, applied: bool) -> None:
+    def enter(self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool) -> None:
         """Add one pass."""
         self.bytes.update(sent)
         self.collectives += collectives
         self.uncompressed_bytes += uncompressed_bytes
         self.steps += 1
         self.vetoed += not applied
-        self.restarts += restarts if applied else 0
 
     @property
     def total_bytes(self) -> int:

@@ -16,6 +16,13 @@ import torch
 from torch import Tensor
 
 
+def _largest(dtype: torch.dtype) -> float:
+    """Largest magnitude that may travel: 2^24 below the end of the range, for sums over rows and workers of what arrives.
+    float16 has no room to spare, and what arrives in it is computed with in float32."""
+    largest = torch.finfo(dtype).max
+    return largest if dtype == torch.float16 else largest * 2.0**-24
+
+
 @dataclass
 class _Entry:
     """One tensor of a packet and where its answer goes."""
@@ -71,13 +78,18 @@ class Packet:
         buffer, start = self._locate(number)
         buffer[start : start + values.numel()] = values.reshape(-1).to(buffer.dtype)
 
-    def all_finite(self) -> Tensor:
-        """0-d bool on the first buffer's device: every number in the buffers is finite.
+    def all_sound(self) -> Tensor:
+        """0-d bool on the first buffer's device: every number in the buffers is finite, and small enough that what is
+        computed from it stays so.
 
-        Read off the least and the largest: NaN passes through them, and no overflow spoils them, as it would a sum.
+        Read off the least and the largest: NaN passes through them, and no overflow spoils them, as it would a sum. After
+        the last collective of a step nobody can tell the others of an overflow any more, hence the room above.
         """
-        extremes = [torch.stack(torch.aminmax(buffer)) for buffer in self.buffers if buffer.numel()]
-        flags = [torch.isfinite(pair).all().to(self.buffers[0].device) for pair in extremes]
+        flags = [
+            (torch.stack(torch.aminmax(buffer)).abs() <= _largest(buffer.dtype)).all().to(self.buffers[0].device)
+            for buffer in self.buffers
+            if buffer.numel()
+        ]
         return torch.stack(flags).all()
 
     def answers(self) -> list[tuple[Tensor, Tensor]]:

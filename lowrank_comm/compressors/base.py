@@ -20,8 +20,8 @@ Rules that make this correct:
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -162,6 +162,10 @@ class Context:
     rank: int
     restart: bool = False
     wire_rounds: bool = False
+
+    def only(self, rows: Sequence[int]) -> Context:
+        """Of some matrices of the batch."""
+        return replace(self, names=tuple(self.names[row] for row in rows))
 
     def draw(self, purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Gaussian (B, *shape) from (seed, name, t, purpose), equal on all workers, in the dtype and device of `like`."""

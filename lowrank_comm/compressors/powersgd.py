@@ -25,7 +25,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..linalg import cholesky_qr, least_pivot, orthonormal_rank_revealing, safe_pivot
@@ -92,10 +91,13 @@ def orthonormal(a: Tensor, context: Context, purpose: str, passes: int = 2) -> G
     safe = pivot > safe_pivot(a.dtype)
     if (yield Decide(safe)):
         return basis
-    wide, pivot = cholesky_qr(a.double())
-    basis = torch.where(safe[:, None, None], basis, wide.to(a.dtype))
-    good = safe | (pivot > least_pivot(a.dtype))
+    unsafe = (~safe).nonzero().flatten()
+    wide, pivot = cholesky_qr(a[unsafe].double())
+    basis[unsafe] = wide.to(a.dtype)
+    good = pivot > least_pivot(a.dtype)
     if (yield Decide(good)):
         return basis
-    fill = context.draw(purpose, tuple(a.shape[-2:]), a)
-    return torch.where(good[:, None, None], basis, orthonormal_rank_revealing(a, fill))
+    dead = unsafe[~good]
+    fill = context.only(dead.tolist()).draw(purpose, tuple(a.shape[-2:]), a)
+    basis[dead] = orthonormal_rank_revealing(a[dead], fill)
+    return basis
