@@ -37,7 +37,7 @@ from lowrank_comm.communication import Group, Ledger, check_same
 from lowrank_comm.config import SECTION, Section
 from lowrank_comm.diagnostics import Plan, StepReport, human_bytes
 from lowrank_comm.errors import ConfigError, LowRankCommError, UnsupportedError
-from lowrank_comm.naming import own_name
+from lowrank_comm.naming import own_names
 from lowrank_comm.reducer import Outcome, Reducer, Slot
 
 from . import _deepspeed_seams as seams
@@ -58,8 +58,8 @@ class DeepSpeedAdapter:
     def __init__(self, engine: Any, seam: seams.Seam, section: Section) -> None:
         self._engine, self._seam = engine, seam
         slots = [
-            Slot(own_name(name), seams.shape(p), seam.dtype(p), seam.device)
-            for name, p in zip(seam.names, seam.parameters, strict=True)
+            Slot(name, seams.shape(p), seam.dtype(p), seam.device)
+            for name, p in zip(own_names(seam.names), seam.parameters, strict=True)
         ]
         group = Group(seams.process_group(engine))
         self.reducer = Reducer(slots, section.make_compressor(), group, **section.reducer_options())

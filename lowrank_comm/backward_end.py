@@ -3,18 +3,30 @@
 A hook on each parameter queues a callback with the autograd engine at the first gradient of a pass. The callback queues
 another one, which runs after the callbacks that engines such as DDP queue for themselves. A pass that ends by an
 exception never runs its callbacks; the next pass is told from it by its number.
+
+Activation checkpointing with use_reentrant=True runs a backward pass of its own for each checkpointed part, inside the
+outer one. Its end is not the end of anything, and the outer pass's end cannot be seen from there, so it is refused.
 """
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable, Iterable
+from types import FrameType
 
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedError
+
+_BACKWARD_OF_A_FUNCTION = torch.autograd.function.BackwardCFunction.apply.__code__
+
 
 class BackwardWatch:
     """Calls `on_gradient(parameter)` for each gradient, and `at_end()` once at the end of each backward pass.
+
+    The two are methods of an object that is not kept alive: when it is gone, nothing is called any more.
 
     Args:
         parameters: whose gradients count.
@@ -25,7 +37,8 @@ class BackwardWatch:
     def __init__(
         self, parameters: Iterable[Tensor], on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None = None
     ) -> None:
-        self._on_gradient, self._at_end = on_gradient, at_end
+        self._on_gradient = weakref.WeakMethod(on_gradient)
+        self._at_end = None if at_end is None else weakref.WeakMethod(at_end)
         self._queued_in: int | None = None
         self._watched: set[int] = set()
         self.add(parameters)
@@ -38,7 +51,10 @@ class BackwardWatch:
                 parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
-        self._on_gradient(parameter)
+        on_gradient = self._on_gradient()
+        if on_gradient is None:
+            return
+        on_gradient(parameter)
         this_pass = torch._C._current_graph_task_id()
         if self._at_end is not None and self._queued_in != this_pass:
             self._queued_in = this_pass
@@ -47,5 +63,23 @@ class BackwardWatch:
 
     def _finish(self) -> None:
         self._queued_in = None
-        if self._at_end is not None:
-            self._at_end()
+        at_end = self._at_end() if self._at_end is not None else None
+        if at_end is None:
+            return
+        if _within_another_pass():
+            raise UnsupportedError(
+                'reduce_at="backward" with reentrant activation checkpointing: each checkpointed part has a backward pass '
+                "of its own, and gradients would be averaged at the end of each. Use checkpoint(..., use_reentrant=False) "
+                '(Trainer: gradient_checkpointing_kwargs={"use_reentrant": False}), or reduce_at="step".'
+            )
+        at_end()
+
+
+def _within_another_pass() -> bool:
+    """Whether this backward pass was started by the backward of a custom function, hence inside another pass."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _BACKWARD_OF_A_FUNCTION:
+            return True
+        frame = frame.f_back
+    return False

@@ -8,7 +8,8 @@ What is saved: for each compressed parameter its error and its basis Q; the step
             rank 0's error everywhere, as is common, loses the errors of all others without a word. It is refused.
 
 `save` consolidates first (a collective that makes every worker's error the mean), then rank 0 writes the file beside
-its final name and renames it, so that a killed job leaves no half file.
+its final name and renames it, so that a killed job leaves no half file. It returns a name for this save, by which whoever
+keeps it with the rest of the checkpoint recognises a file that another run has left in the same folder.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -95,7 +96,8 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
                 continue
             raise StateMismatchError(
                 f"{name!r} has a saved error memory but is not a compressed parameter of this run; it would be lost. "
-                "Resume with the same model, names, rank, min_compression_rate and rules."
+                "Resume with the same model, names, rank, min_compression_rate and rules; to give it up on purpose, take "
+                "the compressor's state out of the checkpoint."
             )
         if saved["error"].numel() != known[name]["error"].numel():
             raise StateMismatchError(
@@ -119,7 +121,7 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     if fresh:
         _log.warning("no saved error memory for %d parameters (first: %s): they start from zero", len(fresh), fresh[0])
     reducer.reset(fresh)  # and no others: the saved tensors may be this reducer's own, as in load_state_dict(state_dict())
-    for name in known.keys() & tensors.keys():
+    for name in sorted(known.keys() & tensors.keys()):
         saved = tensors[name]
         fits = {k: v for k, v in saved.items() if k != "error" and k in known[name] and v.shape == known[name][k].shape}
         if len(fits) < len(known[name]) - 1:
@@ -132,59 +134,118 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     reducer.continue_at(tag.step)
 
 
-def save(reducer: Reducer, folder: str | os.PathLike[str]) -> None:
-    """Write the state of all workers as one file; a collective, between steps.
+def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
+    """Write the state of all workers as one file; a collective, between steps. When it returns, the file is there.
 
     Args:
         reducer: the run's; its error memory is consolidated.
-        folder: the file is `<folder>/lowrank_comm.safetensors`.
+        folder: the file is `<folder>/lowrank_comm.safetensors`, in a file system that all workers share.
+
+    Returns:
+        A name for this very save, also written into the file, the same on all workers.
+
+    Raises:
+        StateMismatchError: on every worker, if rank 0 could not write.
     """
     reducer.consolidate_error_memory()
-    if reducer.group.rank != 0:
-        return
-    path = Path(folder) / FILE_NAME
+    mine = {"name": uuid.uuid4().hex, "error": ""}
+    if reducer.group.rank == 0:
+        try:
+            _write(reducer, Path(folder) / FILE_NAME, mine["name"])
+        except OSError as error:
+            mine["error"] = str(error)
+    of_rank_0 = _tell(reducer, mine)[0]
+    if of_rank_0["error"]:
+        raise StateMismatchError(f"the compressor's state could not be saved: {of_rank_0['error']}.")
+    return of_rank_0["name"]
+
+
+def _write(reducer: Reducer, path: Path, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {
-        f"{symbol}/{name}": tensor.detach().cpu().clone().contiguous()
-        for name, parts in tensors_of(reducer).items()
+        f"{symbol}/{parameter}": tensor.detach().cpu().clone().contiguous()
+        for parameter, parts in tensors_of(reducer).items()
         for symbol, tensor in parts.items()
     }
-    header = {"tag": json.dumps(asdict(tag_of(reducer, True))), "settings": json.dumps(_settings(reducer))}
+    tag = json.dumps(asdict(tag_of(reducer, True)))
+    settings = {key: value for key, value in reducer.describe().items() if key != "parameters"}  # for who looks into it
     unfinished = path.with_suffix(".unfinished")
-    save_file(flat, unfinished, metadata=header)
+    save_file(flat, unfinished, metadata={"tag": tag, "name": name, "settings": json.dumps(settings)})
     unfinished.replace(path)
 
 
-def load(reducer: Reducer, folder: str | os.PathLike[str]) -> bool:
-    """Read what `save` wrote; to be called by every worker, at any world size.
+def _tell(reducer: Reducer, mine: dict[str, str]) -> list[dict[str, str]]:
+    """Every worker's words, in rank order; a collective."""
+    return [json.loads(part) for part in reducer.group.gather_bytes(json.dumps(mine).encode(), reducer.device)]
+
+
+def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = None) -> bool:
+    """Read what `save` wrote; a collective, at any world size.
 
     Args:
         reducer: of the resumed run.
         folder: where the file is.
+        name: what `save` returned, if the caller knows: any other file is refused.
 
     Returns:
         False, after a warning, where there is no file: the error memory then starts from zero.
 
     Raises:
-        StateMismatchError: the file does not fit this run.
+        StateMismatchError: on every worker, if the file does not fit this run, cannot be read, is another one than `name`
+            says, or is there on some workers only.
     """
     path = Path(folder) / FILE_NAME
-    if not path.is_file():
+    found: tuple[Tag, dict[str, dict[str, Tensor]]] | None = None
+    mine = {"found": "missing", "error": ""}
+    try:
+        if path.is_file():
+            found = _read(path, name)
+            check_fits(reducer, *found)
+            mine["found"] = f"of step {found[0].step}"
+    except StateMismatchError as error:
+        mine["error"] = str(error)
+    told = _tell(reducer, mine)
+    for rank, one in enumerate(told):
+        if one["error"]:
+            raise StateMismatchError(one["error"] if len(told) == 1 else f"rank {rank}: {one['error']}")
+    if len({one["found"] for one in told}) > 1:
+        seen = ", ".join(f"{one['found']} on rank {rank}" for rank, one in enumerate(told))
+        raise StateMismatchError(f"{path} is {seen}; all workers must see the same files.")
+    if found is None:
+        if name is not None:
+            raise StateMismatchError(
+                f"{path} is missing, and with it the error memory that this checkpoint was saved with. Copy it from the "
+                "checkpoint's original folder, or load without the optimizer's state."
+            )
         _log.warning("%s is missing: the checkpoint was saved without compression; error memory starts from zero", path)
         reducer.reset()
         return False
-    with safe_open(path, framework="pt", device="cpu") as file:
-        metadata = file.metadata() or {}
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-            symbol, name = key.split("/", 1)
-            tensors.setdefault(name, {})[symbol] = file.get_tensor(key)
-    if "tag" not in metadata:
-        raise StateMismatchError(f"{path} was not written by lowrank_comm.checkpoint.save; remove it or restore it.")
-    restore(reducer, Tag(**json.loads(metadata["tag"])), tensors)
+    restore(reducer, *found)
     return True
 
 
-def _settings(reducer: Reducer) -> dict[str, Any]:
-    """What the run was configured with, for people who look into the file."""
-    return {key: value for key, value in reducer.describe().items() if key != "parameters"}
+def _read(path: Path, name: str | None) -> tuple[Tag, dict[str, dict[str, Tensor]]]:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                symbol, parameter = key.split("/", 1)
+                tensors.setdefault(parameter, {})[symbol] = file.get_tensor(key)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StateMismatchError(
+            f"{path} cannot be read ({error}); restore it, or resume from another checkpoint."
+        ) from None
+    if "tag" not in metadata:
+        raise StateMismatchError(f"{path} was not written by lowrank_comm.checkpoint.save; remove it or restore it.")
+    if name is not None and metadata.get("name") != name:
+        raise StateMismatchError(
+            f"{path} does not belong to this checkpoint: it was left there by another save. Restore the right one, or "
+            "resume from another checkpoint."
+        )
+    entries = json.loads(metadata["tag"])
+    if entries.get("format") != FORMAT:
+        raise StateMismatchError(
+            f"{path} has format {entries.get('format')}, this version reads {FORMAT}; update lowrank_comm."
+        )
+    return Tag(**entries), tensors

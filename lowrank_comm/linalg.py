@@ -14,11 +14,30 @@ Everything works on batches (B, m, r); a batch gives what its members would give
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 _SVD_ELEMENTS = 1 << 20  # of matrices that are decomposed together
 _PIVOT_FLOOR = 1e-7  # a float64 Gram matrix cannot resolve an angle below about sqrt(1e-16)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, products are formed in their tensors' own dtypes: no autocast, and no TensorFloat-32, with which P would be
+    orthonormal to 1e-3 only and sent + kept would differ from given by as much."""
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        if before == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def dead_tolerance(dtype: torch.dtype) -> float:

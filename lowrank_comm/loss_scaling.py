@@ -5,12 +5,12 @@ others wait in the collective. `CompressedOptimizer` therefore declares `_step_s
 `step()` on every worker and hands over `grad_scale` (None if the caller has unscaled). The veto of the reduction decides.
 
 The error memory never holds the scale, which changes over time: gradients are unscaled before the reduction inside
-`step()`, and a reduction before that (own clipping, or at the end of backward) needs to know the scaler, by `attach`.
+`step()`, and whoever reduces before that (own clipping, or at the end of backward) must make the scaler known by `attach`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,28 +37,31 @@ class LossScaling:
         stage = self.scaler._per_optimizer_states[self._key]["stage"]
         return float(self.scaler.get_scale()) if stage.name == "READY" else 1.0
 
-    def unscale(self, grad_scale: Tensor | None, parameters: Iterable[Tensor], reduced: bool) -> None:
-        """Inside `step()`: take the scale out of the gradients, if the scaler says that it is still in them.
+    def unscale(self, optimizer: Any, parameters: Sequence[Tensor], reduced: bool) -> None:
+        """Inside `step()`: take the scale out of the gradients, if a scaler says that it is still in them.
 
         Args:
-            grad_scale: what the scaler handed over.
+            optimizer: on which the scaler that calls `step()` has left `grad_scale` (None after `scaler.unscale_`).
             parameters: whose gradients to unscale.
             reduced: whether they were averaged before.
 
         Raises:
-            LowRankCommError: they were averaged with a scale in them that nobody knew of.
+            LowRankCommError: they were averaged when nobody knew of the scaler, hence perhaps with the scale in them.
         """
-        if grad_scale is None:
+        if not hasattr(optimizer, "found_inf"):  # no scaler, or one that is switched off
             return
         if reduced and self.scaler is None:
             raise LowRankCommError(
-                "gradients were averaged before the scaler took the loss scale out of them, so the error memory got the "
-                "scale. Call optimizer.attach(model, scaler=scaler) at the start, or scaler.unscale_(optimizer) before "
-                "optimizer.reduce_gradients()."
+                "a GradScaler calls step(), but the gradients were averaged before when nobody knew of it: the error memory "
+                "may have got the loss scale. Call optimizer.attach(model, scaler=scaler) at the start."
             )
+        if self.scaler is not None:
+            found = self.scaler._per_optimizer_states[self._key]["found_inf_per_device"]
+            if not found:  # this worker has no gradients, others may; the scaler wants to have looked at some
+                found.update({device: torch.zeros((), device=device) for device in {p.device for p in parameters}})
         grads = [p.grad for p in parameters if p.grad is not None]
-        if grads:
-            torch._foreach_div_(grads, float(grad_scale))
+        if optimizer.grad_scale is not None and grads:
+            torch._foreach_div_(grads, float(optimizer.grad_scale))
 
     def overflowed(self) -> None:
         """A veto is an overflow for the scaler of every worker, so that their scales stay equal."""

@@ -12,17 +12,20 @@ from torch import Tensor
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def own_name(name: str) -> str:
-    """The model's own name of a parameter: without `module.` in front and without `_orig_mod.` and the like anywhere.
+def own_names(names: Iterable[str]) -> list[str]:
+    """The model's own names of its parameters: without `_orig_mod.` and the like anywhere, and without the `module.` of a
+    wrapper, which stands in front of all of them (a part of the model that is called so does not).
 
     Example:
-        >>> own_name("module._orig_mod.layers.0.weight")
-        'layers.0.weight'
+        >>> own_names(["module._orig_mod.layers.0.weight", "module._orig_mod.head.weight"])
+        ['layers.0.weight', 'head.weight']
+        >>> own_names(["module.weight", "weight"])
+        ['module.weight', 'weight']
     """
-    name = _WRAPPERS.sub("", name)
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
+    own = [_WRAPPERS.sub("", name) for name in names]
+    while own and all(name.startswith("module.") for name in own):
+        own = [name.removeprefix("module.") for name in own]
+    return own
 
 
 class Namer:
@@ -40,19 +43,22 @@ class Namer:
 
     def learn(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Take over names, e.g. `model.named_parameters()`."""
-        self._known.update({id(parameter): own_name(name) for name, parameter in named_parameters})
+        named = list(named_parameters)
+        own = own_names(name for name, _ in named)
+        self._known.update({id(parameter): name for name, (_, parameter) in zip(own, named, strict=True)})
 
     def name_all(self, param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
         """(name, parameter) in the order of the groups."""
         named: list[tuple[str, Tensor]] = []
         unnamed = 0
+        torchs = [name for group in param_groups for name in group.get("param_names", ())]
+        own = dict(zip(torchs, own_names(torchs), strict=True))
         for g, group in enumerate(param_groups):
-            own = group.get("param_names")
             for k, parameter in enumerate(group["params"]):
                 if id(parameter) in self._known:
                     name = self._known[id(parameter)]
-                elif own is not None:
-                    name = own_name(own[k])
+                elif "param_names" in group:
+                    name = own[group["param_names"][k]]
                 else:
                     name, unnamed = f"{g}.{k}", unnamed + 1
                 named.append((name, parameter))

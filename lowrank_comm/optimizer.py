@@ -41,7 +41,7 @@ from .loss_scaling import LossScaling
 from .naming import Namer
 from .policy import Rule
 from .reducer import Reducer
-from .wrapping import OptimizerAroundAnother, only_initialises_state
+from .wrapping import OptimizerAroundAnother, fingerprint, only_initialises_state
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -211,11 +211,14 @@ class CompressedOptimizer(OptimizerAroundAnother):
 
         Returns:
             False if the step is vetoed: some worker's gradient was not finite. `step()` will then do nothing.
+
+        Raises:
+            ConfigMismatchError: at the first pass, on every worker, if their settings or parameters differ.
         """
         self._watch_backward()
         dropped = bool(self._averaged) and all(p.grad is None for group in self.param_groups for p in group["params"])
-        if self._status == "averaged" and not dropped:
-            return True
+        if self._status is not None and not dropped:
+            return self._status == "averaged"
         return self._reduce(self._scaling.scale_of_gradients())
 
     def _reduce(self, scale: float) -> bool:
@@ -235,7 +238,8 @@ class CompressedOptimizer(OptimizerAroundAnother):
         self._vetoes_in_a_row = 0 if applied else self._vetoes_in_a_row + 1
         if not applied:
             _log.warning(
-                "step %d is skipped on all workers (%d in a row): a gradient was not finite, or overflowed on the wire",
+                "step %d is skipped on all workers (%d in a row): a gradient (with the error memory) was not finite, or too "
+                "large for the wire or the parameter's dtype",
                 reducer.step,
                 self._vetoes_in_a_row,
             )
@@ -251,16 +255,21 @@ class CompressedOptimizer(OptimizerAroundAnother):
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            ConfigMismatchError: at the first step, on every worker, if their settings or parameters differ.
+            LowRankCommError: a GradScaler that `attach` was not told of, and gradients that were averaged before.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if only_initialises_state(self.param_groups):
+            self._prepared()  # the state dict that torch makes next must have a place for the compressor's state
             self.base.step()
             return loss
         everything = [p for group in self.param_groups for p in group["params"]]
-        self._scaling.unscale(getattr(self, "grad_scale", None), everything, reduced=self._status is not None)
+        self._scaling.unscale(self, everything, reduced=self._status is not None)
         applied = self._reduce(1.0) if self._status is None else self._status == "averaged"
         self._status = None
         if not applied:
@@ -304,7 +313,7 @@ class CompressedOptimizer(OptimizerAroundAnother):
 
     @property
     def reducer(self) -> Reducer:
-        """The reducer of the present trainable parameters."""
+        """The reducer of the present trainable parameters; made at the first step, or when it is first asked for."""
         return self._prepared()
 
     def _prepared(self) -> Reducer:
@@ -316,32 +325,40 @@ class CompressedOptimizer(OptimizerAroundAnother):
                 raise ConfigError(f"two parameters are called {name!r}; give each its own name.")
             self._by_name[name] = parameter
         known = {slot.name for slot in self._reducer.slots} if self._reducer else set()
-        if self._reducer is not None and all(name in known or not p.requires_grad for name, p in named):
-            if known <= self._by_name.keys():
-                return self._reducer
+        if not known <= self._by_name.keys():
             raise StateMismatchError(
                 f"parameter {min(known - self._by_name.keys())!r} is no longer known by this name; call attach(model) "
                 "before the first step, or build the base from named_parameters()."
             )
+        if self._reducer is not None and all(name in known or not p.requires_grad for name, p in named):
+            return self._reducer
         slots = [Slot(name, tuple(p.shape), p.dtype, p.device) for name, p in named if p.requires_grad or name in known]
         fresh = Reducer(slots, self.compressor, Group(self._process_group), **self._options)
-        fresh.agreed_settings = {
-            "optimizer": type(self.base).__name__,
-            "max_grad_norm": self.max_grad_norm,
-            "reduce_at": self._reduce_at,
-        }
+        fresh.further_settings = self._further_settings
         if self._watch is not None:
             self._watch_backward()
         if self._reducer is not None:
-            bases = self._reducer.bases()
-            for name, error in self._reducer.error_memory().items():
-                fresh.set_state(name, error, bases[name])
-            fresh.step, fresh.ledger = self._reducer.step, self._reducer.ledger
+            fresh.take_over(self._reducer)
         self._reducer = fresh
         return fresh
 
+    def _further_settings(self) -> dict[str, Any]:
+        """What must be equal on all workers beside the reducer's own settings."""
+        values = fingerprint([self._by_name[slot.name] for slot in self.reducer.slots])
+        return {
+            "optimizer": type(self.base).__name__,
+            "max_grad_norm": self.max_grad_norm,
+            "reduce_at": self._reduce_at,
+            "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)": values,
+        }
+
     def error_memory(self) -> dict[str, Tensor]:
-        """Parameter name -> this worker's error, a live view in the parameter's shape; dense parameters are absent."""
+        """This worker's error memory, e_i = Delta_i - sent_i of the last step.
+
+        Returns:
+            Parameter name -> error in the parameter's shape and in gradient units, without the loss scale; live views, until
+            parameters are added. What goes dense is absent.
+        """
         return self.reducer.error_memory()
 
     @property
@@ -362,13 +379,22 @@ class CompressedOptimizer(OptimizerAroundAnother):
     # ---------------------------------------------------------------- state
 
     def consolidate_error_memory(self) -> None:
-        """Every worker's error becomes the mean of all; a collective. Call it on all ranks before `state_dict()`."""
+        """Every worker's error becomes the mean of all; a collective. Call it on all ranks before `state_dict()`.
+
+        Training goes on as it would have: linear compressors use the mean error only. It sends the error memory once, as
+        many bytes as the gradients of all compressed matrices.
+        """
         reducer = self.reducer
         reducer.consolidate_error_memory()
         self._consolidated_at = reducer.step
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's state dict with the compressor's state; never communicates, never raises."""
+        """The base's state dict with the compressor's state (see `state_dicts`); never communicates, never raises.
+
+        Returns:
+            The state dict. It holds the mean error memory, fit for any worker, if `consolidate_error_memory()` was called
+            since the last step; else this worker's own, and that is warned about once.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         result = self.base.state_dict()

@@ -2,7 +2,8 @@
 
 The order of a step:
 
-1. Agreement (first pass only). A fingerprint of settings, parameters and step is compared between the workers.
+1. Agreement (before the first pass, and when a worker asks for it because it loaded a state or has new parameters). A
+   fingerprint of settings, parameters and step is compared between the workers.
 2. Delta. For each batch of same-shape matrices the gradients are stacked and the error memory is added: Delta = g / scale
    + e. A missing gradient counts as zero. Small matrices share a batch; a large one is a batch of its own.
 3. Phases. The compressors' generators run in lock-step (`lockstep`): each phase is one packet, one collective. Phase one
@@ -22,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ from .compressors.base import Compressor, Context, Delta, LowRank, Result, Steps
 from .diagnostics import Plan, StepReport
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError, LowRankCommError
-from .lockstep import Account, Agreed, lockstep
+from .linalg import full_precision
+from .lockstep import Account, Agreed, Stopped, lockstep
 from .policy import Policy, Rule, Treatment
 from .reporting import LastPass, make_plan
 
@@ -54,10 +56,12 @@ class Outcome:
         applied: False if it was vetoed: some worker's numbers were not finite, and nothing was changed.
         grads: in slot order; the tensors given, holding the result; a new tensor where this worker had none but another
             had; None where nobody had one.
+        compare: some worker asked to compare settings first: `agree`, then pass again.
     """
 
     applied: bool
     grads: list[Tensor | None]
+    compare: bool = False
 
 
 @dataclass
@@ -140,7 +144,7 @@ class Reducer:
         if twice:
             raise ConfigError(f"parameter names must be unique, but {twice[0]!r} occurs twice; give each its own name.")
         self.step = 0
-        self.agreed_settings: dict[str, Any] = {}  # of whoever uses the reducer; compared between the workers too
+        self.further_settings: Callable[[], dict[str, Any]] | None = None  # of whoever uses the reducer; compared too
         self.ledger = Ledger()
         self._error_feedback = error_feedback or ErrorFeedback()
         self._wire_name, self._wire_dtype = wire_dtype, WIRE_DTYPES.get(wire_dtype or "")
@@ -156,7 +160,8 @@ class Reducer:
         self._schedule = compressor.schedule(
             {name: compressor.restart_elements(t.m, t.n, t.rank) for name, t in low.items()}
         )
-        self._agreed = False
+        self.device = self.slots[0].device if self.slots else torch.device("cpu")
+        self._agreed = self._ask_to_compare = False
         self._worker: tuple[int, int] | None = None
         self._pending: _Pending | None = None
         self._last: LastPass | None = None
@@ -177,24 +182,35 @@ class Reducer:
             ConfigMismatchError: first pass only, on every worker, if settings or parameters differ.
             LowRankCommError: the last pass was neither committed nor rolled back, or the list does not fit the slots.
         """
-        self.agree()
+        if not self._agreed:
+            self.agree()
+        outcome = self._drive(grads, scale)
+        if outcome.compare:
+            self.agree()
+            outcome = self._drive(grads, scale)
+        return outcome
+
+    def _drive(self, grads: Sequence[Tensor | None], scale: float) -> Outcome:
         passing = self.exchange(grads, scale)
-        try:
-            buffers = next(passing)
-            while True:
-                buffers = passing.send(self.group.sum_(buffers))
-        except StopIteration as end:
-            outcome: Outcome = end.value
-            return outcome
+        with full_precision(self.device):
+            try:
+                buffers = next(passing)
+                while True:
+                    buffers = passing.send(self.group.sum_(buffers))
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
 
     def agree(self) -> None:
-        """Compare settings, parameters and step with the other workers: once, and again after a state was loaded, since
-        workers that loaded different steps would restart at different times and wait for each other. A collective."""
-        if self._agreed:
-            return
-        device = self.slots[0].device if self.slots else torch.device("cpu")
-        self.ledger.bytes["fingerprint"] += check_same(self.describe(), self.group, device)
-        self._agreed = True
+        """Compare settings, parameters and step with the other workers. A collective.
+
+        Once before the first pass, where all workers come by. Later, a worker that has loaded a state or got new
+        parameters cannot know whether the others have: it asks in the first packet of its next pass. (Workers that loaded
+        different steps would restart at different times, and wait for each other.)
+        """
+        everything = self.describe() | (self.further_settings() if self.further_settings else {})
+        self.ledger.bytes["fingerprint"] += check_same(everything, self.group, self.device)
+        self._agreed, self._ask_to_compare = True, False
 
     @torch.no_grad()
     def exchange(self, grads: Sequence[Tensor | None], scale: float) -> Generator[list[Tensor], int, Outcome]:
@@ -214,12 +230,17 @@ class Reducer:
             workers=self.group.size,
             rank=self.group.rank,
             wire_dtype=self._wire_dtype,
-            device=self.slots[0].device if self.slots else torch.device("cpu"),
+            device=self.device,
             account=account,
+            compare=self._ask_to_compare,
         )
         self._worker = (self.group.rank, self.group.size)
-        self._enter_ledger(account, jobs, agreed is not None)
-        if agreed is None:
+        if agreed is Stopped.COMPARE:
+            self.ledger.bytes.update(account.bytes)
+            self.ledger.collectives += account.collectives
+            return Outcome(False, list(grads), compare=True)
+        self._enter_ledger(account, jobs, isinstance(agreed, Agreed))
+        if isinstance(agreed, Stopped):
             return Outcome(False, list(grads))
         clock = time.perf_counter()
         for job, result in zip(jobs, agreed.results, strict=True):
@@ -237,24 +258,26 @@ class Reducer:
         clock = time.perf_counter()
         pending, self._pending = self._pending, None
         assert self._last is not None
-        for job in pending.jobs:
-            assert job.result is not None
-            assert job.delta is not None
-            alive = [row for row in job.indices if pending.present[job.batch.slots[row]]]
-            if len(alive) == len(job.indices):
-                job.batch.keep_error(job.delta.tensor, job.result, job.rows, self.step)
-                job.batch.store_state(job.rows, job.result.state)
-            elif alive:  # nobody had a gradient for some: their error and basis stay as they are
-                places = [job.indices.index(row) for row in alive]
-                result = _rows_of_result(job.result, places)
-                job.batch.keep_error(job.delta.tensor[places], result, alive, self.step)
-                job.batch.store_state(alive, result.state)
-            self._last.enter_sent(job.result.sent)
-        for job in pending.jobs:
-            job.delta, job.result = None, None  # Delta is model-sized: let it go now
+        with full_precision(self.device):
+            for job in pending.jobs:
+                self._commit(job, pending.present, self._last)
         self.step += 1
         self.ledger.restarts += self._last.restarts
         self._last.account.seconds["commit"] = time.perf_counter() - clock
+
+    def _commit(self, job: _Job, present: list[bool], last: LastPass) -> None:
+        assert job.result is not None
+        assert job.delta is not None
+        delta, result, rows = job.delta.tensor, job.result, job.rows
+        alive = [row for row in job.indices if present[job.batch.slots[row]]]
+        if len(alive) < len(job.indices):  # nobody had a gradient for some: their error and basis stay as they are
+            places = [job.indices.index(row) for row in alive]
+            delta, result, rows = delta[places], _rows_of_result(result, places), alive
+        if alive:
+            last.enter(job.batch, rows, delta, result)
+            job.batch.keep_error(delta, result, rows, self.step)
+            job.batch.store_state(rows, result.state)
+        job.delta, job.result = None, None  # Delta is model-sized: let it go now
 
     def rollback(self) -> None:
         """Forget the pending pass: error memory, bases and step counter stay as they were before it."""
@@ -369,6 +392,7 @@ class Reducer:
     @torch.no_grad()
     def set_state(self, name: str, error: Tensor | None, state: Mapping[str, Tensor]) -> None:
         """Overwrite the error memory and the basis of one parameter, as read from a checkpoint."""
+        self._settle_last_report()
         batch, row = self._place[name]
         if error is not None:
             memory = batch.memory.tensor
@@ -383,6 +407,7 @@ class Reducer:
         if names is None:
             self._pending, names = None, list(self._place)
             self.continue_at(0)
+        self._settle_last_report()
         initial: dict[int, dict[str, Tensor]] = {}
         for name in names:
             batch, row = self._place[name]
@@ -391,7 +416,21 @@ class Reducer:
 
     def continue_at(self, step: int) -> None:
         """The next pass is t = step, as read from a checkpoint."""
-        self.step, self._agreed = step, False
+        self.step, self._ask_to_compare = step, self._agreed
+
+    def take_over(self, old: Reducer) -> None:
+        """Go on with the state of a reducer of fewer parameters, on all workers alike."""
+        bases = old.bases()
+        for name, error in old.error_memory().items():
+            self.set_state(name, error, bases[name])
+        old._settle_last_report()
+        self.ledger, self._worker, self._last, self._agreed = old.ledger, old._worker, old._last, old._agreed
+        self.continue_at(old.step)
+
+    def _settle_last_report(self) -> None:
+        """Before the error memory is changed by anything but a step: the last report's norms are of the memory as it is."""
+        if self._last is not None:
+            self._last.report(self._batches)
 
     @torch.no_grad()
     def consolidate_error_memory(self) -> None:
@@ -405,7 +444,9 @@ class Reducer:
         """
         if self._pending is not None:
             raise LowRankCommError("consolidate_error_memory() within a step; call it after optimizer.step().")
-        self.agree()
+        self._settle_last_report()
+        if not self._agreed:
+            self.agree()
         if self.group.size == 1:
             return
         if not self.compressor.linear:
@@ -425,7 +466,6 @@ class Reducer:
             "error_feedback": self._error_feedback.describe(),
             "initial_basis": self._initial_basis,
             "step": self.step,
-            **self.agreed_settings,
             "parameters": {slot.name: f"#{k} {slot.shape} {slot.dtype}" for k, slot in enumerate(self.slots)},
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, Slot
-from .compressors.base import Compressor, LowRank
+from .compressors.base import Compressor, LowRank, Result
 from .diagnostics import Plan, PlanRow, StepReport
 from .lockstep import Account
 from .policy import Treatment
@@ -25,7 +25,7 @@ class LastPass:
         account: bytes, collectives and seconds.
         uncompressed_bytes: of all gradients.
         restarts: matrices that restarted.
-        sent: norms of this worker's contributions, or small factors of the same norm, once committed.
+        parts: what was sent and kept, by batch, once committed.
     """
 
     step: int
@@ -33,12 +33,13 @@ class LastPass:
     account: Account
     uncompressed_bytes: int
     restarts: int
-    sent: list[Tensor] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
     _made: StepReport | None = None
 
-    def enter_sent(self, sent: LowRank | Tensor) -> None:
-        """Keep what its norm is computed from later; of a whole matrix the norm only, since it is as large as a gradient."""
-        self.sent.append(sent.q if isinstance(sent, LowRank) else torch.linalg.vector_norm(sent, dtype=torch.float64))
+    def enter(self, batch: Batch, rows: list[int] | None, delta: Tensor, result: Result) -> None:
+        """Keep what norms are computed from, if somebody asks: small factors, or the norm itself of what is large."""
+        sent = result.sent.q if isinstance(result.sent, LowRank) else _norm_of(result.sent)
+        self.parts.append(_Part(batch, rows, sent, None if result.kept is None else _norm_of(delta)))
 
     def report(self, batches: Sequence[Batch]) -> StepReport:
         """The report, made once."""
@@ -60,19 +61,42 @@ class LastPass:
     def _energy(self, batches: Sequence[Batch]) -> tuple[float | None, float | None]:
         """Captured share of this worker's Delta, and the norm of its error memory.
 
-        What is sent is a projection of Delta, so ||Delta||^2 = ||sent||^2 + ||e||^2, and ||P Q_i^T|| = ||Q_i||.
+        What is sent is a projection of Delta, so ||Delta||^2 = ||sent||^2 + ||e||^2, unless what is kept is another thing
+        than Delta - sent; and ||P Q_i^T|| = ||Q_i||.
         """
         if not batches:
             return None, None
-        kept = sum(_norm(batch.memory.tensor) ** 2 for batch in batches)
-        if not self.applied or not self.sent:
-            return None, kept**0.5
-        sent = sum(_norm(part) ** 2 for part in self.sent)
-        return (sent / (sent + kept) if sent + kept > 0 else None), kept**0.5
+        norm = sum(_norm(batch.memory.tensor) ** 2 for batch in batches) ** 0.5
+        if not self.applied or not self.parts:
+            return None, norm
+        sent = sum(_norm(part.sent) ** 2 for part in self.parts)
+        given = sum(part.given_squared() for part in self.parts)
+        return (sent / given if given > 0 else None), norm
+
+
+@dataclass
+class _Part:
+    """What one worker sent of some matrices of a batch (all, if rows is None), and ||Delta|| where it does not follow."""
+
+    batch: Batch
+    rows: list[int] | None
+    sent: Tensor
+    delta_norm: Tensor | None
+
+    def given_squared(self) -> float:
+        """||Delta||^2."""
+        if self.delta_norm is not None:
+            return float(self.delta_norm) ** 2
+        memory = self.batch.memory.tensor
+        return _norm(self.sent) ** 2 + _norm(memory if self.rows is None else memory[self.rows]) ** 2
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    return float(_norm_of(tensor))
+
+
+def _norm_of(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
 
 
 def make_plan(

@@ -265,35 +265,68 @@ def test_different_settings_on_two_ranks(gloo: GlooPool, settings: list[dict[str
         assert word in texts[0], texts[0]
 
 
-def different_steps(rank: int) -> str:
-    """Rank 1 loads a state of another step in the middle of the run: its restarts would come at other times."""
+def loads_an_earlier_state(rank: int, loaders: tuple[int, ...]) -> str:
+    """Two steps on, ranks among the loaders go back to an earlier state, rank 1 to another one than the rest."""
     model = torch.nn.Linear(9, 12)
-    made = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGDPlus(2, 3), min_compression_rate=0)
+    torch.nn.init.ones_(model.weight)
+    made = CompressedOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGDPlus(2, 50), min_compression_rate=0
+    )
 
     def step() -> None:
         made.zero_grad()
         model(torch.ones(2, 9)).sum().backward()
         made.step()
 
-    step()
-    step()
-    made.consolidate_error_memory()
-    earlier = made.state_dict()
-    if rank == 1:
-        earlier = copy.deepcopy(earlier)
-    step()
-    made.load_state_dict(earlier if rank == 1 else made.state_dict())
+    states = []
+    for _ in range(3):
+        step()
+        made.consolidate_error_memory()
+        states.append(copy.deepcopy((made.state_dict(), model.state_dict())))
+    if rank in loaders:
+        state, weights = states[0 if rank == 1 else 1]
+        made.load_state_dict(state)
+        model.load_state_dict(weights)
+    before = copy.deepcopy(model.state_dict())
     try:
         step()
+    except ConfigMismatchError as error:
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("loaders", "words"), [((0, 1), "step: 2 on rank 0, 1 on rank 1"), ((1,), "step: 3 on rank 0, 1")])
+def test_ranks_that_loaded_different_steps(gloo: GlooPool, loaders: tuple[int, ...], words: str) -> None:
+    """Also if one rank alone has loaded something: it asks in the packet that all send."""
+    texts = gloo.run(loads_an_earlier_state, 2, loaders, timeout=20.0)
+    assert texts[0] == texts[1]
+    assert words in texts[0]
+    assert "values of the parameters" in texts[0]
+
+
+def test_ranks_that_loaded_the_same_go_on(gloo: GlooPool) -> None:
+    assert gloo.run(loads_an_earlier_state, 2, ()) == ["no error"] * 2
+    assert gloo.run(loads_an_earlier_state, 1, (0,)) == ["no error"]
+
+
+def different_weights(rank: int, alike: bool) -> str:
+    torch.manual_seed(0 if alike else rank)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.Linear(12, 3)).to(torch.bfloat16)
+    made = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0)
+    model(torch.ones(2, 9, dtype=torch.bfloat16)).sum().backward()
+    try:
+        made.step()
     except ConfigMismatchError as error:
         return str(error)
     return "no error"
 
 
-def test_ranks_that_loaded_different_steps(gloo: GlooPool) -> None:
-    texts = gloo.run(different_steps, 2, timeout=20.0)
-    assert texts[0] == texts[1]
-    assert "step: 3 on rank 0, 2 on rank 1" in texts[0]
+def test_models_that_start_from_different_weights(gloo: GlooPool) -> None:
+    """DDP broadcasts them; here nothing would, and every worker would train a model of its own without a word."""
+    for text in gloo.run(different_weights, 3, False):
+        assert "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)" in text
+    assert gloo.run(different_weights, 3, True) == ["no error"] * 3
 
 
 def test_one_rank_of_four_that_differs(gloo: GlooPool) -> None:

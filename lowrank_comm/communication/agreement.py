@@ -32,7 +32,7 @@ def check_same(description: Mapping[str, Any], group: Group, device: torch.devic
     Raises:
         ConfigMismatchError: on every worker, if any two differ.
     """
-    text = json.dumps(description, sort_keys=True).encode()
+    text = json.dumps(description, sort_keys=True, default=repr).encode()
     digest = hashlib.sha256(text).digest()
     fingerprints = group.gather_bytes(digest, device)
     if all(other == digest for other in fingerprints):
