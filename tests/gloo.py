@@ -47,6 +47,7 @@ def _serve(rank: int, connection: Connection) -> None:
             dist.init_process_group(
                 "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
             )
+            dist.barrier()  # all are connected before one may end
             answer = pickle.dumps((True, case(rank, *arguments)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))

@@ -21,6 +21,7 @@ from lowrank_comm import (
 )
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import Section
+from lowrank_comm.policy import Rule
 
 FULL = {
     "compressor": "powersgd_plus",
@@ -145,6 +146,20 @@ def test_a_section_that_is_no_object(section: Any) -> None:
         (lambda: optimizer(max_grad_norm=-1.0), ["max_grad_norm", "-1.0"]),
         (lambda: optimizer(max_grad_norm=0), ["max_grad_norm", "0"]),
         (lambda: optimizer(reduce_at="sometimes"), ["reduce_at", "sometimes", "step"]),
+        (lambda: optimizer(max_grad_norm=True), ["max_grad_norm", "True"]),
+        (lambda: optimizer(seed=2**64), ["seed", str(2**64), "64 bits"]),
+        (lambda: optimizer(rules=[{"match": "a"}]), ["rules", "Rule", "'match'"]),
+        (lambda: optimizer(rules=[Rule(3)]), ["match=3", "pattern"]),
+        (lambda: optimizer(error_feedback={"dtype": "bfloat16"}), ["error_feedback", "ErrorFeedback", "bfloat16"]),
+        (lambda: optimizer(process_group="workers"), ["process_group", "workers", "DeviceMesh"]),
+        (
+            lambda: (
+                CompressedOptimizer(
+                    torch.optim.SGD([("z", torch.nn.Parameter(torch.ones(6, 8, dtype=torch.complex64)))]), PowerSGD(2)
+                ).plan
+            ),
+            ["z", "complex64"],
+        ),
         (lambda: optimizer(initial_basis={"weigth": torch.ones(3, 2)}).plan, ["initial_basis", "weigth"]),
         (lambda: optimizer(initial_basis={"weight": torch.ones(8, 2)}).plan, ["initial_basis", "weight", "6"]),
         (lambda: CompressedOptimizer(torch.nn.Linear(6, 8), compressor=PowerSGD(2)), ["Linear"]),
@@ -263,6 +278,21 @@ def test_different_settings_on_two_ranks(gloo: GlooPool, settings: list[dict[str
     assert texts[0] == texts[1]
     for word in words:
         assert word in texts[0], texts[0]
+
+
+def outside_of_the_group(rank: int) -> str:
+    group = torch.distributed.new_group([0])
+    try:
+        optimizer(process_group=group)
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_that_is_not_in_the_group_is_told(gloo: GlooPool) -> None:
+    inside, outside = gloo.run(outside_of_the_group, 2)
+    assert inside == "no error"
+    assert "this rank is not a member of the group" in outside
 
 
 def loads_an_earlier_state(rank: int, loaders: tuple[int, ...]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_comm import Identity, LowRankCommError, PowerSGD, PowerSGDPlus
 from lowrank_comm.communication import Group
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.error_feedback import ErrorFeedback
+from lowrank_comm.error_feedback import ErrorFeedback, ErrorMemory
 from lowrank_comm.policy import Rule
 from lowrank_comm.reducer import Reducer, Slot
 from lowrank_comm.simulation import Simulation
@@ -138,6 +138,101 @@ def test_a_narrow_wire_loses_nothing_to_its_own_rounding() -> None:
         assert relative(applied + sim.error_memory(0)["w"], given) < 1e-6
         assert sim.last_reports[0].bytes["factors"] == 2 * 2 * (12 + 7)
         assert rounded
+
+
+NARROW = [
+    PowerSGD(2),
+    PowerSGDPlus(2, restart_every=2),
+    PowerSGDPlus(2, restart_every=2, exact_restart=True),
+    PowerSGDPlus(2, restart_every=2, consensus_restart=True),
+    PowerSGDPlus(2, restart_every=2, restart="randomized"),
+]
+
+
+@pytest.mark.parametrize("compressor", NARROW, ids=repr)
+def test_on_a_narrow_wire_every_step_is_exact_for_one_worker(compressor: Compressor) -> None:
+    """g + e = sent + e' with what was really sent: rounded factors, a rounded matrix at a restart, a basis that is
+    orthonormal again after it was rounded."""
+    sim = simulation(compressor, {"w": (12, 7)}, dtype=torch.float32, wire_dtype="bfloat16")
+    for t in range(6):
+        g = torch.as_tensor(gradient((12, 7), t, 0), dtype=torch.float32)
+        before = sim.error_memory(0)["w"].clone()
+        out = apply(sim, g)
+        after = sim.error_memory(0)["w"]
+        assert relative(out + after, g + before) < 1e-6
+        # What is kept of a projection is orthogonal to what is sent, up to the rounding of the factors.
+        if not (isinstance(compressor, PowerSGDPlus) and compressor.exact_restart and t % 2 == 0):
+            u = torch.linalg.svd(out)[0][:, :2]
+            assert float((u.T @ after).norm() / (g + before).norm()) < 1e-2
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "float16", None])
+@pytest.mark.parametrize("workers", [2, 4])
+def test_what_a_narrow_wire_loses_among_several_workers(workers: int, wire: str | None) -> None:
+    """The rounding of the sum on the wire belongs to nobody's error memory. It is below the wire's eps of what was given,
+    and it is not nothing."""
+    sim = simulation(PowerSGDPlus(2, restart_every=4), {"w": (12, 7)}, workers, dtype=torch.float32, wire_dtype=wire)
+    given, applied = torch.zeros(12, 7), torch.zeros(12, 7)
+    for t in range(100):
+        gradients = [torch.as_tensor(gradient((12, 7), t, worker), dtype=torch.float32) for worker in range(workers)]
+        given += sum(gradients) / workers
+        applied += sim.reduce([{"w": g} for g in gradients])["w"]
+    kept = sum(sim.error_memory(worker)["w"] for worker in range(workers)) / workers
+    lost = relative(applied + kept, given)
+    eps = torch.finfo(getattr(torch, wire or "float32")).eps
+    assert lost < (eps if wire else 10 * eps)  # in float32 every operation rounds as much as the wire
+    assert wire is None or lost > eps / 100  # a bound that nothing comes near would say nothing
+
+
+def test_stochastic_rounding_draws_anew_by_step_worker_and_matrix() -> None:
+    """Equal noise at every step, or on all workers, would be a bias."""
+    values = torch.full((2, 40, 30), 1.0 + 2**-10)  # between two numbers of bfloat16
+
+    def rounded(t: int, worker: int, shared: bool = False, names: tuple[str, ...] = ("a", "b")) -> torch.Tensor:
+        options = ErrorFeedback("bfloat16", "stochastic")
+        memory = ErrorMemory(options, names, 40, 30, torch.float32, torch.device("cpu"), 7, worker)
+        memory.store(values[: len(names)], t=t, shared=shared)
+        return memory.tensor
+
+    first = rounded(3, 0)
+    assert torch.equal(first, rounded(3, 0))
+    for other in (rounded(4, 0), rounded(3, 1), first.flip(0)):
+        assert 0.1 < float((first != other).float().mean()) < 0.9
+    assert torch.equal(rounded(3, 0, shared=True), rounded(3, 1, shared=True))
+    assert torch.equal(rounded(3, 0, names=("b",))[0], first[1])  # batch = singles
+    mean = torch.stack([rounded(t, 0) for t in range(60)]).double().mean()
+    assert abs(float(mean) - float(values[0, 0, 0])) < 2e-4
+
+
+def test_an_offloaded_memory_gives_the_same_numbers() -> None:
+    sims = [
+        simulation(
+            PowerSGDPlus(2, restart_every=3),
+            {"w": (300, 200), "v": (12, 7)},
+            2,
+            error_feedback=ErrorFeedback(offload=offload),
+        )
+        for offload in (False, True)
+    ]
+    for t in range(5):
+        given = [{n: torch.from_numpy(gradient(s, t, w)) for n, s in (("w", (300, 200)), ("v", (12, 7)))} for w in (0, 1)]
+        one, other = (sim.reduce(given) for sim in sims)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_one_dead_matrix_leaves_the_others_of_its_batch_alone() -> None:
+    """Only it takes the path with random vectors; the rest get, bit by bit, what they get without it."""
+    shapes = dict.fromkeys(("a", "b", "c"), (12, 7))
+    with_dead, without = (simulation(PowerSGD(3), shapes) for _ in range(2))
+    for t in range(4):
+        given = {name: torch.from_numpy(gradient((12, 7), t, 0, k)) for k, name in enumerate(shapes)}
+        thin = torch.outer(given["b"][:, 0], given["b"][0])  # rank 1 of 3
+        one = with_dead.reduce([given | {"b": thin if t == 0 else given["b"]}])
+        other = without.reduce([given])
+        assert torch.equal(one["a"], other["a"])
+        assert torch.equal(one["c"], other["c"])
+        if t == 0:
+            assert relative(one["b"], thin) < 1e-12
 
 
 def test_a_float16_wire_carries_numbers_beyond_its_range_if_their_mean_is_within() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import pickle
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,17 @@ from gloo import GlooPool
 from reference import gradient
 from torch import Tensor, nn
 
-from lowrank_comm import CompressedOptimizer, ConfigError, LowRankCommError, PowerSGD, PowerSGDPlus, UnsupportedError
+from lowrank_comm import (
+    CompressedOptimizer,
+    ConfigError,
+    LowRankCommError,
+    PowerSGD,
+    PowerSGDPlus,
+    StateMismatchError,
+    UnsupportedError,
+)
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.randomness import gaussian
 
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
 BASES: dict[str, Builder] = {
@@ -483,6 +494,78 @@ def test_attach_refuses_what_it_cannot_serve() -> None:
         optimizer.attach(DistributedDataParallel(model))
 
 
+def test_attach_after_a_step_with_other_names_says_what_to_do() -> None:
+    model = network()
+    optimizer = CompressedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0)
+    loss_of(model, 0).backward()
+    with pytest.warns(UserWarning, match="no names"):
+        optimizer.step()
+    with pytest.raises(StateMismatchError, match=r"attach\(model\)"):
+        optimizer.attach(model)
+
+
+def test_a_part_of_the_model_that_is_called_module() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(6, 5, bias=False)
+            self.weight = nn.Parameter(torch.ones(5, 6))
+
+    model = Outer()
+    assert set(compressed(model).error_memory()) == {"weight", "module.weight"}
+    named = [(f"module.{name}", p) for name, p in model.named_parameters()]
+    wrapped = CompressedOptimizer(torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0)
+    assert set(wrapped.error_memory()) == {"weight", "module.weight"}
+
+
+# --- what torch is set to ---------------------------------------------------------------------------------------------
+
+
+def run_three_steps(inside: Callable[[], Any]) -> tuple[nn.Module, CompressedOptimizer]:
+    model = network(dtype=torch.float32)
+    optimizer = compressed(model, compressor=PowerSGDPlus(2, restart_every=2))
+    for t in range(3):
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        with inside():
+            optimizer.step()
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: matmul_precision("medium")],
+    ids=["autocast", "medium"],
+)
+def test_a_step_computes_in_full_precision_whatever_torch_is_set_to(inside: Callable[[], Any]) -> None:
+    one, _ = run_three_steps(contextlib.nullcontext)
+    other, optimizer = run_three_steps(inside)
+    assert distance(one, other) == 0.0
+    assert any(e.any() for e in optimizer.error_memory().values())
+
+
+def test_draws_do_not_depend_on_torchs_default_dtype_or_device() -> None:
+    expected = gaussian(3, ("a", "b"), 5, "test", (40, 3), torch.float64, torch.device("cpu"))
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(gaussian(3, ("a", "b"), 5, "test", (40, 3), torch.float64, torch.device("cpu")), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(gaussian(3, ("a", "b"), 5, "test", (40, 3), torch.float64, torch.device("cpu")), expected)
+
+
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +590,64 @@ def test_the_report_of_a_step() -> None:
         assert report.captured_energy == pytest.approx(1 - kept / delta, rel=1e-8)
         assert set(report.seconds) == {"compress", "communicate", "decompress", "commit"}
         assert report.as_dict()["bytes"] == report.bytes
+
+
+def truth(sent_of: list[tuple[Tensor, Tensor]]) -> float:
+    """||Delta - residual||^2 / ||Delta||^2 from (Delta, residual) pairs."""
+    return sum(float((d - r).norm()) ** 2 for d, r in sent_of) / sum(float(d.norm()) ** 2 for d, _ in sent_of)
+
+
+def captured(rank: int, compressor: Compressor) -> list[tuple[float | None, float]]:
+    """The report's captured energy and the true one. At step 2 one of two twin matrices has no gradient anywhere."""
+    parameters = {name: nn.Parameter(torch.zeros(9, 6, dtype=torch.float64)) for name in ("one", "twin")}
+    optimizer = CompressedOptimizer(torch.optim.SGD(parameters.items(), lr=0.1), compressor, min_compression_rate=0)
+    found = []
+    for t in range(5):
+        optimizer.zero_grad()
+        for k, (name, p) in enumerate(parameters.items()):
+            p.grad = None if (t == 2 and name == "twin") else torch.from_numpy(gradient((9, 6), t, rank, k))
+        deltas = {
+            n: e + p.grad
+            for (n, e), p in zip(optimizer.error_memory().items(), parameters.values(), strict=True)
+            if p.grad is not None
+        }
+        optimizer.step()
+        pairs = []
+        for name, delta in deltas.items():
+            applied = parameters[name].grad
+            u = torch.linalg.svd(applied)[0][:, : torch.linalg.matrix_rank(applied)]
+            pairs.append((delta, delta - u @ (u.T @ delta)))  # sent is the projection on the range of what is applied
+        before = optimizer.last_report.captured_energy if t % 2 else None
+        optimizer.consolidate_error_memory()  # changes the memory, not what was captured
+        found.append((optimizer.last_report.captured_energy, truth(pairs)))
+        assert before in (None, found[-1][0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [PowerSGD(2), PowerSGDPlus(2, restart_every=2), PowerSGDPlus(2, restart_every=2, consensus_restart=True)],
+    ids=repr,
+)
+def test_captured_energy_is_the_share_of_delta_that_was_sent(gloo: GlooPool, compressor: Compressor) -> None:
+    for found in gloo.run(captured, 2, compressor):
+        for said, true in found:
+            assert said == pytest.approx(true, rel=1e-9)
+
+
+def test_a_report_outlives_added_parameters() -> None:
+    model = network()
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD([(f"0.{n}", p) for n, p in model[0].named_parameters()], lr=0.05),
+        PowerSGD(2),
+        min_compression_rate=0,
+    )
+    loss_of(model, 0).backward()
+    optimizer.step()
+    report = optimizer.last_report
+    optimizer.add_param_group({"params": [(f"2.{n}", p) for n, p in model[2].named_parameters()]})
+    optimizer.error_memory()
+    assert optimizer.last_report == report
 
 
 # --- missing gradients -----------------------------------------------------------------------------------------------
@@ -637,6 +778,61 @@ def test_reduction_at_backward_after_a_pass_that_failed() -> None:
         optimizer.step()
     assert early.ledger.steps == 1
     assert distance(one, other) == 0.0
+
+
+class Checkpointed(nn.Module):
+    """Three layers whose activations are computed again in backward."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x
+
+
+def test_reduction_at_backward_and_activation_checkpointing() -> None:
+    """Reentrant checkpointing has backward passes within the pass, and their ends must not be taken for its end."""
+    x = torch.ones(2, 6, requires_grad=True)
+    plain = Checkpointed(reentrant=False)
+    optimizer = compressed(plain, reduce_at="backward")
+    plain(x).sum().backward()
+    optimizer.step()
+    assert optimizer.ledger.steps == 1
+    reentrant = Checkpointed(reentrant=True)
+    refusing = compressed(reentrant, reduce_at="backward")
+    with pytest.raises(UnsupportedError, match="use_reentrant=False"):
+        reentrant(x).sum().backward()
+    assert refusing.ledger.steps == 0
+    late = compressed(reentrant)
+    late.zero_grad()
+    with pytest.raises(UnsupportedError):
+        reentrant(x).sum().backward()  # while the first optimizer lives, its refusal stands
+    del refusing
+    gc.collect()
+    late.zero_grad()
+    reentrant(x).sum().backward()
+    late.step()
+    assert late.ledger.steps == 1
+
+
+def test_an_optimizer_that_is_gone_reduces_no_more() -> None:
+    """Its hooks stay on the parameters; they must do nothing."""
+    model = network()
+    first = compressed(model, reduce_at="backward")
+    ledger = first.ledger
+    loss_of(model, 0).backward()
+    first.step()
+    del first
+    gc.collect()
+    second = compressed(model, reduce_at="backward")
+    second.zero_grad()
+    loss_of(model, 1).backward()
+    second.step()
+    assert ledger.steps == second.ledger.steps == 1
 
 
 @pytest.mark.parametrize("poisoned", [None, 1])

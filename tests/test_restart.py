@@ -12,7 +12,9 @@ from reference import gradient, spectrum_matrix
 from torch import Tensor
 
 from lowrank_comm import PowerSGD, PowerSGDPlus
+from lowrank_comm.communication import Group
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.reducer import Reducer, Slot
 
 SPECTRA = {
     "1/k": lambda count: 1.0 / np.arange(1, count + 1),
@@ -171,6 +173,16 @@ def test_staggered_restarts_of_unequal_matrices_are_level_too() -> None:
     assert max(restart_bytes[1:]) <= sum(sizes) / tau + max(sizes)
     assert min(restart_bytes[1:]) >= sum(sizes) / tau - max(sizes)
     assert restart_bytes[0] == sum(sizes)
+
+
+def test_restarts_of_a_pass_that_is_rolled_back_are_not_counted() -> None:
+    slots = [Slot("w", (12, 7), torch.float64, torch.device("cpu"))]
+    reducer = Reducer(slots, PowerSGDPlus(2, restart_every=2), Group(), min_compression_rate=0)
+    for commits in (False, True, True, True):
+        reducer.reduce([torch.from_numpy(gradient((12, 7), 0, 0))])
+        reducer.commit() if commits else reducer.rollback()
+    assert reducer.ledger.restarts == 2  # t = 0 and t = 2
+    assert reducer.ledger.steps == 4
 
 
 def test_without_stagger_all_restart_together() -> None:

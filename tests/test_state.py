@@ -16,6 +16,8 @@ import torch
 from gloo import GlooPool
 from reference import gradient
 from safetensors import safe_open
+from safetensors.torch import load_file as read_safetensors
+from safetensors.torch import save_file as plain_save
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -422,11 +424,84 @@ def test_a_missing_file_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file as plain_save
-
     plain_save({"error/0.weight": torch.ones(12, 9)}, tmp_path / "lowrank_comm.safetensors")
     with pytest.raises(StateMismatchError, match="lowrank_comm"):
         library_checkpoint.load(Trainer(PowerSGD(2)).optimizer.reducer, tmp_path)
+
+
+def own_after_the_group_is_gone(rank: int) -> tuple[str, int, int]:
+    trainer = Trainer(PowerSGD(2))
+    fresh = trainer.optimizer.state_dict()
+    assert "lowrank_comm" not in fresh
+    trainer.train(0, 2, rank)
+    torch.distributed.destroy_process_group()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tag = trainer.optimizer.state_dict()["lowrank_comm"]
+    return tag["kind"], tag["rank"], tag["world"]
+
+
+def test_a_state_dict_after_the_process_group_is_gone_is_still_of_one_worker(gloo: GlooPool) -> None:
+    assert gloo.run(own_after_the_group_is_gone, 2) == [("own", 0, 2), ("own", 1, 2)]
+
+
+def before_the_first_step(rank: int) -> str:
+    trainer = Trainer(PowerSGD(2))
+    trainer.optimizer.error_memory()
+    return trainer.optimizer.state_dict()["lowrank_comm"]["kind"]
+
+
+def test_before_the_first_step_every_workers_memory_is_the_mean(gloo: GlooPool) -> None:
+    assert gloo.run(before_the_first_step, 2) == ["mean", "mean"]
+
+
+def broken_files(rank: int, folder: str, what: str) -> str:
+    """A checkpoint that one rank cannot use: all ranks must say so, and go on as before."""
+    trainer = Trainer(PowerSGD(2))
+    trainer.train(0, 2, rank)
+    mine = Path(folder) / (f"rank_{rank}" if what == "missing on one" else "all")
+    name = library_checkpoint.save(trainer.optimizer.reducer, mine)
+    torch.distributed.barrier()
+    file = mine / "lowrank_comm.safetensors"
+    if rank == 0:
+        assert file.is_file()  # save() has returned on all ranks, so all find it
+        if what == "truncated":
+            file.write_bytes(file.read_bytes()[:100])
+        if what == "a later format":
+            tensors = read_safetensors(file)
+            plain_save(tensors, file, metadata={"tag": '{"format": 99, "new": 1}', "name": name})
+    torch.distributed.barrier()
+    before = everything(trainer)
+    try:
+        library_checkpoint.load(trainer.optimizer.reducer, mine, "another" if what == "left by another save" else name)
+    except StateMismatchError as error:
+        assert equal(everything(trainer), before)
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("truncated", ["cannot be read", "lowrank_comm.safetensors"]),
+        ("a later format", ["format 99", "update"]),
+        ("left by another save", ["does not belong to this checkpoint"]),
+        ("missing on one", ["of step 2 on rank 0, missing on rank 1"]),
+    ],
+)
+def test_a_file_that_one_worker_cannot_use_is_refused_by_all(
+    gloo: GlooPool, tmp_path: Path, what: str, words: list[str]
+) -> None:
+    if what == "missing on one":
+        (tmp_path / "rank_1").mkdir()
+    texts = gloo.run(broken_files, 2, str(tmp_path), what)
+    for text in texts:
+        assert all(word in text for word in words), text
+
+
+def test_the_file_that_a_checkpoint_was_saved_with_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(StateMismatchError, match="missing, and with it the error memory"):
+        library_checkpoint.load(Trainer(PowerSGD(2)).optimizer.reducer, tmp_path, "a name")
 
 
 # --- torch.distributed.checkpoint's helpers --------------------------------------------------------------------------
@@ -477,7 +552,6 @@ def helpers_on_ranks(rank: int, folder: str) -> dict[str, float]:
         {"model": get_model_state_dict(one.model), "optimizer": get_optimizer_state_dict(one.model, one.optimizer)},
         checkpoint_id=folder,
     )
-    other.optimizer.error_memory()
     target = {
         "model": get_model_state_dict(other.model),
         "optimizer": get_optimizer_state_dict(other.model, other.optimizer),
@@ -508,6 +582,17 @@ def test_tensors_in_a_state_dict_are_those_of_the_moment_it_is_used(tmp_path: Pa
         return next(entries["lowrank_comm_error"] for entries in of["state"].values() if "lowrank_comm_error" in entries)
 
     assert not torch.equal(error(data), error(trainer.optimizer.state_dict()))
+
+
+def test_a_state_dict_that_is_held_keeps_its_bases_when_another_is_loaded() -> None:
+    one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
+    one.train(0, 2, 0)
+    other.train(5, 3, 0)
+    held = one.optimizer.state_dict()
+    basis = held["state"][0]["lowrank_comm_Q"].clone()
+    one.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
+    assert torch.equal(held["state"][0]["lowrank_comm_Q"], basis)
+    assert not torch.equal(one.optimizer.reducer.bases()["0.weight"]["Q"], basis)
 
 
 def test_views_of_the_error_memory_stay_live() -> None:

@@ -192,6 +192,36 @@ def test_veto_when_the_singular_vectors_do_not_converge(monkeypatch: pytest.Monk
     assert workers.reduce(given(2))
 
 
+HUGE = 2.9e38
+ALMOST = {
+    "one worker, one column": lambda worker: torch.full((12, 7), HUGE if worker == 0 else 1.0),
+    "columns that cancel between workers": lambda worker: torch.full((12, 7), HUGE * (1 - 2 * worker)),
+}
+
+
+@pytest.mark.parametrize("given", ALMOST.values(), ids=ALMOST.keys())
+@pytest.mark.parametrize(
+    "compressor",
+    [PowerSGD(2), PowerSGDPlus(2, 1), PowerSGDPlus(2, 1, restart="randomized"), PowerSGDPlus(2, 1, exact_restart=True)],
+    ids=repr,
+)
+def test_finite_numbers_from_which_infinite_ones_would_be_computed(compressor: Compressor, given: Any) -> None:
+    """Finite in float32, but not their products with a basis: those of an SVD restart come after its last collective."""
+    workers = Simulation({"w": (12, 7)}, compressor, 2, min_compression_rate=0)
+    assert workers.reduce([{"w": torch.full((12, 7), 1e30)}] * 2)
+    before = [bits(workers.error_memory(worker)) for worker in (0, 1)]
+    assert workers.reduce([{"w": given(worker)} for worker in (0, 1)]) == {}
+    assert [bits(workers.error_memory(worker)) for worker in (0, 1)] == before
+    assert workers.reduce([{"w": torch.ones(12, 7)}] * 2)
+
+
+def test_reduce_gradients_is_idempotent_after_a_veto_too() -> None:
+    run = Run(PowerSGD(2))
+    run.give(0, 0, torch.nan)
+    assert [run.optimizer.reduce_gradients() for _ in range(3)] == [False] * 3
+    assert (run.optimizer.ledger.steps, run.optimizer.ledger.vetoed) == (1, 1)
+
+
 # --- with torch's GradScaler -----------------------------------------------------------------------------------------
 
 
@@ -279,6 +309,35 @@ def test_a_reduction_with_a_scale_that_nobody_knew_of_is_told() -> None:
     run.optimizer.reduce_gradients()
     with pytest.raises(LowRankCommError, match=r"attach\(model, scaler=scaler\)"):
         scaler.step(run.optimizer)
+
+
+@pytest.mark.parametrize("reduce_at", ["step", "backward"])
+def test_a_scale_that_is_taken_out_after_the_reduction_is_told_too(reduce_at: str) -> None:
+    """As Trainer and Accelerate do: unscale_, clip, step. The scale would be in the error memory without a word."""
+    run = Run(PowerSGD(2), reduce_at=reduce_at)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(sum((p * (k + 1)).sum() for k, p in enumerate(run.parameters.values()))).backward()
+    run.optimizer.reduce_gradients()
+    scaler.unscale_(run.optimizer)
+    with pytest.raises(LowRankCommError, match=r"attach\(model, scaler=scaler\)"):
+        scaler.step(run.optimizer)
+
+
+def no_gradients_on_rank_1(rank: int) -> tuple[float, bool]:
+    run = Run(PowerSGD(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    run.optimizer.attach(run.model, scaler=scaler)
+    loss = scaler.scale(sum((p * (k + 1)).sum() for k, p in enumerate(run.parameters.values())))
+    if rank == 0:
+        loss.backward()
+    scaler.step(run.optimizer)
+    scaler.update()
+    return scaler.get_scale(), all(bool(p.data.any()) for p in run.parameters.values())
+
+
+def test_a_scaler_on_a_rank_without_any_gradient(gloo: GlooPool) -> None:
+    """torch's scaler insists on having looked at some gradient; what the others sent is applied here too."""
+    assert gloo.run(no_gradients_on_rank_1, 2) == [(2.0**12, True)] * 2
 
 
 def test_vetoes_in_a_row_are_counted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
