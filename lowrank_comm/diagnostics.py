@@ -85,7 +85,9 @@ class Plan:
         workers: number of workers.
         restart_every: tau, or None.
         error_bytes: of the error memory on this worker.
-        workspace_bytes: of Delta, held from the pass to its commit.
+        workspace_bytes: of Delta and of the packets, held from the pass to its commit, in an ordinary step.
+        restart_workspace_bytes: the same where all matrices restart.
+        idle_rules: patterns that match no parameter.
         notes: further lines from the engine.
     """
 
@@ -95,6 +97,8 @@ class Plan:
     restart_every: int | None
     error_bytes: int
     workspace_bytes: int
+    restart_workspace_bytes: int
+    idle_rules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -121,32 +125,46 @@ class Plan:
         sent_low = sum(row.elements * row.wire_bytes for row in low)
         full_low = sum(row.numel * row.bytes_per_element for row in low)
         sent_dense = sum(row.elements * row.wire_bytes for row in dense)
-        lines = [
-            f"lowrank_comm: {self.compressor} over {self.workers} worker{'s' if self.workers != 1 else ''}",
-            f"  low-rank: {len(low)} matrices, {human_bytes(full_low)} of gradients -> {human_bytes(sent_low)} a step"
-            + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
-            f"  dense:    {len(dense)} parameters, {human_bytes(sent_dense)} a step",
-            f"  whole model: {human_bytes(self.uncompressed_bytes)} -> {human_bytes(self.step_bytes)} an ordinary step"
-            + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
-            + (
+        restarts = ""
+        if self.restart_every and self.average_bytes:
+            restarts = (
                 f"; {human_bytes(self.average_bytes)} on average with restarts every {self.restart_every} steps"
                 f" ({self.uncompressed_bytes / self.average_bytes:.1f}x)"
-                if self.restart_every and self.average_bytes
-                else ""
-            ),
+            )
+        peak = ""
+        if self.restart_workspace_bytes > self.workspace_bytes:
+            peak = f", {human_bytes(self.restart_workspace_bytes)} in a step that restarts all matrices"
+        lines = [
+            f"lowrank_comm: {self.compressor} over {counted(self.workers, 'worker')}",
+            f"  low-rank: {counted(len(low), 'matrix', 'matrices')}, {human_bytes(full_low)} of gradients -> "
+            f"{human_bytes(sent_low)} a step" + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
+            f"  dense:    {counted(len(dense), 'parameter')}, {human_bytes(sent_dense)} a step",
+            f"  whole model: {human_bytes(self.uncompressed_bytes)} -> {human_bytes(self.step_bytes)} an ordinary step"
+            + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
+            + restarts,
             f"  memory on this worker: error memory {human_bytes(self.error_bytes)}, "
-            f"and {human_bytes(self.workspace_bytes)} while a step is open",
+            f"and {human_bytes(self.workspace_bytes)} while a step is open{peak}",
         ]
         lines += self._cap(sent_dense)
         cut = sum("cut to" in row.reason for row in low)
         if cut:
             lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
+        if self.workers == 1:
+            lines.append("  one worker: nothing is sent anywhere, but gradients are compressed all the same")
+        lines += [f"  rule {pattern!r} matches no parameter" for pattern in self.idle_rules]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     def _cap(self, sent_dense: int) -> list[str]:
         """The parameters that set the ceiling of the ratio, if what stays dense is more than a fifth of what is sent."""
-        if not self.step_bytes or sent_dense < 0.2 * self.step_bytes or not any(row.low_rank for row in self.rows):
+        dense = sorted((row for row in self.rows if not row.low_rank), key=lambda row: -row.elements)
+        if not self.step_bytes or sent_dense < 0.2 * self.step_bytes or not dense:
             return []
-        biggest = sorted((row for row in self.rows if not row.low_rank), key=lambda row: -row.elements)[:3]
-        names = ", ".join(f"{row.name} ({row.reason})" for row in biggest)
+        names = ", ".join(f"{row.name} ({row.reason})" for row in dense[:3])
+        if len(dense) == len(self.rows):
+            return [f"  nothing is compressed; the largest: {names}"]
         return [f"  the ratio is capped by what stays dense, {sent_dense / self.step_bytes:.0%} of the bytes: {names}"]
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun, e.g. "1 worker", "2 workers"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"

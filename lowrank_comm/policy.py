@@ -53,6 +53,10 @@ class Rule:
         if self.treatment == "dense" and (self.rank is not None or self.min_compression_rate is not None):
             raise ConfigError(f"{where}: a dense parameter has no rank or rate; leave them out, or the treatment.")
 
+    def matches(self, name: str) -> bool:
+        """Whether the pattern is that of the whole name."""
+        return fnmatch.fnmatchcase(name, self.match)
+
 
 def checked_rate(key: str, value: object) -> float:
     """value as a float if it is a finite number >= 0, else a ConfigError that names `key`."""
@@ -111,7 +115,7 @@ class Policy:
             return dense(f"{len(shape)}-D")
         if numel == 0:
             return dense("empty")
-        rule = next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule.match)), None)
+        rule = next((rule for rule in self.rules if rule.matches(name)), None)
         because = f"rule {rule.match!r}" if rule else ""
         if rule and rule.treatment == "dense":
             return dense(because)
@@ -126,6 +130,10 @@ class Policy:
             return dense(f"rate {numel / elements:.2f} is not above {rate:g}" + (f" ({because})" if rule else ""))
         cut = f"rank {wanted} cut to {r}" if r < wanted else ""
         return Treatment(True, m, n, r, elements, ", ".join(filter(None, (because, cut))))
+
+    def idle_rules(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Patterns of rules that match none of the names: perhaps a typo, perhaps another model's parameters."""
+        return tuple(rule.match for rule in self.rules if not any(rule.matches(name) for name in names))
 
     def describe(self) -> dict[str, Any]:
         """Plain settings by name, for the comparison between workers and for checkpoints."""

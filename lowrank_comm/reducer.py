@@ -475,8 +475,16 @@ class Reducer:
     def plan(self) -> Plan:
         """What goes low-rank, how many bytes that is, and what it costs in memory."""
         restart_every = self._schedule.restart_every if self._schedule else None
+        idle = self._policy.idle_rules([slot.name for slot in self.slots])
         return make_plan(
-            self.slots, self.treatments, self.compressor, self._batches, self.group.size, self._wire_dtype, restart_every
+            self.slots,
+            self.treatments,
+            self.compressor,
+            self._batches,
+            self.group.size,
+            self._wire_dtype,
+            restart_every,
+            idle,
         )
 
     @property

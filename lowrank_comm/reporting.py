@@ -107,6 +107,7 @@ def make_plan(
     workers: int,
     wire_dtype: torch.dtype | None,
     restart_every: int | None,
+    idle_rules: tuple[str, ...],
 ) -> Plan:
     """The plan of a reducer; see `diagnostics.Plan`."""
     rows = tuple(
@@ -127,11 +128,23 @@ def make_plan(
         for slot, treatment in zip(slots, treatments, strict=True)
     )
     settings = ", ".join(f"{key}={value}" for key, value in compressor.describe().items() if key != "compressor")
+    delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
+
+    def packets(of_a_step: str) -> int:
+        """Held at most: the buffer on the wire; if it is narrower, also the own part of it, and both again at full width."""
+        total = 0
+        for row, slot in zip(rows, slots, strict=True):
+            elements, full = getattr(row, of_a_step), slot.compute_dtype.itemsize
+            total += elements * (row.wire_bytes if row.wire_bytes >= full else 2 * (row.wire_bytes + full))
+        return total
+
     return Plan(
         rows,
         f"{compressor.json_name} ({settings})",
         workers,
         restart_every,
         sum(batch.memory.tensor.nbytes for batch in batches),
-        sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches),
+        delta + packets("elements"),
+        delta + packets("restart_elements"),
+        idle_rules,
     )

@@ -27,6 +27,7 @@ from lowrank_comm import (
     UnsupportedError,
 )
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.policy import Rule
 from lowrank_comm.randomness import gaussian
 
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -516,6 +517,31 @@ def test_a_part_of_the_model_that_is_called_module() -> None:
     named = [(f"module.{name}", p) for name, p in model.named_parameters()]
     wrapped = CompressedOptimizer(torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0)
     assert set(wrapped.error_memory()) == {"weight", "module.weight"}
+
+
+def test_names_that_look_wrapped_are_told() -> None:
+    """Without attach(), a model wrapped by DDP would be averaged twice without a word."""
+    named = [(f"module.{name}", p) for name, p in network().named_parameters()]
+    optimizer = CompressedOptimizer(torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0)
+    with pytest.warns(UserWarning, match="DistributedDataParallel") as caught:
+        optimizer.error_memory()
+    assert caught[0].filename == __file__  # whose line it is
+
+
+def test_the_plan_tells_what_may_surprise() -> None:
+    model = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 4))
+    rules = [Rule("lm_head.*", treatment="dense"), Rule("1.*", treatment="dense")]
+    plan = compressed(model, compressor=PowerSGDPlus(4), rules=rules).plan
+    assert plan.idle_rules == ("lm_head.*",)
+    assert "rule 'lm_head.*' matches no parameter" in str(plan)
+    assert "one worker: nothing is sent anywhere" in str(plan)
+    assert "1 matrix," in str(plan)
+    delta = 4 * 60 * 50
+    assert plan.error_bytes == delta
+    assert plan.workspace_bytes == delta + 4 * (4 * (60 + 50) + 50 + 204)
+    assert plan.restart_workspace_bytes == delta + 4 * (60 * 50 + 50 * 4 + 50 + 204)
+    nothing = compressed(model, compressor=PowerSGD(1000), min_compression_rate=2).plan
+    assert "nothing is compressed; the largest: 0.weight (rate" in str(nothing)
 
 
 # --- what torch is set to ---------------------------------------------------------------------------------------------
