@@ -49,6 +49,8 @@ _ENGINE_STATE = ("module", "optimizer", "global_steps", "seq_data_parallel_group
 
 Gradients = list[Tensor | None]
 
+_NO_MICRO_STEP = -1  # ZeRO-1/2's count of micro-steps before the first
+
 
 def check(owner: Any, names: Sequence[str], what: str) -> None:
     """UnsupportedError naming the version if `owner` lacks one of the attributes."""
@@ -61,11 +63,17 @@ def check(owner: Any, names: Sequence[str], what: str) -> None:
         )
 
 
+def does_not_train(engine: Any) -> bool:
+    """Whether an engine has no optimizer."""
+    optimizer = engine.optimizer
+    without = ("DummyOptim", "DeepSpeedZeRoOffload")
+    return optimizer is None or type(optimizer).__name__ in without or not getattr(optimizer, "using_real_optimizer", True)
+
+
 def choose(engine: Any) -> Seam | None:
     """The seam of a live engine; None for an engine that does not train (no optimizer)."""
     optimizer = engine.optimizer
-    without = ("DummyOptim", "DeepSpeedZeRoOffload")
-    if optimizer is None or type(optimizer).__name__ in without or not getattr(optimizer, "using_real_optimizer", True):
+    if does_not_train(engine):
         return None
     check(engine, (*_ENGINE, *_ENGINE_STATE), "the engine")
     # Before this function existed, ZeRO in fp32 and stage 3 in any dtype applied steps whose gradients were NaN.
@@ -155,6 +163,12 @@ class Seam(ABC):
     def _trained(self) -> set[int] | None:
         """Ids of the parameters whose gradients DeepSpeed would average; None for all that require a gradient."""
 
+    def drop(self) -> None:  # noqa: B027 - where gradients are on the parameters only, they are dropped there
+        """The user has dropped the gradients: forget what was collected of them."""
+
+    def before_step(self) -> None:  # noqa: B027 - most seams have nothing to do here
+        """Before each step of the engine."""
+
     def skipped_step(self) -> contextlib.AbstractContextManager[None]:
         """Inside, `_take_model_step` leaves the parameters as they are and counts a skipped step."""
         return contextlib.nullcontext()
@@ -165,14 +179,17 @@ class PlainGradients(Seam):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        self.skips_by_itself = hasattr(self.optimizer, "overflow")
-        if not self.skips_by_itself:
-            # The engine asks its optimizer for this attribute after each step. A torch optimizer has none, so an fp32
-            # engine would never skip; with it, the engine does the bookkeeping of a skipped step as at other stages.
-            self.optimizer.overflow = False
+        # The engine asks its optimizer for `overflow` after each step. A torch optimizer has none, so an fp32 engine would
+        # never skip; with it, the engine does the bookkeeping of a skipped step as at other stages.
+        self.skips_by_itself = not isinstance(self.optimizer, torch.optim.Optimizer)
+        self.before_step()
 
     def _trained(self) -> None:
         return None
+
+    def before_step(self) -> None:
+        if not self.skips_by_itself:
+            self.optimizer.overflow = False
 
     def gradients(self) -> Gradients:
         known = {id(p) for p in self.parameters}
@@ -197,8 +214,7 @@ class PlainGradients(Seam):
         self.optimizer.overflow, self.optimizer.step = True, lambda *args, **kwargs: None
         try:
             yield
-        finally:
-            self.optimizer.overflow = False
+        finally:  # `overflow` stays until the next step: Accelerate asks for it after this one
             if own:
                 self.optimizer.step = step
             else:
@@ -208,7 +224,10 @@ class PlainGradients(Seam):
 class FloatViews(Seam):
     """`BF16_Optimizer` (stage 1, bfloat16, fp32 accumulation): 1-D views of a flat fp32 buffer."""
 
-    needs = ("bf16_groups", "fp32_groups_gradients", "fp32_groups_has_gradients", "set_gradient_accumulation_boundary")
+    needs = (
+        "bf16_groups", "fp32_groups_gradients", "fp32_groups_has_gradients", "set_gradient_accumulation_boundary",
+        "clear_hp_grads",
+    )  # fmt: skip
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -220,6 +239,9 @@ class FloatViews(Seam):
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
         return self.optimizer.fp32_groups_gradients[0][0].dtype
+
+    def drop(self) -> None:
+        self.optimizer.clear_hp_grads()
 
     def collect(self, boundary: bool) -> None:
         self.optimizer.set_gradient_accumulation_boundary(boundary)
@@ -270,13 +292,9 @@ class ZeroSeam(Seam):
         self.engine._flush_coalesced_reduction_zero12 = self.engine._flush_coalesced_reduction_zero3 = reduce
         if hasattr(self.optimizer, "finalize_gradient_accumulation_boundary"):
             self.optimizer.finalize_gradient_accumulation_boundary = reduce
-        zero_grad = self.optimizer.zero_grad
 
-        def zero_grad_and_sums(*args: Any, **kwargs: Any) -> None:
-            self._sums.clear()
-            zero_grad(*args, **kwargs)
-
-        self.optimizer.zero_grad = zero_grad_and_sums
+    def drop(self) -> None:
+        self._sums.clear()
 
     def collect(self, boundary: bool) -> None:
         self.optimizer.set_gradient_accumulation_boundary(boundary)
@@ -303,7 +321,8 @@ class PartitionedGradients(ZeroSeam):
 
     needs = (
         *ZeroSeam.needs, "bit16_groups", "ipg_buckets", "reduce_scatter", "use_grad_accum_attribute",
-        "fill_grad_accum_attribute", "gradient_reduction_w_predivide", "zero_grad",
+        "fill_grad_accum_attribute", "gradient_reduction_w_predivide", "zero_grad", "micro_step_id", "averaged_gradients",
+        "all_grad_tensors", "cpu_offload",
     )  # fmt: skip
 
     def __init__(self, engine: Any) -> None:
@@ -338,7 +357,11 @@ class PartitionedGradients(ZeroSeam):
     def hand_over(self, gradients: Gradients) -> None:
         for p, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None:
-                continue
+                if not self.optimizer.cpu_offload:
+                    continue
+                # DeepSpeed leaves the last step's gradient in its buffer on the CPU where there is none now, NaN of a
+                # skipped step included, and applies it again. Zero is what the other stages use.
+                gradient = torch.zeros(p.shape, dtype=self.dtype(p), device=self.device)
             if self._own_attribute:
                 p.grad_accum = gradient  # type: ignore[attr-defined]
             elif self._wide is not None:
@@ -346,6 +369,10 @@ class PartitionedGradients(ZeroSeam):
             elif gradient is not p.grad:
                 p.grad = gradient
         self._sums.clear()
+        # Overwrite, whatever is left of gradients that were dropped: the micro-steps are summed already.
+        self.optimizer.micro_step_id = _NO_MICRO_STEP
+        for kept in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))
         self._handing_over, self.optimizer._coalesce_grad_reduction = True, False
         try:
             self._flush(self.optimizer)
@@ -389,12 +416,13 @@ class PartitionedParameters(ZeroSeam):
         with accelerator.stream(optimizer.reduce_and_partition_stream):
             optimizer.partition_grads(self.parameters, parts)
         optimizer.independent_gradient_partition_epilogue()  # waits for that stream
+        optimizer._coalesce_grad_reduction = True  # the end of a user's own coalesce_grad_reduction() has cleared it
         self._sums.clear()
 
     def _part(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
         """This rank's part of a gradient: ceil(numel / world) elements, fewer or none at the end.
 
-        DeepSpeed keeps the last step's part where a parameter has no gradient now; zero is what the other stages use.
+        DeepSpeed keeps the last step's part where a parameter has no gradient now; zero is what stages 0 to 2 use.
         """
         world = self.optimizer._get_param_partition_world_size(parameter)
         size = math.ceil(numel(parameter) / world)

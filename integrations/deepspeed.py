@@ -12,14 +12,25 @@ the place of DeepSpeed's own gradient averaging; any other engine is left as it 
    the decompressed gradient has). If some worker vetoed the pass, gradients are NaN on all ranks, so that DeepSpeed skips
    the step by its own rules, lowers its loss scale and counts it; nothing of the reducer's state has changed.
 
-`save_checkpoint` and `load_checkpoint` of the engine carry the reducer's state in `<save_dir>/<tag>/`.
+`engine.zero_grad()` or `engine.optimizer.zero_grad()` between backward and step drops the pass, as it drops gradients.
+
+`save_checkpoint` and `load_checkpoint` of the engine carry the reducer's state in `<save_dir>/<tag>/`. The name of the save
+goes into DeepSpeed's own client_state, so that a file which another run has left there is not taken for this one's.
+
+An engine without the section takes part in one comparison (whether all ranks read the same file) and warns when it loads
+a checkpoint whose error memory it cannot use; nothing else of it is touched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
+import gc
 import inspect
+import logging
+import os
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +57,7 @@ from ._deepspeed_refusals import refuse_engine, refuse_settings
 __all__ = ["DeepSpeedAdapter", "get", "install", "skip_shm_extension"]
 
 _KEY = "_lowrank_comm"
+_log = logging.getLogger("lowrank_comm")
 
 
 class DeepSpeedAdapter:
@@ -64,8 +76,12 @@ class DeepSpeedAdapter:
         group = Group(seams.process_group(engine))
         self.reducer = Reducer(slots, section.make_compressor(), group, **section.reducer_options())
         self._outcome: Outcome | None = None  # of the pass whose step has not been taken yet
+        self._stepping = self._accumulating = self._warned_drop = False
         seam.install(self._end_of_backward, self._reduce)
         engine._take_model_step = self._around(engine._take_model_step)
+        for owner in (engine, engine.optimizer):
+            if hasattr(owner, "zero_grad"):
+                owner.zero_grad = self._dropping(owner.zero_grad)
         engine.save_checkpoint = self._saving(engine.save_checkpoint)
         engine.load_checkpoint = self._loading(engine.load_checkpoint)
 
@@ -73,14 +89,20 @@ class DeepSpeedAdapter:
     def plan(self) -> Plan:
         """What goes low-rank, bytes, memory."""
         local = sum(slot.numel * slot.dtype.itemsize for slot in self.reducer.slots)
+        stage = int(self._engine.zero_optimization_stage())
         notes = [
-            f"DeepSpeed {deepspeed.__version__}, {self._seam.description}: one pass for each optimizer step. Whatever the",
-            f"stage, every rank holds all its local gradients until then ({human_bytes(local)}),",
-            'and the whole error memory, which "error_feedback": {"offload": true} moves to the CPU',
+            f"DeepSpeed {deepspeed.__version__}, {self._seam.description}: one pass for each optimizer step, at every stage",
+            f"until then every rank holds all of its local gradients ({human_bytes(local)}) and the whole error memory",
+            '("error_feedback": {"offload": true} moves that to the CPU); a checkpoint sends the error memory once',
         ]
         wire = self._engine._config.communication_data_type
         if wire is not None:
             notes.append(f"communication_data_type={wire} has no effect: {SECTION}.wire_dtype says how gradients travel")
+        if stage == 0 and self._engine.fp16_enabled():
+            notes.append(
+                f"fp16 at stage 0: DeepSpeed {seams.TESTED} divides gradients by a loss scale that it has not multiplied "
+                "them by, with or without compression; use ZeRO stage 1"
+            )
         return replace(self.reducer.plan, notes=tuple(notes))
 
     @property
@@ -103,6 +125,7 @@ class DeepSpeedAdapter:
         """In place of `engine.allreduce_gradients`."""
         boundary = self._engine.is_gradient_accumulation_boundary()
         self._seam.collect(boundary)
+        self._accumulating = not boundary
         if boundary:
             self._reduce()
 
@@ -112,13 +135,40 @@ class DeepSpeedAdapter:
             raise UnsupportedError(
                 "lowrank_comm: a second backward at the accumulation boundary before engine.step(); the gradients of the "
                 "first are reduced already. Sum the losses and call backward once, or let every backward but the last be "
-                "a micro-step (gradient_accumulation_steps, or engine.set_gradient_accumulation_boundary(False))."
+                "a micro-step (gradient_accumulation_steps, or engine.set_gradient_accumulation_boundary(False)). To give "
+                "the first up, call engine.zero_grad()."
             )
         outcome = self.reducer.reduce(self._seam.gradients(), scale=self._seam.loss_scale)
         gradients = outcome.grads if outcome.applied else self._poisoned(outcome.grads)
         self._outcome = outcome
         with torch.no_grad():
             self._seam.hand_over(gradients)
+
+    def _dropping(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        """`zero_grad`, which outside of a step also drops the pass that waits for one."""
+        me = weakref.ref(self)  # a torch optimizer may outlive its engine
+
+        @functools.wraps(zero_grad)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            zero_grad(*args, **kwargs)
+            adapter = me()
+            if adapter is not None and not adapter._stepping:
+                adapter._drop()
+
+        return wrapped
+
+    def _drop(self) -> None:
+        if self._accumulating and not self._warned_drop:
+            self._warned_drop = True
+            _log.warning(
+                "zero_grad() between micro-steps drops what they have accumulated (DeepSpeed by itself keeps it at ZeRO "
+                "stages 1 to 3); call it after engine.step() only"
+            )
+        self._accumulating = False
+        if self._outcome is not None:
+            self.reducer.rollback()
+            self._outcome = None
+        self._seam.drop()
 
     def _poisoned(self, gradients: seams.Gradients) -> seams.Gradients:
         """NaN everywhere. DeepSpeed looks only at what a rank owns or has a gradient for, so every rank gets all of it."""
@@ -141,12 +191,19 @@ class DeepSpeedAdapter:
                     "engine.no_sync(), before the step."
                 )
             skipping = not outcome.applied and not self._seam.skips_by_itself
+            self._seam.before_step()
+            self._stepping = True
             try:
                 with self._seam.skipped_step() if skipping else contextlib.nullcontext():
                     take_model_step(*args, **kwargs)
-            except BaseException:
-                self.reducer.rollback()
+            except BaseException:  # raised by a learning rate scheduler, say, after the parameters had their step
+                if outcome.applied and self._engine._step_applied:
+                    self.reducer.commit()
+                else:
+                    self.reducer.rollback()
                 raise
+            finally:
+                self._stepping = False
             if not outcome.applied:
                 if self._engine._step_applied:
                     raise LowRankCommError(
@@ -170,13 +227,16 @@ class DeepSpeedAdapter:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if self._outcome is not None:
                 raise LowRankCommError("lowrank_comm: save_checkpoint between backward and step; call engine.step() first.")
-            given = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
             if given["save_dir"]:
-                tag = given.get("tag")
+                tag = given["tag"]
                 folder = f"global_step{self._engine.global_steps}" if tag is None else str(tag)
                 # First ours: DeepSpeed ends with the file `latest`, which makes a checkpoint one to resume from.
-                checkpoint.save(self.reducer, Path(given["save_dir"]) / folder)
-            return save(*args, **kwargs)
+                name = checkpoint.save(self.reducer, Path(given["save_dir"]) / folder)
+                given["client_state"] = {**(given["client_state"] or {}), SECTION: name}
+            return save(*bound.args, **bound.kwargs)
 
         return wrapped
 
@@ -186,20 +246,33 @@ class DeepSpeedAdapter:
 
         @functools.wraps(load)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            result = load(*args, **kwargs)
-            if self._outcome is not None:
-                self.reducer.rollback()
-                self._outcome = None
-            path, _ = result
-            given = bound.arguments
-            if path is not None and given["load_optimizer_states"] and not given["load_module_only"]:
-                found = Path(path)
-                checkpoint.load(self.reducer, found if found.is_dir() else found.parent)
-            return result
+            path, client_state = load(*args, **kwargs)
+            self._drop()
+            name = client_state.pop(SECTION, None) if client_state else None
+            if path is not None and _restores_the_optimizer(signature, args, kwargs):
+                self._restore(Path(path), name)
+            return path, client_state
 
         return wrapped
+
+    def _restore(self, path: Path, name: str | None) -> None:
+        """From the folder of a checkpoint. ds_to_universal leaves our file where it was, beside `<tag>_universal`."""
+        folder = path if path.is_dir() else path.parent
+        original = folder.with_name(folder.name.removesuffix("_universal"))
+        if name is not None:
+            found = folder if (folder / checkpoint.FILE_NAME).is_file() else original
+            checkpoint.load(self.reducer, found, name)
+            return
+        if (folder / checkpoint.FILE_NAME).is_file():
+            _log.warning("%s was left there by another run, and is ignored", folder / checkpoint.FILE_NAME)
+        _log.warning("%s was saved without compression: the error memory starts from zero", folder)
+        self.reducer.reset()
+
+
+def _restores_the_optimizer(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bool(bound.arguments["load_optimizer_states"] and not bound.arguments["load_module_only"])
 
 
 def get(engine: Any) -> DeepSpeedAdapter | None:
@@ -216,7 +289,11 @@ def skip_shm_extension() -> None:
 
 
 def install() -> None:
-    """Wrap `DeepSpeedEngine.__init__`; done by importing this module, and only once."""
+    """Wrap `DeepSpeedEngine.__init__`; done by importing this module, and only once.
+
+    Raises:
+        UnsupportedError: an engine with the section is there already.
+    """
     original = DeepSpeedEngine.__init__
     if hasattr(original, _KEY):
         return
@@ -228,33 +305,70 @@ def install() -> None:
         original(self, *args, **kwargs)
         if section is not None:
             _attach(self, section)
+        else:
+            _leave_alone(self)
 
     setattr(__init__, _KEY, True)
     DeepSpeedEngine.__init__ = __init__
+    for one in gc.get_objects():
+        if issubclass(type(one), DeepSpeedEngine) and SECTION in getattr(one.__dict__.get("_config"), "_param_dict", ()):
+            raise UnsupportedError(
+                f'lowrank_comm: an engine with the section "{SECTION}" was made before lowrank_comm.integrations.deepspeed '
+                "was imported, and trains without compression. Import it before deepspeed.initialize or Trainer."
+            )
 
 
 def _before(given: Mapping[str, Any]) -> Section | None:
     """Everything that can be found wrong before an engine is built."""
     _refuse_compressed(given.get("optimizer"))
     config = given["config_class"]
-    section = config._param_dict.get(SECTION)
-    _compare(config, section)
+    settings = config._param_dict
+    section = settings.get(SECTION)
+    # Over the ranks with which DeepSpeed is going to share this engine, and no others: engines may differ between groups.
+    mpu, mesh = given.get("mpu"), given.get("mesh_device")
+    group = Group(mpu.get_data_parallel_group() if mpu else mesh.get_group(mesh_dim="data_parallel") if mesh else None)
+    check_same({f"section {SECTION!r}": "absent" if section is None else "present"}, group, _device())
     if section is None:
+        close = difflib.get_close_matches(SECTION, [key for key in settings if isinstance(key, str)], n=1, cutoff=0.8)
+        if close:
+            raise ConfigError(f"{close[0]!r} in the DeepSpeed configuration is not a section; did you mean {SECTION!r}?")
         return None
+    ours = {
+        SECTION: section,
+        "zero_optimization.stage": int(config.zero_config.stage),
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+    }
+    check_same(ours, group, _device())
     parsed = Section.parse(section)
     refuse_settings(config, dict(given))
     return parsed
 
 
-def _compare(config: Any, section: Mapping[str, Any] | None) -> None:
-    """ConfigMismatchError on all ranks if a rank read another file; otherwise they would wait for each other for ever."""
-    description = {
-        f"section {SECTION!r}": "absent" if section is None else "present",
-        SECTION: section or {},
-        "zero_optimization.stage": int(config.zero_config.stage),
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-    }
-    check_same(description, Group(), torch.device(get_accelerator().current_device_name()))
+def _device() -> torch.device:
+    """Where this rank's tensors are to be. DeepSpeed makes it the current device only when it builds the engine."""
+    accelerator, rank = get_accelerator(), os.environ.get("LOCAL_RANK")
+    return torch.device(accelerator.current_device_name() if rank is None else accelerator.device_name(int(rank)))
+
+
+def _leave_alone(engine: Any) -> None:
+    """An engine without the section: say so if it trains, and do not let it lose an error memory without a word."""
+    if seams.does_not_train(engine):
+        return
+    if Group(seams.process_group(engine)).rank == 0:
+        print(f'lowrank_comm: no section "{SECTION}" in the DeepSpeed configuration, nothing is compressed', flush=True)
+    load = engine.load_checkpoint
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        path, client_state = load(*args, **kwargs)
+        if client_state and client_state.pop(SECTION, None) and _restores_the_optimizer(signature, args, kwargs):
+            _log.warning(
+                "%s was saved with compression, and this run has no section %r: its error memory is lost", path, SECTION
+            )
+        return path, client_state
+
+    engine.load_checkpoint = wrapped
 
 
 def _attach(engine: Any, section: Section) -> None:

@@ -44,13 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     deepspeed.skip_shm_extension()
     sys.argv = [script, *rest]
-    if is_module:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(script).resolve().parent)  # `python -m` put the working directory there
-        runpy.run_path(script, run_name="__main__")
-    # A script that leaves its process group open may abort at exit, when gloo's threads outlive it; the launcher would then
-    # report a failure after a run that was complete.
+    try:
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(script).resolve().parent)  # `python -m` put the working directory there
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code in (None, 0):
+            _close()
+        raise
+    _close()
+
+
+def _close() -> None:
+    """A script that leaves its process group open may abort at exit, when gloo's threads outlive it; the launcher would then
+    report a failure after a run that was complete."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

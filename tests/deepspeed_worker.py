@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed_cases as training
+import deepspeed_mishaps as mishaps
 import torch
 from deepspeed_toy import (
     DTYPES,
@@ -100,6 +101,8 @@ def refusals(rank: int) -> dict[str, str]:
         "compressor": {"section": RANK_2 | {"compressor": "powersdg"}},
         "shard_size": {"section": RANK_2 | {"topology": {"shard_size": 2}}},
         "no object": {"section": "powersgd"},
+        "no JSON": {"section": RANK_2 | {"wire_dtype": torch.bfloat16}},
+        "misspelt section": {"section": None, "lowrank_com": RANK_2},
         "zero_quantized_gradients": {"stage": 3, "zero": {"zero_quantized_gradients": True}},
         "zenflow": {"stage": 2, "zero": {"zenflow": {"topk_ratio": 0.1}}},
         "super_offload": {"stage": 3, "zero": {"offload_optimizer": offload}},
@@ -219,6 +222,20 @@ def cases(folder: str) -> dict[str, Case]:
     for stage in (0, 1):
         add(f"no_sync {stage}", training.no_sync, stage)
     add("partitioned from birth", training.partitioned_from_birth)
+    for stage in range(4):
+        for whose in ("engine", "optimizer"):
+            add(f"dropped pass {stage} {whose}", mishaps.dropped_pass, stage, whose)
+        add(f"dropped micro-steps {stage}", mishaps.dropped_micro_steps, stage)
+        add(f"raising scheduler {stage}", mishaps.raising_scheduler, stage)
+        add(f"other runs {stage}", mishaps.other_runs_checkpoints, f"{folder}/other_runs_{stage}", stage)
+        if stage > 0:
+            add(f"coalescing and plain {stage}", mishaps.coalescing_and_plain, stage)
+            add(f"unused later {stage}", mishaps.unused_later, stage)
+            for dtype, gas in (("fp32", 1), ("fp32", 2), ("bf16", 1), ("fp16", 1)):
+                add(f"offloaded veto {stage} {dtype} {gas}", mishaps.offloaded_veto, stage, dtype, gas)
+    add("reused optimizer", mishaps.reused_optimizer)
+    add("engines of their own", mishaps.engines_of_their_own)
+    add("a part called module", mishaps.a_part_called_module)
     add("refusals", refusals)
     add("mismatch", mismatch)
     add("left alone", left_alone)

@@ -225,6 +225,82 @@ def test_a_loss_scale_that_is_too_high_comes_down_and_never_enters_the_error_mem
         assert 0 < found["largest error"] < 10  # a gradient's size; the scale is above 10 000
 
 
+@pytest.mark.parametrize(
+    "case", [f"{stage} {what}" for stage in (1, 2, 3) for what in ("fp32 1", "fp32 2", "bf16 1", "fp16 1")]
+)
+def test_a_skipped_step_leaves_no_nan_behind_where_the_optimizer_is_on_the_cpu(look: Look, case: str) -> None:
+    """DeepSpeed keeps gradients there from step to step, and applies what it finds."""
+    for found in look(f"offloaded veto {case}"):
+        assert found == {"unused": (1, []), "used": (1, [])}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_matrix_without_a_gradient_does_not_get_its_last_one_again(look: Look, stage: int) -> None:
+    for found in look(f"unused later {stage}"):
+        assert found["parameters"] < 1e-5
+
+
+# ---------------------------------------------------------------- mishaps
+
+
+@pytest.mark.parametrize("whose", ["engine", "optimizer"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_instead_of_a_step_drops_the_pass(look: Look, stage: int, whose: str) -> None:
+    for found in look(f"dropped pass {stage} {whose}"):
+        assert found == {"changed": 0.0, "parameters": 0.0}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_between_micro_steps_is_told(look: Look, stage: int) -> None:
+    for found in look(f"dropped micro-steps {stage}"):
+        assert found["before"] == ""
+        assert "zero_grad() between micro-steps drops" in found["said"]
+
+
+def test_a_torch_optimizer_that_serves_two_engines(look: Look) -> None:
+    for found in look("reused optimizer"):
+        assert found["skipped"] == (1, True, False)  # what Accelerate asks for after the step, too
+        assert found["after"] is False
+        assert found["nan"] == []
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_users_own_coalescing_and_then_ordinary_steps(look: Look, stage: int) -> None:
+    for found in look(f"coalescing and plain {stage}"):
+        assert found["parameters"] < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_exception_after_the_parameters_had_their_step(look: Look, stage: int) -> None:
+    for found in look(f"raising scheduler {stage}"):
+        assert found == {"parameters": 0.0, "steps": 6}
+
+
+def test_engines_that_only_some_ranks_have(look: Look) -> None:
+    for found in look("engines of their own"):
+        assert found == {"found": [(2, False), (2, True)]}
+
+
+def test_a_part_of_the_model_that_is_called_module(look: Look) -> None:
+    for found in look("a part called module"):
+        assert found == ["module.weight", "weight"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_of_other_runs(look: Look, stage: int) -> None:
+    for found in look(f"other runs {stage}"):
+        said, *client_state = found["loaded without the section"]
+        assert "its error memory is lost" in said
+        assert client_state == [7, False]
+        assert found["weights only"] == 0
+        said, step, largest = found["left by another run"]
+        assert "was left there by another run, and is ignored" in said
+        assert "was saved without compression" in said
+        assert (step, largest) == (0, 0.0)
+        assert found["beside a universal one"] == 0.0
+        assert "missing, and with it the error memory" in found["lost"]
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -293,6 +369,8 @@ REFUSED = {
     "compressor": ["lowrank_comm.compressor='powersdg'", "did you mean 'powersgd'"],
     "shard_size": ["topology.shard_size=2"],
     "no object": ["lowrank_comm must be an object"],
+    "no JSON": ["lowrank_comm.wire_dtype=torch.bfloat16"],
+    "misspelt section": ["'lowrank_com' in the DeepSpeed configuration is not a section", "did you mean 'lowrank_comm'"],
     "zero_quantized_gradients": ["zero_optimization.zero_quantized_gradients=True", "Set it to false"],
     "zenflow": ["zero_optimization.zenflow", "Remove the section"],
     "super_offload": ["zero_optimization.offload_optimizer.super_offload=True"],
