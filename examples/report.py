@@ -22,7 +22,7 @@ LOG = "log.jsonl"
 SUMMARY = "summary.json"
 PLOT = "loss_vs_bytes.png"
 # The order in which kinds of bytes are shown; further ones follow.
-KINDS = ["all-reduce", "factors", "restart", "broadcast", "dense", "control", "fingerprint"]
+KINDS = ["all-reduce", "factors", "restart", "broadcast", "dense", "control", "fingerprint", "consolidation"]
 ABSENT = "–"
 # Losses of single steps are noisy: the table's last loss is the mean of this many steps, the plot's curves of one more.
 WINDOW = 10
@@ -30,13 +30,16 @@ WINDOW = 10
 
 @dataclass
 class Summary:
-    """One run's figures. Bytes are what one worker hands to collectives for its gradients, over the whole run."""
+    """One run's figures. Bytes are what one worker hands to collectives for its gradients, and for its error memory at
+    checkpoints, over the whole run. A loss is the mean over the steps that its `_steps` counts."""
 
     name: str
     setup: dict[str, Any]  # what must be equal for two runs to be compared: model, text, batch, steps, …
     steps: int
     first_loss: float
+    first_loss_steps: int
     last_loss: float
+    last_loss_steps: int
     first_perplexity: float | None
     last_perplexity: float | None
     bytes: dict[str, int]
@@ -82,8 +85,9 @@ class Summary:
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of `log.jsonl`: one a logged step (it has a loss) and one an evaluation (it has a perplexity)."""
-    with (folder / LOG).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    text = (folder / LOG).read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # a job that was killed may have left half a line
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def logged_steps(folder: Path) -> list[dict[str, Any]]:
@@ -93,7 +97,7 @@ def logged_steps(folder: Path) -> list[dict[str, Any]]:
 
 def table(runs: Sequence[Summary]) -> Table:
     """The runs side by side."""
-    result = Table(title="Training with compressed gradients", title_style="bold", row_styles=["", "dim"])
+    result = Table(title="Training, and what it sent", title_style="bold", row_styles=["", "dim"])
     result.add_column("")
     for run in runs:
         result.add_column(run.name, justify="right")
@@ -105,8 +109,12 @@ def table(runs: Sequence[Summary]) -> Table:
         return None if value is None else format(value, form)
 
     row("optimizer steps, workers", lambda run: f"{run.steps}, {run.setup['workers']}")
-    row("training loss, first step", lambda run: number(run.first_loss, ".3f"))
-    row(f"training loss, last {WINDOW} steps", lambda run: number(run.last_loss, ".3f"))
+    first, last = (max(getattr(run, f"{end}_loss_steps") for run in runs) for end in ("first", "last"))
+    row(
+        "training loss, first step" if first == 1 else f"training loss, first {first} steps",
+        lambda run: number(run.first_loss, ".3f"),
+    )
+    row(f"training loss, last {last} steps", lambda run: number(run.last_loss, ".3f"))
     row("held-out perplexity, start", lambda run: number(run.first_perplexity, ",.1f"))
     row("held-out perplexity, end", lambda run: number(run.last_perplexity, ",.1f"))
     result.add_section()
@@ -122,7 +130,7 @@ def table(runs: Sequence[Summary]) -> Table:
     row("collectives", lambda run: number(run.collectives, ","))
     result.add_section()
     row("restarts, all matrices", lambda run: number(run.restarts, ","))
-    row("captured energy, mean", lambda run: number(run.captured_energy, ".1%"))
+    row("captured energy, mean*", lambda run: number(run.captured_energy, ".1%"))
     result.add_section()
     row("time per step", lambda run: f"{run.step_seconds * 1e3:.1f} ms")
     for phase in dict.fromkeys(phase for run in runs for phase in run.phases):
@@ -131,6 +139,8 @@ def table(runs: Sequence[Summary]) -> Table:
         "  forward, backward, optimizer",
         lambda run: f"{(run.step_seconds - sum(run.phases.values())) * 1e3:.1f} ms" if run.phases else None,
     )
+    if any(run.captured_energy is not None for run in runs):
+        result.caption = "* of each step's gradient plus error memory on one worker, the share that was sent"
     return result
 
 

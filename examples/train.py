@@ -3,9 +3,10 @@
     deepspeed --num_gpus 2 examples/train.py --deepspeed configs/ds_powersgd_plus.json
 
 trains a LLaMA of a million parameters from nothing on Shakespeare, on GPUs or, where there are none, on the CPU. Every
-flag of `TrainingArguments` works beside the few below. A model and a text of one's own:
+flag of `TrainingArguments` is taken beside the few below; what the DeepSpeed JSON sets (optimizer, scheduler, clipping), it
+decides. A model and a text of one's own:
 
-    deepspeed examples/train.py --deepspeed configs/ds_powersgd_plus.json \
+    deepspeed --num_gpus 2 examples/train.py --deepspeed configs/ds_powersgd_plus.json \
         --model_name_or_path DIR --train_file my.txt --max_steps 1000 --learning_rate 1e-4
 
 For compression this script needs one line, the import of `lowrank_comm.integrations.deepspeed`.
@@ -21,7 +22,17 @@ from typing import Any
 
 import torch
 
-ON_CPU = "--use_cpu" in sys.argv or not torch.accelerator.is_available()
+
+def asks_for_cpu(words: list[str]) -> bool:
+    """Whether `--use_cpu`, `--use_cpu True` or `--use_cpu=True` is among the words of a command line."""
+    for k, word in enumerate(words):
+        if word.startswith("--use_cpu"):
+            value = word.partition("=")[2] or (words[k + 1] if words[k + 1 :] and words[k + 1][:1] != "-" else "true")
+            return value.lower() in ("true", "yes", "1", "y", "t")
+    return False
+
+
+ON_CPU = asks_for_cpu(sys.argv) or not torch.accelerator.is_available()
 if ON_CPU:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     if "OMP_NUM_THREADS" not in os.environ:  # else each worker takes all cores
@@ -48,11 +59,14 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 import lowrank_comm.integrations.deepspeed  # noqa: E402  (the one line: the JSON's "lowrank_comm" section now means something)
+from lowrank_comm import LowRankCommError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 UNCOMPRESSED_CONFIG = "ds_uncompressed"
+STEPS = 300
 # LLaMAs for a CPU, by number of parameters: 1.05M, 5.27M, 12.2M.
 PRESETS = {
     "S": {
@@ -109,7 +123,8 @@ class ExampleTrainingArguments(TrainingArguments):
 
     use_cpu: bool = field(default=ON_CPU, metadata={"help": "Train on the CPU."})
     ddp_backend: str | None = field(default="gloo" if ON_CPU else None, metadata={"help": "Backend of the process group."})
-    max_steps: int = field(default=300, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(default=-1, metadata={"help": f"Optimizer steps. Default: {STEPS}, unless epochs are given."})
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Passes over the text, instead of --max_steps."})  # type: ignore[assignment]
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples per worker and micro-step."})
     per_device_eval_batch_size: int = field(default=12, metadata={"help": "Examples per worker in an evaluation."})
     learning_rate: float = field(default=2e-3, metadata={"help": "The highest learning rate."})
@@ -123,6 +138,9 @@ class ExampleTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """A folder of its own for each config: runs/<name of the DeepSpeed JSON>."""
+        if self.max_steps <= 0 and self.num_train_epochs is None:
+            self.max_steps = STEPS
+        self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs  # Trainer wants a number
         if self.output_dir is None:
             self.output_dir = str(Path("runs") / (Path(self.deepspeed).stem if isinstance(self.deepspeed, str) else "plain"))
         super().__post_init__()
@@ -151,6 +169,46 @@ def find_comparison(given: ExampleArguments, output_dir: Path, own: Summary) -> 
     return neighbour
 
 
+def find_checkpoint(asked: str | bool | None, output_dir: Path) -> str | None:
+    """The checkpoint to resume from: a folder, or with True the last one of this run."""
+    if asked is None or str(asked).lower() in ("false", ""):
+        return None
+    found = get_last_checkpoint(str(output_dir)) if str(asked).lower() == "true" and output_dir.is_dir() else str(asked)
+    if found is None or not Path(found, "trainer_state.json").is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {asked}: no checkpoint there (looked for {found or output_dir / 'checkpoint-*'})"
+        )
+    return found
+
+
+def comparable(
+    given: ExampleArguments, args: ExampleTrainingArguments, model: PreTrainedModel, steps: int
+) -> dict[str, Any]:
+    """What two runs must share so that their difference is that of compression. Where DeepSpeed's JSON decides, its word."""
+    config: dict[str, Any] = args.hf_deepspeed_config.config if args.deepspeed else {}
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return {
+        "model": f"{type(model).__name__} of {size / 1e6:.2f}M parameters",
+        "text": given.train_file or "Shakespeare",
+        "sequence length": given.sequence_length,
+        "held-out tokens": given.held_out_tokens,
+        "tokens per step": args.train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size
+        * given.sequence_length,
+        "workers": args.world_size,
+        "steps": steps,
+        "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "optimizer": config.get("optimizer", {}).get("type", str(args.optim)),
+        "learning rate": args.learning_rate,
+        "schedule": config.get("scheduler", {}).get("type", str(args.lr_scheduler_type)),
+        "warm-up": args.warmup_steps,
+        "weight decay": args.weight_decay,
+        "clipping": config.get("gradient_clipping", args.max_grad_norm),
+        "seed": args.seed,
+    }
+
+
 def main() -> None:
     """Parse, train, report."""
     parser = HfArgumentParser((ExampleArguments, ExampleTrainingArguments))  # type: ignore[arg-type]
@@ -158,6 +216,7 @@ def main() -> None:
         lowrank_comm.integrations.deepspeed.skip_shm_extension()  # a compilation of minutes, for inference only
     given, args = parser.parse_args_into_dataclasses()
     output_dir = Path(args.output_dir)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if given.compare_with is not None:
         Summary.load(Path(given.compare_with))  # a wrong folder is noticed before training, not after
 
@@ -165,6 +224,11 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path) if given.model_name_or_path is not None else None
         corpus = load_corpus(Path(given.cache_dir), given.train_file, PRESETS[given.model_size]["vocab_size"], tokenizer)
     training, held_out = corpus.split(given.held_out_tokens, given.sequence_length)
+    if args.process_index == 0:
+        kept = len(corpus.ids) - given.held_out_tokens
+        print(f"text: {kept:,} tokens to train on, {given.held_out_tokens:,} held out ({given.train_file or 'Shakespeare'})")
+        if not args.deepspeed:
+            print("no --deepspeed configuration is given: an ordinary run, in which nothing is compressed")
 
     set_seed(args.seed)
     model = make_model(given, corpus.tokenizer)
@@ -178,24 +242,12 @@ def main() -> None:
         trainer.add_callback(Bar)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(recorder)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate()
 
     if trainer.is_world_process_zero():
         section = (args.hf_deepspeed_config.config if args.deepspeed else {}).get("lowrank_comm")
-        size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        setup = {
-            "model": f"{type(model).__name__} of {size / 1e6:.2f}M parameters",
-            "text": given.train_file or "Shakespeare",
-            "tokens per step": args.train_batch_size
-            * args.gradient_accumulation_steps
-            * args.world_size
-            * given.sequence_length,
-            "workers": args.world_size,
-            "steps": trainer.state.max_steps,
-            "learning rate": args.learning_rate,
-            "seed": args.seed,
-        }
+        setup = comparable(given, args, model, trainer.state.max_steps)
         own = recorder.summary(describe(section, output_dir), setup, section)
         own.save(output_dir)
         show(output_dir, find_comparison(given, output_dir, own))
@@ -212,4 +264,7 @@ def describe(section: dict[str, Any] | None, output_dir: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except (LowRankCommError, FileNotFoundError) as problem:  # what the user can mend needs no traceback
+        sys.exit(f"\n{type(problem).__name__} on rank {os.environ.get('RANK', '0')}: {problem}")

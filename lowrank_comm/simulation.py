@@ -125,7 +125,7 @@ class Simulation:
             for one in passes:
                 try:
                     asked.append(one.send(collectives))
-                except StopIteration as end:  # noqa: PERF203 - this is how a generator returns
+                except StopIteration as end:
                     outcomes.append(end.value)
             if outcomes:
                 return outcomes

@@ -35,9 +35,9 @@ class Run:
         self.handle = SimpleNamespace(ledger=Ledger(), last_report=None) if compressed else None
         trainer = SimpleNamespace(model=torch.nn.Linear(3, 3))
         self.recorder = recording.Recorder(trainer, folder, lambda: self.handle)
-        self.state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+        self.state = SimpleNamespace(global_step=0, max_steps=4, is_world_process_zero=True)
 
-    def steps(self, first, last, log_every=1):
+    def steps(self, first, last, log_every=1, save_at=None):
         self.state.global_step = first - 1
         self.recorder.on_train_begin(None, self.state, None)
         self.recorder.on_evaluate(None, self.state, None, metrics={"eval_loss": 2.0 / first})
@@ -47,9 +47,14 @@ class Run:
                 self.handle.ledger.count()
                 self.handle.last_report = SimpleNamespace(seconds={"compress": 0.25}, captured_energy=step / 10)
             self.state.global_step = step
-            self.recorder.on_step_end(None, self.state, None)
-            if step % log_every == 0:
+            control = SimpleNamespace(should_log=step % log_every == 0)
+            self.recorder.on_step_end(None, self.state, control)
+            if control.should_log:
                 self.recorder.on_log(None, self.state, None, logs={"loss": 8.0 / step})
+            if step == save_at:
+                self.handle.ledger.bytes["consolidation"] = self.handle.ledger.bytes.get("consolidation", 0) + 7
+                self.recorder.on_save(None, self.state, None)
+        self.recorder.on_train_end(None, self.state, None)
         return self.recorder.summary("powersgd_plus rank 4", SETUP, {"compressor": "powersgd_plus"} if self.handle else None)
 
 
@@ -78,27 +83,33 @@ def test_gradient_bytes_count_tied_parameters_once_and_frozen_ones_not_at_all():
     assert recording.gradient_bytes(layers) == 4 * 25
 
 
-def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path):
-    whole = Run(tmp_path / "whole").steps(1, 4)
+@pytest.mark.parametrize("log_every", [1, 2, 3])
+def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path, log_every):
+    """Whatever is logged when: the checkpoint's own line has the totals, its own bytes included."""
+    whole = Run(tmp_path / "whole").steps(1, 4, log_every, save_at=2)
     cut = tmp_path / "cut"
-    Run(cut).steps(1, 3)  # died after step 3; its last checkpoint is of step 2
+    Run(cut).steps(1, 3, log_every, save_at=2)  # died after step 3; its last checkpoint is of step 2
+    with (cut / report.LOG).open("a") as file:
+        file.write('{"step": 3, "lo')  # in the middle of a line
     resumed = Run(cut)
     resumed.handle.ledger.restarts = 3  # this worker's ledger restarts nothing by itself
-    summary = resumed.steps(3, 4)
-    assert [line["step"] for line in report.logged_steps(cut)] == [1, 2, 3, 4]
-    assert summary.bytes == whole.bytes
+    summary = resumed.steps(3, 4, log_every)
+    assert summary.bytes == whole.bytes == {"factors": 40, "restart": 100, "consolidation": 7}
     assert summary.uncompressed_bytes == whole.uncompressed_bytes
     assert summary.first_perplexity == whole.first_perplexity
+    assert summary.steps == 4
 
 
 def test_rare_logs_still_count_every_step(tmp_path):
     run = Run(tmp_path)
-    summary = run.steps(1, 4, log_every=2)
+    summary = run.steps(1, 4, log_every=3)
     lines = report.logged_steps(tmp_path)
-    assert [line["step"] for line in lines] == [2, 4]
-    assert lines[0]["captured_energy"] == pytest.approx(0.15)
+    assert [(line["step"], line["steps"]) for line in lines] == [(3, 3), (4, 1)]  # the last step is logged in any case
+    assert lines[0]["captured_energy"] == pytest.approx(0.2)
     assert lines[0]["phases"] == {"compress": pytest.approx(0.25)}
     assert summary.total_bytes == 140
+    assert summary.first_loss_steps == 3
+    assert (summary.last_loss_steps, summary.last_loss) == (4, pytest.approx((3 * 8 / 3 + 8 / 4) / 4))
 
 
 def test_perplexities_belong_to_the_start_and_the_end_only(tmp_path):
@@ -107,11 +118,6 @@ def test_perplexities_belong_to_the_start_and_the_end_only(tmp_path):
     run.recorder.on_evaluate(None, run.state, None, metrics={"eval_loss": 1.0})
     summary = run.recorder.summary("name", SETUP, None)
     assert (summary.first_perplexity, summary.last_perplexity) == (pytest.approx(math.e**2), pytest.approx(math.e))
-
-
-def test_a_run_without_a_logged_step_says_so(tmp_path):
-    with pytest.raises(RuntimeError, match="logging_steps"):
-        Run(tmp_path).steps(1, 1, log_every=5)
 
 
 def test_table_and_plot_of_two_runs(tmp_path):
@@ -150,8 +156,8 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 def test_log_lines_are_json_with_totals(tmp_path):
     Run(tmp_path).steps(1, 2)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
-    assert [line["bytes_total"] for line in lines[1:]] == [110, 120]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]  # an evaluation, two steps, the end
+    assert [line["bytes_total"] for line in lines[1:]] == [110, 120, 120]
 
 
 def test_smoothing_takes_what_there_is_on_both_sides():
