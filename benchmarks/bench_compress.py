@@ -4,8 +4,8 @@ Measured is what a worker computes each step beside the network: compress, decom
 of LLaMA shapes of about 5M and 20M parameters at rank 4 and 32. Both sides run in one process over a gloo group of one,
 with equal threads, on equal gradients; PyTorch's hook gets them in buckets of 25 MB as DDP would hand them over. Each
 round times both, one after the other, in alternating order; quoted are the medians and the median of the paired ratios,
-with their spread, since the machine's speed drifts. After timing, the last results of both are held against each other: dense
-parameters exactly, matrices by their norms, so that neither has left work out.
+with their spread, since the machine's speed drifts. After timing, the last results of both are held against each other:
+dense parameters exactly, matrices by their norms, so that neither has left work out.
 
     python benchmarks/bench_compress.py [--rounds 15] [--markdown docs/benchmarks.md]
 """
