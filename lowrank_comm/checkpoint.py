@@ -63,10 +63,10 @@ class Tag:
             )
 
 
-def tag_of(reducer: Reducer, consolidated: bool) -> Tag:
+def tag_of(reducer: Reducer) -> Tag:
     """Tag of the reducer's present state."""
     rank, world = reducer.worker
-    kind = "mean" if consolidated or world == 1 or reducer.step == 0 else "own"  # before the first step all are zero
+    kind = "mean" if reducer.consolidated or world == 1 or reducer.step == 0 else "own"  # before the first step all are zero
     return Tag(kind, rank, world, reducer.step, reducer.seed)
 
 
@@ -132,6 +132,8 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     if tag.seed != reducer.seed:
         _log.warning("the saved run had seed %d, this one has %d: later random draws differ", tag.seed, reducer.seed)
     reducer.continue_at(tag.step)
+    if tag.kind == "mean":
+        reducer.mark_consolidated()
 
 
 def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
@@ -167,7 +169,7 @@ def _write(reducer: Reducer, path: Path, name: str) -> None:
         for parameter, parts in tensors_of(reducer).items()
         for symbol, tensor in parts.items()
     }
-    tag = json.dumps(asdict(tag_of(reducer, True)))
+    tag = json.dumps(asdict(tag_of(reducer)))
     settings = {key: value for key, value in reducer.describe().items() if key != "parameters"}  # for who looks into it
     unfinished = path.with_suffix(".unfinished")
     save_file(flat, unfinished, metadata={"tag": tag, "name": name, "settings": json.dumps(settings)})

@@ -129,7 +129,6 @@ class CompressedOptimizer(OptimizerAroundAnother):
         self._status: str | None = None  # of the gradients: None as they came, "averaged", or "vetoed"
         self._averaged: list[weakref.ref[Tensor]] = []
         self._vetoes_in_a_row = 0
-        self._consolidated_at: int | None = None
         self._warned_own = False
         self._scaling = LossScaling(id(self))
         self._reduce_at = reduce_at or "step"
@@ -384,9 +383,7 @@ class CompressedOptimizer(OptimizerAroundAnother):
         Training goes on as it would have: linear compressors use the mean error only. It sends the error memory once, as
         many bytes as the gradients of all compressed matrices.
         """
-        reducer = self.reducer
-        reducer.consolidate_error_memory()
-        self._consolidated_at = reducer.step
+        self.reducer.consolidate_error_memory()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The base's state dict with the compressor's state (see `state_dicts`); never communicates, never raises.
@@ -399,7 +396,7 @@ class CompressedOptimizer(OptimizerAroundAnother):
             pre_hook(self)
         result = self.base.state_dict()
         if self._reducer is not None:
-            tag = checkpoint.tag_of(self._reducer, self._consolidated_at == self._reducer.step)
+            tag = checkpoint.tag_of(self._reducer)
             if tag.kind == "own" and tag.step > 0 and not self._warned_own:
                 self._warned_own = True
                 warnings.warn(
@@ -434,7 +431,6 @@ class CompressedOptimizer(OptimizerAroundAnother):
         self._status = None
         if tag is not None:
             checkpoint.restore(self.reducer, tag, tensors)
-            self._consolidated_at = tag.step if tag.kind == "mean" else None
         else:
             if state_dict["state"] or (self._reducer is not None and self._reducer.step > 0):
                 _log.warning("the state dict holds no compressor state: the error memory starts from zero")

@@ -163,6 +163,7 @@ class Reducer:
         self.device = self.slots[0].device if self.slots else torch.device("cpu")
         self._agreed = self._ask_to_compare = False
         self._worker: tuple[int, int] | None = None
+        self._consolidated_at: int | None = None
         self._pending: _Pending | None = None
         self._last: LastPass | None = None
 
@@ -416,7 +417,16 @@ class Reducer:
 
     def continue_at(self, step: int) -> None:
         """The next pass is t = step, as read from a checkpoint."""
-        self.step, self._ask_to_compare = step, self._agreed
+        self.step, self._ask_to_compare, self._consolidated_at = step, self._agreed, None
+
+    @property
+    def consolidated(self) -> bool:
+        """Whether the error memory is the mean of all workers' errors since the last step."""
+        return self._consolidated_at == self.step
+
+    def mark_consolidated(self) -> None:
+        """The error memory is the mean of all workers' errors, as that of a checkpoint which holds the mean."""
+        self._consolidated_at = self.step
 
     def take_over(self, old: Reducer) -> None:
         """Go on with the state of a reducer of fewer parameters, on all workers alike."""
@@ -425,7 +435,10 @@ class Reducer:
             self.set_state(name, error, bases[name])
         old._settle_last_report()
         self.ledger, self._worker, self._last, self._agreed = old.ledger, old._worker, old._last, old._agreed
+        consolidated = old.consolidated
         self.continue_at(old.step)
+        if consolidated:
+            self.mark_consolidated()
 
     def _settle_last_report(self) -> None:
         """Before the error memory is changed by anything but a step: the last report's norms are of the memory as it is."""
@@ -437,7 +450,7 @@ class Reducer:
         """Every worker's error becomes the mean of all; a collective.
 
         Linear compressors use the mean error only, so training goes on as it would have (to round-off), and what any
-        worker then saves is right for every worker at any world size.
+        worker then saves is right for every worker at any world size. Called again before the next step, it does nothing.
 
         Raises:
             LowRankCommError: a pass is pending.
@@ -447,6 +460,9 @@ class Reducer:
         self._settle_last_report()
         if not self._agreed:
             self.agree()
+        if self.consolidated:
+            return
+        self.mark_consolidated()
         if self.group.size == 1:
             return
         if not self.compressor.linear:
