@@ -15,7 +15,7 @@ Everything works on batches (B, m, r); a batch gives what its members would give
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -140,3 +140,9 @@ def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
     except torch.linalg.LinAlgError:
         return torch.full((*d.shape[:-1], r), torch.nan, dtype=d.dtype, device=d.device)
     return torch.cat(parts)
+
+
+def all_finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether decoded gradients of a narrow dtype are finite; asked of float16 only, whose range a sum may leave."""
+    flags = [torch.isfinite(gradient).all() for gradient in gradients if gradient is not None]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

@@ -37,11 +37,12 @@ from .config import Section
 from .diagnostics import Plan, StepReport
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError, LowRankCommError, StateMismatchError, UnsupportedError
+from .linalg import all_finite
 from .loss_scaling import LossScaling
 from .naming import Namer
 from .policy import Rule
 from .reducer import Reducer
-from .wrapping import OptimizerAroundAnother, fingerprint, only_initialises_state
+from .wrapping import OptimizerAroundAnother, engine_of, fingerprint, only_initialises_state
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -186,7 +187,7 @@ class CompressedOptimizer(OptimizerAroundAnother):
             UnsupportedError: the model is wrapped by an engine that reduces gradients itself.
             ConfigError: the optimizer holds none of the model's parameters.
         """
-        engine = _engine_of(model)
+        engine = engine_of(model)
         if engine:
             raise UnsupportedError(
                 f"attach: the model is wrapped by {engine}, which reduces gradients itself; that is not supported yet. "
@@ -229,7 +230,7 @@ class CompressedOptimizer(OptimizerAroundAnother):
             for parameter, grad in zip(parameters, outcome.grads, strict=True):
                 if parameter.grad is not grad:
                     parameter.grad = grad
-            if _finite(p.grad for p in parameters if p.dtype == torch.float16):
+            if all_finite(p.grad for p in parameters if p.dtype == torch.float16):
                 reducer.commit()
             else:  # the same on all workers, since they all hold the same numbers now
                 reducer.rollback()
@@ -444,23 +445,3 @@ class CompressedOptimizer(OptimizerAroundAnother):
         keys = [key for group in saved_groups for key in group["params"]]
         names = [name for name, _ in self._namer.name_all(self.param_groups)]
         return list(zip(names, keys, strict=False))  # the base complains about another number of parameters
-
-
-def _finite(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether decoded gradients of a narrow dtype are finite; asked of float16 only, whose range a sum may leave."""
-    flags = [torch.isfinite(gradient).all() for gradient in gradients if gradient is not None]
-    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
-
-
-def _engine_of(model: nn.Module) -> str | None:
-    """Name of the wrapper that reduces gradients by itself, or None for a plain model."""
-    for module in model.modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in (
-                "DistributedDataParallel",
-                "FSDPModule",
-                "FullyShardedDataParallel",
-                "DeepSpeedEngine",
-            ):
-                return kind.__name__
-    return None

@@ -23,8 +23,8 @@ def block(heading: str, language: str) -> str:
 
 
 def run(command: list[str], folder: Path) -> str:
-    # torch's gloo aborts a process that ends within milliseconds of its last collective (pytorch pull request 179291), a plain
-    # torch program in about half of the runs. The script stays as it stands in the README; its process ends a little later.
+    # torch's gloo aborts a process that ends within milliseconds of its last collective (pytorch pull request 179291): a
+    # plain torch program in about half of the runs. The script stays as the README has it; its process ends a bit later.
     (folder / "sitecustomize.py").write_text("import atexit, threading\natexit.register(threading.Event().wait, 0.5)\n")
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {
         "OMP_NUM_THREADS": "1",

@@ -1,0 +1,247 @@
+"""What a reducer keeps between steps: treatments, batches with their error memory and bases, the step, the ledger.
+
+Everything is keyed by parameter name. `reducer` has the steps that change it; checkpoints, a change of the parameters and
+the consolidation of the error memory change it here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Slot, build_batches
+from .communication import Group, Ledger, check_same
+from .compressors.base import Compressor
+from .diagnostics import Plan, StepReport
+from .error_feedback import ErrorFeedback
+from .errors import ConfigError, LowRankCommError
+from .policy import Policy, Rule, Treatment
+from .reporting import LastPass, make_plan
+
+_log = logging.getLogger("lowrank_comm")
+
+WIRE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ReducerState:
+    """The state of a `Reducer`; see there for the arguments."""
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        compressor: Compressor,
+        group: Group,
+        *,
+        min_compression_rate: float = 2.0,
+        rules: Sequence[Rule] = (),
+        error_feedback: ErrorFeedback | None = None,
+        wire_dtype: str | None = None,
+        seed: int = 0,
+        initial_basis: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
+            raise ConfigError(f"wire_dtype={wire_dtype!r} is unknown; use null or one of {', '.join(WIRE_DTYPES)}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ConfigError(f"seed must be an integer of 64 bits, got {seed!r}; write for example seed=0.")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ConfigError(
+                    f'rules must hold Rule objects such as Rule("lm_head.*", treatment="dense"), got {rule!r}.'
+                )
+        if error_feedback is not None and not isinstance(error_feedback, ErrorFeedback):
+            raise ConfigError(
+                f'error_feedback must be None or such as ErrorFeedback(dtype="bfloat16"), got {error_feedback!r}.'
+            )
+        for slot in slots:
+            if not slot.dtype.is_floating_point:
+                raise ConfigError(
+                    f"{slot.name}: parameters of {slot.dtype} cannot be averaged here; use a real floating dtype."
+                )
+        self.slots, self.compressor, self.group, self.seed = list(slots), compressor, group, seed
+        names = [slot.name for slot in self.slots]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise ConfigError(f"parameter names must be unique, but {twice[0]!r} occurs twice; give each its own name.")
+        self.step = 0
+        self.further_settings: Callable[[], dict[str, Any]] | None = None  # of whoever uses the reducer; compared too
+        self.ledger = Ledger()
+        self._error_feedback = error_feedback or ErrorFeedback()
+        self._wire_name, self._wire_dtype = wire_dtype, WIRE_DTYPES.get(wire_dtype or "")
+        self._policy = Policy(compressor, min_compression_rate, tuple(rules))
+        self.treatments: list[Treatment] = [self._policy.treat(slot.name, slot.shape) for slot in self.slots]
+        self._batches = build_batches(
+            self.slots, self.treatments, compressor, self._error_feedback, seed, group.rank, initial_basis or {}
+        )
+        self._initial_basis = {name: _digest(basis) for name, basis in (initial_basis or {}).items()}
+        self._place = {name: (batch, row) for batch in self._batches for row, name in enumerate(batch.names)}
+        self._dense = [k for k, treatment in enumerate(self.treatments) if not treatment.low_rank]
+        low = {slot.name: t for slot, t in zip(self.slots, self.treatments, strict=True) if t.low_rank}
+        self._schedule = compressor.schedule(
+            {name: compressor.restart_elements(t.m, t.n, t.rank) for name, t in low.items()}
+        )
+        self.device = self.slots[0].device if self.slots else torch.device("cpu")
+        self._agreed = self._ask_to_compare = False
+        self._worker: tuple[int, int] | None = None
+        self._consolidated_at: int | None = None
+        self._pending: Any = None  # a pass that waits for commit or rollback; see `reducer`
+        self._last: LastPass | None = None
+
+    def error_memory(self) -> dict[str, Tensor]:
+        """Parameter name -> this worker's error, a live view in the parameter's shape; dense parameters are absent."""
+        return {
+            name: batch.memory.view(row, self.slots[batch.slots[row]].shape)
+            for batch in self._batches
+            for row, name in enumerate(batch.names)
+        }
+
+    def bases(self) -> dict[str, dict[str, Tensor]]:
+        """Parameter name -> state of the compressor by its symbol (Q), a copy as it is now."""
+        return {
+            name: {symbol: tensor[row].clone() for symbol, tensor in batch.state.items()}
+            for batch in self._batches
+            for row, name in enumerate(batch.names)
+        }
+
+    @torch.no_grad()
+    def set_state(self, name: str, error: Tensor | None, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the error memory and the basis of one parameter, as read from a checkpoint."""
+        self._settle_last_report()
+        batch, row = self._place[name]
+        if error is not None:
+            memory = batch.memory.tensor
+            memory[row] = error.to(memory).view(batch.m, batch.n)
+        for symbol, value in state.items():
+            batch.state[symbol][row] = value.to(batch.state[symbol])
+
+    @torch.no_grad()
+    def reset(self, names: Sequence[str] | None = None) -> None:
+        """Back to the state before the first step: zero errors and initial bases, of all parameters and the step counter,
+        or of the named parameters only."""
+        if names is None:
+            self._pending, names = None, list(self._place)
+            self.continue_at(0)
+        self._settle_last_report()
+        initial: dict[int, dict[str, Tensor]] = {}
+        for name in names:
+            batch, row = self._place[name]
+            state = initial.get(id(batch)) or initial.setdefault(id(batch), batch.initial_state())
+            self.set_state(name, torch.zeros(batch.m, batch.n), {symbol: value[row] for symbol, value in state.items()})
+
+    def continue_at(self, step: int) -> None:
+        """The next pass is t = step, as read from a checkpoint."""
+        self.step, self._ask_to_compare, self._consolidated_at = step, self._agreed, None
+
+    @property
+    def consolidated(self) -> bool:
+        """Whether the error memory is the mean of all workers' errors since the last step."""
+        return self._consolidated_at == self.step
+
+    def mark_consolidated(self) -> None:
+        """The error memory is the mean of all workers' errors, as that of a checkpoint which holds the mean."""
+        self._consolidated_at = self.step
+
+    def take_over(self, old: ReducerState) -> None:
+        """Go on with the state of a reducer of fewer parameters, on all workers alike."""
+        bases = old.bases()
+        for name, error in old.error_memory().items():
+            self.set_state(name, error, bases[name])
+        old._settle_last_report()
+        self.ledger, self._worker, self._last, self._agreed = old.ledger, old._worker, old._last, old._agreed
+        consolidated = old.consolidated
+        self.continue_at(old.step)
+        if consolidated:
+            self.mark_consolidated()
+
+    def _settle_last_report(self) -> None:
+        """Before the error memory is changed by anything but a step: the last report's norms are of the memory as it is."""
+        if self._last is not None:
+            self._last.report(self._batches)
+
+    @torch.no_grad()
+    def consolidate_error_memory(self) -> None:
+        """Every worker's error becomes the mean of all; a collective.
+
+        Linear compressors use the mean error only, so training goes on as it would have (to round-off), and what any
+        worker then saves is right for every worker at any world size. Called again before the next step, it does nothing.
+
+        Raises:
+            LowRankCommError: a pass is pending.
+        """
+        if self._pending is not None:
+            raise LowRankCommError("consolidate_error_memory() within a step; call it after optimizer.step().")
+        self._settle_last_report()
+        if not self._agreed:
+            self.agree()
+        if self.consolidated:
+            return
+        self.mark_consolidated()
+        if self.group.size == 1:
+            return
+        if not self.compressor.linear:
+            _log.warning("%s is not linear: the mean error is a valid start, not an exact one", self.compressor.json_name)
+        for batch in self._batches:
+            total = batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True)
+            self.ledger.collectives += self.group.sum_([total])
+            self.ledger.bytes["consolidation"] += total.nbytes
+            batch.memory.store(total.div_(self.group.size), t=self.step, shared=True)
+
+    def agree(self) -> None:
+        """Compare settings, parameters and step with the other workers. A collective.
+
+        Once before the first pass, where all workers come by. Later, a worker that has loaded a state or got new
+        parameters cannot know whether the others have: it asks in the first packet of its next pass. (Workers that loaded
+        different steps would restart at different times, and wait for each other.)
+        """
+        everything = self.describe() | (self.further_settings() if self.further_settings else {})
+        self.ledger.bytes["fingerprint"] += check_same(everything, self.group, self.device)
+        self._agreed, self._ask_to_compare = True, False
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that must be equal on all workers."""
+        return {
+            **self._policy.describe(),
+            "seed": self.seed,
+            "wire_dtype": self._wire_name,
+            "error_feedback": self._error_feedback.describe(),
+            "initial_basis": self._initial_basis,
+            "step": self.step,
+            "parameters": {slot.name: f"#{k} {slot.shape} {slot.dtype}" for k, slot in enumerate(self.slots)},
+        }
+
+    # ---------------------------------------------------------------- reports
+
+    @property
+    def plan(self) -> Plan:
+        """What goes low-rank, how many bytes that is, and what it costs in memory."""
+        restart_every = self._schedule.restart_every if self._schedule else None
+        idle = self._policy.idle_rules([slot.name for slot in self.slots])
+        return make_plan(
+            self.slots,
+            self.treatments,
+            self.compressor,
+            self._batches,
+            self.group.size,
+            self._wire_dtype,
+            restart_every,
+            idle,
+        )
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """The last pass; None before the first. Norms cost one read of the error memory, when this is first read."""
+        return self._last.report(self._batches) if self._last else None
+
+    @property
+    def worker(self) -> tuple[int, int]:
+        """(rank, world size) of the last pass, which the error memory is of, also when the process group is gone by now."""
+        return self._worker or (self.group.rank, self.group.size)
+
+
+def _digest(tensor: Tensor) -> str:
+    """A short hash of the numbers, to be compared between workers."""
+    return hashlib.sha256(repr(tensor.tolist()).encode()).hexdigest()[:16]
