@@ -167,7 +167,7 @@ def test_on_a_narrow_wire_every_step_is_exact_for_one_worker(compressor: Compres
 
 
 def test_a_basis_that_was_rounded_on_the_wire_is_orthonormal_again() -> None:
-    """With r = m every basis spans everything, so P P^T D = D, unless P is not orthonormal: then it is off by the rounding."""
+    """With r = m every basis spans everything, so P P^T D = D, unless P is not orthonormal: then it is off by as much."""
     sim = simulation(PowerSGDPlus(7, restart_every=1), {"w": (7, 12)}, dtype=torch.float32, wire_dtype="bfloat16")
     g = torch.as_tensor(gradient((7, 12), 0, 0), dtype=torch.float32)
     assert relative(apply(sim, g), g.to(torch.bfloat16).float()) < 1e-5
