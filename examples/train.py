@@ -42,7 +42,7 @@ if ON_CPU:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers_here))
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # accelerate would set its own number
 
-from data import load_corpus  # noqa: E402  (these import deepspeed or transformers, which look at the environment set above)
+from data import InputError, load_corpus  # noqa: E402  (these import deepspeed or transformers, which look at the environment set above)
 from recording import Bar, Recorder  # noqa: E402
 from report import SUMMARY, Summary, show  # noqa: E402
 from transformers import (  # noqa: E402
@@ -106,7 +106,8 @@ class ExampleArguments:
     train_file: str | None = field(default=None, metadata={"help": "A text file (UTF-8). Default: Shakespeare's plays."})
     sequence_length: int = field(default=128, metadata={"help": "Tokens in a training example."})
     held_out_tokens: int = field(
-        default=40_000, metadata={"help": "Tokens at the text's end that judge the model and never train it."}
+        default=40_000,
+        metadata={"help": "Tokens at the text's end that judge the model only; fewer for a short text."},
     )
     cache_dir: str = field(
         default=str(ROOT / ".cache" / "examples"), metadata={"help": "Where tokenizers and token ids are kept."}
@@ -173,7 +174,10 @@ def find_checkpoint(asked: str | bool | None, output_dir: Path) -> str | None:
     """The checkpoint to resume from: a folder, or with True the last one of this run."""
     if asked is None or str(asked).lower() in ("false", ""):
         return None
-    found = get_last_checkpoint(str(output_dir)) if str(asked).lower() == "true" and output_dir.is_dir() else str(asked)
+    if str(asked).lower() == "true":
+        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    else:
+        found = str(asked)
     if found is None or not Path(found, "trainer_state.json").is_file():
         raise FileNotFoundError(
             f"--resume_from_checkpoint {asked}: no checkpoint there (looked for {found or output_dir / 'checkpoint-*'})"
@@ -236,7 +240,10 @@ def main() -> None:
         model=model, args=args, train_dataset=training, eval_dataset=held_out, processing_class=corpus.tokenizer,
         data_collator=default_data_collator,
     )  # fmt: skip
-    recorder = Recorder(trainer, output_dir, lambda: lowrank_comm.integrations.deepspeed.get(trainer.model_wrapped))
+    recorder = Recorder(
+        trainer, output_dir, lambda: lowrank_comm.integrations.deepspeed.get(trainer.model_wrapped),
+        Path(checkpoint) if checkpoint else None,
+    )  # fmt: skip
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
@@ -247,7 +254,7 @@ def main() -> None:
 
     if trainer.is_world_process_zero():
         section = (args.hf_deepspeed_config.config if args.deepspeed else {}).get("lowrank_comm")
-        setup = comparable(given, args, model, trainer.state.max_steps)
+        setup = comparable(given, args, model, trainer.state.max_steps) | {"counted from step": recorder.first_step}
         own = recorder.summary(describe(section, output_dir), setup, section)
         own.save(output_dir)
         show(output_dir, find_comparison(given, output_dir, own))
@@ -266,5 +273,7 @@ def describe(section: dict[str, Any] | None, output_dir: Path) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (LowRankCommError, FileNotFoundError) as problem:  # what the user can mend needs no traceback
+    except (LowRankCommError, FileNotFoundError, InputError) as problem:  # what the user can mend needs no traceback
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         sys.exit(f"\n{type(problem).__name__} on rank {os.environ.get('RANK', '0')}: {problem}")

@@ -48,7 +48,7 @@ from lowrank_comm.communication import Group, Ledger, check_same
 from lowrank_comm.config import SECTION, Section
 from lowrank_comm.diagnostics import Plan, StepReport, human_bytes
 from lowrank_comm.errors import ConfigError, LowRankCommError, UnsupportedError
-from lowrank_comm.naming import own_names
+from lowrank_comm.naming import own_name, wrappers_in_front
 from lowrank_comm.reducer import Outcome, Reducer, Slot
 
 from . import _deepspeed_seams as seams
@@ -69,9 +69,10 @@ class DeepSpeedAdapter:
 
     def __init__(self, engine: Any, seam: seams.Seam, section: Section) -> None:
         self._engine, self._seam = engine, seam
+        depth = wrappers_in_front(name for name, _ in engine.module.named_parameters())  # frozen or not
         slots = [
-            Slot(name, seams.shape(p), seam.dtype(p), seam.device)
-            for name, p in zip(own_names(seam.names), seam.parameters, strict=True)
+            Slot(own_name(name, depth), seams.shape(p), seam.dtype(p), seam.device)
+            for name, p in zip(seam.names, seam.parameters, strict=True)
         ]
         group = Group(seams.process_group(engine))
         self.reducer = Reducer(slots, section.make_compressor(), group, **section.reducer_options())
@@ -230,12 +231,17 @@ class DeepSpeedAdapter:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             given = bound.arguments
+            client_state = given["client_state"] or {}
+            if SECTION in client_state:
+                raise ConfigError(
+                    f"client_state[{SECTION!r}] is where this library keeps the name of its file; use another key."
+                )
             if given["save_dir"]:
                 tag = given["tag"]
                 folder = f"global_step{self._engine.global_steps}" if tag is None else str(tag)
                 # First ours: DeepSpeed ends with the file `latest`, which makes a checkpoint one to resume from.
                 name = checkpoint.save(self.reducer, Path(given["save_dir"]) / folder)
-                given["client_state"] = {**(given["client_state"] or {}), SECTION: name}
+                given["client_state"] = {**client_state, SECTION: name}
             return save(*bound.args, **bound.kwargs)
 
         return wrapped
@@ -258,6 +264,7 @@ class DeepSpeedAdapter:
     def _restore(self, path: Path, name: str | None) -> None:
         """From the folder of a checkpoint. ds_to_universal leaves our file where it was, beside `<tag>_universal`."""
         folder = path if path.is_dir() else path.parent
+        check_same({f"client_state[{SECTION!r}] of the checkpoint": name}, self.reducer.group, self.reducer.device)
         original = folder.with_name(folder.name.removesuffix("_universal"))
         if name is not None:
             found = folder if (folder / checkpoint.FILE_NAME).is_file() else original
@@ -297,6 +304,12 @@ def install() -> None:
     original = DeepSpeedEngine.__init__
     if hasattr(original, _KEY):
         return
+    for one in gc.get_objects():
+        if issubclass(type(one), DeepSpeedEngine) and SECTION in getattr(one.__dict__.get("_config"), "_param_dict", ()):
+            raise UnsupportedError(
+                f'lowrank_comm: an engine with the section "{SECTION}" was made before lowrank_comm.integrations.deepspeed '
+                "was imported, and trains without compression. Import it before deepspeed.initialize or Trainer."
+            )
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -310,12 +323,6 @@ def install() -> None:
 
     setattr(__init__, _KEY, True)
     DeepSpeedEngine.__init__ = __init__
-    for one in gc.get_objects():
-        if issubclass(type(one), DeepSpeedEngine) and SECTION in getattr(one.__dict__.get("_config"), "_param_dict", ()):
-            raise UnsupportedError(
-                f'lowrank_comm: an engine with the section "{SECTION}" was made before lowrank_comm.integrations.deepspeed '
-                "was imported, and trains without compression. Import it before deepspeed.initialize or Trainer."
-            )
 
 
 def _before(given: Mapping[str, Any]) -> Section | None:

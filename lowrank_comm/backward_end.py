@@ -14,19 +14,22 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 
+_WATCHED = "_lowrank_comm_reduces_at_backward"
 _BACKWARD_OF_A_FUNCTION = torch.autograd.function.BackwardCFunction.apply.__code__
 
 
 class BackwardWatch:
     """Calls `on_gradient(parameter)` for each gradient, and `at_end()` once at the end of each backward pass.
 
-    The two are methods of an object that is not kept alive: when it is gone, nothing is called any more.
+    The object whose methods they are is kept alive by `at_end` only: without it nothing is lost when the object is gone,
+    with it a reduction would be.
 
     Args:
         parameters: whose gradients count.
@@ -38,17 +41,35 @@ class BackwardWatch:
         self, parameters: Iterable[Tensor], on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None = None
     ) -> None:
         self._on_gradient = weakref.WeakMethod(on_gradient)
-        self._at_end = None if at_end is None else weakref.WeakMethod(at_end)
+        self._at_end = at_end
         self._queued_in: int | None = None
         self._watched: set[int] = set()
+        self._handles: list[Any] = []
         self.add(parameters)
 
     def add(self, parameters: Iterable[Tensor]) -> None:
         """Watch further parameters; those that are watched already stay as they are."""
         for parameter in parameters:
-            if id(parameter) not in self._watched and parameter.requires_grad:
-                self._watched.add(id(parameter))
-                parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
+            if id(parameter) in self._watched or not parameter.requires_grad:
+                continue
+            if self._at_end is not None:
+                if getattr(parameter, _WATCHED, False):
+                    raise ConfigError(
+                        'reduce_at="backward": another optimizer with reduce_at="backward" holds the same parameters, and '
+                        "both would average their gradients. Call detach() on the other one first."
+                    )
+                setattr(parameter, _WATCHED, True)
+            self._watched.add(id(parameter))
+            self._handles.append((parameter, parameter.register_post_accumulate_grad_hook(self._gradient_is_there)))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for parameter, handle in self._handles:
+            handle.remove()
+            if self._at_end is not None:
+                setattr(parameter, _WATCHED, False)
+        self._handles.clear()
+        self._watched.clear()
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
         on_gradient = self._on_gradient()
@@ -63,8 +84,7 @@ class BackwardWatch:
 
     def _finish(self) -> None:
         self._queued_in = None
-        at_end = self._at_end() if self._at_end is not None else None
-        if at_end is None:
+        if self._at_end is None:
             return
         if _within_another_pass():
             raise UnsupportedError(
@@ -72,7 +92,7 @@ class BackwardWatch:
                 "of its own, and gradients would be averaged at the end of each. Use checkpoint(..., use_reentrant=False) "
                 '(Trainer: gradient_checkpointing_kwargs={"use_reentrant": False}), or reduce_at="step".'
             )
-        at_end()
+        self._at_end()
 
 
 def _within_another_pass() -> bool:

@@ -150,7 +150,7 @@ class Plan:
         if cut:
             lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
         if self.workers == 1:
-            lines.append("  one worker: nothing is sent anywhere, but gradients are compressed all the same")
+            lines.append("  one worker: gradients are compressed all the same, and what is called sent would be sent")
         lines += [f"  rule {pattern!r} matches no parameter" for pattern in self.idle_rules]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 

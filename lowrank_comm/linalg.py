@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,18 +27,27 @@ _PIVOT_FLOOR = 1e-7  # a float64 Gram matrix cannot resolve an angle below about
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, products are formed in their tensors' own dtypes: no autocast, and no TensorFloat-32, with which P would be
-    orthonormal to 1e-3 only and sent + kept would differ from given by as much."""
-    before = torch.get_float32_matmul_precision()
-    with torch.autocast(device.type, enabled=False):
-        if before == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+    """Inside, products are formed in their tensors' own dtypes: no autocast, and no TensorFloat-32 or bfloat16 in the place
+    of float32, with which P would be orthonormal to 1e-3 only and sent + kept would differ from given by as much."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as stack:
+        for backend in backends:
+            if hasattr(backend, "fp32_precision"):  # since torch 2.9; it does not go together with the older settings
+                if backend.fp32_precision not in ("none", "ieee"):
+                    stack.enter_context(_set(backend, "fp32_precision", "ieee"))
+            elif getattr(backend, "allow_tf32", False):
+                stack.enter_context(_set(backend, "allow_tf32", False))
+        yield
+
+
+@contextlib.contextmanager
+def _set(backend: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(backend, name)
+    setattr(backend, name, value)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)
 
 
 def dead_tolerance(dtype: torch.dtype) -> float:

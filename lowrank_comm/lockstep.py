@@ -6,8 +6,7 @@ process group, or the simulation of N workers side by side); the pieces are hand
 many collectives as the algorithm has phases, however many matrices there are. The first packet also carries everything
 that travels dense, and the control numbers:
 
-    [0]   1 if this worker holds a number that is not finite (or next to the end of its dtype's range), else 0;
-          -2 N if it asks the N workers to compare their settings before this pass, since it loaded a state
+    [0]   1 if this worker holds a number that is not finite (or next to the end of its dtype's range), else 0
     [1:]  for each parameter, 1 if this worker had a gradient, else 0
 
 The veto. A packet is suspicious if some worker raised the flag, or if the sum itself is not finite (it may overflow on a
@@ -18,7 +17,6 @@ PowerSGD. Every worker reads the same sums, so all see the same veto, close thei
 
 from __future__ import annotations
 
-import enum
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -30,14 +28,7 @@ from torch import Tensor
 from .communication.packet import Packet
 from .compressors.base import ComputeOnce, Decide, Mean, Request, Result, Steps
 
-Buffers = Generator[list[Tensor], int, "Agreed | Stopped"]
-
-
-class Stopped(enum.Enum):
-    """Why a pass ended after its first packet, or later, with nothing changed; the same on all workers."""
-
-    VETO = "some worker's numbers were not finite"
-    COMPARE = "some worker asks to compare settings first"
+Buffers = Generator[list[Tensor], int, "Agreed | None"]
 
 
 @dataclass
@@ -74,7 +65,6 @@ def lockstep(
     wire_dtype: torch.dtype | None,
     device: torch.device,
     account: Account,
-    compare: bool = False,
 ) -> Buffers:
     """One pass.
 
@@ -86,13 +76,12 @@ def lockstep(
         wire_dtype: dtype on the wire, or None for each tensor's own.
         device: where the control numbers live.
         account: filled in.
-        compare: ask all workers to compare their settings before this pass.
 
     Yields:
         The buffers of a phase, to be summed over the workers in place; is sent the number of collectives that it took.
 
     Returns:
-        `Agreed`, or why there is nothing to agree on.
+        `Agreed`, or None if any worker's numbers were not finite.
     """
     run = _Run(steps)
     suspects: list[Tensor] = []  # sums that decide about a veto, not read by the host so far
@@ -105,16 +94,16 @@ def lockstep(
         while run.advance():  # Decide requests: read them and the suspects in one transfer
             verdicts, known = _read(run.flags(), suspects, control_sum)
             control_sum, present = None, known or present
-            if isinstance(verdicts, Stopped):
+            if verdicts is None:
                 run.close()
-                return verdicts
+                return None
             run.decide(verdicts)
         if suspects and (run.asking or run.finished):
             verdicts, known = _read([], suspects, control_sum)
             control_sum, present = None, known or present
-            if isinstance(verdicts, Stopped):
+            if verdicts is None:
                 run.close()
-                return verdicts
+                return None
         if not run.asking and not first:
             break
         packet = Packet(workers, wire_dtype)
@@ -125,8 +114,7 @@ def lockstep(
             control = packet.add(numbers_of_control, "control", averaged=False)
         packet.seal()
         if first:
-            flag = torch.full_like(numbers_of_control[0], -2.0 * workers) if compare else ~packet.all_sound()
-            packet.write(control, flag.to(numbers_of_control))
+            packet.write(control, (~packet.all_sound()).to(numbers_of_control))
         account.bytes.update(packet.bytes)
         account.seconds["compress"] += time.perf_counter() - clock
         clock = time.perf_counter()
@@ -215,20 +203,19 @@ def _pack(packet: Packet, asking: dict[int, Mean | ComputeOnce], workers: int, r
 
 def _read(
     flags: list[Tensor], suspects: list[Tensor], control_sum: Tensor | None
-) -> tuple[list[bool] | Stopped, list[bool] | None]:
-    """Everything the host waits for, in one transfer: verdicts or why to stop, and which gradients exist anywhere."""
+) -> tuple[list[bool] | None, list[bool] | None]:
+    """Everything the host waits for, in one transfer: verdicts (None for a veto), and which gradients exist anywhere."""
     parts = [torch.stack([flag.all() for flag in flags])] if flags else []
     parts += [torch.stack([suspect.reshape(()) for suspect in suspects])] if suspects else []
     parts += [control_sum] if control_sum is not None else []
     home = parts[0].device
     numbers = torch.cat([part.to(device=home, dtype=torch.float32) for part in parts]).tolist()
     verdicts = [value > 0 for value in numbers[: len(flags)]]
-    stop = Stopped.VETO if any(value != 0 for value in numbers[len(flags) : len(flags) + len(suspects)]) else None
+    vetoed = any(value != 0 for value in numbers[len(flags) : len(flags) + len(suspects)])
     known = None
     if control_sum is not None:
         flag, *mask = numbers[len(flags) + len(suspects) :]
+        vetoed |= flag != 0
         known = [value > 0 for value in mask]
-        if flag != 0:  # each of N workers adds 1 at most, so who asks makes the sum negative
-            stop = Stopped.COMPARE if flag < 0 else Stopped.VETO
     suspects.clear()
-    return (stop or verdicts), known
+    return (None if vetoed else verdicts), known

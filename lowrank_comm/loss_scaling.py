@@ -30,9 +30,13 @@ class LossScaling:
         self._key = key
         self.scaler: Any = None
 
+    def attach(self, scaler: Any) -> None:
+        """Make a scaler known; one that is switched off is none."""
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+
     def scale_of_gradients(self) -> float:
         """The loss scale that gradients carry outside `step()`: the attached scaler's while nobody has unscaled them."""
-        if self.scaler is None or not self.scaler.is_enabled():
+        if self.scaler is None:
             return 1.0
         stage = self.scaler._per_optimizer_states[self._key]["stage"]
         return float(self.scaler.get_scale()) if stage.name == "READY" else 1.0

@@ -13,20 +13,27 @@ from torch import Tensor
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def own_names(names: Iterable[str]) -> list[str]:
-    """The model's own names of its parameters: without `_orig_mod.` and the like anywhere, and without the `module.` of a
-    wrapper, which stands in front of all of them (a part of the model that is called so does not).
+def wrappers_in_front(names: Iterable[str]) -> int:
+    """How many `module.` of wrappers stand in front of all names (a part of the model that is called so does not)."""
+    own = [_WRAPPERS.sub("", name) for name in names]
+    depth = 0
+    while own and all(name.startswith("module.") for name in own):
+        own, depth = [name.removeprefix("module.") for name in own], depth + 1
+    return depth
+
+
+def own_name(name: str, depth: int) -> str:
+    """The model's own name of a parameter: without `_orig_mod.` and the like anywhere, and without `depth` wrappers.
 
     Example:
-        >>> own_names(["module._orig_mod.layers.0.weight", "module._orig_mod.head.weight"])
+        >>> names = ["module._orig_mod.layers.0.weight", "module._orig_mod.head.weight"]
+        >>> [own_name(name, wrappers_in_front(names)) for name in names]
         ['layers.0.weight', 'head.weight']
-        >>> own_names(["module.weight", "weight"])
-        ['module.weight', 'weight']
     """
-    own = [_WRAPPERS.sub("", name) for name in names]
-    while own and all(name.startswith("module.") for name in own):
-        own = [name.removeprefix("module.") for name in own]
-    return own
+    name = _WRAPPERS.sub("", name)
+    for _ in range(depth):
+        name = name.removeprefix("module.")
+    return name
 
 
 class Namer:
@@ -38,6 +45,7 @@ class Namer:
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
         self._known: dict[int, str] = {}
+        self._depth: int | None = None  # of wrappers in torch's own names
         self._warned = False
         if named_parameters is not None:
             self.learn(named_parameters)
@@ -45,21 +53,22 @@ class Namer:
     def learn(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Take over names, e.g. `model.named_parameters()`."""
         named = list(named_parameters)
-        own = own_names(name for name, _ in named)
-        self._known.update({id(parameter): name for name, (_, parameter) in zip(own, named, strict=True)})
+        depth = wrappers_in_front(name for name, _ in named)
+        self._known.update({id(parameter): own_name(name, depth) for name, parameter in named})
 
     def name_all(self, param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
         """(name, parameter) in the order of the groups."""
         named: list[tuple[str, Tensor]] = []
         unnamed = 0
         torchs = [name for group in param_groups for name in group.get("param_names", ())]
-        own = dict(zip(torchs, own_names(torchs), strict=True))
+        if self._depth is None and torchs:
+            self._depth = wrappers_in_front(torchs)  # once: parameters that are added later must not rename the others
         for g, group in enumerate(param_groups):
             for k, parameter in enumerate(group["params"]):
                 if id(parameter) in self._known:
                     name = self._known[id(parameter)]
                 elif "param_names" in group:
-                    name = own[group["param_names"][k]]
+                    name = own_name(group["param_names"][k], self._depth or 0)
                 else:
                     name, unnamed = f"{g}.{k}", unnamed + 1
                 named.append((name, parameter))

@@ -197,7 +197,7 @@ class CompressedOptimizer(OptimizerAroundAnother):
         if not any(id(p) in held for p in model.parameters()):
             raise ConfigError("attach: the optimizer holds none of this model's parameters; build it from this model.")
         self._namer.learn(model.named_parameters())
-        self._scaling.scaler = scaler
+        self._scaling.attach(scaler)
         plan = self.plan
         if self.reducer.group.rank == 0:
             print(plan, flush=True)
@@ -289,6 +289,14 @@ class CompressedOptimizer(OptimizerAroundAnother):
         else:
             self._watch.add(trainable)
 
+    def detach(self) -> None:
+        """Take the hooks off the parameters, for another optimizer to hold them: nothing is averaged at the end of backward
+        any more, only in `step()` and `reduce_gradients()`."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        self._reduce_at = "step"
+
     def _new_gradient(self, parameter: Tensor) -> None:
         if self._status == "averaged" and self._reduce_at == "backward":
             self._accumulated |= any(ref() is parameter.grad for ref in self._averaged)
@@ -344,13 +352,15 @@ class CompressedOptimizer(OptimizerAroundAnother):
 
     def _further_settings(self) -> dict[str, Any]:
         """What must be equal on all workers beside the reducer's own settings."""
-        values = fingerprint([self._by_name[slot.name] for slot in self.reducer.slots])
-        return {
+        settings = {
             "optimizer": type(self.base).__name__,
             "max_grad_norm": self.max_grad_norm,
             "reduce_at": self._reduce_at,
-            "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)": values,
         }
+        if not self.reducer.has_passed:  # later, unlike processors may have rounded them apart by a last bit
+            values = fingerprint([self._by_name[slot.name] for slot in self.reducer.slots])
+            settings["values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)"] = values
+        return settings
 
     def error_memory(self) -> dict[str, Tensor]:
         """This worker's error memory, e_i = Delta_i - sent_i of the last step.

@@ -2,8 +2,8 @@
 
 The order of a step:
 
-1. Agreement (before the first pass, and when a worker asks for it because it loaded a state or has new parameters). A
-   fingerprint of settings, parameters and step is compared between the workers.
+1. Agreement (before the first pass, and after a state was loaded or parameters were added). A fingerprint of settings,
+   parameters and step is compared between the workers.
 2. Delta. For each batch of same-shape matrices the gradients are stacked and the error memory is added: Delta = g / scale
    + e. A missing gradient counts as zero. Small matrices share a batch; a large one is a batch of its own.
 3. Phases. The compressors' generators run in lock-step (`lockstep`): each phase is one packet, one collective. Phase one
@@ -31,7 +31,7 @@ from .batches import Batch, Slot
 from .compressors.base import Context, Delta, LowRank, Result, Steps
 from .errors import LowRankCommError
 from .linalg import full_precision
-from .lockstep import Account, Agreed, Stopped, lockstep
+from .lockstep import Account, Agreed, lockstep
 from .reducer_state import ReducerState
 from .reporting import LastPass
 
@@ -46,12 +46,10 @@ class Outcome:
         applied: False if it was vetoed: some worker's numbers were not finite, and nothing was changed.
         grads: in slot order; the tensors given, holding the result; a new tensor where this worker had none but another
             had; None where nobody had one.
-        compare: some worker asked to compare settings first: `agree`, then pass again.
     """
 
     applied: bool
     grads: list[Tensor | None]
-    compare: bool = False
 
 
 @dataclass
@@ -113,13 +111,6 @@ class Reducer(ReducerState):
         """
         if not self._agreed:
             self.agree()
-        outcome = self._drive(grads, scale)
-        if outcome.compare:
-            self.agree()
-            outcome = self._drive(grads, scale)
-        return outcome
-
-    def _drive(self, grads: Sequence[Tensor | None], scale: float) -> Outcome:
         passing = self.exchange(grads, scale)
         with full_precision(self.device):
             try:
@@ -150,15 +141,10 @@ class Reducer(ReducerState):
             wire_dtype=self._wire_dtype,
             device=self.device,
             account=account,
-            compare=self._ask_to_compare,
         )
         self._worker = (self.group.rank, self.group.size)
-        if agreed is Stopped.COMPARE:
-            self.ledger.bytes.update(account.bytes)
-            self.ledger.collectives += account.collectives
-            return Outcome(False, list(grads), compare=True)
-        self._enter_ledger(account, jobs, isinstance(agreed, Agreed))
-        if isinstance(agreed, Stopped):
+        self._enter_ledger(account, jobs, agreed is not None)
+        if agreed is None:
             return Outcome(False, list(grads))
         clock = time.perf_counter()
         for job, result in zip(jobs, agreed.results, strict=True):

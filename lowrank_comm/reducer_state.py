@@ -85,7 +85,7 @@ class ReducerState:
             {name: compressor.restart_elements(t.m, t.n, t.rank) for name, t in low.items()}
         )
         self.device = self.slots[0].device if self.slots else torch.device("cpu")
-        self._agreed = self._ask_to_compare = False
+        self._agreed = False
         self._worker: tuple[int, int] | None = None
         self._consolidated_at: int | None = None
         self._pending: Any = None  # a pass that waits for commit or rollback; see `reducer`
@@ -111,6 +111,7 @@ class ReducerState:
     def set_state(self, name: str, error: Tensor | None, state: Mapping[str, Tensor]) -> None:
         """Overwrite the error memory and the basis of one parameter, as read from a checkpoint."""
         self._settle_last_report()
+        self._consolidated_at = None
         batch, row = self._place[name]
         if error is not None:
             memory = batch.memory.tensor
@@ -134,7 +135,7 @@ class ReducerState:
 
     def continue_at(self, step: int) -> None:
         """The next pass is t = step, as read from a checkpoint."""
-        self.step, self._ask_to_compare, self._consolidated_at = step, self._agreed, None
+        self.step, self._agreed, self._consolidated_at = step, False, None
 
     @property
     def consolidated(self) -> bool:
@@ -151,7 +152,7 @@ class ReducerState:
         for name, error in old.error_memory().items():
             self.set_state(name, error, bases[name])
         old._settle_last_report()
-        self.ledger, self._worker, self._last, self._agreed = old.ledger, old._worker, old._last, old._agreed
+        self.ledger, self._worker, self._last = old.ledger, old._worker, old._last
         consolidated = old.consolidated
         self.continue_at(old.step)
         if consolidated:
@@ -167,7 +168,7 @@ class ReducerState:
         """Every worker's error becomes the mean of all; a collective.
 
         Linear compressors use the mean error only, so training goes on as it would have (to round-off), and what any
-        worker then saves is right for every worker at any world size. Called again before the next step, it does nothing.
+        worker then saves is right for every worker at any world size.
 
         Raises:
             LowRankCommError: a pass is pending.
@@ -177,8 +178,6 @@ class ReducerState:
         self._settle_last_report()
         if not self._agreed:
             self.agree()
-        if self.consolidated:
-            return
         self.mark_consolidated()
         if self.group.size == 1:
             return
@@ -193,13 +192,12 @@ class ReducerState:
     def agree(self) -> None:
         """Compare settings, parameters and step with the other workers. A collective.
 
-        Once before the first pass, where all workers come by. Later, a worker that has loaded a state or got new
-        parameters cannot know whether the others have: it asks in the first packet of its next pass. (Workers that loaded
-        different steps would restart at different times, and wait for each other.)
+        Before the first pass, and before the next one after a state was loaded or parameters were added, which all workers
+        must do alike: workers that loaded different steps would restart at different times, and wait for each other.
         """
         everything = self.describe() | (self.further_settings() if self.further_settings else {})
         self.ledger.bytes["fingerprint"] += check_same(everything, self.group, self.device)
-        self._agreed, self._ask_to_compare = True, False
+        self._agreed = True
 
     def describe(self) -> dict[str, Any]:
         """Everything that must be equal on all workers."""
@@ -235,6 +233,11 @@ class ReducerState:
     def last_report(self) -> StepReport | None:
         """The last pass; None before the first. Norms cost one read of the error memory, when this is first read."""
         return self._last.report(self._batches) if self._last else None
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether a pass has been made, vetoed or not."""
+        return self._worker is not None
 
     @property
     def worker(self) -> tuple[int, int]:

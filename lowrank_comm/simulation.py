@@ -18,6 +18,7 @@ from .communication.group import Group
 from .compressors.base import Compressor
 from .diagnostics import StepReport
 from .errors import LowRankCommError
+from .linalg import full_precision
 from .reducer import Outcome, Reducer
 
 
@@ -94,7 +95,8 @@ class Simulation:
         Raises:
             LowRankCommError: workers applied different numbers (a defect of a compressor).
         """
-        outcomes = self._run(gradients)
+        with full_precision(torch.device("cpu")):
+            outcomes = self._run(gradients)
         if not outcomes[0].applied:
             return {}
         for reducer in self.reducers:

@@ -70,5 +70,6 @@ def test_trains(path: Path, tmp_path: Path) -> None:
     sent = {kind: size for kind, size in summary["bytes"].items() if kind != "consolidation"}
     ratio = summary["uncompressed_bytes"] / sum(sent.values())
     # Three steps: PowerSGD+ sends the whole of every matrix in the first one, PowerSGD never does.
-    assert summary["bytes"]["consolidation"] < summary["uncompressed_bytes"] / STEPS  # once, at the last checkpoint
+    saves = 2 if path.stem.endswith("zero3") else 1  # of the last checkpoint: at ZeRO-3, Trainer saves the model by another
+    assert summary["bytes"]["consolidation"] < saves * summary["uncompressed_bytes"] / STEPS
     assert ratio > (15 if path.stem == "ds_powersgd" else 2)

@@ -31,10 +31,10 @@ class Ledger:
 class Run:
     """Drives a Recorder as Trainer does."""
 
-    def __init__(self, folder, compressed=True):
+    def __init__(self, folder, compressed=True, checkpoint=None):
         self.handle = SimpleNamespace(ledger=Ledger(), last_report=None) if compressed else None
         trainer = SimpleNamespace(model=torch.nn.Linear(3, 3))
-        self.recorder = recording.Recorder(trainer, folder, lambda: self.handle)
+        self.recorder = recording.Recorder(trainer, folder, lambda: self.handle, checkpoint)
         self.state = SimpleNamespace(global_step=0, max_steps=4, is_world_process_zero=True)
 
     def steps(self, first, last, log_every=1, save_at=None):
@@ -98,6 +98,31 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path, log_every):
     assert summary.uncompressed_bytes == whole.uncompressed_bytes
     assert summary.first_perplexity == whole.first_perplexity
     assert summary.steps == 4
+
+
+def test_a_run_that_is_resumed_in_another_folder(tmp_path):
+    """Its totals go on with the log beside the checkpoint; without one, it says from where it counts."""
+    whole = Run(tmp_path / "whole").steps(1, 4, save_at=2)
+    Run(tmp_path / "old").steps(1, 2, save_at=2)
+    resumed = Run(tmp_path / "new", checkpoint=tmp_path / "old" / "checkpoint-2")
+    resumed.handle.ledger.restarts = 3
+    assert resumed.steps(3, 4).bytes == whole.bytes
+    assert resumed.recorder.first_step == 1
+    alone = Run(tmp_path / "alone", checkpoint=tmp_path / "nowhere" / "checkpoint-2")
+    alone.handle.ledger.restarts = 3
+    assert alone.steps(3, 4).bytes == {"factors": 20}
+    assert alone.recorder.first_step == 3
+
+
+def test_times_leave_out_the_first_steps_however_rare_the_logs(tmp_path):
+    run = Run(tmp_path)
+    summary = run.steps(1, 4, log_every=3)
+    lines = report.logged_steps(tmp_path)
+    assert [line["warm_up"] for line in lines] == [False, False]
+    assert summary.captured_energy == pytest.approx((0.1 + 0.2 + 0.3 + 0.4) / 4)  # each step counts once
+    every = Run(tmp_path / "every").steps(1, 4)
+    assert [line["warm_up"] for line in report.logged_steps(tmp_path / "every")] == [True, True, False, False]
+    assert every.phases == {"compress": pytest.approx(0.25)}
 
 
 def test_rare_logs_still_count_every_step(tmp_path):

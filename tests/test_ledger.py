@@ -136,7 +136,6 @@ def counted(rank: int, compressor: Compressor) -> dict[str, Any]:
             reports.append(optimizer.last_report)
         of_steps, of_the_ledger = len(calls), (dict(optimizer.ledger.bytes), optimizer.ledger.collectives)
         optimizer.consolidate_error_memory()
-        optimizer.consolidate_error_memory()  # nothing has happened since
         return {
             "consolidation": calls[of_steps:],
             "consolidation in the ledger": optimizer.ledger.bytes["consolidation"],

@@ -429,6 +429,24 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         library_checkpoint.load(Trainer(PowerSGD(2)).optimizer.reducer, tmp_path)
 
 
+def changed_after_consolidation(rank: int) -> list[float]:
+    """Whoever writes into the live views, or into one parameter's state, may consolidate again."""
+    trainer = Trainer(PowerSGD(2))
+    trainer.train(0, 2, rank)
+    trainer.optimizer.consolidate_error_memory()
+    for error in trainer.optimizer.error_memory().values():
+        error.fill_(rank)
+    trainer.optimizer.consolidate_error_memory()
+    means = [float(e.mean()) for e in trainer.optimizer.error_memory().values()]
+    trainer.optimizer.reducer.set_state("0.weight", torch.ones(12, 9), {})
+    assert not trainer.optimizer.reducer.consolidated
+    return means
+
+
+def test_consolidation_after_the_memory_was_changed(gloo: GlooPool) -> None:
+    assert gloo.run(changed_after_consolidation, 2) == [[0.5, 0.5]] * 2
+
+
 def own_after_the_group_is_gone(rank: int) -> tuple[str, int, int]:
     trainer = Trainer(PowerSGD(2))
     fresh = trainer.optimizer.state_dict()

@@ -323,6 +323,18 @@ def test_a_scale_that_is_taken_out_after_the_reduction_is_told_too(reduce_at: st
         scaler.step(run.optimizer)
 
 
+def test_a_scaler_that_is_switched_off_is_none() -> None:
+    run = Run(PowerSGD(2))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run.optimizer.attach(run.model, scaler=scaler)
+    for factor in (1.0, torch.nan, 1.0):
+        run.give(0, 0, factor)
+        run.optimizer.reduce_gradients()
+        scaler.step(run.optimizer)
+        scaler.update()
+    assert (run.optimizer.ledger.vetoed, run.optimizer.reducer.step) == (1, 2)
+
+
 def no_gradients_on_rank_1(rank: int) -> tuple[float, bool]:
     run = Run(PowerSGD(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
