@@ -49,15 +49,14 @@ class BackwardWatch:
 
     def add(self, parameters: Iterable[Tensor]) -> None:
         """Watch further parameters; those that are watched already stay as they are."""
-        for parameter in parameters:
-            if id(parameter) in self._watched or not parameter.requires_grad:
-                continue
+        fresh = [p for p in parameters if p.requires_grad and id(p) not in self._watched]
+        if self._at_end is not None and any(getattr(parameter, _WATCHED, False) for parameter in fresh):
+            raise ConfigError(
+                'reduce_at="backward": another optimizer with reduce_at="backward" holds the same parameters, and both would '
+                "average their gradients. Call detach() on the other one first."
+            )
+        for parameter in fresh:
             if self._at_end is not None:
-                if getattr(parameter, _WATCHED, False):
-                    raise ConfigError(
-                        'reduce_at="backward": another optimizer with reduce_at="backward" holds the same parameters, and '
-                        "both would average their gradients. Call detach() on the other one first."
-                    )
                 setattr(parameter, _WATCHED, True)
             self._watched.add(id(parameter))
             self._handles.append((parameter, parameter.register_post_accumulate_grad_hook(self._gradient_is_there)))
