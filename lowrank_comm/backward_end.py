@@ -52,8 +52,8 @@ class BackwardWatch:
         fresh = [p for p in parameters if p.requires_grad and id(p) not in self._watched]
         if self._at_end is not None and any(getattr(parameter, _WATCHED, False) for parameter in fresh):
             raise ConfigError(
-                'reduce_at="backward": another optimizer with reduce_at="backward" holds the same parameters, and both would '
-                "average their gradients. Call detach() on the other one first."
+                'reduce_at="backward": another optimizer with reduce_at="backward" holds the same parameters, and both '
+                "would average their gradients. Call detach() on the other one first."
             )
         for parameter in fresh:
             if self._at_end is not None:
