@@ -84,7 +84,7 @@ class DeepSpeedAdapter:
             if hasattr(owner, "zero_grad"):
                 owner.zero_grad = self._dropping(owner.zero_grad)
         engine.save_checkpoint = self._saving(engine.save_checkpoint)
-        engine.load_checkpoint = self._loading(engine.load_checkpoint)
+        engine.load_checkpoint = _telling(engine.load_checkpoint, self._loaded)
 
     @property
     def plan(self) -> Plan:
@@ -132,6 +132,7 @@ class DeepSpeedAdapter:
 
     def _reduce(self, *_: Any) -> None:
         """The pass over all gradients, and their way back into DeepSpeed."""
+        self._accumulating = False
         if self._outcome is not None:
             raise UnsupportedError(
                 "lowrank_comm: a second backward at the accumulation boundary before engine.step(); the gradients of the "
@@ -246,20 +247,11 @@ class DeepSpeedAdapter:
 
         return wrapped
 
-    def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """`engine.load_checkpoint`, which also restores the reducer's state, where the optimizer's is restored."""
-        signature = inspect.signature(load)
-
-        @functools.wraps(load)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            path, client_state = load(*args, **kwargs)
-            self._drop()
-            name = client_state.pop(SECTION, None) if client_state else None
-            if path is not None and _restores_the_optimizer(signature, args, kwargs):
-                self._restore(Path(path), name)
-            return path, client_state
-
-        return wrapped
+    def _loaded(self, path: Path | None, name: str | None) -> None:
+        """After `engine.load_checkpoint`: restore the reducer's state where the optimizer's was."""
+        self._drop()
+        if path is not None:
+            self._restore(path, name)
 
     def _restore(self, path: Path, name: str | None) -> None:
         """From the folder of a checkpoint. ds_to_universal leaves our file where it was, beside `<tag>_universal`."""
@@ -276,10 +268,23 @@ class DeepSpeedAdapter:
         self.reducer.reset()
 
 
-def _restores_the_optimizer(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bool(bound.arguments["load_optimizer_states"] and not bound.arguments["load_module_only"])
+def _telling(load: Callable[..., Any], loaded: Callable[[Path | None, str | None], None]) -> Callable[..., Any]:
+    """`engine.load_checkpoint`, which then calls loaded(path, name of the save): path where the optimizer's state was loaded
+    and None otherwise, name where the checkpoint was saved with compression."""
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        path, client_state = load(*args, **kwargs)
+        name = client_state.pop(SECTION, None) if client_state else None
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        restores = path is not None and given["load_optimizer_states"] and not given["load_module_only"]
+        loaded(Path(path) if restores else None, name)
+        return path, client_state
+
+    return wrapped
 
 
 def get(engine: Any) -> DeepSpeedAdapter | None:
@@ -363,19 +368,14 @@ def _leave_alone(engine: Any) -> None:
         return
     if Group(seams.process_group(engine)).rank == 0:
         print(f'lowrank_comm: no section "{SECTION}" in the DeepSpeed configuration, nothing is compressed', flush=True)
-    load = engine.load_checkpoint
-    signature = inspect.signature(load)
 
-    @functools.wraps(load)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(*args, **kwargs)
-        if client_state and client_state.pop(SECTION, None) and _restores_the_optimizer(signature, args, kwargs):
+    def loaded(path: Path | None, name: str | None) -> None:
+        if path is not None and name is not None:
             _log.warning(
                 "%s was saved with compression, and this run has no section %r: its error memory is lost", path, SECTION
             )
-        return path, client_state
 
-    engine.load_checkpoint = wrapped
+    engine.load_checkpoint = _telling(engine.load_checkpoint, loaded)
 
 
 def _attach(engine: Any, section: Section) -> None:

@@ -35,6 +35,12 @@ FORMAT = 1
 _log = logging.getLogger("lowrank_comm")
 
 
+def check_format(found: object, what: str) -> None:
+    """StateMismatchError if what was saved has another layout than this version reads."""
+    if found != FORMAT:
+        raise StateMismatchError(f"{what} has format {found}, this version reads {FORMAT}; update lowrank_comm.")
+
+
 @dataclass(frozen=True)
 class Tag:
     """What a saved state is: see the module's text. `step` is t of the next pass."""
@@ -52,8 +58,7 @@ class Tag:
         Raises:
             StateMismatchError: kind "own" from another rank or world size, or an unknown format.
         """
-        if self.format != FORMAT:
-            raise StateMismatchError(f"the saved state has format {self.format}, this version reads {FORMAT}; update.")
+        check_format(self.format, "the saved state")
         here = (reducer.group.rank, reducer.group.size)
         if self.kind == "own" and (self.rank, self.world) != here:
             raise StateMismatchError(
@@ -154,7 +159,7 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
     if reducer.group.rank == 0:
         try:
             _write(reducer, Path(folder) / FILE_NAME, mine["name"])
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the others wait to be told
             mine["error"] = str(error)
     of_rank_0 = _tell(reducer, mine)[0]
     if of_rank_0["error"]:
@@ -246,8 +251,5 @@ def _read(path: Path, name: str | None) -> tuple[Tag, dict[str, dict[str, Tensor
             "resume from another checkpoint."
         )
     entries = json.loads(metadata["tag"])
-    if entries.get("format") != FORMAT:
-        raise StateMismatchError(
-            f"{path} has format {entries.get('format')}, this version reads {FORMAT}; update lowrank_comm."
-        )
+    check_format(entries.get("format"), str(path))
     return Tag(**entries), tensors

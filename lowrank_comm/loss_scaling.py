@@ -38,8 +38,7 @@ class LossScaling:
         """The loss scale that gradients carry outside `step()`: the attached scaler's while nobody has unscaled them."""
         if self.scaler is None:
             return 1.0
-        stage = self.scaler._per_optimizer_states[self._key]["stage"]
-        return float(self.scaler.get_scale()) if stage.name == "READY" else 1.0
+        return float(self.scaler.get_scale()) if self._filed("stage").name == "READY" else 1.0
 
     def unscale(self, optimizer: Any, parameters: Sequence[Tensor], reduced: bool) -> None:
         """Inside `step()`: take the scale out of the gradients, if a scaler says that it is still in them.
@@ -60,7 +59,7 @@ class LossScaling:
                 "may have got the loss scale. Call optimizer.attach(model, scaler=scaler) at the start."
             )
         if self.scaler is not None:
-            found = self.scaler._per_optimizer_states[self._key]["found_inf_per_device"]
+            found = self._filed("found_inf_per_device")
             if not found:  # this worker has no gradients, others may; the scaler wants to have looked at some
                 found.update({device: torch.zeros((), device=device) for device in {p.device for p in parameters}})
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -70,5 +69,9 @@ class LossScaling:
     def overflowed(self) -> None:
         """A veto is an overflow for the scaler of every worker, so that their scales stay equal."""
         if self.scaler is not None:
-            for found in self.scaler._per_optimizer_states[self._key]["found_inf_per_device"].values():
+            for found in self._filed("found_inf_per_device").values():
                 found.fill_(1.0)
+
+    def _filed(self, what: str) -> Any:
+        """What the attached scaler keeps of this optimizer since its last update."""
+        return self.scaler._per_optimizer_states[self._key][what]

@@ -60,9 +60,9 @@ class Namer:
         """(name, parameter) in the order of the groups."""
         named: list[tuple[str, Tensor]] = []
         unnamed = 0
-        torchs = [name for group in param_groups for name in group.get("param_names", ())]
-        if self._depth is None and torchs:
-            self._depth = wrappers_in_front(torchs)  # once: parameters that are added later must not rename the others
+        if self._depth is None:  # once: parameters that are added later must not rename the others
+            torchs = [name for group in param_groups for name in group.get("param_names", ())]
+            self._depth = wrappers_in_front(torchs) if torchs else None
         for g, group in enumerate(param_groups):
             for k, parameter in enumerate(group["params"]):
                 if id(parameter) in self._known:
@@ -80,7 +80,7 @@ class Namer:
                 "attach(model).",
                 stacklevel=_stacklevel_of_the_caller(),
             )
-        if torchs and all(name.startswith("module.") for name in torchs) and not self._known and not self._warned:
+        if self._depth and not self._known and not self._warned:
             self._warned = True
             warnings.warn(
                 "the names of all parameters start with 'module.', as in a model wrapped by DistributedDataParallel. If it "

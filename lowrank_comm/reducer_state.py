@@ -126,7 +126,6 @@ class ReducerState:
         if names is None:
             self._pending, names = None, list(self._place)
             self.continue_at(0)
-        self._settle_last_report()
         initial: dict[int, dict[str, Tensor]] = {}
         for name in names:
             batch, row = self._place[name]
@@ -178,9 +177,11 @@ class ReducerState:
         self._settle_last_report()
         if not self._agreed:
             self.agree()
+        if self.group.size > 1:
+            self._average_errors()
         self.mark_consolidated()
-        if self.group.size == 1:
-            return
+
+    def _average_errors(self) -> None:
         if not self.compressor.linear:
             _log.warning("%s is not linear: the mean error is a valid start, not an exact one", self.compressor.json_name)
         for batch in self._batches:

@@ -115,6 +115,20 @@ def dropped_micro_steps(rank: int, stage: int) -> dict[str, Any]:
     return {"before": said_before, "said": said}
 
 
+def zero_grad_after_own_boundaries(rank: int, stage: int) -> str:
+    """The caller owns the boundary, steps, and clears the gradients as with any optimizer: nothing to be told."""
+    settings = config(stage, gas=2, section=RANK_2, managed_gradient_accumulation=False)
+    with engines(engine_of(settings, "sgd")) as engine, warnings_of_the_library() as log:
+        for step in range(2):
+            for micro in range(2):
+                x, y = batch(rank, 2 * step + micro)
+                engine.backward(loss_of(engine(x), y))
+            engine.step()
+            engine.zero_grad()
+        assert adapter_of(engine).reducer.step == 2
+        return log.getvalue()
+
+
 def reused_optimizer(rank: int) -> dict[str, Any]:
     """One torch optimizer in two fp32 engines of stage 0, one after the other; NaN in the second."""
     import deepspeed

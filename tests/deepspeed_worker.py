@@ -226,6 +226,7 @@ def cases(folder: str) -> dict[str, Case]:
         for whose in ("engine", "optimizer"):
             add(f"dropped pass {stage} {whose}", mishaps.dropped_pass, stage, whose)
         add(f"dropped micro-steps {stage}", mishaps.dropped_micro_steps, stage)
+        add(f"zero_grad after own boundaries {stage}", mishaps.zero_grad_after_own_boundaries, stage)
         add(f"raising scheduler {stage}", mishaps.raising_scheduler, stage)
         add(f"other runs {stage}", mishaps.other_runs_checkpoints, f"{folder}/other_runs_{stage}", stage)
         if stage > 0:

@@ -257,6 +257,11 @@ def test_zero_grad_between_micro_steps_is_told(look: Look, stage: int) -> None:
         assert "zero_grad() between micro-steps drops" in found["said"]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_after_a_step_is_not_told(look: Look, stage: int) -> None:
+    assert look(f"zero_grad after own boundaries {stage}") == ["", ""]
+
+
 def test_a_torch_optimizer_that_serves_two_engines(look: Look) -> None:
     for found in look("reused optimizer"):
         assert found["skipped"] == (1, True, False)  # what Accelerate asks for after the step, too

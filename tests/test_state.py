@@ -15,7 +15,7 @@ import pytest
 import torch
 from gloo import GlooPool
 from reference import gradient
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as read_safetensors
 from safetensors.torch import save_file as plain_save
 from torch import Tensor, nn
@@ -515,6 +515,34 @@ def test_a_file_that_one_worker_cannot_use_is_refused_by_all(
     texts = gloo.run(broken_files, 2, str(tmp_path), what)
     for text in texts:
         assert all(word in text for word in words), text
+
+
+def fails_to_save(rank: int, folder: str, disk_is_full: bool) -> str:
+    trainer = Trainer(PowerSGD(2))
+    trainer.train(0, 2, rank)
+    if disk_is_full:  # as safetensors says it
+
+        def full(*_: Any, **__: Any) -> None:
+            raise SafetensorError("No space left on device")
+
+        library_checkpoint.save_file = full
+    try:
+        library_checkpoint.save(trainer.optimizer.reducer, folder)
+    except StateMismatchError as error:
+        return str(error)
+    finally:
+        library_checkpoint.save_file = plain_save
+    return "no error"
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True], ids=["the folder is a file", "the disk is full"])
+def test_a_save_that_fails_on_rank_0_is_told_by_all(gloo: GlooPool, tmp_path: Path, disk_is_full: bool) -> None:
+    folder = tmp_path / "taken"
+    if not disk_is_full:
+        folder.write_text("a file")
+    texts = gloo.run(fails_to_save, 2, str(folder), disk_is_full, timeout=20.0)
+    assert texts[0] == texts[1]
+    assert "could not be saved" in texts[0]
 
 
 def test_the_file_that_a_checkpoint_was_saved_with_must_be_there(tmp_path: Path) -> None:
