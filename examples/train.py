@@ -63,6 +63,7 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 import lowrank_comm.integrations.deepspeed  # noqa: E402  (the one line: the JSON's "lowrank_comm" section now means something)
 from lowrank_comm import LowRankCommError  # noqa: E402
+from lowrank_comm.communication import leave  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 UNCOMPRESSED_CONFIG = "ds_uncompressed"
@@ -258,8 +259,7 @@ def main() -> None:
         own = recorder.summary(describe(section, output_dir), setup, section)
         own.save(output_dir)
         show(output_dir, find_comparison(given, output_dir, own))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 def describe(section: dict[str, Any] | None, output_dir: Path) -> str:
@@ -274,6 +274,5 @@ if __name__ == "__main__":
     try:
         main()
     except (LowRankCommError, FileNotFoundError, InputError) as problem:  # what the user can mend needs no traceback
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave()
         sys.exit(f"\n{type(problem).__name__} on rank {os.environ.get('RANK', '0')}: {problem}")

@@ -40,6 +40,7 @@ def parse(arguments: Sequence[str]) -> tuple[bool, str, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Switch the adapter on and become the script."""
     is_module, script, rest = parse(sys.argv[1:] if arguments is None else arguments)
+    from lowrank_comm.communication import leave
     from lowrank_comm.integrations import deepspeed
 
     deepspeed.skip_shm_extension()
@@ -52,18 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         if end.code in (None, 0):
-            _close()
+            leave()
         raise
-    _close()
-
-
-def _close() -> None:
-    """A script that leaves its process group open may abort at exit, when gloo's threads outlive it; the launcher would then
-    report a failure after a run that was complete."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

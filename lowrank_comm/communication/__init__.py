@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .agreement import check_same
-from .group import Group
+from .group import Group, leave
 from .ledger import Ledger
 
-__all__ = ["Group", "Ledger", "check_same"]
+__all__ = ["Group", "Ledger", "check_same", "leave"]

@@ -7,6 +7,7 @@ buffers are used on that one stream only, so no `record_stream` is needed. Never
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,3 +88,17 @@ class Group:
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self.process_group)
         return [bytes(part[: int(n.item())].tolist()) for part, n in zip(parts, lengths, strict=True)]
+
+
+def leave() -> None:
+    """Leave the default process group, if there is one, at the end of a program.
+
+    On gloo a process that ends within milliseconds of its last collective may be aborted after its last line ("terminate
+    called without an active exception", pytorch pull request 179291), and the launcher then reports a failure of a run that
+    was complete. A moment's wait was enough wherever that was seen.
+    """
+    if dist.is_available() and dist.is_initialized():
+        uses_gloo = "gloo" in dist.get_backend()
+        dist.destroy_process_group()
+        if uses_gloo:
+            time.sleep(0.5)
