@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .communication.shards import Shards
 from .compressors.base import Compressor, Context, Delta, LowRank, Result, State, columns_in_memory
 from .error_feedback import LARGE, ErrorFeedback, ErrorMemory, row_blocks
 from .errors import ConfigError
@@ -27,17 +28,35 @@ CHUNK = 1 << 21  # elements of a batch at most: 8 MB in float32, so that it stay
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter: its name in the model, full shape, dtype of its gradient, device."""
+    """One parameter, or the block of it that this rank holds.
+
+    Attributes:
+        name: in the model.
+        shape: of what this rank holds.
+        dtype: of its gradient.
+        device: of the computation.
+        whole: shape of the whole parameter, of which the ranks of a node hold blocks; None where this is all of it.
+        dim: along which it is cut into blocks.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    whole: tuple[int, ...] | None = None
+    dim: int = 0
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def block(self, shards: Shards, rank: int) -> tuple[int, ...]:
+        """Shape of the block that rank `rank` of the node holds; rank 0 holds the largest."""
+        if self.whole is None:
+            return self.shape
+        held = shards.block(self.whole[self.dim], rank)
+        return (*self.whole[: self.dim], held.stop - held.start, *self.whole[self.dim + 1 :])
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -52,10 +71,11 @@ class Batch:
     Attributes:
         slots: places in the list of gradients.
         names: of the parameters.
-        m, n, rank: of each matrix.
+        m, n, rank: of each matrix, of which `m` are the rows that this rank holds.
         dtype, device: of the computation.
         memory: errors, (B, m, n).
         initial_state: makes the compressor's state before the first step.
+        context: what a compressor may know, but for the step.
         state: the compressor's state, symbol -> (B, ...).
     """
 
@@ -68,6 +88,7 @@ class Batch:
     device: torch.device
     memory: ErrorMemory
     initial_state: Callable[[], State]
+    context: Context = field(kw_only=True)
     state: State = field(init=False)
     _work: Tensor | None = None
 
@@ -192,6 +213,8 @@ def build_batches(
     seed: int,
     worker: int,
     initial_basis: Mapping[str, Tensor],
+    shards: Shards,
+    indices: Sequence[int],
 ) -> list[Batch]:
     """Group the low-rank parameters by shape, rank, dtype and device, in slot order.
 
@@ -202,34 +225,37 @@ def build_batches(
         seed: of the draws.
         worker: this worker's number, for private draws.
         initial_basis: parameter name -> Q (n x r).
+        shards: the ranks of this node.
+        indices: which of the slots to group.
 
     Returns:
         Batches; the same grouping on all workers.
 
     Raises:
-        ConfigError: an initial basis names no compressed parameter or has the wrong shape.
+        ConfigError: an initial basis has the wrong shape.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
-    for k, (slot, treatment) in enumerate(zip(slots, treatments, strict=True)):
+    for k in indices:
+        slot, treatment = slots[k], treatments[k]
         if treatment.low_rank:
-            key = (treatment.m, treatment.n, treatment.rank, slot.compute_dtype, slot.device)
+            key = (treatment.m, treatment.n, treatment.rank, slot.compute_dtype, slot.device)  # one grouping on all ranks
             groups.setdefault(key, []).append(k)
-    low_rank = {slots[k].name for members in groups.values() for k in members}
-    for name in initial_basis:
-        if name not in low_rank:
-            raise ConfigError(f"initial_basis names {name!r}, which is not a compressed parameter; remove it.")
     batches = []
     for members in groups.values():
-        together = max(1, CHUNK // max(1, slots[members[0]].numel))
+        largest = slots[members[0]].block(shards, 0)  # not this rank's own: the grouping is the same on all ranks of a node
+        together = max(1, CHUNK // max(1, math.prod(largest)))
         for start in range(0, len(members), together):
             chosen = tuple(members[start : start + together])
             slot, treatment = slots[chosen[0]], treatments[chosen[0]]
-            m, n, rank, dtype = treatment.m, treatment.n, treatment.rank, slot.compute_dtype
+            rows, m, n, rank, dtype = slot.shape[0], treatment.m, treatment.n, treatment.rank, slot.compute_dtype
             names = tuple(slots[k].name for k in chosen)
-            memory = ErrorMemory(error_feedback, names, m, n, dtype, slot.device, seed, worker)
+            memory = ErrorMemory(error_feedback, names, rows, n, dtype, slot.device, seed, worker)
             like = torch.empty(0, dtype=dtype, device=slot.device)
-            state = functools.partial(_initial_state, compressor, Context(names, -1, seed, rank), m, n, like, initial_basis)
-            batches.append(Batch(chosen, names, m, n, rank, dtype, slot.device, memory, state))
+            context = Context(names, -1, seed, rank, m=m, rows=shards.block(m) if rows != m else slice(None))
+            state = functools.partial(_initial_state, compressor, context, m, n, like, initial_basis)
+            batches.append(
+                Batch(chosen, names, rows, n, rank, dtype, slot.device, memory, state, context=context)
+            )
     return batches
 
 

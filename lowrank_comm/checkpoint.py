@@ -26,12 +26,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from .batches import Slot
+from .compressors.base import Context
 from .errors import StateMismatchError
+from .policy import Treatment
 from .reducer import Reducer
 
 FILE_NAME = "lowrank_comm.safetensors"
 FORMAT = 1
+_OF = "_of_blocks_"  # in a symbol: bases of that many blocks of rows, each of which is a matrix of its own
 _log = logging.getLogger("lowrank_comm")
 
 
@@ -59,7 +64,7 @@ class Tag:
             StateMismatchError: kind "own" from another rank or world size, or an unknown format.
         """
         check_format(self.format, "the saved state")
-        here = (reducer.group.rank, reducer.group.size)
+        here = reducer.here
         if self.kind == "own" and (self.rank, self.world) != here:
             raise StateMismatchError(
                 f"the saved error memory is rank {self.rank}'s own of {self.world} workers; this is rank {here[0]} of "
@@ -81,6 +86,68 @@ def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     return {name: {"error": error, **bases[name]} for name, error in reducer.error_memory().items()}
 
 
+def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
+    """The same of whole parameters, on the CPU; where ranks of a node hold blocks of them, a collective of these ranks.
+
+    Where each block has a basis of its own, they are kept together, (F, n, r), by a symbol that tells F.
+    """
+    mine = tensors_of(reducer)
+    if reducer.shards.size == 1:
+        return {name: {k: t.detach().cpu() for k, t in parts.items()} for name, parts in mine.items()}
+    result: dict[str, dict[str, Tensor]] = {}
+    for slot in reducer.slots:
+        largest = reducer.treatment_of_largest(slot)
+        if not largest.low_rank:
+            continue
+        parts = mine.get(slot.name)
+        memory = parts["error"] if parts else torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
+        entry = {"error": reducer.shards.whole(memory.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint")}
+        if reducer.shards.whole_matrices:
+            entry |= {k: t for k, t in (parts or {}).items() if k != "error"}
+        else:
+            entry |= {f"{k}{_OF}{reducer.shards.size}": t for k, t in _bases_of_blocks(reducer, slot, parts, largest).items()}
+        result[slot.name] = {k: t.detach().cpu() for k, t in entry.items()}
+    return result
+
+
+def _bases_of_blocks(
+    reducer: Reducer, slot: Slot, parts: Mapping[str, Tensor] | None, largest: Treatment
+) -> dict[str, Tensor]:
+    """symbol -> (F, n, r), zero where a block has no column or no rows. n is that of the block with the most."""
+    context = Context((slot.name,), 0, reducer.seed, largest.rank, m=largest.m)
+    like = torch.empty(0, dtype=slot.compute_dtype, device=slot.device)
+    shapes = {k: t.shape[1:] for k, t in reducer.compressor.initial_state(context, largest.m, largest.n, like).items()}
+    bases = {}
+    for symbol, shape in shapes.items():
+        room = torch.zeros(shape, dtype=slot.compute_dtype, device=slot.device)
+        if parts is not None:
+            room[tuple(slice(0, size) for size in parts[symbol].shape)] = parts[symbol]
+        bases[symbol] = reducer.shards.gather(room.reshape(-1), "checkpoint").view(reducer.shards.size, *shape)
+    return bases
+
+
+def _cut_to(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """What this rank holds of saved tensors: its block of a whole error, its basis of those of all blocks."""
+    slots = {slot.name: slot for slot in reducer.slots}
+    own_basis = f"{_OF}{reducer.shards.size}"
+    result: dict[str, dict[str, Tensor]] = {}
+    for name, saved in tensors.items():
+        slot = slots.get(name)
+        parts: dict[str, Tensor] = {}
+        for symbol, given in saved.items():
+            tensor = given.to_local() if isinstance(given, DTensor) else given
+            if symbol == "error" and slot is not None and slot.whole is not None and tensor.shape == slot.whole:
+                tensor = reducer.shards.own(tensor, slot.dim)
+            elif symbol.endswith(own_basis) and reducer.shards.size > 1:
+                symbol, tensor = symbol.removesuffix(own_basis), tensor[reducer.shards.rank] if tensor.dim() == 3 else tensor
+                kept = reducer.bases_of(name).get(symbol)
+                tensor = tensor[tuple(slice(0, size) for size in kept.shape)] if kept is not None else tensor
+            parts[symbol] = tensor
+        if slot is None or slot.numel > 0:
+            result[name] = parts
+    return result
+
+
 def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Refuse a saved state that does not fit, before anything is changed.
 
@@ -95,7 +162,7 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
     """
     tag.check_usable_by(reducer)
     known = tensors_of(reducer)
-    for name, saved in tensors.items():
+    for name, saved in _cut_to(reducer, tensors).items():
         if name not in known:
             if float(torch.linalg.vector_norm(saved["error"].float())) == 0.0:
                 continue
@@ -121,7 +188,7 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
         StateMismatchError: see `check_fits`; then nothing is changed.
     """
     check_fits(reducer, tag, tensors)
-    known = tensors_of(reducer)
+    known, tensors = tensors_of(reducer), _cut_to(reducer, tensors)
     fresh = sorted(known.keys() - tensors.keys())
     if fresh:
         _log.warning("no saved error memory for %d parameters (first: %s): they start from zero", len(fresh), fresh[0])
@@ -155,10 +222,11 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
         StateMismatchError: on every worker, if rank 0 could not write.
     """
     reducer.consolidate_error_memory()
+    tensors = whole_tensors_of(reducer) if reducer.shards.size > 1 or reducer.is_writer else {}
     mine = {"name": uuid.uuid4().hex, "error": ""}
-    if reducer.group.rank == 0:
+    if reducer.is_writer:
         try:
-            _write(reducer, Path(folder) / FILE_NAME, mine["name"])
+            _write(reducer, tensors, Path(folder) / FILE_NAME, mine["name"])
         except (OSError, SafetensorError) as error:  # the others wait to be told
             mine["error"] = str(error)
     of_rank_0 = _tell(reducer, mine)[0]
@@ -167,11 +235,11 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
     return of_rank_0["name"]
 
 
-def _write(reducer: Reducer, path: Path, name: str) -> None:
+def _write(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]], path: Path, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {
-        f"{symbol}/{parameter}": tensor.detach().cpu().clone().contiguous()
-        for parameter, parts in tensors_of(reducer).items()
+        f"{symbol}/{parameter}": tensor.clone().contiguous()
+        for parameter, parts in tensors.items()
         for symbol, tensor in parts.items()
     }
     tag = json.dumps(asdict(tag_of(reducer)))
@@ -183,7 +251,7 @@ def _write(reducer: Reducer, path: Path, name: str) -> None:
 
 def _tell(reducer: Reducer, mine: dict[str, str]) -> list[dict[str, str]]:
     """Every worker's words, in rank order; a collective."""
-    return [json.loads(part) for part in reducer.group.gather_bytes(json.dumps(mine).encode(), reducer.device)]
+    return [json.loads(words) for words in reducer.tell_all(json.dumps(mine))]
 
 
 def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = None) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .communication import Group
+from .communication.shards import SCOPES
 from .compressors import REGISTRY, Compressor
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError
@@ -52,9 +53,11 @@ class RuleSection(_Strict):
 
 
 class TopologySection(_Strict):
-    """Who is a worker: every rank (shard_size 1), or the node (its size, or "node"), reduced exactly inside."""
+    """Who is a worker: every rank (shard_size 1), or the node (its size, or "node"), reduced exactly inside; and whether
+    each rank's block of rows is compressed alone ("shard"), or whole matrices together ("matrix")."""
 
     shard_size: int | str = 1
+    shard_scope: str = "shard"
 
 
 class Section(_Strict):
@@ -93,11 +96,11 @@ class Section(_Strict):
             parsed = cls.model_validate(dict(section))
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
-        if parsed.topology.shard_size != 1:
-            raise ConfigError(
-                f"{SECTION}.topology.shard_size={parsed.topology.shard_size!r}: two levels are not supported yet; "
-                "use 1, which makes every rank a worker."
-            )
+        size, scope = parsed.topology.shard_size, parsed.topology.shard_scope
+        if size != "node" and (isinstance(size, str) or size < 1):
+            raise ConfigError(f'{SECTION}.topology.shard_size={size!r} must be a number of ranks (1: no levels) or "node".')
+        if scope not in SCOPES:
+            raise ConfigError(f'{SECTION}.topology.shard_scope={scope!r} is unknown; use "shard" or "matrix".')
         Reducer([], parsed.make_compressor(), Group(), **parsed.reducer_options())  # bad values fail here
         return parsed
 

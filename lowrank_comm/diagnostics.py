@@ -32,6 +32,8 @@ class StepReport:
         error_norm: Frobenius norm of this worker's whole error memory after the step; None without any.
         seconds: host seconds in "compress", "communicate", "decompress", "commit". On CUDA, kernels run later than
             the host; these are then the times to launch them, and waiting shows up where the host waits.
+        inside_bytes: kind -> bytes handed to collectives between the ranks of a node, where there are two levels; what an
+            engine sends there by itself (FSDP's reduce-scatter) is not in it.
     """
 
     step: int
@@ -43,6 +45,7 @@ class StepReport:
     captured_energy: float | None
     error_norm: float | None
     seconds: dict[str, float] = field(default_factory=dict)
+    inside_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -89,6 +92,9 @@ class Plan:
         restart_workspace_bytes: the same where all matrices restart.
         idle_rules: patterns that match no parameter.
         notes: further lines from the engine.
+        engine: what runs the model.
+        ranks_in_a_node: F, of which one worker consists; the rows are of whole parameters, bytes are those of a node.
+        shard_scope: "shard" or "matrix", where F > 1.
     """
 
     rows: tuple[PlanRow, ...]
@@ -100,6 +106,9 @@ class Plan:
     restart_workspace_bytes: int
     idle_rules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    engine: str = ""
+    ranks_in_a_node: int = 1
+    shard_scope: str = "shard"
 
     @property
     def step_bytes(self) -> int:
@@ -135,24 +144,32 @@ class Plan:
         if self.restart_workspace_bytes > self.workspace_bytes:
             peak = f", {human_bytes(self.restart_workspace_bytes)} in a step that restarts all matrices"
         lines = [
-            f"lowrank_comm: {self.compressor} over {counted(self.workers, 'worker')}",
+            f"lowrank_comm: {self.compressor} over {self._who()}" + (f", {self.engine}" if self.engine else ""),
             f"  low-rank: {counted(len(low), 'matrix', 'matrices')}, {human_bytes(full_low)} of gradients -> "
             f"{human_bytes(sent_low)} a step" + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
             f"  dense:    {counted(len(dense), 'parameter')}, {human_bytes(sent_dense)} a step",
             f"  whole model: {human_bytes(self.uncompressed_bytes)} -> {human_bytes(self.step_bytes)} an ordinary step"
             + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
             + restarts,
-            f"  memory on this worker: error memory {human_bytes(self.error_bytes)}, "
+            f"  memory on this {'rank' if self.ranks_in_a_node > 1 else 'worker'}: error memory {human_bytes(self.error_bytes)}, "
             f"and {human_bytes(self.workspace_bytes)} while a step is open{peak}",
         ]
         lines += self._cap(sent_dense)
         cut = sum("cut to" in row.reason for row in low)
         if cut:
             lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
+        if self.ranks_in_a_node > 1:
+            what = "each block of rows is compressed alone" if self.shard_scope == "shard" else "whole matrices, in blocks"
+            lines.append(f'  bytes are those of a node, between nodes; shard_scope="{self.shard_scope}": {what}')
         if self.workers == 1:
-            lines.append("  one worker: gradients are compressed all the same, and what is called sent would be sent")
+            lines.append(f"  one {'node' if self.ranks_in_a_node > 1 else 'worker'}: gradients are compressed all the same, and what is called sent would be sent")
         lines += [f"  rule {pattern!r} matches no parameter" for pattern in self.idle_rules]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _who(self) -> str:
+        if self.ranks_in_a_node == 1:
+            return counted(self.workers, "worker")
+        return f"{counted(self.workers, 'node')} of {self.ranks_in_a_node} ranks"
 
     def _cap(self, sent_dense: int) -> list[str]:
         """The parameters that set the ceiling of the ratio, if what stays dense is more than a fifth of what is sent."""

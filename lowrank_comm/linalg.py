@@ -15,7 +15,7 @@ Everything works on batches (B, m, r); a batch gives what its members would give
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,23 +65,26 @@ def least_pivot(dtype: torch.dtype) -> float:
     return max(dead_tolerance(dtype), _PIVOT_FLOOR)
 
 
-def cholesky_qr(a: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis of range(a) by Cholesky-QR in a's dtype.
+def cholesky_qr(a: Tensor, passes: int = 2) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Orthonormal basis of range(a) by Cholesky-QR in a's dtype, of matrices of which `a` may be a block of rows.
 
     G = a^T a = L L^T (after scaling a's columns to norm 1);  basis = a L^-T;  the second pass repeats that on the basis
 
     Args:
-        a: (B, m, r), r <= m, float32 or float64.
+        a: (B, rows, r), r <= m, float32 or float64.
         passes: 2 for a basis that is orthonormal to round-off, 1 where only its condition matters.
 
+    Yields:
+        The part of G that these rows make, (B, r, r) float64; is sent the sum over all blocks of rows.
+
     Returns:
-        (basis, pivot): basis (B, m, r), garbage where the pivot is 0; pivot (B,) float64 on the device, computed without
+        (basis, pivot): basis (B, rows, r), garbage where the pivot is 0; pivot (B,) float64 on the device, computed without
         a synchronisation: the smallest sine of an angle between a column and those before it, 0 where a column is zero
         next to the largest, or a number is not finite or out of the dtype's range.
     """
     basis, smallest = a, None
     for _ in range(passes):
-        gram = (basis.mT @ basis).double()
+        gram = yield (basis.mT @ basis).double()
         squares = gram.diagonal(dim1=-2, dim2=-1)
         scale = squares.rsqrt()
         lower, info = torch.linalg.cholesky_ex(gram * scale[..., :, None] * scale[..., None, :])

@@ -9,6 +9,10 @@ that travels dense, and the control numbers:
     [0]   1 if this worker holds a number that is not finite (or next to the end of its dtype's range), else 0
     [1:]  for each parameter, 1 if this worker had a gradient, else 0
 
+Where a worker is a node whose ranks hold blocks of rows of its matrices (`Shards.whole_matrices`), all ranks of all nodes
+are in lock-step. What contracts over rows is summed inside the node before it travels; each rank then carries its share
+of the sum to the other nodes, and the node puts the shares together again. What the host reads is agreed inside the node.
+
 The veto. A packet is suspicious if some worker raised the flag, or if the sum itself is not finite (it may overflow on a
 narrow wire). That is read by the host together with the compressors' own decisions, in one transfer for all batches, at
 the latest before anything that a NaN would break or that cannot be taken back: two transfers in an ordinary step of
@@ -26,7 +30,8 @@ import torch
 from torch import Tensor
 
 from .communication.packet import Packet
-from .compressors.base import ComputeOnce, Decide, Mean, Request, Result, Steps
+from .communication.shards import Shards
+from .compressors.base import ComputeOnce, Decide, Mean, Request, Result, Steps, SumOverRows, WholeRows
 
 Buffers = Generator[list[Tensor], int, "Agreed | None"]
 
@@ -48,9 +53,11 @@ class Agreed:
 
 @dataclass
 class Account:
-    """Bytes by kind, collectives, and host seconds by phase of one pass; filled while it runs, vetoed or not."""
+    """Bytes by kind, collectives, and host seconds by phase of one pass; filled while it runs, vetoed or not. `inside`:
+    bytes by kind between the ranks of a node."""
 
     bytes: Counter[str] = field(default_factory=Counter)
+    inside: Counter[str] = field(default_factory=Counter)
     collectives: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"compress": 0.0, "communicate": 0.0})
 
@@ -65,6 +72,7 @@ def lockstep(
     wire_dtype: torch.dtype | None,
     device: torch.device,
     account: Account,
+    shards: Shards,
 ) -> Buffers:
     """One pass.
 
@@ -76,6 +84,7 @@ def lockstep(
         wire_dtype: dtype on the wire, or None for each tensor's own.
         device: where the control numbers live.
         account: filled in.
+        shards: the ranks of this node; they take part in the conversation if they compute whole matrices together.
 
     Yields:
         The buffers of a phase, to be summed over the workers in place; is sent the number of collectives that it took.
@@ -83,6 +92,7 @@ def lockstep(
     Returns:
         `Agreed`, or None if any worker's numbers were not finite.
     """
+    inside = _Inside(shards if shards.whole_matrices else Shards(), workers, rank)
     run = _Run(steps)
     suspects: list[Tensor] = []  # sums that decide about a veto, not read by the host so far
     control_sum: Tensor | None = None
@@ -91,15 +101,19 @@ def lockstep(
     clock = time.perf_counter()
     first = True
     while True:
-        while run.advance():  # Decide requests: read them and the suspects in one transfer
-            verdicts, known = _read(run.flags(), suspects, control_sum)
+        while run.advance():  # requests that need no packet; decisions are read with the suspects in one transfer
+            run.answers.update(inside.answer(run.at_once))
+            deciding = {k: request for k, request in run.at_once.items() if isinstance(request, Decide)}
+            if not deciding:
+                continue
+            verdicts, known = _read([request.flag for request in deciding.values()], suspects, control_sum, inside.shards)
             control_sum, present = None, known or present
             if verdicts is None:
                 run.close()
                 return None
-            run.decide(verdicts)
+            run.answers.update(zip(deciding, verdicts, strict=True))
         if suspects and (run.asking or run.finished):
-            verdicts, known = _read([], suspects, control_sum)
+            verdicts, known = _read([], suspects, control_sum, inside.shards)
             control_sum, present = None, known or present
             if verdicts is None:
                 run.close()
@@ -107,7 +121,8 @@ def lockstep(
         if not run.asking and not first:
             break
         packet = Packet(workers, wire_dtype)
-        numbers = _pack(packet, run.asking, workers, rank)
+        asked = inside.prepare(run.asking)
+        numbers = {k: packet.add(one.tensor, one.kind, averaged=one.averaged) for k, one in asked.items()}
         if first:
             dense_numbers = [packet.add(tensor, "dense", averaged=True) for tensor in dense]
             numbers_of_control = torch.tensor([0.0, *map(float, has_gradient)], dtype=packet.dtype, device=device)
@@ -127,22 +142,26 @@ def lockstep(
             dense_answers = [answers[k][0] for k in dense_numbers]
             control_sum = answers[control][0]
             first = False
-        for k, number in numbers.items():
-            request = run.asking[k]
-            run.answers[k] = answers[number][0] if isinstance(request, ComputeOnce) else answers[number]
+        run.answers.update(inside.complete(asked, {k: answers[number] for k, number in numbers.items()}))
     account.seconds["compress"] += time.perf_counter() - clock
     return Agreed(run.results(), dense_answers, present)
 
 
 class _Run:
-    """The generators of a pass: which are live, what they ask for, what they were answered."""
+    """The generators of a pass: which are live, what they ask for, what they were answered.
+
+    Attributes:
+        answers: by generator; taken when it is advanced.
+        at_once: requests that are answered without a packet.
+        asking: requests for the next packet.
+    """
 
     def __init__(self, steps: Sequence[Steps]) -> None:
         self._steps = list(steps)
         self._results: dict[int, Result] = {}
-        self._deciding: dict[int, Decide] = {}
         self._ready = list(range(len(self._steps)))
         self.answers: dict[int, object] = {}
+        self.at_once: dict[int, Decide | SumOverRows | WholeRows] = {}
         self.asking: dict[int, Mean | ComputeOnce] = {}
 
     @property
@@ -150,32 +169,26 @@ class _Run:
         return len(self._results) == len(self._steps)
 
     def advance(self) -> bool:
-        """Run every generator whose request is answered to its next one. True if some ask for a decision now."""
+        """Run every generator whose request is answered to its next one. True if some can be answered without a packet."""
         ready = [k for k in self._ready if k not in self._results]
-        if not self._deciding:
+        if not self.at_once:
             self.asking = {}
-        self._deciding = {}
+        self.at_once = {}
         for k in ready:
             try:
                 request: Request = self._steps[k].send(self.answers.pop(k, None))
             except StopIteration as end:
                 self._results[k] = end.value
                 continue
-            if isinstance(request, Decide):
-                self._deciding[k] = request
-            else:
+            if isinstance(request, Mean | ComputeOnce):
                 self.asking[k] = request
-        self._ready = list(self._deciding) if self._deciding else sorted(self.asking)
-        if not self._deciding:
+            else:
+                self.at_once[k] = request
+        self._ready = list(self.at_once) if self.at_once else sorted(self.asking)
+        if not self.at_once:
             self.asking = dict(sorted(self.asking.items()))  # one order on all workers, whoever decided first
             return False
         return True
-
-    def flags(self) -> list[Tensor]:
-        return [request.flag for request in self._deciding.values()]
-
-    def decide(self, verdicts: Sequence[bool]) -> None:
-        self.answers.update(zip(self._deciding, verdicts, strict=True))
 
     def results(self) -> list[Result]:
         return [self._results[k] for k in range(len(self._steps))]
@@ -185,32 +198,120 @@ class _Run:
             steps.close()
 
 
-def _pack(packet: Packet, asking: dict[int, Mean | ComputeOnce], workers: int, rank: int) -> dict[int, int]:
-    """Add the requests to the packet; what is computed once goes round the workers, matrix by matrix."""
-    numbers, turn = {}, 0
-    for k, request in asking.items():
-        if isinstance(request, Mean):
-            numbers[k] = packet.add(request.tensor, request.kind, averaged=True)
-            continue
-        mine = [index for index in range(request.count) if (turn + index) % workers == rank]
-        turn += request.count
-        parts = torch.zeros((request.count, *request.shape), dtype=request.dtype, device=request.device)
-        if mine:
-            parts[mine] = request.compute(mine)
-        numbers[k] = packet.add(parts, request.kind, averaged=False)
-    return numbers
+@dataclass
+class _Asked:
+    """A request on its way into a packet: what of it this rank carries, and what completes the answer."""
+
+    request: Mean | ComputeOnce
+    tensor: Tensor
+    averaged: bool
+    whole: Tensor | None = None  # this worker's sum over rows, of which `tensor` is this rank's share
+
+    @property
+    def kind(self) -> str:
+        return self.request.kind
+
+
+class _Inside:
+    """What happens inside a node on the way to a packet and back; with one rank in the node, next to nothing."""
+
+    def __init__(self, shards: Shards, workers: int, rank: int) -> None:
+        self.shards = shards
+        self._ranks, self._rank = workers * shards.size, rank * shards.size + shards.rank
+
+    def answer(self, requests: dict[int, Decide | SumOverRows | WholeRows]) -> dict[int, Tensor]:
+        """Sums over rows, all in one collective; and whole rows."""
+        sums = {k: request.tensor for k, request in requests.items() if isinstance(request, SumOverRows)}
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for k, tensor in sums.items():
+            by_dtype.setdefault(tensor.dtype, []).append(k)
+        answers: dict[int, Tensor] = {}
+        for members in by_dtype.values():
+            answers.update(zip(members, self.shards.sum_in_order([sums[k] for k in members], "sums"), strict=True))
+        for k, request in requests.items():
+            if isinstance(request, WholeRows):
+                answers[k] = self.shards.whole_rows(request.tensor, request.m, "rows")
+        return answers
+
+    def prepare(self, asking: dict[int, Mean | ComputeOnce]) -> dict[int, _Asked]:
+        """This rank's share of each request. What is computed once goes round the ranks, matrix by matrix."""
+        asked, turn = {}, 0
+        over_rows = {k: r.tensor for k, r in asking.items() if isinstance(r, Mean) and r.over_rows and self.shards.size > 1}
+        own = dict(zip(over_rows, self._summed(list(over_rows.values())), strict=True))
+        for k, request in asking.items():
+            if isinstance(request, ComputeOnce):
+                asked[k] = _Asked(request, self._compute(request, turn), averaged=False)
+                turn += request.matrices.shape[0]
+            elif k in own:
+                asked[k] = _Asked(request, own[k].reshape(-1)[self._share(own[k].numel())], averaged=True, whole=own[k])
+            else:
+                asked[k] = _Asked(request, request.tensor, averaged=True)
+        return asked
+
+    def complete(self, asked: dict[int, _Asked], answers: dict[int, tuple[Tensor, Tensor]]) -> dict[int, object]:
+        """The compressors' answers from the packet's."""
+        whole: dict[int, object] = {}
+        for k, one in asked.items():
+            mean, own = answers[k]
+            if isinstance(one.request, ComputeOnce):
+                whole[k] = mean
+            elif one.whole is None:
+                whole[k] = (mean, own)
+            else:
+                as_sent = one.whole if own is one.tensor else self._put_together(own, one.whole)  # unless rounded
+                whole[k] = (self._put_together(mean, one.whole), as_sent)
+        return whole
+
+    def _summed(self, parts: list[Tensor]) -> list[Tensor]:
+        """Sums over the node of tensors of one dtype; they are this worker's own, so no other node need have the same bits."""
+        if not parts:
+            return []
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        self.shards.sum_([flat], "sums")
+        return [piece.view(part.shape) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+
+    def _share(self, numel: int) -> slice:
+        """The part of a sum over rows that this rank carries between the nodes."""
+        return self.shards.block(numel)
+
+    def _put_together(self, share: Tensor, like: Tensor) -> Tensor:
+        """The whole from the shares of all ranks of the node."""
+        column = share.reshape(1, -1, 1)
+        return self.shards.whole_rows(column, like.numel(), "shares").reshape(like.shape)
+
+    def _compute(self, request: ComputeOnce, turn: int) -> Tensor:
+        """(B, own rows, k), zero where another worker computes. Each rank keeps the whole matrices of its share only."""
+        count, rows, _ = request.matrices.shape
+        mine = [index for index in range(count) if (turn + index) % self._ranks == self._rank]
+        if self.shards.size == 1:
+            parts = request.matrices.new_zeros(count, rows, request.columns)
+            if mine:
+                parts[mine] = request.compute(request.matrices[mine])
+            return parts
+        kept = []
+        for index in range(count):
+            matrix = self.shards.whole_rows(request.matrices[index : index + 1], request.m, "rows")
+            if index in mine:
+                kept.append(matrix)
+        whole = request.matrices.new_zeros(count, request.m, request.columns)
+        if kept:
+            whole[mine] = request.compute(torch.cat(kept))
+        self.shards.sum_([whole], "rows")
+        return whole[:, self.shards.block(request.m)]
 
 
 def _read(
-    flags: list[Tensor], suspects: list[Tensor], control_sum: Tensor | None
+    flags: list[Tensor], suspects: list[Tensor], control_sum: Tensor | None, shards: Shards
 ) -> tuple[list[bool] | None, list[bool] | None]:
     """Everything the host waits for, in one transfer: verdicts (None for a veto), and which gradients exist anywhere."""
-    parts = [torch.stack([flag.all() for flag in flags])] if flags else []
+    parts = [torch.stack([~flag.all() for flag in flags])] if flags else []
     parts += [torch.stack([suspect.reshape(()) for suspect in suspects])] if suspects else []
     parts += [control_sum] if control_sum is not None else []
     home = parts[0].device
-    numbers = torch.cat([part.to(device=home, dtype=torch.float32) for part in parts]).tolist()
-    verdicts = [value > 0 for value in numbers[: len(flags)]]
+    flat = torch.cat([part.to(device=home, dtype=torch.float32) for part in parts])
+    shards.sum_([flat], "control")
+    numbers = flat.tolist()
+    verdicts = [value == 0 for value in numbers[: len(flags)]]
     vetoed = any(value != 0 for value in numbers[len(flags) : len(flags) + len(suspects)])
     known = None
     if control_sum is not None:

@@ -18,10 +18,12 @@ the top. It never communicates and never raises; see `checkpoint` for what "own"
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,20 +31,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint, state_dicts
+from .arrivals import Arrivals
 from .backward_end import BackwardWatch
-from .batches import Slot
-from .communication import Group, Ledger
+from .communication import Ledger
+from .communication.group import collectives_so_far
+from .communication.topology import grid
 from .compressors.base import Compressor
 from .config import Section
 from .diagnostics import Plan, StepReport
+from .engine import Engine, connect, hint_of_two_levels, refuse_averaged, wrapper_of
 from .error_feedback import ErrorFeedback
-from .errors import ConfigError, LowRankCommError, StateMismatchError, UnsupportedError
+from .errors import ConfigError, LowRankCommError, StateMismatchError
 from .linalg import all_finite
 from .loss_scaling import LossScaling
 from .naming import Namer
 from .policy import Rule
 from .reducer import Reducer
-from .wrapping import OptimizerAroundAnother, engine_of, fingerprint, only_initialises_state
+from .wrapping import OptimizerAroundAnother, fingerprint, only_initialises_state
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -56,7 +61,8 @@ class CompressedOptimizer(OptimizerAroundAnother):
         optimizer: the base, e.g. `torch.optim.AdamW(model.named_parameters(), lr=1e-3)`; SGD(momentum=...) is the
             paper's MSGD.
         compressor: e.g. `PowerSGDPlus(rank=4, restart_every=200)`.
-        process_group: the workers: None for the default group, a `ProcessGroup`, or a 1-D `DeviceMesh`.
+        process_group: the workers: None for the default group, a `ProcessGroup` or a 1-D `DeviceMesh`; a 2-D mesh (between
+            nodes, inside a node), by position, makes a node one worker: the mean inside it is exact.
         min_compression_rate: a matrix is compressed when m n / (elements sent) is above it; 0 compresses every matrix.
         rules: exceptions by parameter name; the first that matches wins.
         error_feedback: how the error memory is kept.
@@ -65,7 +71,13 @@ class CompressedOptimizer(OptimizerAroundAnother):
         named_parameters: names, where the base has none.
         max_grad_norm: clip the averaged gradient to this norm before the base's step.
         seed: of the random draws, equal on all workers.
-        reduce_at: "step" (default) reduces inside `step()`; "backward" at the end of every backward pass.
+        reduce_at: "step" reduces inside `step()`; "backward" at the end of the last backward pass, so that whoever clips
+            before `step()` clips the averaged gradient. None: "backward" under DDP and FSDP2, else "step".
+        shard_scope: with two levels, "shard" compresses each rank's block of rows alone, "matrix" carries out the algorithm
+            of the whole matrix together.
+        overlap: start compressing a bucket of parameters while the backward pass goes on; for a plain model and DDP, with
+            reduce_at="backward".
+        bucket_cap_mb: size of such a bucket, in MB of gradients.
 
     Raises:
         ConfigError: a bad argument.
@@ -100,6 +112,9 @@ class CompressedOptimizer(OptimizerAroundAnother):
         max_grad_norm: float | None = None,
         seed: int = 0,
         reduce_at: str | None = None,
+        shard_scope: str = "shard",
+        overlap: bool = False,
+        bucket_cap_mb: float = 25.0,
     ) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, CompressedOptimizer):
             raise ConfigError(f"optimizer must be a plain torch.optim.Optimizer, got {type(optimizer).__name__}.")
@@ -114,9 +129,13 @@ class CompressedOptimizer(OptimizerAroundAnother):
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm!r}.")
         if reduce_at not in (None, "step", "backward"):
             raise ConfigError(f'reduce_at={reduce_at!r} is unknown; use "step", "backward" or None.')
+        if overlap and reduce_at == "step":
+            raise ConfigError('overlap=True works at the end of backward only; leave reduce_at="step" out.')
+        if isinstance(bucket_cap_mb, bool) or not isinstance(bucket_cap_mb, int | float) or not bucket_cap_mb > 0:
+            raise ConfigError(f"bucket_cap_mb must be a number of MB above 0, got {bucket_cap_mb!r}.")
         super().__init__(optimizer)
         self.compressor, self.max_grad_norm = compressor, max_grad_norm
-        self._process_group = process_group
+        self._process_group, self._shard_scope = process_group, shard_scope
         self._options: dict[str, Any] = {
             "min_compression_rate": min_compression_rate,
             "rules": tuple(rules),
@@ -126,18 +145,28 @@ class CompressedOptimizer(OptimizerAroundAnother):
             "initial_basis": initial_basis,
         }
         self._namer = Namer(named_parameters)
+        self._engine = Engine(process_group, shard_scope)
+        self._model: weakref.ref[nn.Module] | None = None
         self._reducer: Reducer | None = None
         self._status: str | None = None  # of the gradients: None as they came, "averaged", or "vetoed"
         self._averaged: list[weakref.ref[Tensor]] = []
         self._vetoes_in_a_row = 0
         self._warned_own = False
         self._scaling = LossScaling(id(self))
-        self._reduce_at = reduce_at or "step"
-        Reducer([], compressor, Group(process_group), **{**self._options, "initial_basis": None})  # bad values fail here
+        self._asked_reduce_at, self._overlap = reduce_at, bool(overlap)
+        self._bucket_bytes = int(bucket_cap_mb * 1e6) if overlap else None
+        Reducer([], compressor, self._engine.group, **{**self._options, "initial_basis": None})  # bad values fail here
         self._watch: BackwardWatch | None = None
-        self._accumulated = False
-        if self._reduce_at == "backward":
-            self._watch_backward()
+        self._accumulated = self._only_accumulates = self._detached = False
+        self._arrivals: Arrivals | None = None
+        self._collectives_before: int | None = None  # when the first gradient of the first backward pass was there
+        self._watch_backward()
+
+    @property
+    def _reduces_at(self) -> str:
+        if self._detached:
+            return "step"
+        return self._asked_reduce_at or ("backward" if self._overlap else self._engine.reduces_at)
 
     @classmethod
     def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> CompressedOptimizer:
@@ -161,47 +190,62 @@ class CompressedOptimizer(OptimizerAroundAnother):
             PowerSGD(rank=2)
         """
         parsed = Section.parse(section)
-        return cls(base, parsed.make_compressor(), **{**parsed.reducer_options(), **keywords})
+        options = {**parsed.reducer_options(), "shard_scope": parsed.topology.shard_scope, **keywords}
+        if parsed.topology.shard_size != 1 and options.get("process_group") is None:
+            options["process_group"] = grid(parsed.topology.shard_size)
+        return cls(base, parsed.make_compressor(), **options)
 
     # ---------------------------------------------------------------- a step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
         self._status = None
+        self._engine.drop()
         self.base.zero_grad(set_to_none=set_to_none)
 
     def __repr__(self) -> str:
         return f"CompressedOptimizer({self.compressor!r}, {self.base!r})"
 
     def attach(self, model: nn.Module, scaler: Any = None) -> Plan:
-        """Take the parameters' names from the model, tell the plan, and print it once on rank 0.
+        """Connect to whatever runs the model, take the parameters' names from it, and tell the plan; rank 0 prints it.
+
+        Under DDP and FSDP2 the engine's own averaging of gradients (under HSDP that between nodes) is switched off, and ours
+        takes its place. For a plain model this is optional.
 
         Args:
-            model: the one whose parameters the base optimizes.
+            model: the one whose parameters the base optimizes, wrapped as it is trained.
             scaler: a `torch.amp.GradScaler`, so that an overflow on one worker lowers the scale on all.
 
         Returns:
-            What goes low-rank and what dense, bytes a step, memory.
+            What was found, what goes low-rank and what dense, bytes a step, memory.
 
         Raises:
-            UnsupportedError: the model is wrapped by an engine that reduces gradients itself.
-            ConfigError: the optimizer holds none of the model's parameters.
+            UnsupportedError: the model is wrapped in a way that cannot be compressed; the message names the way out.
+            ConfigError: the optimizer and the model do not hold the same parameters, or groups do not fit.
         """
-        engine = engine_of(model)
-        if engine:
-            raise UnsupportedError(
-                f"attach: the model is wrapped by {engine}, which reduces gradients itself; that is not supported yet. "
-                "Pass the plain model and do not wrap it, or use DeepSpeed with a lowrank_comm section."
-            )
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in model.parameters()):
-            raise ConfigError("attach: the optimizer holds none of this model's parameters; build it from this model.")
+        wrapper = wrapper_of(model)
+        self._check_parameters(model, wrapper)
+        if wrapper is not None:
+            self._connect(wrapper, model)
         self._namer.learn(model.named_parameters())
         self._scaling.attach(scaler)
         plan = self.plan
-        if self.reducer.group.rank == 0:
+        if self.reducer.is_writer:
             print(plan, flush=True)
         return plan
+
+    def _connect(self, wrapper: str, model: nn.Module) -> None:
+        """Let the engine of a wrapped model take the place of that of a plain one."""
+        if self._reducer is not None and self._reducer.has_passed:
+            raise ConfigError("attach: the optimizer has made steps already; call attach(model) before the first one.")
+        engine = connect(wrapper, model, self._process_group, self._shard_scope)
+        if self._overlap and not engine.can_overlap:
+            engine.release()
+            raise ConfigError(f"overlap=True is not possible with {engine.name}; leave it out.")
+        self.detach()
+        self._detached, self._engine, self._model, self._reducer = False, engine, weakref.ref(model), None
+        engine.shadow(self._take_part_without_gradients)
+        self._watch_backward()
 
     def reduce_gradients(self) -> bool:
         """Average the gradients over the workers into `p.grad`; a collective, to be called by every worker.
@@ -221,20 +265,47 @@ class CompressedOptimizer(OptimizerAroundAnother):
             return self._status == "averaged"
         return self._reduce(self._scaling.scale_of_gradients())
 
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward passes only accumulate, also with reduce_at="backward"; as DDP's method of this name.
+
+        Example:
+            >>> import torch
+            >>> from lowrank_comm import CompressedOptimizer, PowerSGD
+            >>> model = torch.nn.Linear(8, 8)
+            >>> base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+            >>> optimizer = CompressedOptimizer(base, PowerSGD(rank=1), reduce_at="backward")
+            >>> with optimizer.no_sync():
+            ...     model(torch.ones(2, 8)).sum().backward()
+            >>> model(torch.zeros(2, 8)).sum().backward()
+            >>> optimizer.step()
+        """
+        before, self._only_accumulates = self._only_accumulates, True
+        try:
+            yield
+        finally:
+            self._only_accumulates = before
+
     def _reduce(self, scale: float) -> bool:
         reducer = self._prepared()
-        parameters = [self._by_name[slot.name] for slot in reducer.slots]
-        outcome = reducer.reduce([p.grad for p in parameters], scale=scale)
+        parameters = self._parameters
+        grads = self._engine.collect(parameters)
+        if not reducer.has_passed:
+            happened = self._collectives_before is not None and collectives_so_far() > self._collectives_before
+            reducer.ensure_agreed()
+            refuse_averaged(grads, reducer, happened)
+        outcome = reducer.reduce(grads, scale=scale)
         applied = outcome.applied
         if applied:
-            for parameter, grad in zip(parameters, outcome.grads, strict=True):
-                if parameter.grad is not grad:
-                    parameter.grad = grad
-            if all_finite(p.grad for p in parameters if p.dtype == torch.float16):
-                reducer.commit()
-            else:  # the same on all workers, since they all hold the same numbers now
-                reducer.rollback()
+            narrow = [(g, p.dtype) for g, p in zip(outcome.grads, parameters, strict=True) if p.dtype == torch.float16]
+            if narrow and reducer.any_in_the_node(not all_finite(g.to(t) for g, t in narrow if g is not None)):
+                reducer.rollback()  # the same on all workers, since they all hold the same numbers now
                 applied = False
+            else:
+                self._engine.deliver(parameters, outcome.grads)
+                reducer.commit()
+        if not applied:
+            self._engine.forget()
         self._vetoes_in_a_row = 0 if applied else self._vetoes_in_a_row + 1
         if not applied:
             _log.warning(
@@ -246,6 +317,13 @@ class CompressedOptimizer(OptimizerAroundAnother):
         self._averaged = [weakref.ref(p.grad) for p in parameters if p.grad is not None]
         self._status = "averaged" if applied else "vetoed"
         return applied
+
+    def _take_part_without_gradients(self) -> None:
+        """A pass of the other workers, when this one's data are exhausted: it sends what its error memory holds."""
+        for parameter in self._prepared_parameters():
+            parameter.grad = None
+        self._reduce(1.0)
+        self.zero_grad()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Reduce (if nobody has), clip (if asked to), step the base. A collective, to be called by every worker.
@@ -281,27 +359,44 @@ class CompressedOptimizer(OptimizerAroundAnother):
         return loss
 
     def _watch_backward(self) -> None:
-        """Notice new gradients: needed once gradients may be averaged before `step()`."""
+        """Notice new gradients, and the end of backward."""
         trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if self._watch is None:
-            at_end = self._reduce_after_backward if self._reduce_at == "backward" else None
-            self._watch = BackwardWatch(trainable, self._new_gradient, at_end)
+            at_end = self._reduce_after_backward if self._reduces_at == "backward" else None
+            self._watch = self._engine.watch(trainable, self._new_gradient, at_end)
         else:
             self._watch.add(trainable)
 
     def detach(self) -> None:
-        """Take the hooks off the parameters, for another optimizer to hold them: nothing is averaged at the end of backward
-        any more, only in `step()` and `reduce_gradients()`."""
+        """Take the hooks off the parameters, for another optimizer to hold them, and give the model back to its engine:
+        nothing is averaged at the end of backward any more, only in `step()` and `reduce_gradients()`."""
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
-        self._reduce_at = "step"
+        self._engine.release()
+        self._detached = True
 
     def _new_gradient(self, parameter: Tensor) -> None:
-        if self._status == "averaged" and self._reduce_at == "backward":
-            self._accumulated |= any(ref() is parameter.grad for ref in self._averaged)
-        if self._reduce_at == "step":
+        if self._collectives_before is None:
+            self._collectives_before = collectives_so_far()
+        if self._reduces_at == "step":
             self._status = None
+            return
+        if self._status is not None:
+            self._accumulated |= any(ref() is parameter.grad for ref in self._averaged)
+        if self._overlap and self._reducer is not None and self._reducer.has_passed and not self._accumulated:
+            self._begin_early(parameter)
+
+    def _begin_early(self, parameter: Tensor) -> None:
+        """Start the buckets that are complete with this parameter's gradient."""
+        if self._only_accumulates or not self._engine.is_last_backward():
+            return
+        reducer = self._prepared()
+        if self._arrivals is None or self._arrivals.is_of_another_pass(reducer):
+            reducer.abandon()
+            self._arrivals = Arrivals(reducer, self._parameters)
+        for bucket in self._arrivals.complete_with(parameter):
+            reducer.begin(bucket, [p.grad for p in self._parameters], scale=self._scaling.scale_of_gradients())
 
     def _reduce_after_backward(self) -> None:
         """End of a backward pass in mode "backward"; a veto leaves NaN in p.grad, so that whoever looks at it skips."""
@@ -309,13 +404,15 @@ class CompressedOptimizer(OptimizerAroundAnother):
         if accumulated:
             raise LowRankCommError(
                 'reduce_at="backward": a second backward pass came before step(), on gradients that are averaged '
-                'already. Use reduce_at="step" for gradient accumulation.'
+                f"already. To accumulate gradients, use {self._engine.accumulates_by} for all passes but the last, or "
+                'CompressedOptimizer(reduce_at="step").'
             )
+        if self._only_accumulates or not self._engine.is_last_backward():
+            self._status = None
+            return
         if not self._reduce(self._scaling.scale_of_gradients()):
-            for slot in self.reducer.slots:
-                grad = self._by_name[slot.name].grad
-                if grad is not None:
-                    grad.fill_(float("nan"))
+            self._engine.poison(self._parameters)
+            self._averaged = [weakref.ref(p.grad) for p in self._parameters if p.grad is not None]
 
     # ---------------------------------------------------------------- the reducer
 
@@ -340,25 +437,67 @@ class CompressedOptimizer(OptimizerAroundAnother):
             )
         if self._reducer is not None and all(name in known or not p.requires_grad for name, p in named):
             return self._reducer
-        slots = [Slot(name, tuple(p.shape), p.dtype, p.device) for name, p in named if p.requires_grad or name in known]
-        fresh = Reducer(slots, self.compressor, Group(self._process_group), **self._options)
+        taking_part = [(name, p) for name, p in named if p.requires_grad or name in known]
+        self._refuse_added(taking_part, known)
+        slots = self._engine.slots(taking_part)
+        engine = self._engine
+        options = {**self._options, "shards": engine.shards, "bucket_bytes": self._bucket_bytes}
+        fresh = Reducer(slots, self.compressor, engine.group, **options)
         fresh.further_settings = self._further_settings
         if self._watch is not None:
             self._watch_backward()
         if self._reducer is not None:
             fresh.take_over(self._reducer)
-        self._reducer = fresh
+        self._reducer, self._arrivals = fresh, None
         return fresh
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        """In slot order, of the reducer as it was last prepared."""
+        assert self._reducer is not None
+        return [self._by_name[slot.name] for slot in self._reducer.slots]
+
+    def _prepared_parameters(self) -> list[Tensor]:
+        self._prepared()
+        return self._parameters
+
+    def _check_parameters(self, model: nn.Module, wrapper: str | None) -> None:
+        """ConfigError where the optimizer was built from another model, or before the model's parameters were replaced."""
+        held = {id(p) for p in model.parameters()}
+        everything = [p for group in self.param_groups for p in group["params"]]
+        foreign = [p for p in everything if id(p) not in held]
+        if len(foreign) == len(everything) or (wrapper is not None and foreign):
+            of_them = "none" if len(foreign) == len(everything) else f"all but {len(foreign)}"
+            raise ConfigError(
+                f"attach: the optimizer holds {of_them} of this model's parameters: of {len(everything)} parameters of the "
+                f"optimizer {len(foreign)} are not the model's. Build it from this model, after fully_shard and the like, "
+                "which replace the parameters."
+            )
+
+    def _refuse_added(self, taking_part: Sequence[tuple[str, Tensor]], known: set[str]) -> None:
+        """ConfigError for a parameter that the engine which the model is attached to has never seen."""
+        model = self._model() if self._model is not None else None
+        if model is None or type(self._engine) is Engine:
+            return
+        held = {id(p) for p in model.parameters()}
+        added = [name for name, p in taking_part if id(p) not in held]
+        if added:
+            raise ConfigError(
+                f"parameter {added[0]!r} was added to the optimizer after attach, and is not one of the attached model, so "
+                f"{self._engine.name} knows nothing of it. Add it to the model before it is wrapped, and attach then."
+            )
 
     def _further_settings(self) -> dict[str, Any]:
         """What must be equal on all workers beside the reducer's own settings."""
         settings = {
             "optimizer": type(self.base).__name__,
             "max_grad_norm": self.max_grad_norm,
-            "reduce_at": self._reduce_at,
+            "reduce_at": self._reduces_at,
+            "engine": self._engine.name,
         }
-        if not self.reducer.has_passed:  # later, unlike processors may have rounded them apart by a last bit
-            values = fingerprint([self._by_name[slot.name] for slot in self.reducer.slots])
+        # Later, unlike processors may have rounded the values apart by a last bit.
+        if self._engine.compares_values and not self.reducer.has_passed:
+            values = fingerprint([self._engine.local(p) for p in self._parameters])
             settings["values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)"] = values
         return settings
 
@@ -369,7 +508,16 @@ class CompressedOptimizer(OptimizerAroundAnother):
             Parameter name -> error in the parameter's shape and in gradient units, without the loss scale; live views, until
             parameters are added. What goes dense is absent.
         """
-        return self.reducer.error_memory()
+        reducer = self.reducer
+        memory = reducer.error_memory()
+        views = {}
+        for slot in reducer.slots:
+            if reducer.treatment_of_largest(slot).low_rank:
+                error = memory.get(slot.name)
+                if error is None:  # another rank of the node holds all of its rows
+                    error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
+                views[slot.name] = self._engine.error_view(slot, self._by_name[slot.name], error)
+        return views
 
     @property
     def last_report(self) -> StepReport | None:
@@ -383,8 +531,10 @@ class CompressedOptimizer(OptimizerAroundAnother):
 
     @property
     def plan(self) -> Plan:
-        """What goes low-rank, bytes a step, memory."""
-        return self.reducer.plan
+        """What was found, what goes low-rank, bytes a step, memory."""
+        plan = self.reducer.plan
+        hint = hint_of_two_levels(plan, self._engine)
+        return replace(plan, engine=self._engine.name, notes=(*plan.notes, *self._engine.notes(), *hint))
 
     # ---------------------------------------------------------------- state
 

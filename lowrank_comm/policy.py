@@ -131,6 +131,22 @@ class Policy:
         cut = f"rank {wanted} cut to {r}" if r < wanted else ""
         return Treatment(True, m, n, r, elements, ", ".join(filter(None, (because, cut))))
 
+    def treat_block(self, name: str, shape: Sequence[int], largest: Sequence[int]) -> Treatment:
+        """Treatment of one of several blocks of a parameter, each of which is a matrix of its own.
+
+        The largest block decides between low-rank and dense, so that all ranks decide alike; rank and elements are the
+        block's own.
+        """
+        decided = self.treat(name, largest)
+        numel = math.prod(shape)
+        if numel == 0:
+            return Treatment(False, 0, 1, 0, 0, "no rows of it on this rank")
+        if not decided.low_rank:
+            return Treatment(False, numel, 1, 0, numel, decided.reason)
+        m, n = shape[0], numel // shape[0]
+        r = min(decided.rank, m, n)
+        return Treatment(True, m, n, r, self.compressor.elements(m, n, r), decided.reason)
+
     def idle_rules(self, names: Sequence[str]) -> tuple[str, ...]:
         """Patterns of rules that match none of the names: perhaps a typo, perhaps another model's parameters."""
         return tuple(rule.match for rule in self.rules if not any(rule.matches(name) for name in names))

@@ -13,6 +13,13 @@ The order of a step:
 6. The pass leaves a pending transaction. `commit` writes e <- Delta - sent, the bases, and the step counter;
    `rollback` forgets it. An engine that decides later whether the step counts (loss scaling) decides between the two.
 
+A pass may start before the last gradient is there: parameters are cut into buckets, and `begin(bucket)` starts phase one
+of a bucket while the backward pass goes on. `reduce` then starts the rest, and takes all buckets through their further
+phases side by side: while one is on the wire, the next is computed. Buckets begin and go on in one order on all workers.
+
+A worker may be a node whose ranks hold blocks of the parameters (`shards`): then step 4 comes once more at the end,
+inside the node, so that no rank steps if another one's block was vetoed.
+
 All state is keyed by parameter name. Order of batches and requests follows the order of the slots, the same on all
 workers. `exchange` is a generator that yields buffers to be summed, so that a process group and the simulation of N
 workers in one process run the same code.
@@ -21,8 +28,10 @@ workers in one process run the same code.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +41,7 @@ from .compressors.base import Context, Delta, LowRank, Result, Steps
 from .errors import LowRankCommError
 from .linalg import full_precision
 from .lockstep import Account, Agreed, lockstep
-from .reducer_state import ReducerState
+from .reducer_state import Bucket, ReducerState
 from .reporting import LastPass
 
 __all__ = ["Outcome", "Reducer", "Slot"]
@@ -69,11 +78,29 @@ class _Job:
 
 
 @dataclass
+class _Passed:
+    """A bucket after its last phase; `agreed` is None if it was vetoed."""
+
+    bucket: Bucket
+    jobs: list[_Job]
+    agreed: Agreed | None
+    account: Account
+
+
+@dataclass
+class _Flight:
+    """A bucket on its way: its generator, and the collectives that have been started for it."""
+
+    passing: Generator[list[Tensor], int, _Passed]
+    works: list[Any]
+
+
+@dataclass
 class _Pending:
-    """What commit will make true."""
+    """What commit will make true. present: place of a slot -> whether any worker had a gradient."""
 
     jobs: list[_Job]
-    present: list[bool]
+    present: dict[int, bool]
 
 
 class Reducer(ReducerState):
@@ -109,50 +136,122 @@ class Reducer(ReducerState):
             ConfigMismatchError: first pass only, on every worker, if settings or parameters differ.
             LowRankCommError: the last pass was neither committed nor rolled back, or the list does not fit the slots.
         """
-        if not self._agreed:
-            self.agree()
-        passing = self.exchange(grads, scale)
+        for k in range(len(self._flights), len(self.buckets)):
+            self.begin(k, grads, scale=scale)
+        flights, self._flights = self._flights, []
+        passed: list[_Passed] = []
         with full_precision(self.device):
-            try:
-                buffers = next(passing)
-                while True:
-                    buffers = passing.send(self.group.sum_(buffers))
-            except StopIteration as end:
-                outcome: Outcome = end.value
-                return outcome
+            going = list(flights)
+            while going:
+                flight = going.pop(0)
+                for work in flight.works:
+                    work.wait()
+                try:
+                    buffers = flight.passing.send(len(flight.works))
+                except StopIteration as end:
+                    passed.append(end.value)
+                    continue
+                flight.works = self.group.start_sum(buffers)
+                going.append(flight)
+            return self.finish(grads, scale, passed)
+
+    def begin(self, k: int, grads: Sequence[Tensor | None], *, scale: float = 1.0) -> None:
+        """Start phase one of bucket k; a collective. All workers begin the buckets in their order, 0 first.
+
+        The gradients of its slots must be final: what is added to them later is not seen.
+
+        Args:
+            k: number of the bucket.
+            grads, scale: see `reduce`; the same are to be given there.
+        """
+        self.ensure_agreed()
+        with full_precision(self.device):
+            passing = self.exchange(self.buckets[k], grads, scale)
+            self._flights.append(_Flight(passing, self.group.start_sum(next(passing))))
+
+    @property
+    def begun(self) -> int:
+        """How many buckets have been started since the last `reduce`."""
+        return len(self._flights)
+
+    def abandon(self) -> None:
+        """Forget the buckets that have been started, after a backward pass that failed on all workers."""
+        for flight in self._flights:
+            for work in flight.works:
+                work.wait()
+            flight.passing.close()
+        self._flights = []
 
     @torch.no_grad()
-    def exchange(self, grads: Sequence[Tensor | None], scale: float) -> Generator[list[Tensor], int, Outcome]:
-        """The pass as a generator: yields buffers to be summed over the workers in place, is sent how many collectives
-        that took, returns the outcome. `reduce` drives it over the process group."""
-        self._check(grads)
+    def exchange(
+        self, bucket: Bucket, grads: Sequence[Tensor | None], scale: float
+    ) -> Generator[list[Tensor], int, _Passed]:
+        """The pass of a bucket as a generator: yields buffers to be summed over the workers in place, is sent how many
+        collectives that took. `reduce` drives it over the process group; `finish` takes what it returns."""
+        self._check(grads, bucket)
         clock = time.perf_counter()
         account = Account()
-        jobs = [job for batch in self._batches for job in self._jobs(batch)]
+        jobs = [job for batch in bucket.batches for job in self._jobs(batch)]
         steps = [self._steps(job, grads, scale) for job in jobs]
-        dense = [self._flat(group, grads, scale) for group in self._dense_groups()]
+        dense = [self._flat(group, grads, scale) for group in self._dense_groups(bucket)]
         account.seconds["compress"] += time.perf_counter() - clock
         agreed = yield from lockstep(
             steps,
             dense,
-            [grad is not None for grad in grads],
+            [grads[k] is not None for k in bucket.slots],
             workers=self.group.size,
             rank=self.group.rank,
             wire_dtype=self._wire_dtype,
             device=self.device,
             account=account,
+            shards=self.shards,
         )
-        self._worker = (self.group.rank, self.group.size)
-        self._enter_ledger(account, jobs, agreed is not None)
-        if agreed is None:
+        for job, result in zip(jobs, agreed.results if agreed else (), strict=False):
+            job.result = result
+        return _Passed(bucket, jobs, agreed, account)
+
+    @torch.no_grad()
+    def finish(self, grads: Sequence[Tensor | None], scale: float, passed: Sequence[_Passed]) -> Outcome:
+        """Decode what all buckets have agreed on, or find out that some worker vetoed one of them."""
+        self._worker = self.here
+        vetoed = any(one.agreed is None for one in passed)
+        if not self.shards.whole_matrices:  # there, all ranks have seen it
+            vetoed = self.any_in_the_node(vetoed)
+        jobs = [job for one in passed for job in one.jobs]
+        account = self._account_of_all(passed)
+        self._enter_ledger(account, jobs, not vetoed)
+        if vetoed:
             return Outcome(False, list(grads))
         clock = time.perf_counter()
-        for job, result in zip(jobs, agreed.results, strict=True):
-            job.result = result
-        result_grads = self._decode(jobs, agreed, list(grads), scale)
-        self._pending = _Pending(jobs, agreed.present)
+        present: dict[int, bool] = {}
+        result_grads = list(grads)
+        for one in passed:
+            assert one.agreed is not None
+            present.update(zip(one.bucket.slots, one.agreed.present, strict=True))
+            self._decode(one, one.agreed, result_grads, scale)
+        self._pending = _Pending(jobs, present)
         account.seconds["decompress"] = time.perf_counter() - clock
         return Outcome(True, result_grads)
+
+    def any_in_the_node(self, mine: bool) -> bool:
+        """Whether it is so on any rank of this node; a collective of these ranks."""
+        if self.shards.size == 1:
+            return mine
+        flag = torch.tensor([float(mine)], device=self.device)
+        self.shards.sum_([flag], "control")
+        return float(flag) != 0.0
+
+    def _account_of_all(self, passed: Sequence[_Passed]) -> Account:
+        """Sums over the buckets, and what went between the ranks of the node since the last pass."""
+        account = Account()
+        for one in passed:
+            account.bytes.update(one.account.bytes)
+            account.collectives += one.account.collectives
+            for phase, seconds in one.account.seconds.items():
+                account.seconds[phase] += seconds
+        account.inside = Counter(self.shards.bytes)
+        self.shards.bytes.clear()
+        return account
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -170,7 +269,7 @@ class Reducer(ReducerState):
         self.ledger.restarts += self._last.restarts
         self._last.account.seconds["commit"] = time.perf_counter() - clock
 
-    def _commit(self, job: _Job, present: list[bool], last: LastPass) -> None:
+    def _commit(self, job: _Job, present: dict[int, bool], last: LastPass) -> None:
         assert job.result is not None
         assert job.delta is not None
         delta, result, rows = job.delta.tensor, job.result, job.rows
@@ -197,12 +296,13 @@ class Reducer(ReducerState):
 
     # ---------------------------------------------------------------- parts of a step
 
-    def _check(self, grads: Sequence[Tensor | None]) -> None:
+    def _check(self, grads: Sequence[Tensor | None], bucket: Bucket) -> None:
         if self._pending is not None:
             raise LowRankCommError("reduce() while the last pass is pending; call commit() or rollback() first.")
         if len(grads) != len(self.slots):
             raise LowRankCommError(f"got {len(grads)} gradients for {len(self.slots)} parameters; give one for each slot.")
-        for grad, slot in zip(grads, self.slots, strict=True):
+        for k in bucket.slots:
+            grad, slot = grads[k], self.slots[k]
             if grad is None:
                 continue
             if grad.is_sparse:
@@ -226,21 +326,19 @@ class Reducer(ReducerState):
             if not rows:
                 continue
             whole = len(rows) == len(due)
-            context = Context(
-                tuple(batch.names[row] for row in rows),
-                self.step,
-                self.seed,
-                batch.rank,
-                restart,
+            context = replace(
+                batch.context.only(rows),
+                t=self.step,
+                restart=restart,
                 wire_rounds=self._wire_dtype is not None and self._wire_dtype.itemsize < batch.dtype.itemsize,
             )
             jobs.append(_Job(batch, None if whole else rows, context))
         return jobs
 
-    def _dense_groups(self) -> list[list[int]]:
-        """Dense slots by dtype of computation and device, in slot order."""
+    def _dense_groups(self, bucket: Bucket) -> list[list[int]]:
+        """Dense slots of a bucket by dtype of computation and device, in slot order."""
         groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for k in self._dense:
+        for k in bucket.dense:
             groups.setdefault((self.slots[k].compute_dtype, self.slots[k].device), []).append(k)
         return list(groups.values())
 
@@ -254,28 +352,28 @@ class Reducer(ReducerState):
         flat = torch.cat(pieces)
         return flat.div_(scale) if scale != 1.0 else flat
 
-    def _decode(self, jobs: list[_Job], agreed: Agreed, grads: list[Tensor | None], scale: float) -> list[Tensor | None]:
-        """Write the means into the gradients; make a gradient where only other workers had one."""
-        for k, slot in enumerate(self.slots):
-            if grads[k] is None and agreed.present[k]:
+    def _decode(self, one: _Passed, agreed: Agreed, grads: list[Tensor | None], scale: float) -> None:
+        """Write a bucket's means into the gradients; make a gradient where only other workers had one."""
+        for k, present in zip(one.bucket.slots, agreed.present, strict=True):
+            slot = self.slots[k]
+            if grads[k] is None and present:
                 grads[k] = torch.empty(slot.shape, dtype=slot.dtype, device=slot.device)
-        for job in jobs:
+        for job in one.jobs:
             assert job.result is not None
             targets = [grads[job.batch.slots[row]] for row in job.indices]
             job.batch.write(job.result.applied, targets, scale)
-        for group, mean in zip(self._dense_groups(), agreed.dense, strict=True):
+        for group, mean in zip(self._dense_groups(one.bucket), agreed.dense, strict=True):
             scaled = mean * scale if scale != 1.0 else mean
             pieces = scaled.split([self.slots[k].numel for k in group])
             pairs = [(grad, piece) for k, piece in zip(group, pieces, strict=True) if (grad := grads[k]) is not None]
             if pairs:
                 torch._foreach_copy_([g for g, _ in pairs], [piece.view(g.shape) for g, piece in pairs])
-        return grads
 
     def _enter_ledger(self, account: Account, jobs: list[_Job], applied: bool) -> None:
         restarts = sum(len(job.indices) for job in jobs if job.context.restart)
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
-        self.ledger.enter(account.bytes, account.collectives, full, applied)
+        self.ledger.enter(account.bytes, account.collectives, full, applied, account.inside)
 
 
 def _rows_of_result(result: Result, rows: list[int]) -> Result:

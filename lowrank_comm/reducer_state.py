@@ -7,25 +7,43 @@ the consolidation of the error memory change it here.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batches import Slot, build_batches
-from .communication import Group, Ledger, check_same
+from .batches import Batch, Slot, build_batches
+from .communication import Group, Ledger, Shards, check_same
+from .communication.agreement import raise_if_different
 from .compressors.base import Compressor
 from .diagnostics import Plan, StepReport
 from .error_feedback import ErrorFeedback
-from .errors import ConfigError, LowRankCommError
+from .errors import ConfigError, ConfigMismatchError, LowRankCommError, UnsupportedError
 from .policy import Policy, Rule, Treatment
 from .reporting import LastPass, make_plan
 
 _log = logging.getLogger("lowrank_comm")
 
 WIRE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters whose pass may start together.
+
+    Attributes:
+        slots: their places, ascending.
+        batches: of the compressed ones.
+        dense: places of the others.
+    """
+
+    slots: list[int]
+    batches: list[Batch]
+    dense: list[int]
 
 
 class ReducerState:
@@ -43,6 +61,8 @@ class ReducerState:
         wire_dtype: str | None = None,
         seed: int = 0,
         initial_basis: Mapping[str, Tensor] | None = None,
+        shards: Shards | None = None,
+        bucket_bytes: int | None = None,
     ) -> None:
         if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
             raise ConfigError(f"wire_dtype={wire_dtype!r} is unknown; use null or one of {', '.join(WIRE_DTYPES)}.")
@@ -73,14 +93,20 @@ class ReducerState:
         self._error_feedback = error_feedback or ErrorFeedback()
         self._wire_name, self._wire_dtype = wire_dtype, WIRE_DTYPES.get(wire_dtype or "")
         self._policy = Policy(compressor, min_compression_rate, tuple(rules))
-        self.treatments: list[Treatment] = [self._policy.treat(slot.name, slot.shape) for slot in self.slots]
-        self._batches = build_batches(
-            self.slots, self.treatments, compressor, self._error_feedback, seed, group.rank, initial_basis or {}
-        )
+        self.shards = shards or Shards()
+        if self.shards.whole_matrices and not compressor.row_blocks:
+            raise UnsupportedError(
+                f'shard_scope="matrix" is not possible with {compressor.json_name}, whose steps need whole matrices; use '
+                'shard_scope="shard".'
+            )
+        self.treatments: list[Treatment] = [self._treat(slot, self.shards.rank) for slot in self.slots]
+        low = {slot.name: t for slot, t in zip(self.slots, self.treatments, strict=True) if t.low_rank}
+        self._check_initial_basis(initial_basis or {}, low)
+        self._bucket_bytes = bucket_bytes
+        self.buckets = [self._bucket(indices, initial_basis or {}) for indices in self._cut(bucket_bytes)]
+        self._batches = [batch for bucket in self.buckets for batch in bucket.batches]
         self._initial_basis = {name: _digest(basis) for name, basis in (initial_basis or {}).items()}
         self._place = {name: (batch, row) for batch in self._batches for row, name in enumerate(batch.names)}
-        self._dense = [k for k, treatment in enumerate(self.treatments) if not treatment.low_rank]
-        low = {slot.name: t for slot, t in zip(self.slots, self.treatments, strict=True) if t.low_rank}
         self._schedule = compressor.schedule(
             {name: compressor.restart_elements(t.m, t.n, t.rank) for name, t in low.items()}
         )
@@ -88,8 +114,57 @@ class ReducerState:
         self._agreed = False
         self._worker: tuple[int, int] | None = None
         self._consolidated_at: int | None = None
+        self._flights: list[Any] = []  # buckets that have been started; see `reducer`
         self._pending: Any = None  # a pass that waits for commit or rollback; see `reducer`
         self._last: LastPass | None = None
+
+    def _treat(self, slot: Slot, rank: int) -> Treatment:
+        """Treatment of the block of a parameter that rank `rank` of the node holds."""
+        if slot.whole is None:
+            return self._policy.treat(slot.name, slot.shape)
+        if self.shards.whole_matrices:
+            return self._policy.treat(slot.name, slot.whole)
+        return self._policy.treat_block(slot.name, slot.block(self.shards, rank), slot.block(self.shards, 0))
+
+    def _node_treatments(self, slot: Slot) -> list[Treatment]:
+        """Of all blocks of a parameter in this node; one of the whole parameter, where the node computes it together."""
+        ranks = 1 if slot.whole is None or self.shards.whole_matrices else self.shards.size
+        return [self._treat(slot, rank) for rank in range(ranks)]
+
+    def _check_initial_basis(self, initial_basis: Mapping[str, Tensor], low: Mapping[str, Treatment]) -> None:
+        for name in initial_basis:
+            if name not in low:
+                raise ConfigError(f"initial_basis names {name!r}, which is not a compressed parameter; remove it.")
+
+    def _cut(self, bucket_bytes: int | None) -> list[list[int]]:
+        """Slots in buckets, each of which may start on its way when its last gradient is there: the last parameters first,
+        as backward makes gradients. One bucket of all where nothing starts early."""
+        if bucket_bytes is None:
+            return [list(range(len(self.slots)))]
+        buckets: list[list[int]] = []
+        room = 0
+        for k in reversed(range(len(self.slots))):
+            size = self.slots[k].numel * self.slots[k].dtype.itemsize
+            if not buckets or size > room:
+                buckets.append([])
+                room = bucket_bytes
+            buckets[-1].append(k)
+            room -= size
+        return [sorted(bucket) for bucket in buckets] or [[]]
+
+    def _bucket(self, indices: list[int], initial_basis: Mapping[str, Tensor]) -> Bucket:
+        batches = build_batches(
+            self.slots,
+            self.treatments,
+            self.compressor,
+            self._error_feedback,
+            self.seed,
+            self.group.rank,
+            initial_basis,
+            self.shards,
+            indices,
+        )
+        return Bucket(indices, batches, [k for k in indices if not self.treatments[k].low_rank])
 
     def error_memory(self) -> dict[str, Tensor]:
         """Parameter name -> this worker's error, a live view in the parameter's shape; dense parameters are absent."""
@@ -98,6 +173,17 @@ class ReducerState:
             for batch in self._batches
             for row, name in enumerate(batch.names)
         }
+
+    def treatment_of_largest(self, slot: Slot) -> Treatment:
+        """Of the largest block of a parameter in this node, which decides whether it is compressed."""
+        return self._treat(slot, 0)
+
+    def bases_of(self, name: str) -> dict[str, Tensor]:
+        """State of the compressor of one parameter, live; {} where it is not compressed on this rank."""
+        if name not in self._place:
+            return {}
+        batch, row = self._place[name]
+        return {symbol: tensor[row] for symbol, tensor in batch.state.items()}
 
     def bases(self) -> dict[str, dict[str, Tensor]]:
         """Parameter name -> state of the compressor by its symbol (Q), a copy as it is now."""
@@ -153,6 +239,7 @@ class ReducerState:
         old._settle_last_report()
         self.ledger, self._worker, self._last = old.ledger, old._worker, old._last
         consolidated = old.consolidated
+        self.shards.bytes = old.shards.bytes
         self.continue_at(old.step)
         if consolidated:
             self.mark_consolidated()
@@ -175,8 +262,7 @@ class ReducerState:
         if self._pending is not None:
             raise LowRankCommError("consolidate_error_memory() within a step; call it after optimizer.step().")
         self._settle_last_report()
-        if not self._agreed:
-            self.agree()
+        self.ensure_agreed()
         if self.group.size > 1:
             self._average_errors()
         self.mark_consolidated()
@@ -190,6 +276,11 @@ class ReducerState:
             self.ledger.bytes["consolidation"] += total.nbytes
             batch.memory.store(total.div_(self.group.size), t=self.step, shared=True)
 
+    def ensure_agreed(self) -> None:
+        """`agree`, unless that was done since the state was last changed from outside."""
+        if not self._agreed:
+            self.agree()
+
     def agree(self) -> None:
         """Compare settings, parameters and step with the other workers. A collective.
 
@@ -197,8 +288,44 @@ class ReducerState:
         must do alike: workers that loaded different steps would restart at different times, and wait for each other.
         """
         everything = self.describe() | (self.further_settings() if self.further_settings else {})
-        self.ledger.bytes["fingerprint"] += check_same(everything, self.group, self.device)
+        error = ""
+        try:
+            self.ledger.bytes["fingerprint"] += check_same(everything, self.group, self.device)
+        except ConfigMismatchError as mismatch:  # the other ranks of this node wait to be told
+            error = str(mismatch)
+        if self.shards.size > 1:
+            shared = {key: value for key, value in self.describe().items() if key != "parameters"}
+            mine = {"error": error, "settings": shared, "parameters": [(slot.name, slot.whole) for slot in self.slots]}
+            told = [json.loads(part) for part in self.node.gather_bytes(json.dumps(mine, default=repr).encode(), self.device)]
+            error = next((one.pop("error") for one in told if one["error"]), "")
+            if not error:
+                raise_if_different(told)
+        if error:
+            raise ConfigMismatchError(error)
         self._agreed = True
+
+    @property
+    def node(self) -> Group:
+        """The ranks of this node, for words."""
+        return Group(self.shards.process_group)
+
+    def tell_all(self, words: str) -> list[str]:
+        """The words of every rank of every node, the writer's (see `is_writer`) first; a collective."""
+        told = [part.decode() for part in self.group.gather_bytes(words.encode(), self.device)]
+        if self.shards.size == 1:
+            return told
+        by_block = [json.loads(part) for part in self.node.gather_bytes(json.dumps(told).encode(), self.device)]
+        return [block[k] for k in range(self.group.size) for block in by_block]
+
+    @property
+    def here(self) -> tuple[int, int]:
+        """This rank's number among all ranks of all nodes, and how many there are."""
+        return self.group.rank * self.shards.size + self.shards.rank, self.group.size * self.shards.size
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the one rank that writes what all share."""
+        return self.here[0] == 0
 
     def describe(self) -> dict[str, Any]:
         """Everything that must be equal on all workers."""
@@ -209,6 +336,8 @@ class ReducerState:
             "error_feedback": self._error_feedback.describe(),
             "initial_basis": self._initial_basis,
             "step": self.step,
+            "shards": f"{self.shards.size} ranks, {self.shards.scope}" if self.shards.size > 1 else None,
+            "bucket_bytes": self._bucket_bytes,
             "parameters": {slot.name: f"#{k} {slot.shape} {slot.dtype}" for k, slot in enumerate(self.slots)},
         }
 
@@ -228,6 +357,8 @@ class ReducerState:
             self._wire_dtype,
             restart_every,
             idle,
+            [self._node_treatments(slot) for slot in self.slots],
+            self.shards,
         )
 
     @property
@@ -243,7 +374,7 @@ class ReducerState:
     @property
     def worker(self) -> tuple[int, int]:
         """(rank, world size) of the last pass, which the error memory is of, also when the process group is gone by now."""
-        return self._worker or (self.group.rank, self.group.size)
+        return self._worker or self.here
 
 
 def _digest(tensor: Tensor) -> str:

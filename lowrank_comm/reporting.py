@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, Slot
+from .communication import Shards
 from .compressors.base import Compressor, LowRank, Result
 from .diagnostics import Plan, PlanRow, StepReport
 from .lockstep import Account
@@ -38,8 +40,13 @@ class LastPass:
 
     def enter(self, batch: Batch, rows: list[int] | None, delta: Tensor, result: Result) -> None:
         """Keep what norms are computed from, if somebody asks: small factors, or the norm itself of what is large."""
-        sent = result.sent.q if isinstance(result.sent, LowRank) else _norm_of(result.sent)
-        self.parts.append(_Part(batch, rows, sent, None if result.kept is None else _norm_of(delta)))
+        if isinstance(result.sent, LowRank):
+            in_blocks = batch.context.m != batch.m
+            sent = _norm_of_product(result.sent) if in_blocks else result.sent.q
+        else:
+            sent = _norm_of(result.sent)
+        follows = result.kept is None and batch.context.m == batch.m
+        self.parts.append(_Part(batch, rows, sent, None if follows else _norm_of(delta)))
 
     def report(self, batches: Sequence[Batch]) -> StepReport:
         """The report, made once."""
@@ -55,6 +62,7 @@ class LastPass:
                 captured,
                 norm,
                 dict(self.account.seconds),
+                dict(self.account.inside),
             )
         return self._made
 
@@ -62,7 +70,7 @@ class LastPass:
         """Captured share of this worker's Delta, and the norm of its error memory.
 
         What is sent is a projection of Delta, so ||Delta||^2 = ||sent||^2 + ||e||^2, unless what is kept is another thing
-        than Delta - sent; and ||P Q_i^T|| = ||Q_i||.
+        than Delta - sent; and ||P Q_i^T|| = ||Q_i||. Of a block of rows of a whole matrix's projection neither holds.
         """
         if not batches:
             return None, None
@@ -91,6 +99,12 @@ class _Part:
         return _norm(self.sent) ** 2 + _norm(memory if self.rows is None else memory[self.rows]) ** 2
 
 
+def _norm_of_product(sent: LowRank) -> Tensor:
+    """||P Q^T|| of all matrices, without forming them: tr(P^T P Q^T Q)."""
+    p, q = sent.p.double(), sent.q.double()
+    return ((p.mT @ p) * (q.mT @ q)).sum().clamp(min=0).sqrt()
+
+
 def _norm(tensor: Tensor) -> float:
     return float(_norm_of(tensor))
 
@@ -108,35 +122,42 @@ def make_plan(
     wire_dtype: torch.dtype | None,
     restart_every: int | None,
     idle_rules: tuple[str, ...],
+    of_the_node: Sequence[Sequence[Treatment]],
+    shards: Shards,
 ) -> Plan:
-    """The plan of a reducer; see `diagnostics.Plan`."""
-    rows = tuple(
-        PlanRow(
+    """The plan of a reducer; see `diagnostics.Plan`. treatments: of what this rank holds; of_the_node: of all blocks."""
+
+    def in_a_restart(treatment: Treatment) -> int:
+        if not treatment.low_rank:
+            return treatment.elements
+        return compressor.restart_elements(treatment.m, treatment.n, treatment.rank)
+
+    def row(slot: Slot, parts: Sequence[Treatment]) -> PlanRow:
+        largest, shape = parts[0], slot.whole or slot.shape
+        return PlanRow(
             slot.name,
-            slot.shape,
-            treatment.low_rank,
-            treatment.rank,
-            treatment.elements,
-            compressor.restart_elements(treatment.m, treatment.n, treatment.rank)
-            if treatment.low_rank
-            else treatment.elements,
-            slot.numel,
+            shape,
+            largest.low_rank,
+            largest.rank,
+            sum(part.elements for part in parts),
+            sum(in_a_restart(part) for part in parts),
+            math.prod(shape),
             slot.dtype.itemsize,
             (wire_dtype or slot.compute_dtype).itemsize,
-            treatment.reason,
+            largest.reason,
         )
-        for slot, treatment in zip(slots, treatments, strict=True)
-    )
+
+    rows = tuple(row(slot, parts) for slot, parts in zip(slots, of_the_node, strict=True))
     settings = ", ".join(f"{key}={value}" for key, value in compressor.describe().items() if key != "compressor")
     delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
 
-    def packets(of_a_step: str) -> int:
+    def packets(restart: bool) -> int:
         """Held at most: the buffer on the wire; if it is narrower, also the own part of it, and both again at full width."""
         total = 0
-        for row, slot in zip(rows, slots, strict=True):
-            elements, full = getattr(row, of_a_step), slot.compute_dtype.itemsize
+        for row, slot, treatment in zip(rows, slots, treatments, strict=True):
+            elements, full = in_a_restart(treatment) if restart else treatment.elements, slot.compute_dtype.itemsize
             total += elements * (row.wire_bytes if row.wire_bytes >= full else 2 * (row.wire_bytes + full))
-        return total
+        return total // shards.size if shards.whole_matrices else total
 
     return Plan(
         rows,
@@ -144,7 +165,9 @@ def make_plan(
         workers,
         restart_every,
         sum(batch.memory.tensor.nbytes for batch in batches),
-        delta + packets("elements"),
-        delta + packets("restart_elements"),
+        delta + packets(False),
+        delta + packets(True),
         idle_rules,
+        ranks_in_a_node=shards.size,
+        shard_scope=shards.scope,
     )

@@ -112,10 +112,11 @@ class Simulation:
     def _run(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> list[Outcome]:
         if len(gradients) != len(self.reducers):
             raise LowRankCommError(f"got gradients of {len(gradients)} workers, the simulation has {len(self.reducers)}.")
-        passes = []
-        for reducer, given in zip(self.reducers, gradients, strict=True):
-            grads = [None if (g := given.get(slot.name)) is None else g.detach().clone() for slot in reducer.slots]
-            passes.append(reducer.exchange(grads, 1.0))
+        copies = [
+            [None if (g := given.get(slot.name)) is None else g.detach().clone() for slot in reducer.slots]
+            for reducer, given in zip(self.reducers, gradients, strict=True)
+        ]
+        passes = [r.exchange(r.buckets[0], grads, 1.0) for r, grads in zip(self.reducers, copies, strict=True)]
         asked = [next(one) for one in passes]
         while True:
             for buffers in zip(*asked, strict=True):
@@ -123,14 +124,14 @@ class Simulation:
                 for buffer in buffers:
                     buffer.copy_(total)
             collectives = len(asked[0])
-            asked, outcomes = [], []
+            asked, passed = [], []
             for one in passes:
                 try:
                     asked.append(one.send(collectives))
                 except StopIteration as end:
-                    outcomes.append(end.value)
-            if outcomes:
-                return outcomes
+                    passed.append(end.value)
+            if passed:
+                return [r.finish(g, 1.0, [one]) for r, g, one in zip(self.reducers, copies, passed, strict=True)]
 
     def error_memory(self, worker: int) -> dict[str, Tensor]:
         """Parameter name -> error of one worker, live views."""

@@ -1,6 +1,6 @@
 """An optimizer around another one that owns nothing: whatever the base owns is the base's, so nothing can drift apart.
 
-And what an optimizer may want to know of whoever is around it: who calls its step, what wraps the model.
+And what an optimizer may want to know of whoever is around it: who calls its step, whether its neighbours are like it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 _HOOKS = (
@@ -104,17 +104,3 @@ def fingerprint(parameters: Sequence[Tensor]) -> str:
     sums = [p.detach().contiguous().view(integers[p.itemsize]).sum(dtype=torch.int64) for p in parameters]
     numbers = torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []
     return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
-
-
-def engine_of(model: nn.Module) -> str | None:
-    """Name of the wrapper that reduces gradients by itself, or None for a plain model."""
-    for module in model.modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in (
-                "DistributedDataParallel",
-                "FSDPModule",
-                "FullyShardedDataParallel",
-                "DeepSpeedEngine",
-            ):
-                return kind.__name__
-    return None

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from lowrank_comm import CompressedOptimizer
-from lowrank_comm.compressors.base import Compressor, ComputeOnce, Context, Delta, Mean, Request, Result, State, Steps
+from lowrank_comm.compressors.base import (
+    Compressor,
+    ComputeOnce,
+    Context,
+    Delta,
+    Mean,
+    Request,
+    Result,
+    State,
+    Steps,
+    SumOverRows,
+    WholeRows,
+)
 from lowrank_comm.simulation import Simulation
 
 
@@ -29,7 +41,9 @@ def drive(compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[Sta
             mean = torch.stack([request.tensor for request in asked]).mean(0)
             answers = [(mean, request.tensor) for request in asked]
         elif isinstance(first, ComputeOnce):
-            answers = [first.compute(list(range(first.count)))] * len(runs)
+            answers = [first.compute(first.matrices)] * len(runs)
+        elif isinstance(first, SumOverRows | WholeRows):
+            answers = [request.tensor for request in asked]
         else:
             answers = [bool(first.flag.all())] * len(runs)
         asked = []

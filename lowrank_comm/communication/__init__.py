@@ -5,5 +5,6 @@ from __future__ import annotations
 from .agreement import check_same
 from .group import Group, leave
 from .ledger import Ledger
+from .shards import Shards
 
-__all__ = ["Group", "Ledger", "check_same", "leave"]
+__all__ = ["Group", "Ledger", "Shards", "check_same", "leave"]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 
 LENGTH_BYTES = torch.int64.itemsize
 
@@ -28,16 +28,15 @@ class Group:
             `ProcessGroup`, or a 1-D `DeviceMesh`.
 
     Raises:
-        UnsupportedError: a mesh of more than one dimension.
-        ConfigError: something else, or a group that this rank does not belong to.
+        ConfigError: a mesh of more than one dimension, something else, or a group that this rank does not belong to.
     """
 
     def __init__(self, process_group: Any = None) -> None:
         if hasattr(process_group, "get_group"):  # a DeviceMesh
             if process_group.ndim != 1:
-                raise UnsupportedError(
-                    f"process_group: a {process_group.ndim}-D mesh {process_group.mesh_dim_names} is not supported yet; "
-                    "give the dimension between the nodes, for example mesh['replicate']."
+                raise ConfigError(
+                    f"process_group: a {process_group.ndim}-D mesh {process_group.mesh_dim_names}, where one dimension is "
+                    "needed; give that between the nodes, for example mesh['replicate']."
                 )
             process_group = process_group.get_group()
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
@@ -67,12 +66,16 @@ class Group:
 
     def sum_(self, buffers: Sequence[Tensor]) -> int:
         """All-reduce every buffer in place, by sum. Returns how many collectives that took."""
-        if not self.initialised:
-            return 0
-        works = [dist.all_reduce(buffer, group=self.process_group, async_op=True) for buffer in buffers]
+        works = self.start_sum(buffers)
         for work in works:
             work.wait()
         return len(works)
+
+    def start_sum(self, buffers: Sequence[Tensor]) -> list[Any]:
+        """Start the all-reduce of every buffer that holds something; what is returned has `wait()`."""
+        if not self.initialised:
+            return []
+        return [dist.all_reduce(b, group=self.process_group, async_op=True) for b in buffers if b.numel()]
 
     def gather_bytes(self, payload: bytes, device: torch.device) -> list[bytes]:
         """Every worker's payload, in rank order; lengths may differ, so each travels first, in LENGTH_BYTES."""
@@ -88,6 +91,15 @@ class Group:
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self.process_group)
         return [bytes(part[: int(n.item())].tolist()) for part, n in zip(parts, lengths, strict=True)]
+
+
+def collectives_so_far() -> int:
+    """How many collectives this process has started over all its groups, whoever started them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    world = getattr(dist.distributed_c10d, "_world", None)
+    groups = list(getattr(world, "pg_map", ())) or [dist.group.WORLD]
+    return sum(int(group._get_sequence_number_for_group()) for group in groups)
 
 
 def leave() -> None:

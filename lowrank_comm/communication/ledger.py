@@ -6,6 +6,8 @@ each worker's link, compressed or not, so ratios are ratios of traffic too.
 Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the factors of a randomized one),
 "broadcast" (singular vectors computed on one worker), "dense" (what is not compressed), "control" (one finite flag and
 the mask of missing gradients), "fingerprint" (once, at the start), "consolidation" (error memory averaged for a checkpoint).
+Where ranks of a node share a worker's matrices, what goes between them is counted apart, by its own kinds: "gradients"
+(the exact mean inside the node), "results" (the way back), "sums" (P^T P, Delta^T P), "rows", "shares", "control".
 A process without a process group counts what it would hand over, and no collectives.
 """
 
@@ -26,6 +28,7 @@ class Ledger:
         steps: compressed passes, vetoed ones included.
         vetoed: passes that some worker vetoed.
         restarts: matrices restarted, in steps that were committed.
+        inside: kind -> bytes that this rank handed to collectives between the ranks of its node.
     """
 
     bytes: Counter[str] = field(default_factory=Counter)
@@ -34,10 +37,14 @@ class Ledger:
     steps: int = 0
     vetoed: int = 0
     restarts: int = 0
+    inside: Counter[str] = field(default_factory=Counter)
 
-    def enter(self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool) -> None:
+    def enter(
+        self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool, inside: Counter[str]
+    ) -> None:
         """Add one pass."""
         self.bytes.update(sent)
+        self.inside.update(inside)
         self.collectives += collectives
         self.uncompressed_bytes += uncompressed_bytes
         self.steps += 1

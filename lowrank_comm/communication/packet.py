@@ -90,7 +90,7 @@ class Packet:
             for buffer in self.buffers
             if buffer.numel()
         ]
-        return torch.stack(flags).all()
+        return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=self.buffers[0].device)
 
     def answers(self) -> list[tuple[Tensor, Tensor]]:
         """(mean or sum, own as sent) for every entry in the order of `add`, after the buffers were summed."""

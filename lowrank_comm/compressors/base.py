@@ -6,10 +6,16 @@ gradient plus its error memory, and the state of that batch. It yields requests 
     Mean(x)          -> (mean, own)  x averaged over the workers, and this worker's x as it went on the wire
     ComputeOnce(...) -> tensor       each matrix's part is computed by one worker, and everyone gets the same bits
     Decide(flag)     -> bool         a flag on the device is read by the host; it must be equal on all workers
+    SumOverRows(x)   -> tensor       x of all blocks of rows of the matrices, where they are held in blocks
+    WholeRows(x)     -> tensor       all rows of x, of which this rank holds a block
 
 and it ends by returning a `Result`. Who drives the generator (the reducer over a process group, the simulation of N
 workers in one process) answers the requests of all batches together, so that one phase of all matrices is one
 collective. The same definition therefore serves every engine, the simulation, and the ledger that counts bytes.
+
+A worker may be a node whose ranks hold its matrices in blocks of rows. Delta, and P = Delta Q, are then the rows of one
+rank. What contracts over rows (P^T P, Delta^T P) is a part of a sum: ask for `Mean(x, over_rows=True)` or `SumOverRows(x)`.
+A compressor that does so sets `row_blocks`, and equals its unsharded self. Otherwise both say nothing and cost nothing.
 
 Rules that make this correct:
 - A decision is taken from averaged values, or from (seed, name, t), never from what only this worker knows.
@@ -37,26 +43,28 @@ class Mean:
     """Request: average `tensor` over the workers. Answer: (mean, own), both in tensor's shape and dtype.
 
     `own` is this worker's contribution as it went on the wire. It equals `tensor` unless the wire dtype is narrower;
-    error feedback must subtract `own`, so that what rounding took away stays in the error memory.
+    error feedback must subtract `own`, so that what rounding took away stays in the error memory. With `over_rows` the
+    tensor contracts over the rows of the matrices, and both answers are of all rows.
     """
 
     tensor: Tensor
     kind: str = "factors"
+    over_rows: bool = False
 
 
 @dataclass(frozen=True)
 class ComputeOnce:
-    """Request: compute `count` tensors of `shape`, each on one worker, and give all to everyone. Answer: (count, *shape).
+    """Request: compute something from each of the (B, rows, n) `matrices`, which are equal on all workers, on one worker,
+    and give it to everyone. Answer: (B, rows, columns), the rows of it that this rank holds.
 
-    `compute(indices)` returns the tensors of these indices, stacked. It is called with the share of this worker only.
-    For results that equal input does not determine bit by bit, such as singular vectors.
+    `compute(matrices)` takes (b, m, n) of whole matrices and returns (b, m, columns). It is called with the share of this worker
+    only. For results that equal input does not determine bit by bit, such as singular vectors.
     """
 
-    count: int
-    shape: tuple[int, ...]
-    compute: Callable[[list[int]], Tensor]
-    dtype: torch.dtype
-    device: torch.device
+    matrices: Tensor
+    m: int
+    columns: int
+    compute: Callable[[Tensor], Tensor]
     kind: str = "broadcast"
 
 
@@ -67,7 +75,22 @@ class Decide:
     flag: Tensor
 
 
-Request = Mean | ComputeOnce | Decide
+@dataclass(frozen=True)
+class SumOverRows:
+    """Request: the sum of `tensor` over the blocks of rows; itself, where matrices are whole."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """Request: all rows of `tensor` (B, own rows, k), as (B, m, k); itself, where matrices are whole."""
+
+    tensor: Tensor
+    m: int
+
+
+Request = Mean | ComputeOnce | Decide | SumOverRows | WholeRows
 
 
 @dataclass(frozen=True)
@@ -154,6 +177,8 @@ class Context:
         rank: r of these matrices, already cut to min(m, n).
         restart: whether these matrices restart in this step.
         wire_rounds: whether the wire dtype is narrower than the dtype of the computation.
+        m: rows of the whole matrices.
+        rows: those of them that this rank holds.
     """
 
     names: tuple[str, ...]
@@ -162,6 +187,8 @@ class Context:
     rank: int
     restart: bool = False
     wire_rounds: bool = False
+    m: int = 0
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def only(self, rows: Sequence[int]) -> Context:
         """Of some matrices of the batch."""
@@ -190,6 +217,7 @@ class Compressor(abc.ABC):
         linear: C(sum of Delta_i) = sum of C(Delta_i) at a shared state, so that only the mean error matters and a
             checkpoint of the mean resumes exactly at any world size.
         low_rank: False for schemes that leave every matrix dense.
+        row_blocks: it may be given matrices in blocks of rows; see the module's text.
     """
 
     rank: int = field(default=4)
@@ -197,6 +225,7 @@ class Compressor(abc.ABC):
     json_name: ClassVar[str]
     linear: ClassVar[bool] = True
     low_rank: ClassVar[bool] = True
+    row_blocks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checked_positive_int(type(self).__name__, "rank", self.rank)

@@ -27,6 +27,7 @@ class Identity(Compressor):
 
     json_name: ClassVar[str] = "identity"
     low_rank: ClassVar[bool] = False
+    row_blocks: ClassVar[bool] = True
 
     def elements(self, m: int, n: int, r: int) -> int:
         return m * n

@@ -28,7 +28,20 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..linalg import cholesky_qr, least_pivot, orthonormal_rank_revealing, safe_pivot
-from .base import Compressor, Context, Decide, Delta, LowRank, Mean, Request, Result, State, Steps
+from .base import (
+    Compressor,
+    Context,
+    Decide,
+    Delta,
+    LowRank,
+    Mean,
+    Request,
+    Result,
+    State,
+    Steps,
+    SumOverRows,
+    WholeRows,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class PowerSGD(Compressor):
     """
 
     json_name: ClassVar[str] = "powersgd"
+    row_blocks: ClassVar[bool] = True
 
     def elements(self, m: int, n: int, r: int) -> int:
         return r * (m + n)
@@ -75,29 +89,47 @@ def power_iteration(
     """P~, mean Q and own Q of one power iteration; `purpose` tells the draws of several iterations of one step apart."""
     p_mean, _ = yield Mean(delta.times(q), kind)
     p = yield from orthonormal(p_mean, context, f"fill P{purpose}")
-    q_mean, q_own = yield Mean(delta.transposed_times(p), kind)
+    q_mean, q_own = yield Mean(delta.transposed_times(p), kind, over_rows=True)
     return p, q_mean, q_own
 
 
 def next_q(q_mean: Tensor, context: Context, purpose: str = "") -> Generator[Request, Any, Tensor]:
     """Basis of range(mean Q) for the next power iteration, its dead columns redrawn from (seed, name, t)."""
-    return (yield from orthonormal(q_mean, context, f"redraw Q{purpose}", passes=1))
+    return (yield from orthonormal(q_mean, context, f"redraw Q{purpose}", passes=1, in_blocks=False))
 
 
-def orthonormal(a: Tensor, context: Context, purpose: str, passes: int = 2) -> Generator[Request, Any, Tensor]:
-    """orth(a) for averaged a (B, m, r): Cholesky-QR; again in float64 where columns are nearly dependent; column by column,
-    with random vectors for the dead ones, where they are dependent. Each matrix gets what it would get alone."""
-    basis, pivot = cholesky_qr(a, passes)
+def orthonormal(
+    a: Tensor, context: Context, purpose: str, passes: int = 2, in_blocks: bool = True
+) -> Generator[Request, Any, Tensor]:
+    """orth(a) for averaged a (B, rows, r): Cholesky-QR; again in float64 where columns are nearly dependent; column by
+    column, with random vectors for the dead ones, where they are dependent. Each matrix gets what it would get alone.
+
+    `in_blocks`: this rank may hold a block of the rows only, as of P. The r x r Gram matrices are then summed over the
+    blocks; in the last case all rows of `a` are fetched."""
+    basis, pivot = yield from _cholesky_qr(a, passes, in_blocks)
     safe = pivot > safe_pivot(a.dtype)
     if (yield Decide(safe)):
         return basis
     unsafe = (~safe).nonzero().flatten()
-    wide, pivot = cholesky_qr(a[unsafe].double())
+    wide, pivot = yield from _cholesky_qr(a[unsafe].double(), 2, in_blocks)
     basis[unsafe] = wide.to(a.dtype)
     good = pivot > least_pivot(a.dtype)
     if (yield Decide(good)):
         return basis
     dead = unsafe[~good]
-    fill = context.only(dead.tolist()).draw(purpose, tuple(a.shape[-2:]), a)
-    basis[dead] = orthonormal_rank_revealing(a[dead], fill)
+    whole = (yield WholeRows(a[dead], context.m)) if in_blocks else a[dead]
+    fill = context.only(dead.tolist()).draw(purpose, tuple(whole.shape[-2:]), a)
+    basis[dead] = orthonormal_rank_revealing(whole, fill)[:, context.rows if in_blocks else slice(None)]
     return basis
+
+
+def _cholesky_qr(a: Tensor, passes: int, in_blocks: bool) -> Generator[Request, Any, tuple[Tensor, Tensor]]:
+    """`cholesky_qr`, with the Gram matrices of all rows."""
+    steps = cholesky_qr(a, passes)
+    gram = next(steps)
+    while True:
+        try:
+            gram = steps.send((yield SumOverRows(gram)) if in_blocks else gram)
+        except StopIteration as end:
+            result: tuple[Tensor, Tensor] = end.value
+            return result

@@ -29,7 +29,20 @@ from typing import ClassVar
 from ..errors import ConfigError
 from ..linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 from ..restart import RestartSchedule, staggered
-from .base import ComputeOnce, Context, Delta, LowRank, Mean, Result, State, Steps, checked_positive_int, transposed_product
+from .base import (
+    ComputeOnce,
+    Context,
+    Delta,
+    LowRank,
+    Mean,
+    Result,
+    State,
+    Steps,
+    SumOverRows,
+    WholeRows,
+    checked_positive_int,
+    transposed_product,
+)
 from .powersgd import PowerSGD, next_q, power_iteration, ssp_comp
 
 RESTARTS = ("svd", "randomized")
@@ -105,26 +118,23 @@ class PowerSGDPlus(PowerSGD):
 
     def _svd_comp(self, delta: Delta, context: Context) -> Steps:
         """SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all have."""
-        batch, m, _ = delta.tensor.shape
         r = context.rank
         d, own = yield Mean(delta.tensor, "restart")
-        p = yield ComputeOnce(batch, (m, r), lambda mine: leading_left_singular_vectors(d[mine], r), d.dtype, d.device)
+        p = yield ComputeOnce(d, context.m, r, lambda matrices: leading_left_singular_vectors(matrices, r))
         if context.wire_rounds:  # a basis that was rounded on the wire is orthonormal no more
-            p = orthonormal_rank_revealing(p, context.draw("fill P", (m, r), p))
-        q = transposed_product(d, p)
+            whole = yield WholeRows(p, context.m)
+            fill = context.draw("fill P", (whole.shape[1], r), p)
+            p = orthonormal_rank_revealing(whole, fill)[:, context.rows]
+        q = yield SumOverRows(transposed_product(d, p))
         q_next = yield from next_q(q, context)
         applied = LowRank(p, q)
         if self.exact_restart:
             return Result(applied=d, sent=own, state={"Q": q_next})
+        sent = LowRank(p, (yield SumOverRows(transposed_product(own, p))))
         if self.consensus_restart:
             # delta - own is what the wire's rounding took from this worker alone; it stays with this worker.
-            return Result(
-                applied,
-                LowRank(p, transposed_product(own, p)),
-                {"Q": q_next},
-                kept=(delta.tensor - own) + (d - applied.dense()),
-            )
-        return Result(applied, LowRank(p, transposed_product(own, p)), {"Q": q_next})
+            return Result(applied, sent, {"Q": q_next}, kept=(delta.tensor - own) + (d - applied.dense()))
+        return Result(applied, sent, {"Q": q_next})
 
 
 def _randomized_comp(delta: Delta, context: Context) -> Steps:

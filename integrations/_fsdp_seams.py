@@ -1,0 +1,126 @@
+"""The one place that reads FSDP2's private surface: parameter groups, unsharded gradients, who reduces what.
+
+    param_groups(model)        every group of parameters that FSDP reduces together, once each
+    FSDPParamGroup.mesh_info   over which mesh; says whether FSDP averages over replicas too
+    FSDPParam                  one parameter: `sharded_param` (a DTensor), the unsharded one and its gradient
+
+Tested with the torch version of the constraints file; anything missing is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from lowrank_comm.errors import UnsupportedError
+
+_GROUP = ("fsdp_params", "mesh_info", "post_backward", "reduce_grads", "all_reduce_grads", "gradient_divide_factor")
+_PARAM = ("sharded_param", "to_sharded_dtensor", "unsharded_accumulated_grad", "fsdp_placement")
+
+
+def _check(owner: Any, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise UnsupportedError(
+            f"attach: {type(owner).__name__} of torch {torch.__version__} has no {', '.join(missing)}, which the FSDP2 adapter "
+            "needs. It is tested with torch 2.13."
+        )
+
+
+def modules(model: nn.Module) -> list[Any]:
+    """All modules to which fully_shard was applied, outermost first."""
+    return [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+
+
+def param_groups(model: nn.Module) -> list[Any]:
+    """Every parameter group once: `fully_shard([norm, head])` shows one group at several modules."""
+    groups: dict[int, Any] = {}
+    for module in modules(model):
+        state = module._get_fsdp_state()
+        several = getattr(state, "_fsdp_param_groups", None)
+        one = getattr(state, "_fsdp_param_group", None) if several is None else None
+        for group in several if several is not None else [one] if one is not None else []:
+            _check(group, _GROUP)
+            for parameter in group.fsdp_params:
+                _check(parameter, _PARAM)
+            groups[id(group)] = group
+    return list(groups.values())
+
+
+def kind(group: Any) -> str:
+    """"flat" (sharded over one dimension), "hsdp" (sharded and replicated), "replicated", or what else it may be."""
+    return {"FSDPMeshInfo": "flat", "HSDPMeshInfo": "hsdp", "DDPMeshInfo": "replicated"}.get(
+        type(group.mesh_info).__name__, type(group.mesh_info).__name__
+    )
+
+
+def take_over_replicas(group: Any) -> None:
+    """FSDP does not average this group over its replicas any more, only over its shards.
+
+    The group is given the description of a mesh without replicas; the parameters keep theirs, with both dimensions, so
+    clipping and checkpoints see what they saw.
+    """
+    info = group.mesh_info
+    parent = next(base for base in type(info).__mro__ if base.__name__ == "FSDPMeshInfo")
+    alone = parent(mesh=info.mesh, shard_mesh_dim=info.shard_mesh_dim)
+    alone.reduce_scatter_process_group = getattr(info, "reduce_scatter_process_group", None)
+    group.mesh_info = alone
+
+
+def shard_dim(parameter: Any) -> int:
+    """Along which dimension a parameter is cut."""
+    return int(parameter.fsdp_placement.dim)
+
+
+def is_data_parallel(parameter: DTensor) -> bool:
+    """Whether a DTensor is placed as data parallelism alone places it, with at most one replicated dimension in front."""
+    *before, last = parameter.placements
+    return type(last) is Shard and len(before) <= 1 and all(isinstance(place, Replicate) for place in before)
+
+
+def is_last_backward(model: nn.Module) -> bool:
+    """What the user has said by `set_is_last_backward` and, under HSDP, by `set_requires_all_reduce`."""
+    root = modules(model)[0]._get_fsdp_state()
+    context = getattr(root, "_state_ctx", None)
+    return bool(getattr(context, "is_last_backward", True)) and all(group.all_reduce_grads for group in param_groups(model))
+
+
+def take_unsharded_gradient(parameter: Any) -> Tensor | None:
+    """The whole local gradient that waits because FSDP was told not to reduce; it is taken away from FSDP."""
+    grad: Tensor | None = parameter.unsharded_accumulated_grad
+    if grad is not None:
+        parameter.unsharded_accumulated_grad = None
+        return grad
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    if unsharded is None or unsharded.grad is None:
+        return None
+    grad, unsharded.grad = unsharded.grad, None
+    return grad
+
+
+def has_unsharded_gradient(parameter: Any) -> bool:
+    """Whether such a gradient waits."""
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+
+
+def gradient_dtype(parameter: Any) -> torch.dtype:
+    """Dtype in which the gradients of a parameter are reduced."""
+    return parameter.reduce_dtype or parameter.param_dtype or parameter.sharded_param.dtype  # type: ignore[no-any-return]
+
+
+def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[Callable[[], None]]:
+    """Calls `call(group)` when a group of parameters has its gradients; yields functions that undo it."""
+    for group in param_groups(model):
+        original = group.post_backward
+
+        def post_backward(*args: Any, group: Any = group, original: Callable[..., None] = original) -> None:
+            original(*args)
+            call(group)
+
+        group.post_backward = post_backward
+        yield lambda group=group: group.__dict__.pop("post_backward", None)

@@ -1,0 +1,134 @@
+"""PyTorch DDP: `optimizer.attach(ddp_model)`.
+
+DDP keeps everything but the all-reduce. A communication hook hands each bucket back as it is, at once and without a
+collective; so gradients stay this worker's own, while buckets are rebuilt, unused parameters are found, buffers are
+broadcast and a static graph is learnt as ever. The reduction runs over `p.grad` when DDP has finished the backward pass:
+a callback that is queued from within a callback comes after DDP's own, which copies the buckets back.
+
+Accumulation: a backward pass whose forward ran within `ddp.no_sync()` only accumulates. `ddp.join()` works: a rank whose
+data are exhausted is asked by DDP to run the hook on zeros, and takes part in the reduction without gradients.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from lowrank_comm.engine import Engine
+from lowrank_comm.errors import UnsupportedError
+
+_KEY = "_lowrank_comm"
+
+
+class DDPEngine(Engine):
+    """A model wrapped by DistributedDataParallel.
+
+    Args:
+        ddp: the wrapper.
+        process_group: the workers; None for DDP's own group.
+        shard_scope: see `Engine`.
+
+    Raises:
+        UnsupportedError: DDP has a communication hook already, or its own mixed precision.
+    """
+
+    name = "DDP"
+    reduces_at = "backward"
+    accumulates_by = "with model.no_sync(): loss = model(inputs); loss.backward()"
+
+    def __init__(self, ddp: DistributedDataParallel, process_group: Any, shard_scope: str) -> None:
+        super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
+        self._ddp, self._syncs = ddp, True
+        self._take_part: Callable[[], None] | None = None
+        self._forward = ddp.register_forward_pre_hook(self._before_forward)
+        _hook_of(ddp).engine = weakref.ref(self)
+
+    def _before_forward(self, *_: Any) -> None:
+        if torch.is_grad_enabled():  # DDP itself decides at this time whether the next backward pass reduces
+            self._syncs = bool(self._ddp.require_backward_grad_sync)
+
+    def is_last_backward(self) -> bool:
+        return self._syncs
+
+    def shadow(self, take_part: Callable[[], None]) -> None:
+        self._take_part = take_part
+
+    def bucket(self, bucket: dist.GradBucket) -> None:
+        """DDP is done with a bucket. Outside of a backward pass: it stands in for a backward pass of a joined rank."""
+        if bucket.is_last() and torch._C._current_graph_task_id() == -1 and self._take_part is not None:
+            self._take_part()
+
+    def release(self) -> None:
+        """DDP reduces by itself again."""
+        self._forward.remove()
+        _hook_of(self._ddp).engine = None
+
+    def notes(self) -> list[str]:
+        return ["DDP: its own all-reduce is off; gradients are averaged when the backward pass has ended"]
+
+
+class _Hook:
+    """The communication hook of one DDP model: it has none of its own any more, and cannot be registered twice."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self.engine: weakref.ref[DDPEngine] | None = None
+        self._group, self._workers = ddp.process_group, dist.get_world_size(ddp.process_group)
+
+    def __call__(self, state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
+        engine = self.engine() if self.engine is not None else None
+        if engine is None:
+            buffer = bucket.buffer().div_(self._workers)  # as DDP does
+            summed = dist.all_reduce(buffer, group=self._group, async_op=True).get_future()
+            return summed.then(lambda done: done.value()[0])
+        engine.bucket(bucket)
+        future: Future[Tensor] = Future()
+        future.set_result(bucket.buffer())
+        return future
+
+
+def _hook_of(ddp: DistributedDataParallel) -> _Hook:
+    """Our hook on a DDP model, registered the first time."""
+    hook = ddp.__dict__.get(_KEY)
+    if hook is None:
+        hook = _Hook(ddp)
+
+        def lowrank_comm_hook(state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
+            return hook(state, bucket)  # type: ignore[no-any-return]
+
+        # DDP asks for this very annotation, as an object and not as text.
+        lowrank_comm_hook.__annotations__ = {"bucket": dist.GradBucket, "return": Future[Tensor]}
+        try:
+            ddp.register_comm_hook(None, lowrank_comm_hook)
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"attach: this DistributedDataParallel has a communication hook already ({error}); remove "
+                "register_comm_hook, or wrap the model anew."
+            ) from None
+        ddp.__dict__[_KEY] = hook
+    return hook
+
+
+def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
+    """The engine of a model that is, or holds, a DistributedDataParallel.
+
+    Raises:
+        UnsupportedError: it holds several, or something of it that cannot go with compression.
+    """
+    found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"attach: the model holds {len(found)} DistributedDataParallel modules; wrap the whole model once."
+        )
+    ddp = found[0]
+    if getattr(ddp, "mixed_precision", None) is not None:
+        raise UnsupportedError(
+            "attach: DistributedDataParallel(mixed_precision=...) reduces gradients in a hook of its own; use torch.autocast."
+        )
+    return DDPEngine(ddp, process_group, shard_scope)

@@ -1,0 +1,283 @@
+"""Engines under one harness: the same small model, data and optimizer in each, and the simulation that they must equal.
+
+`train` runs in gloo processes, with compression or with the engine's own averaging; `simulated` does the same in one
+process from the paper's algorithm. The model has what trips up sharding: rows that do not divide by the ranks, biases, a
+LayerNorm, a layer whose gradient has less than full rank, and (on request) tied and unused parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from lowrank_comm import CompressedOptimizer
+from lowrank_comm.communication.shards import block_of
+from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.simulation import Simulation
+
+DIM, HIDDEN, OUT = 12, 18, 5
+BATCH = 8
+
+
+class Block(nn.Module):
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.up, self.down = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (checkpoint(self.body, x, use_reentrant=False) if self.recompute else self.body(x))
+
+
+class Net(nn.Module):
+    """12 -> 5 with two residual blocks. `idle` is a layer that no forward uses; `tied`: the head's weight is the first's."""
+
+    def __init__(self, recompute: bool = False, idle: bool = False, tied: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.first = nn.Linear(DIM, DIM)
+        self.blocks = nn.ModuleList(Block(recompute) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, DIM if tied else OUT)
+        if idle:
+            self.idle = nn.Linear(DIM, 7)
+        if tied:
+            self.head.weight = self.first.weight
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / DIM**0.5 if p.dim() > 1 else torch.ones_like(p))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))[:, :OUT]
+
+
+def loss_of(model: Callable[[Tensor], Tensor], step: int, worker: int, micro: int = 0) -> Tensor:
+    """The loss of one worker on its own data."""
+    generator = torch.Generator().manual_seed(100_000 + 1_000 * step + 10 * worker + micro)
+    x, y = torch.randn(BATCH, DIM, generator=generator), torch.randn(BATCH, OUT, generator=generator)
+    return ((model(x) - y) ** 2).mean()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, and how.
+
+    engine: "plain", "ddp", "flat" (FSDP2), "hsdp" (the sub-mesh given to fully_shard), "native" (the 2-D mesh given).
+    nodes: for two levels; 0 for one. compressor: None for the engine's own averaging.
+    """
+
+    engine: str
+    compressor: Compressor | None = None
+    nodes: int = 0
+    scope: str = "shard"
+    steps: int = 6
+    micro: int = 1
+    clip: float | None = None  # by the caller, between backward and step
+    adam: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # of CompressedOptimizer
+    wrap: dict[str, Any] = field(default_factory=dict)  # of DDP or fully_shard
+    model: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
+    lr: float = 0.05
+
+    def base(self, named: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(named, lr=self.lr / 5) if self.adam else torch.optim.SGD(named, lr=self.lr, momentum=0.9)
+
+
+def mesh_of(setup: Setup) -> Any:
+    return init_device_mesh("cpu", (setup.nodes, dist.get_world_size() // setup.nodes), mesh_dim_names=("replicate", "shard"))
+
+
+def wrapped(setup: Setup) -> tuple[nn.Module, Any]:
+    """The model as the engine wants it, and the process_group of the optimizer."""
+    model = Net(**setup.model)
+    mesh = mesh_of(setup) if setup.nodes else None
+    if setup.engine == "plain":
+        return model, mesh
+    if setup.engine == "ddp":
+        return DistributedDataParallel(model, **setup.wrap), mesh
+    over = {"flat": None, "hsdp": mesh and mesh["shard"], "native": mesh}[setup.engine]
+    kwargs = dict(setup.wrap)
+    if "mp" in kwargs:
+        kwargs["mp_policy"] = MixedPrecisionPolicy(**kwargs.pop("mp"))
+    units: list[Any] = [*model.blocks]
+    if not setup.model.get("tied"):
+        units.append([model.norm, model.head])
+    for unit in units:
+        fully_shard(unit, mesh=over, **kwargs)
+    if setup.compiled:
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    fully_shard(model, mesh=over, **kwargs)
+    return model, mesh if setup.engine == "hsdp" else None
+
+
+@contextlib.contextmanager
+def accumulating(setup: Setup, model: nn.Module, optimizer: Any, last: bool) -> Iterator[None]:
+    """What a user of the engine writes around a micro-batch."""
+    if setup.engine == "ddp":
+        with contextlib.nullcontext() if last else model.no_sync():  # type: ignore[operator]
+            yield
+    elif setup.engine == "native":
+        model.set_requires_all_reduce(last)  # type: ignore[operator]
+        yield
+    elif setup.engine in ("flat", "hsdp"):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        yield
+    elif isinstance(optimizer, CompressedOptimizer) and not last:
+        with optimizer.no_sync():
+            yield
+    else:
+        yield
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def plain_names(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module.").replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+
+
+def train(rank: int, setup: Setup) -> dict[str, Any]:
+    """One run in this process; what it ended with."""
+    model, process_group = wrapped(setup)
+    optimizer: Any = setup.base(plain_names(model).items())
+    plan = None
+    if setup.compressor is not None:
+        options = {"min_compression_rate": 0, "seed": 3, **setup.options}
+        if process_group is not None:
+            options.update(process_group=process_group)
+        optimizer = CompressedOptimizer(optimizer, setup.compressor, shard_scope=setup.scope, **options)
+        plan = optimizer.attach(model)
+    elif setup.engine in ("plain", "hsdp"):
+        raise AssertionError("has no averaging of its own over all ranks")
+    losses, norms, reports = [], [], []
+    for step in range(setup.steps):
+        total = 0.0
+        for micro in range(setup.micro):
+            with accumulating(setup, model, optimizer, micro == setup.micro - 1):
+                loss = loss_of(model, step, rank, micro) / setup.micro
+                loss.backward()
+            total += loss.item()
+        if setup.clip is not None:
+            if setup.engine == "plain" and setup.options.get("reduce_at") != "backward":
+                optimizer.reduce_gradients()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), setup.clip)
+            norms.append(float(full(norm)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        if setup.compressor is not None:
+            reports.append(optimizer.last_report.as_dict())
+    result = {
+        "losses": losses,
+        "norms": norms,
+        "parameters": {name: full(p) for name, p in plain_names(model).items()},
+        "reports": reports,
+        "plan": None if plan is None else (str(plan), plan.step_bytes, plan.average_bytes, plan.error_bytes),
+    }
+    if setup.compressor is not None:
+        memory = optimizer.error_memory()
+        result["errors"] = {name: full(e) for name, e in memory.items()}
+        result["local errors"] = {n: tuple((e.to_local() if isinstance(e, DTensor) else e).shape) for n, e in memory.items()}
+        optimizer.detach()
+    return result
+
+
+def simulated(setup: Setup, world: int) -> dict[str, Any]:
+    """The same training in this process: nodes (or ranks) as workers, their gradients averaged by `Simulation`."""
+    model = Net(**setup.model)
+    optimizer = setup.base(model.named_parameters())
+    workers = setup.nodes or world
+    ranks = world // workers
+    average = _averages(setup, model, workers, ranks)
+    losses: list[list[float]] = [[] for _ in range(world)]
+    norms = []
+    for step in range(setup.steps):
+        gradients = []
+        for rank in range(world):
+            model.zero_grad()
+            total = 0.0
+            for micro in range(setup.micro):
+                loss = loss_of(model, step, rank, micro) / setup.micro
+                loss.backward()
+                total += loss.item()
+            losses[rank].append(total)
+            gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
+        nodes = [_mean(gradients[k * ranks : (k + 1) * ranks]) for k in range(workers)]
+        for name, grad in average(nodes).items():
+            model.get_parameter(name).grad = grad
+        if setup.clip is not None:
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), setup.clip)))
+        optimizer.step()
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "parameters": parameters}
+
+
+def _mean(gradients: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
+    def mean(name: str) -> Tensor | None:
+        there = [g for one in gradients if (g := one[name]) is not None]
+        return torch.stack(there).sum(0) / len(gradients) if there else None
+
+    return {name: mean(name) for name in gradients[0]}
+
+
+def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """node gradients -> what all apply: exact without a compressor, else by the simulation, of each block alone if so set."""
+    if setup.compressor is None:
+        return _mean
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    options = {"min_compression_rate": 0, "seed": 3} | {
+        k: v for k, v in setup.options.items() if k in ("min_compression_rate", "rules", "wire_dtype", "error_feedback")
+    }
+    if ranks == 1 or setup.scope == "matrix":
+        return Simulation(shapes, setup.compressor, workers, **options).reduce
+    blocks = [
+        {
+            name: (rows.stop - rows.start, *shape[1:])
+            for name, shape in shapes.items()
+            if (rows := block_of(shape[0], ranks, f)).stop > rows.start
+        }
+        for f in range(ranks)
+    ]
+    simulations = [Simulation(block, setup.compressor, workers, **options) for block in blocks]
+
+    def average(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+        parts = []
+        for f, simulation in enumerate(simulations):
+            cut = [
+                {
+                    name: None if node[name] is None else node[name][block_of(shapes[name][0], ranks, f)]
+                    for name in blocks[f]
+                }
+                for node in nodes
+            ]
+            parts.append(simulation.reduce(cut))
+        return {
+            name: None if parts[0][name] is None else torch.cat([part[name] for part in parts if name in part])
+            for name in shapes
+        }
+
+    return average
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference between two sets of parameters."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
