@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lowrank_comm.errors import UnsupportedError
 
 _GROUP = ("fsdp_params", "mesh_info", "post_backward", "reduce_grads", "all_reduce_grads", "gradient_divide_factor")
-_PARAM = ("sharded_param", "to_sharded_dtensor", "unsharded_accumulated_grad", "fsdp_placement")
+_PARAM = ("sharded_param", "mp_policy", "to_sharded_dtensor", "unsharded_accumulated_grad", "fsdp_placement")
 
 
 def _check(owner: Any, names: tuple[str, ...]) -> None:
@@ -52,7 +52,7 @@ def param_groups(model: nn.Module) -> list[Any]:
 
 
 def kind(group: Any) -> str:
-    """"flat" (sharded over one dimension), "hsdp" (sharded and replicated), "replicated", or what else it may be."""
+    """ "flat" (sharded over one dimension), "hsdp" (sharded and replicated), "replicated", or what else it may be."""
     return {"FSDPMeshInfo": "flat", "HSDPMeshInfo": "hsdp", "DDPMeshInfo": "replicated"}.get(
         type(group.mesh_info).__name__, type(group.mesh_info).__name__
     )
@@ -83,10 +83,14 @@ def is_data_parallel(parameter: DTensor) -> bool:
 
 
 def is_last_backward(model: nn.Module) -> bool:
-    """What the user has said by `set_is_last_backward` and, under HSDP, by `set_requires_all_reduce`."""
-    root = modules(model)[0]._get_fsdp_state()
-    context = getattr(root, "_state_ctx", None)
-    return bool(getattr(context, "is_last_backward", True)) and all(group.all_reduce_grads for group in param_groups(model))
+    """What the user has said by `set_is_last_backward`."""
+    context = getattr(modules(model)[0]._get_fsdp_state(), "_state_ctx", None)
+    return bool(getattr(context, "is_last_backward", True))
+
+
+def wants_all_reduce(model: nn.Module) -> bool:
+    """What the user has said by `set_requires_all_reduce`."""
+    return all(group.all_reduce_grads for group in param_groups(model))
 
 
 def take_unsharded_gradient(parameter: Any) -> Tensor | None:
@@ -110,7 +114,8 @@ def has_unsharded_gradient(parameter: Any) -> bool:
 
 def gradient_dtype(parameter: Any) -> torch.dtype:
     """Dtype in which the gradients of a parameter are reduced."""
-    return parameter.reduce_dtype or parameter.param_dtype or parameter.sharded_param.dtype  # type: ignore[no-any-return]
+    policy = parameter.mp_policy
+    return policy.reduce_dtype or policy.param_dtype or parameter.sharded_param.dtype  # type: ignore[no-any-return]
 
 
 def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[Callable[[], None]]:

@@ -107,6 +107,9 @@ class HSDPEngine(_FSDPEngine):
             slots.append(Slot(name, tuple(local.shape), p.dtype, local.device, whole, dim))
         return slots
 
+    def is_last_backward(self) -> bool:
+        return super().is_last_backward() and seams.wants_all_reduce(self._model)
+
     def error_view(self, slot: Slot, parameter: Tensor, error: Tensor) -> Tensor:
         assert isinstance(parameter, DTensor)
         if self._mesh is None:
@@ -125,7 +128,9 @@ class HSDPEngine(_FSDPEngine):
 
     def notes(self) -> list[str]:
         held = sum(_padded(p, self.shards.size) for p in self._model.parameters() if p.requires_grad)
-        how = "fully_shard's all-reduce between nodes is off" if self._taken_over else "fully_shard works inside the node only"
+        how = (
+            "fully_shard's all-reduce between nodes is off" if self._taken_over else "fully_shard works inside the node only"
+        )
         return [
             f"FSDP2, HSDP: {how}; its exact reduce-scatter in a node carries {human_bytes(held)} a backward pass",
             "error memory is that of this rank's shards",
@@ -300,7 +305,9 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
         )
     groups = seams.param_groups(model)
     if not groups or not seams.modules(model) or seams.modules(model)[0] is not model:
-        raise UnsupportedError("attach: fully_shard was applied to parts of the model only; apply it to the model last, too.")
+        raise UnsupportedError(
+            "attach: fully_shard was applied to parts of the model only; apply it to the model last, too."
+        )
     kinds = {seams.kind(group) for group in groups}
     if len(kinds) > 1 or not kinds <= {"flat", "hsdp"}:
         raise UnsupportedError(

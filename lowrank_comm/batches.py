@@ -253,9 +253,7 @@ def build_batches(
             like = torch.empty(0, dtype=dtype, device=slot.device)
             context = Context(names, -1, seed, rank, m=m, rows=shards.block(m) if rows != m else slice(None))
             state = functools.partial(_initial_state, compressor, context, m, n, like, initial_basis)
-            batches.append(
-                Batch(chosen, names, rows, n, rank, dtype, slot.device, memory, state, context=context)
-            )
+            batches.append(Batch(chosen, names, rows, n, rank, dtype, slot.device, memory, state, context=context))
     return batches
 
 

@@ -105,7 +105,9 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
         if reducer.shards.whole_matrices:
             entry |= {k: t for k, t in (parts or {}).items() if k != "error"}
         else:
-            entry |= {f"{k}{_OF}{reducer.shards.size}": t for k, t in _bases_of_blocks(reducer, slot, parts, largest).items()}
+            entry |= {
+                f"{k}{_OF}{reducer.shards.size}": t for k, t in _bases_of_blocks(reducer, slot, parts, largest).items()
+            }
         result[slot.name] = {k: t.detach().cpu() for k, t in entry.items()}
     return result
 

@@ -162,7 +162,9 @@ class Plan:
             what = "each block of rows is compressed alone" if self.shard_scope == "shard" else "whole matrices, in blocks"
             lines.append(f'  bytes are those of a node, between nodes; shard_scope="{self.shard_scope}": {what}')
         if self.workers == 1:
-            lines.append(f"  one {'node' if self.ranks_in_a_node > 1 else 'worker'}: gradients are compressed all the same, and what is called sent would be sent")
+            lines.append(
+                f"  one {'node' if self.ranks_in_a_node > 1 else 'worker'}: gradients are compressed all the same, and what is called sent would be sent"
+            )
         lines += [f"  rule {pattern!r} matches no parameter" for pattern in self.idle_rules]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 

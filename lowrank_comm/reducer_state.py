@@ -296,7 +296,9 @@ class ReducerState:
         if self.shards.size > 1:
             shared = {key: value for key, value in self.describe().items() if key != "parameters"}
             mine = {"error": error, "settings": shared, "parameters": [(slot.name, slot.whole) for slot in self.slots]}
-            told = [json.loads(part) for part in self.node.gather_bytes(json.dumps(mine, default=repr).encode(), self.device)]
+            told = [
+                json.loads(part) for part in self.node.gather_bytes(json.dumps(mine, default=repr).encode(), self.device)
+            ]
             error = next((one.pop("error") for one in told if one["error"]), "")
             if not error:
                 raise_if_different(told)

@@ -100,7 +100,9 @@ class Setup:
 
 
 def mesh_of(setup: Setup) -> Any:
-    return init_device_mesh("cpu", (setup.nodes, dist.get_world_size() // setup.nodes), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        "cpu", (setup.nodes, dist.get_world_size() // setup.nodes), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def wrapped(setup: Setup) -> tuple[nn.Module, Any]:
@@ -262,10 +264,7 @@ def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Calla
         parts = []
         for f, simulation in enumerate(simulations):
             cut = [
-                {
-                    name: None if node[name] is None else node[name][block_of(shapes[name][0], ranks, f)]
-                    for name in blocks[f]
-                }
+                {name: None if node[name] is None else node[name][block_of(shapes[name][0], ranks, f)] for name in blocks[f]}
                 for node in nodes
             ]
             parts.append(simulation.reduce(cut))
