@@ -9,6 +9,7 @@ Tested with the torch version of the constraints file; anything missing is refus
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,8 +27,8 @@ def _check(owner: Any, names: tuple[str, ...]) -> None:
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         raise UnsupportedError(
-            f"attach: {type(owner).__name__} of torch {torch.__version__} has no {', '.join(missing)}, which the FSDP2 adapter "
-            "needs. It is tested with torch 2.13."
+            f"attach: {type(owner).__name__} of torch {torch.__version__} has no {', '.join(missing)}, which the FSDP2 "
+            "adapter needs. It is tested with torch 2.13."
         )
 
 
@@ -128,4 +129,4 @@ def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[
             call(group)
 
         group.post_backward = post_backward
-        yield lambda group=group: group.__dict__.pop("post_backward", None)
+        yield functools.partial(group.__dict__.pop, "post_backward", None)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from lowrank_comm.engine import Engine
 from lowrank_comm.errors import UnsupportedError
@@ -54,9 +55,11 @@ class DDPEngine(Engine):
         if torch.is_grad_enabled():  # DDP itself decides at this time whether the next backward pass reduces
             self._syncs = bool(self._ddp.require_backward_grad_sync)
 
+    @override
     def is_last_backward(self) -> bool:
         return self._syncs
 
+    @override
     def shadow(self, take_part: Callable[[], None]) -> None:
         self._take_part = take_part
 
@@ -65,11 +68,13 @@ class DDPEngine(Engine):
         if bucket.is_last() and torch._C._current_graph_task_id() == -1 and self._take_part is not None:
             self._take_part()
 
+    @override
     def release(self) -> None:
         """DDP reduces by itself again."""
         self._forward.remove()
         _hook_of(self._ddp).engine = None
 
+    @override
     def notes(self) -> list[str]:
         return ["DDP: its own all-reduce is off; gradients are averaged when the backward pass has ended"]
 
@@ -129,6 +134,6 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
     ddp = found[0]
     if getattr(ddp, "mixed_precision", None) is not None:
         raise UnsupportedError(
-            "attach: DistributedDataParallel(mixed_precision=...) reduces gradients in a hook of its own; use torch.autocast."
+            "attach: DistributedDataParallel(mixed_precision=...) reduces in a hook of its own; use torch.autocast."
         )
     return DDPEngine(ddp, process_group, shard_scope)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
 
 from lowrank_comm.backward_end import BackwardWatch
 from lowrank_comm.batches import Slot
@@ -49,12 +50,15 @@ class _FSDPEngine(Engine):
         self._model = model
 
     @property
+    @override
     def can_overlap(self) -> bool:
         return False  # FSDP's last reduce-scatters and the copies into p.grad end with the backward pass
 
+    @override
     def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         return [None if p.grad is None else _local(p.grad) for p in parameters]
 
+    @override
     def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
         for parameter, result in zip(parameters, results, strict=True):
             if result is None:
@@ -64,14 +68,17 @@ class _FSDPEngine(Engine):
             elif _local(parameter.grad) is not result:
                 _local(parameter.grad).copy_(result)
 
+    @override
     def poison(self, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:
             if parameter.grad is not None:
                 _local(parameter.grad).fill_(float("nan"))
 
+    @override
     def local(self, tensor: Tensor) -> Tensor:
         return _local(tensor)
 
+    @override
     def is_last_backward(self) -> bool:
         return seams.is_last_backward(self._model)
 
@@ -94,6 +101,7 @@ class HSDPEngine(_FSDPEngine):
         self._taken_over = taken_over
         self._mesh: DeviceMesh | None = None
 
+    @override
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[Slot]:
         slots = []
         for name, p in named:
@@ -107,9 +115,11 @@ class HSDPEngine(_FSDPEngine):
             slots.append(Slot(name, tuple(local.shape), p.dtype, local.device, whole, dim))
         return slots
 
+    @override
     def is_last_backward(self) -> bool:
         return super().is_last_backward() and seams.wants_all_reduce(self._model)
 
+    @override
     def error_view(self, slot: Slot, parameter: Tensor, error: Tensor) -> Tensor:
         assert isinstance(parameter, DTensor)
         if self._mesh is None:
@@ -126,6 +136,7 @@ class HSDPEngine(_FSDPEngine):
         view._local_tensor = error  # and not a view of it: the memory moves, and takes along the views that it has given
         return view
 
+    @override
     def notes(self) -> list[str]:
         held = sum(_padded(p, self.shards.size) for p in self._model.parameters() if p.requires_grad)
         how = (
@@ -164,6 +175,7 @@ class FlatEngine(_FSDPEngine):
         """In place of the model's method: what it says tells the last backward pass from those before."""
         self._syncs = requires_gradient_sync
 
+    @override
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[Slot]:
         slots = []
         for name, p in named:
@@ -174,9 +186,11 @@ class FlatEngine(_FSDPEngine):
             slots.append(Slot(name, tuple(p.shape), seams.gradient_dtype(self._by_id[id(p)]), _local(p).device))
         return slots
 
+    @override
     def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         return [seams.take_unsharded_gradient(self._by_id[id(p)]) for p in parameters]
 
+    @override
     def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
         for parameter, result in zip(parameters, results, strict=True):
             if result is None:
@@ -184,36 +198,42 @@ class FlatEngine(_FSDPEngine):
             rows = block_of(result.shape[0], self.group.size, self.group.rank)
             parameter.grad = _placed_like(parameter, result[rows].to(parameter.dtype, copy=True))
 
+    @override
     def poison(self, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:
             parameter.grad = _placed_like(parameter, torch.full_like(_local(parameter), torch.nan))
 
+    @override
     def drop(self) -> None:
         for parameter in self._by_id.values():
             seams.take_unsharded_gradient(parameter)
 
+    @override
     def is_last_backward(self) -> bool:
         return self._syncs and super().is_last_backward()
 
+    @override
     def watch(
         self, parameters: Sequence[Tensor], on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None
     ) -> BackwardWatch:
         return _GroupWatch(self._model, parameters, on_gradient, at_end)
 
+    @override
     def release(self) -> None:
         del self._model.set_requires_gradient_sync
-        self._set_sync(True)
+        self._set_sync(True)  # type: ignore[operator]
         for module in seams.modules(self._model):
             if hasattr(module, "set_custom_reduce_scatter"):
                 module.set_custom_reduce_scatter(_default_reduce_scatter())
 
+    @override
     def notes(self) -> list[str]:
         parameters = list(self._by_id.values())
         whole = sum(p.sharded_param.numel() * seams.gradient_dtype(p).itemsize for p in parameters)
         return [
             "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which each rank keeps its rows",
-            f"until the end of backward every rank holds its own whole gradients ({human_bytes(whole)}), and the whole error "
-            "memory; HSDP (a 2-D mesh) divides both by the ranks in a node",
+            f"until the end of backward every rank holds its own whole gradients ({human_bytes(whole)}), and the "
+            "whole error memory; HSDP (a 2-D mesh) divides both by the ranks in a node",
         ]
 
 
@@ -225,8 +245,8 @@ class _Unreduced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise LowRankCommError(
-            "FSDP2 was about to reduce-scatter gradients past the compressed reduction: set_requires_gradient_sync(True) was "
-            "called on a part of the model. Call it on the model that was given to attach()."
+            "FSDP2 was about to reduce-scatter gradients past the compressed reduction: set_requires_gradient_sync(True) "
+            "was called on a part of the model. Call it on the model that was given to attach()."
         )
 
 
@@ -254,6 +274,7 @@ class _GroupWatch(BackwardWatch):
             if id(parameter.sharded_param) in self._watched and seams.has_unsharded_gradient(parameter):
                 self._gradient_is_there(parameter.sharded_param)
 
+    @override
     def remove(self) -> None:
         super().remove()
         for undo in self._undo:
@@ -345,8 +366,8 @@ def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope:
         inside = _ranks(process_group.get_group(1))
         if inside != ours:
             raise ConfigError(
-                f"attach: fully_shard's mesh holds the ranks {ours}, the second dimension of process_group the ranks {inside}; "
-                "give fully_shard the sub-mesh inside the node: fully_shard(module, mesh=mesh['shard'])."
+                f"attach: fully_shard's mesh holds the ranks {ours}, the second dimension of process_group the ranks "
+                f"{inside}; give fully_shard the sub-mesh inside the node: fully_shard(module, mesh=mesh['shard'])."
             )
         return HSDPEngine(model, group, shards, taken_over=False)
     if process_group is not None:

@@ -129,7 +129,7 @@ class Plan:
         return sum(row.numel * row.bytes_per_element for row in self.rows)
 
     def __str__(self) -> str:
-        low = [row for row in self.rows if row.low_rank]
+        low, many = [row for row in self.rows if row.low_rank], self.ranks_in_a_node > 1
         dense = [row for row in self.rows if not row.low_rank]
         sent_low = sum(row.elements * row.wire_bytes for row in low)
         full_low = sum(row.numel * row.bytes_per_element for row in low)
@@ -151,7 +151,7 @@ class Plan:
             f"  whole model: {human_bytes(self.uncompressed_bytes)} -> {human_bytes(self.step_bytes)} an ordinary step"
             + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
             + restarts,
-            f"  memory on this {'rank' if self.ranks_in_a_node > 1 else 'worker'}: error memory {human_bytes(self.error_bytes)}, "
+            f"  memory on this {'rank' if many else 'worker'}: error memory {human_bytes(self.error_bytes)}, "
             f"and {human_bytes(self.workspace_bytes)} while a step is open{peak}",
         ]
         lines += self._cap(sent_dense)
@@ -162,9 +162,8 @@ class Plan:
             what = "each block of rows is compressed alone" if self.shard_scope == "shard" else "whole matrices, in blocks"
             lines.append(f'  bytes are those of a node, between nodes; shard_scope="{self.shard_scope}": {what}')
         if self.workers == 1:
-            lines.append(
-                f"  one {'node' if self.ranks_in_a_node > 1 else 'worker'}: gradients are compressed all the same, and what is called sent would be sent"
-            )
+            who = "node" if many else "worker"
+            lines.append(f"  one {who}: gradients are compressed all the same, and what is called sent would be sent")
         lines += [f"  rule {pattern!r} matches no parameter" for pattern in self.idle_rules]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 

@@ -203,8 +203,8 @@ def hint_of_two_levels(plan: Plan, engine: Engine) -> list[str]:
     if engine.shards.size > 1 or not ranks or ranks < 2 or plan.workers <= ranks:
         return []
     return [
-        f"hint: {ranks} ranks share a node here; with two levels (a 2-D mesh, or topology.shard_size) gradients are averaged "
-        f"exactly inside it, and the error memory of a rank is 1/{ranks} of this"
+        f"hint: {ranks} ranks share a node here; with two levels (a 2-D mesh, or topology.shard_size) gradients are "
+        f"averaged exactly inside it, and the error memory of a rank is 1/{ranks} of this"
     ]
 
 

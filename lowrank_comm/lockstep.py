@@ -263,7 +263,7 @@ class _Inside:
         return whole
 
     def _summed(self, parts: list[Tensor]) -> list[Tensor]:
-        """Sums over the node of tensors of one dtype; they are this worker's own, so no other node need have the same bits."""
+        """Sums over the node of tensors of one dtype; this worker's own, so no other node need have the same bits."""
         if not parts:
             return []
         flat = torch.cat([part.reshape(-1) for part in parts])

@@ -45,7 +45,9 @@ class Block(nn.Module):
 class Net(nn.Module):
     """12 -> 5 with two residual blocks. `idle` is a layer that no forward uses; `tied`: the head's weight is the first's."""
 
-    def __init__(self, recompute: bool = False, idle: bool = False, tied: bool = False) -> None:
+    def __init__(
+        self, recompute: bool = False, idle: bool = False, tied: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
         self.first = nn.Linear(DIM, DIM)
@@ -58,9 +60,10 @@ class Net(nn.Module):
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator) / DIM**0.5 if p.dim() > 1 else torch.ones_like(p))
+        self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
+        x = self.first(x.to(self.first.weight.dtype))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))[:, :OUT]
@@ -70,7 +73,7 @@ def loss_of(model: Callable[[Tensor], Tensor], step: int, worker: int, micro: in
     """The loss of one worker on its own data."""
     generator = torch.Generator().manual_seed(100_000 + 1_000 * step + 10 * worker + micro)
     x, y = torch.randn(BATCH, DIM, generator=generator), torch.randn(BATCH, OUT, generator=generator)
-    return ((model(x) - y) ** 2).mean()
+    return ((model(x).float() - y) ** 2).mean()
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,26 @@ def accumulating(setup: Setup, model: nn.Module, optimizer: Any, last: bool) -> 
         yield
 
 
+def backward(loss: Tensor, optimizer: Any) -> int:
+    """A backward pass. How many buckets had begun when it reached its end, before the rest is begun there."""
+    if not isinstance(optimizer, CompressedOptimizer):
+        loss.backward()
+        return 0
+    reducer, begun = optimizer.reducer, [0]
+    reduce = reducer.reduce
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        begun[0] = reducer.begun
+        return reduce(*args, **kwargs)
+
+    reducer.reduce = counting  # type: ignore[method-assign]
+    try:
+        loss.backward()
+    finally:
+        del reducer.reduce
+    return begun[0]
+
+
 def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
@@ -169,13 +192,13 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         plan = optimizer.attach(model)
     elif setup.engine in ("plain", "hsdp"):
         raise AssertionError("has no averaging of its own over all ranks")
-    losses, norms, reports = [], [], []
+    losses, norms, reports, early = [], [], [], []
     for step in range(setup.steps):
         total = 0.0
         for micro in range(setup.micro):
             with accumulating(setup, model, optimizer, micro == setup.micro - 1):
                 loss = loss_of(model, step, rank, micro) / setup.micro
-                loss.backward()
+                early.append(backward(loss, optimizer))
             total += loss.item()
         if setup.clip is not None:
             if setup.engine == "plain" and setup.options.get("reduce_at") != "backward":
@@ -192,6 +215,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         "norms": norms,
         "parameters": {name: full(p) for name, p in plain_names(model).items()},
         "reports": reports,
+        "early": early,
         "plan": None if plan is None else (str(plan), plan.step_bytes, plan.average_bytes, plan.error_bytes),
     }
     if setup.compressor is not None:
@@ -241,7 +265,7 @@ def _mean(gradients: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]
 
 
 def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """node gradients -> what all apply: exact without a compressor, else by the simulation, of each block alone if so set."""
+    """node gradients -> what all apply: exact without a compressor, else by the simulation, perhaps block by block."""
     if setup.compressor is None:
         return _mean
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

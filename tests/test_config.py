@@ -99,7 +99,9 @@ BAD = {
     "rounding unknown": ({"error_feedback": {"rounding": "up"}}, ["rounding", "up"]),
     "treatment unknown": ({"rules": [{"match": "a", "treatment": "dence"}]}, ["treatment", "dence"]),
     "seed a float": ({"seed": 1.5}, ["seed", "1.5"]),
-    "shard size": ({"topology": {"shard_size": 2}}, ["shard_size", "2"]),
+    "shard size": ({"topology": {"shard_size": 0}}, ["shard_size", "0"]),
+    "shard size a word": ({"topology": {"shard_size": "host"}}, ["shard_size", "host", "node"]),
+    "shard scope": ({"topology": {"shard_scope": "rows"}}, ["shard_scope", "rows", "matrix"]),
     "bool for a number": ({"stagger": 1}, ["stagger", "1"]),
 }
 

@@ -487,13 +487,13 @@ def test_attach_refuses_what_it_cannot_serve() -> None:
     with pytest.raises(ConfigError, match="CompressedOptimizer"):
         CompressedOptimizer(optimizer, PowerSGD(2))
 
-    class DistributedDataParallel(nn.Module):
+    class DeepSpeedEngine(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
             self.module = module
 
-    with pytest.raises(UnsupportedError, match="DistributedDataParallel"):
-        optimizer.attach(DistributedDataParallel(model))
+    with pytest.raises(UnsupportedError, match="DeepSpeed JSON"):
+        optimizer.attach(DeepSpeedEngine(model))
 
 
 def test_attach_after_a_step_with_other_names_says_what_to_do() -> None:

@@ -30,7 +30,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -57,8 +56,8 @@ class ComputeOnce:
     """Request: compute something from each of the (B, rows, n) `matrices`, which are equal on all workers, on one worker,
     and give it to everyone. Answer: (B, rows, columns), the rows of it that this rank holds.
 
-    `compute(matrices)` takes (b, m, n) of whole matrices and returns (b, m, columns). It is called with the share of this worker
-    only. For results that equal input does not determine bit by bit, such as singular vectors.
+    `compute(matrices)` takes (b, m, n) of whole matrices and returns (b, m, columns). It is called with this worker's
+    share only. For results that equal input does not determine bit by bit, such as singular vectors.
     """
 
     matrices: Tensor
