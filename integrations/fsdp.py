@@ -30,12 +30,14 @@ from typing_extensions import override
 
 from lowrank_comm.backward_end import BackwardWatch
 from lowrank_comm.batches import Slot
+from lowrank_comm.checkpoint import block_bases, of_blocks
 from lowrank_comm.communication import Group, Shards
 from lowrank_comm.communication.shards import block_of
 from lowrank_comm.communication.topology import levels
 from lowrank_comm.diagnostics import human_bytes
 from lowrank_comm.engine import Engine
 from lowrank_comm.errors import ConfigError, LowRankCommError, UnsupportedError
+from lowrank_comm.reducer import Reducer
 
 from . import _fsdp_seams as seams
 
@@ -96,13 +98,17 @@ class HSDPEngine(_FSDPEngine):
     name = "FSDP2, HSDP"
     accumulates_by = "model.set_requires_all_reduce(False) or set_requires_gradient_sync(False), or optimizer.no_sync(),"
 
+    saves_whole = False
+
     def __init__(self, model: nn.Module, group: Group, shards: Shards, taken_over: bool) -> None:
         super().__init__(model, group, shards)
         self._taken_over = taken_over
         self._mesh: DeviceMesh | None = None
+        self._named: list[tuple[str, Tensor]] = []
 
     @override
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[Slot]:
+        self._named = list(named)
         slots = []
         for name, p in named:
             local, dim = _local(p), _shard_dim(p)
@@ -120,14 +126,42 @@ class HSDPEngine(_FSDPEngine):
         return super().is_last_backward() and seams.wants_all_reduce(self._model)
 
     @override
-    def error_view(self, slot: Slot, parameter: Tensor, error: Tensor) -> Tensor:
+    def saved(self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
+        """DTensors, which torch.distributed.checkpoint reshards: errors like their parameters; bases of blocks as blocks."""
+        named, memory = dict(self._named), reducer.error_memory()
+        result: dict[str, dict[str, Tensor]] = {}
+        for slot in reducer.slots:
+            largest = reducer.treatment_of_largest(slot)
+            if not largest.low_rank:
+                continue
+            error = memory.get(slot.name)
+            if error is None:
+                error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
+            entry = {"error": self.error_view(slot, named[slot.name], error)}
+            bases = block_bases(reducer, slot, largest)
+            if self.shards.size == 1 or self.shards.whole_matrices:
+                entry |= bases
+            else:
+                mesh = self._shard_mesh(named[slot.name])
+                for symbol, basis in bases.items():
+                    placed = DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)
+                    entry[of_blocks(symbol, self.shards.size)] = placed
+            result[slot.name] = entry
+        return result
+
+    def _shard_mesh(self, parameter: Tensor) -> DeviceMesh:
         assert isinstance(parameter, DTensor)
         if self._mesh is None:
             if self.shards.process_group is None:
                 self._mesh = parameter.device_mesh
             else:
                 self._mesh = DeviceMesh.from_group(self.shards.process_group, parameter.device_mesh.device_type)
-        if self._mesh.ndim != 1:  # one rank in a node: the parameter's own mesh is all there is
+        return self._mesh
+
+    @override
+    def error_view(self, slot: Slot, parameter: Tensor, error: Tensor) -> Tensor:
+        mesh = self._shard_mesh(parameter)
+        if mesh.ndim != 1:  # one rank in a node: the parameter's own mesh is all there is
             return error
         places = (Shard(slot.dim),)
         view = DTensor.from_local(

@@ -105,27 +105,44 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
         if reducer.shards.whole_matrices:
             entry |= {k: t for k, t in (parts or {}).items() if k != "error"}
         else:
-            entry |= {
-                f"{k}{_OF}{reducer.shards.size}": t for k, t in _bases_of_blocks(reducer, slot, parts, largest).items()
-            }
+            for symbol, room in block_bases(reducer, slot, largest).items():
+                gathered = reducer.shards.gather(room.reshape(-1), "checkpoint")
+                entry[of_blocks(symbol, reducer.shards.size)] = gathered.view(reducer.shards.size, *room.shape)
         result[slot.name] = {k: t.detach().cpu() for k, t in entry.items()}
     return result
 
 
-def _bases_of_blocks(
-    reducer: Reducer, slot: Slot, parts: Mapping[str, Tensor] | None, largest: Treatment
-) -> dict[str, Tensor]:
-    """symbol -> (F, n, r), zero where a block has no column or no rows. n is that of the block with the most."""
+def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
+    """`whole_tensors_of` before the first step, without communication: zero errors, and bases that nobody has used."""
+    result: dict[str, dict[str, Tensor]] = {}
+    for slot in reducer.slots:
+        largest = reducer.treatment_of_largest(slot)
+        if not largest.low_rank:
+            continue
+        entry = {"error": torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)}
+        for symbol, basis in block_bases(reducer, slot, largest).items():
+            if reducer.shards.whole_matrices or reducer.shards.size == 1:
+                entry[symbol] = basis
+            else:
+                entry[of_blocks(symbol, reducer.shards.size)] = basis.expand(reducer.shards.size, *basis.shape)
+        result[slot.name] = entry
+    return result
+
+
+def of_blocks(symbol: str, count: int) -> str:
+    """The symbol under which the bases of `count` blocks of a parameter are kept, each a matrix of its own."""
+    return f"{symbol}{_OF}{count}"
+
+
+def block_bases(reducer: Reducer, slot: Slot, largest: Treatment) -> dict[str, Tensor]:
+    """symbol -> this rank's basis (n, r) in the room of that of the largest block; zero where it has no column."""
     context = Context((slot.name,), 0, reducer.seed, largest.rank, m=largest.m)
     like = torch.empty(0, dtype=slot.compute_dtype, device=slot.device)
-    shapes = {k: t.shape[1:] for k, t in reducer.compressor.initial_state(context, largest.m, largest.n, like).items()}
-    bases = {}
-    for symbol, shape in shapes.items():
-        room = torch.zeros(shape, dtype=slot.compute_dtype, device=slot.device)
-        if parts is not None:
-            room[tuple(slice(0, size) for size in parts[symbol].shape)] = parts[symbol]
-        bases[symbol] = reducer.shards.gather(room.reshape(-1), "checkpoint").view(reducer.shards.size, *shape)
-    return bases
+    state, own = reducer.compressor.initial_state(context, largest.m, largest.n, like), reducer.bases_of(slot.name)
+    rooms = {symbol: torch.zeros_like(tensor[0]) for symbol, tensor in state.items()}
+    for symbol, basis in own.items():
+        rooms[symbol][tuple(slice(0, size) for size in basis.shape)] = basis
+    return rooms
 
 
 def _cut_to(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .backward_end import BackwardWatch
 from .batches import Slot
+from .checkpoint import tensors_of, untouched
 from .communication.group import LENGTH_BYTES
 from .communication.topology import levels, ranks_in_a_node
 from .diagnostics import Plan
@@ -45,6 +46,7 @@ class Engine:
         reduces_at: when gradients are averaged unless the user says otherwise, "step" or "backward".
         compares_values: whether parameters are to be equal on all workers of `group` at the start.
         can_overlap: whether a bucket may start while the backward pass goes on.
+        saves_whole: a state dict holds whole parameters, also where a rank holds blocks of them.
         accumulates_by: what a user writes around all backward passes but the last of a step.
     """
 
@@ -52,6 +54,7 @@ class Engine:
     reduces_at = "step"
     compares_values = True
     accumulates_by = "with optimizer.no_sync(): loss.backward()"
+    saves_whole = True
 
     def __init__(self, process_group: Any = None, shard_scope: str = "shard") -> None:
         self.group, self.shards = levels(process_group, shard_scope)
@@ -108,6 +111,19 @@ class Engine:
     def error_view(self, slot: Slot, parameter: Tensor, error: Tensor) -> Tensor:
         """An error memory as the user sees it."""
         return error
+
+    def saved(self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
+        """What goes into a state dict: parameter name -> {"error": ..., "Q": ...}; no communication.
+
+        Args:
+            reducer: whose state it is.
+            whole: the state of whole parameters, if ranks hold blocks and it was gathered since the last step.
+        """
+        if self.shards.size == 1:
+            return tensors_of(reducer)
+        if whole is None and reducer.step == 0:
+            return untouched(reducer)
+        return tensors_of(reducer) if whole is None else whole
 
     def is_last_backward(self) -> bool:
         """Whether the backward pass that ends (or goes on) is the last one of its step."""

@@ -14,14 +14,14 @@ float32 error to a bfloat16 parameter's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import Tag, tensors_of
+from .checkpoint import Tag
 from .reducer import Reducer
 
 PREFIX = "lowrank_comm_"
@@ -29,17 +29,23 @@ KEY = "lowrank_comm"
 _KINDS = ("own", "mean")
 
 
-def add(state_dict: dict[str, Any], reducer: Reducer, tag: Tag, numbered: Sequence[tuple[str, Any]]) -> None:
+def add(
+    state_dict: dict[str, Any],
+    reducer: Reducer,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    tag: Tag,
+    numbered: Sequence[tuple[str, Any]],
+) -> None:
     """Add the reducer's state to a base optimizer's state dict.
 
     Args:
         state_dict: of the base; its inner dictionaries are replaced and not changed.
         reducer: whose state it is.
+        tensors: parameter name -> {"error": ..., "Q": ...}.
         tag: what kind of state.
         numbered: (parameter name, key in `state_dict["state"]`).
     """
     numbers = [tag.format, _KINDS.index(tag.kind), tag.rank, tag.world, tag.step, tag.seed]
-    tensors = tensors_of(reducer)
     devices = {slot.name: slot.device for slot in reducer.slots}
     for name, number in numbered:
         if name in devices:

@@ -9,6 +9,7 @@ the top. It never communicates and never raises; see `checkpoint` for what "own"
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 import weakref
@@ -65,6 +66,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         self._arrivals: Arrivals | None = None
         self._status: str | None = None  # of the gradients: None as they came, "averaged", or "vetoed"
         self._warned_own = False
+        self._whole_state: dict[str, dict[str, Tensor]] | None = None  # gathered for a state dict; valid until the next step
         # bad values fail here
         Reducer([], compressor, engine.group, **{**options, "initial_basis": None}, bucket_bytes=bucket_bytes)
 
@@ -196,9 +198,12 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         """Every worker's error becomes the mean of all; a collective. Call it on all ranks before `state_dict()`.
 
         Training goes on as it would have: linear compressors use the mean error only. It sends the error memory once, as
-        many bytes as the gradients of all compressed matrices.
+        many bytes as the gradients of all compressed matrices. Where ranks hold blocks of whole parameters (two levels, but
+        not FSDP2), each keeps a copy of the whole error memory on the CPU for the state dict, until the next is made.
         """
         self.reducer.consolidate_error_memory()
+        if self._holds_blocks:
+            self._whole_state = checkpoint.whole_tensors_of(self.reducer)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The base's state dict with the compressor's state (see `state_dicts`); never communicates, never raises.
@@ -212,6 +217,9 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         result = self.base.state_dict()
         if self._reducer is not None:
             tag = checkpoint.tag_of(self._reducer)
+            whole = self._whole_state if self._reducer.consolidated else None
+            if self._holds_blocks and whole is None and tag.step > 0:  # consolidated, but not gathered
+                tag = replace(tag, kind="own")
             if tag.kind == "own" and tag.step > 0 and not self._warned_own:
                 self._warned_own = True
                 warnings.warn(
@@ -219,7 +227,8 @@ class OptimizerWithReducer(OptimizerAroundAnother):
                     "ranks before saving; then it fits every worker, at any world size.",
                     stacklevel=2,
                 )
-            state_dicts.add(result, self._reducer, tag, self._numbered(result["param_groups"]))
+            tensors = self._engine.saved(self._reducer, whole)
+            state_dicts.add(result, self._reducer, tensors, tag, self._numbered(result["param_groups"]))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
@@ -246,6 +255,8 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         self._status = None
         if tag is not None:
             checkpoint.restore(self.reducer, tag, tensors)
+            if self._holds_blocks:  # what was given is whole, and right until the next step
+                self._whole_state = copy.deepcopy(tensors) if tag.kind == "mean" else None
         else:
             if state_dict["state"] or (self._reducer is not None and self._reducer.step > 0):
                 _log.warning("the state dict holds no compressor state: the error memory starts from zero")
@@ -253,6 +264,11 @@ class OptimizerWithReducer(OptimizerAroundAnother):
                 self._reducer.reset()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    @property
+    def _holds_blocks(self) -> bool:
+        """Whether this rank's state is of blocks of parameters, and a state dict's is to be of whole ones."""
+        return self._engine.shards.size > 1 and self._engine.saves_whole
 
     def _numbered(self, saved_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
         """(parameter name, key in the state dict) for all parameters, by their order in the groups."""

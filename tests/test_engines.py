@@ -242,5 +242,6 @@ def test_overlapped_is_what_it_is_without(gloo: GlooPool, engine: Setup, micro: 
     alike(ours)
     after = gloo.run(train, WORLD, replace(setup, options={"reduce_at": "backward"}))
     assert worst(ours[0]["parameters"], after[0]["parameters"]) < 1e-6
-    assert ours[0]["early"][-1] > 1, "no bucket has started during backward"
+    # A layer without a gradient keeps its bucket, and those after it, until the pass has ended: here it is in the first.
+    assert (ours[0]["early"][-1] > 1) == ("idle" not in engine.model)
     assert after[0]["early"][-1] == 0

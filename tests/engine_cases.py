@@ -1,0 +1,229 @@
+"""What goes wrong or goes on in a run under an engine: overflows, exhausted data, interruptions. Each function runs on every
+rank of a gloo group."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engines import Setup, backward, full, loss_of, plain_names, wrapped
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from lowrank_comm import CompressedOptimizer, checkpoint
+
+
+def built(setup: Setup, scaler: Any = None) -> tuple[nn.Module, CompressedOptimizer]:
+    """The wrapped model and its optimizer, attached."""
+    model, process_group = wrapped(setup)
+    options = {"min_compression_rate": 0, "seed": 3, **setup.options}
+    assert setup.compressor is not None
+    optimizer = CompressedOptimizer(
+        setup.base(plain_names(model).items()), setup.compressor, process_group, shard_scope=setup.scope, **options
+    )
+    optimizer.attach(model, scaler=scaler)
+    return model, optimizer
+
+
+def local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def state_of(model: nn.Module, optimizer: CompressedOptimizer) -> dict[str, Tensor]:
+    """Parameters, error memory and bases on this rank, as they are."""
+    state = {f"p {name}": local(p) for name, p in plain_names(model).items()}
+    state |= {f"e {name}": local(e) for name, e in optimizer.error_memory().items()}
+    state |= {f"q {name}": b["Q"] for name, b in optimizer.reducer.bases().items()}
+    return state | {"t": torch.tensor(optimizer.reducer.step)}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def overflow(rank: int, setup: Setup, culprit: int, unscale: bool) -> dict[str, Any]:
+    """A GradScaler; at step 2 the loss of one rank is infinite. What every rank did then, and at the end."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+    model, optimizer = built(setup, scaler)
+    seen: dict[str, Any] = {"scales": [], "equal": None}
+    for step in range(setup.steps):
+        before = state_of(model, optimizer)
+        loss = loss_of(model, step, rank)
+        if step == 2 and rank == culprit:
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step == 2:
+            seen["equal"] = same(before, state_of(model, optimizer))
+        seen["scales"].append(scaler.get_scale())
+    seen["parameters"] = {name: full(p) for name, p in plain_names(model).items()}
+    return seen
+
+
+def without_scaler(rank: int, setup: Setup, skipped: int) -> dict[str, Tensor]:
+    """The same run without a scaler and without step `skipped`."""
+    model, optimizer = built(setup)
+    for step in range(setup.steps):
+        if step != skipped:
+            loss_of(model, step, rank).backward()
+            if setup.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), setup.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: full(p) for name, p in plain_names(model).items()}
+
+
+def not_finite(rank: int, setup: Setup, culprit: int) -> list[bool]:
+    """NaN on one rank at step 1, without a scaler: whether it left everything as it was, and whether the run goes on."""
+    model, optimizer = built(setup)
+    found = []
+    for step in range(3):
+        before = state_of(model, optimizer)
+        loss = loss_of(model, step, rank)
+        (loss * float("nan") if step == 1 and rank == culprit else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(same(before, state_of(model, optimizer)))
+    return found
+
+
+def exhausted(rank: int, setup: Setup, joins: bool) -> dict[str, Any]:
+    """Rank 0 has two batches less than the others."""
+    model, optimizer = built(setup)
+    steps = setup.steps - 2 * (rank == 0)
+    with model.join() if joins else contextlib.nullcontext():  # type: ignore[operator]
+        for step in range(steps):
+            loss_of(model, step, rank).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"parameters": {name: full(p) for name, p in plain_names(model).items()}, "step": optimizer.reducer.step}
+
+
+def one_micro_batch_more(rank: int, setup: Setup) -> dict[str, Tensor]:
+    """Rank 1 accumulates three micro-batches a step, the others two."""
+    model, optimizer = built(setup)
+    for step in range(3):
+        count = 3 if rank == 1 else 2
+        for micro in range(count):
+            last = micro == count - 1
+            with contextlib.nullcontext() if last else optimizer.no_sync():
+                if setup.engine == "ddp":
+                    with contextlib.nullcontext() if last else model.no_sync():  # type: ignore[operator]
+                        loss_of(model, step, rank, micro).backward()
+                else:
+                    loss_of(model, step, rank, micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: full(p) for name, p in plain_names(model).items()}
+
+
+def second_backward(rank: int, setup: Setup) -> str:
+    """Two backward passes before a step, with nothing said about accumulation."""
+    model, _optimizer = built(setup)
+    loss_of(model, 0, rank, 0).backward()
+    try:
+        loss_of(model, 0, rank, 1).backward()
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def interrupted(rank: int, setup: Setup, stop: int, more: int, way: str, folder: str) -> tuple[dict[str, Tensor], ...]:
+    """`more` steps after `stop`: as they come, and after everything was saved and loaded into new objects."""
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, stop, setup)
+    saved = saved_state(model, optimizer, way, folder)
+    run(rank, model, optimizer, stop, more, setup)
+    expected = {name: full(p) for name, p in plain_names(model).items()}
+    optimizer.detach()
+    fresh, again = built(setup)
+    load_state(fresh, again, way, folder, saved)
+    run(rank, fresh, again, stop, more, setup)
+    return expected, {name: full(p) for name, p in plain_names(fresh).items()}
+
+
+def run(rank: int, model: nn.Module, optimizer: CompressedOptimizer, first: int, count: int, setup: Setup) -> None:
+    for step in range(first, first + count):
+        backward(loss_of(model, step, rank), optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE_FROM_ALL = StateDictOptions(full_state_dict=True)
+
+
+def saved_state(model: nn.Module, optimizer: CompressedOptimizer, way: str, folder: str) -> Any:
+    """way: "file" (the compressor's own file beside the base optimizer's state) or "dcp" (everything in the state dict)."""
+    optimizer.consolidate_error_memory()
+    if way == "file":
+        checkpoint.save(optimizer.reducer, folder)
+        return copy.deepcopy((get_model_state_dict(model), get_optimizer_state_dict(model, optimizer.base)))  # they are live
+    state = (get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE))
+    if dist.get_rank() == 0:
+        torch.save(state, Path(folder) / "whole.pt")
+    dist.barrier()
+    return None
+
+
+def load_state(model: nn.Module, optimizer: CompressedOptimizer, way: str, folder: str, saved: Any) -> None:
+    if way == "file":
+        of_model, of_optimizer = saved
+        set_model_state_dict(model, of_model)
+        set_optimizer_state_dict(model, optimizer.base, of_optimizer)
+        checkpoint.load(optimizer.reducer, folder)
+        return
+    of_model, of_optimizer = torch.load(Path(folder) / "whole.pt", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        set_model_state_dict(model, of_model, options=WHOLE_FROM_ALL)
+        set_optimizer_state_dict(model, optimizer, of_optimizer, options=WHOLE_FROM_ALL)
+
+
+def first_part(rank: int, setup: Setup, stop: int, more: int, folder: str) -> dict[str, Tensor]:
+    """Train, save for another engine, and go on."""
+    model, optimizer = built(setup)
+    same_data(rank, model, optimizer, 0, stop)
+    saved_state(model, optimizer, "dcp", folder)
+    checkpoint.save(optimizer.reducer, folder)
+    same_data(rank, model, optimizer, stop, more)
+    return {name: full(p) for name, p in plain_names(model).items()}
+
+
+def second_part(rank: int, setup: Setup, stop: int, more: int, folder: str, way: str) -> dict[str, Tensor]:
+    """Go on from what `first_part` saved, under another engine and with another number of workers."""
+    model, optimizer = built(setup)
+    load_state(model, optimizer, "dcp", folder, None)
+    if way == "file":
+        optimizer.reducer.reset()
+        checkpoint.load(optimizer.reducer, folder)
+    same_data(rank, model, optimizer, stop, more)
+    return {name: full(p) for name, p in plain_names(model).items()}
+
+
+def same_data(rank: int, model: nn.Module, optimizer: CompressedOptimizer, first: int, count: int) -> None:
+    """Four parts of data, whatever the number of ranks: the mean gradient is the same."""
+    world = dist.get_world_size()
+    mine = range(rank * 4 // world, (rank + 1) * 4 // world)
+    for step in range(first, first + count):
+        loss = sum(loss_of(model, step, part) for part in mine) / len(mine)
+        loss.backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,124 @@
+"""Runs under every engine that do not go smoothly: overflows, NaN on one rank, exhausted data, interruptions, wrong use."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import engine_cases as cases
+import pytest
+from engines import Setup, simulated, worst
+from gloo import CaseFailed, GlooPool
+from test_engines import ENGINES, FULL, RANK_2, RESTARTS, WORLD, every_engine
+
+from lowrank_comm import PowerSGDPlus
+
+
+@every_engine
+@pytest.mark.shows("fp16 + scaler")
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscaled and clipped by the caller"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(gloo: GlooPool, engine: Setup, unscale: bool) -> None:
+    setup = replace(engine, compressor=RESTARTS, steps=5)
+    results = gloo.run(cases.overflow, WORLD, setup, 3, unscale)
+    for one in results:
+        assert one["scales"] == [8.0, 8.0, 4.0, 4.0, 4.0]
+        assert one["equal"] is True
+        assert worst(one["parameters"], results[0]["parameters"]) == 0.0
+    expected = gloo.run(cases.without_scaler, WORLD, replace(setup, clip=1.0 if unscale else None), 2)
+    # The scale is a power of two, so the numbers are those of the run without it and without that step.
+    assert worst(results[0]["parameters"], expected[0]) < 1e-6
+
+
+@every_engine
+@pytest.mark.shows("NaN on one rank")
+@pytest.mark.parametrize("culprit", [0, 3])
+def test_nan_on_one_rank_changes_nothing_on_any(gloo: GlooPool, engine: Setup, culprit: int) -> None:
+    for found in gloo.run(cases.not_finite, WORLD, replace(engine, compressor=RANK_2), culprit):
+        assert found == [False, True, False]
+
+
+@every_engine
+@pytest.mark.shows("checkpoint")
+@pytest.mark.parametrize("way", ["file", "dcp"])
+def test_an_interrupted_run_goes_on(gloo: GlooPool, engine: Setup, way: str, tmp_path: Path) -> None:
+    setup = replace(engine, compressor=PowerSGDPlus(2, restart_every=5), adam=True)
+    for expected, resumed in gloo.run(cases.interrupted, WORLD, setup, 7, 6, way, str(tmp_path)):
+        assert worst(expected, resumed) < 1e-5
+
+
+CROSSINGS = {
+    "DDP on 4 -> FSDP2 flat on 2": ("DDP", 4, "FSDP2, flat", 2),
+    "FSDP2 flat on 2 -> DDP on 4": ("FSDP2, flat", 2, "DDP", 4),
+    "plain on 2 -> FSDP2 flat on 4": ("plain model", 2, "FSDP2, flat", 4),
+    "DDP on 2 -> HSDP matrix on 4": ("DDP", 2, "FSDP2, HSDP 2-D mesh, matrix", 4),
+    "HSDP matrix on 4 -> DDP two levels matrix on 4": ("FSDP2, HSDP sub-mesh, matrix", 4, "DDP, two levels, matrix", 4),
+    "DDP two levels matrix on 4 -> plain on 2": ("DDP, two levels, matrix", 4, "plain model", 2),
+    "HSDP shard on 4 -> DDP two levels shard on 4": ("FSDP2, HSDP 2-D mesh, shard", 4, "DDP, two levels, shard", 4),
+}
+
+
+@pytest.mark.parametrize(("start", "ranks", "end", "other_ranks"), CROSSINGS.values(), ids=CROSSINGS.keys())
+@pytest.mark.parametrize("way", ["file", "dcp"])
+def test_a_run_goes_on_under_another_engine(
+    gloo: GlooPool, start: str, ranks: int, end: str, other_ranks: int, way: str, tmp_path: Path
+) -> None:
+    of_blocks = "shard" in start
+    if of_blocks and way == "dcp":
+        pytest.skip("DTensors of bases of blocks have another name than whole ones; the file crosses")
+    compressor = PowerSGDPlus(2, restart_every=100)
+    first = replace(ENGINES[start], compressor=compressor, adam=True)
+    expected = gloo.run(cases.first_part, ranks, first, 6, 5, str(tmp_path))[0]
+    second = replace(ENGINES[end], compressor=compressor, adam=True)
+    for resumed in gloo.run(cases.second_part, other_ranks, second, 6, 5, str(tmp_path), way):
+        assert worst(expected, resumed) < 1e-4
+
+
+@pytest.mark.parametrize("nodes", [0, 2], ids=["one level", "two levels"])
+@pytest.mark.parametrize("options", [{}, {"reduce_at": "step"}, {"overlap": True, "bucket_cap_mb": 0.001}], ids=str)
+def test_exhausted_data_under_ddps_join(gloo: GlooPool, nodes: int, options: dict) -> None:
+    if nodes and "overlap" in options:
+        pytest.skip("no overlap with two levels")
+    setup = Setup("ddp", RANK_2, nodes, steps=5, options=options)
+    results = gloo.run(cases.exhausted, WORLD, setup, True)
+    assert {one["step"] for one in results} == {5}
+    for one in results:  # DDP broadcasts the model of a rank that was there to the end
+        assert worst(one["parameters"], results[0]["parameters"]) == 0.0
+
+
+def test_exhausted_data_without_join_is_an_error_and_no_endless_wait(gloo: GlooPool) -> None:
+    with pytest.raises(CaseFailed) as caught:
+        gloo.run(cases.exhausted, WORLD, Setup("ddp", RANK_2, steps=4), False, timeout=60)
+    assert "did not end in time" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [ENGINES["plain model"], ENGINES["DDP"], ENGINES["FSDP2, HSDP 2-D mesh, shard"]],
+    ids=["plain model", "DDP", "HSDP"],
+)
+def test_a_rank_with_one_micro_batch_more(gloo: GlooPool, engine: Setup) -> None:
+    if engine.engine == "native":
+        pytest.skip("FSDP2 itself reduce-scatters each micro-batch inside the node: ranks must have the same number")
+    results = gloo.run(cases.one_micro_batch_more, WORLD, replace(engine, compressor=RANK_2))
+    for one in results:
+        assert worst(one, results[0]) == 0.0
+
+
+@every_engine
+def test_a_second_backward_says_how_to_accumulate(gloo: GlooPool, engine: Setup) -> None:
+    setup = replace(engine, compressor=FULL, options={**engine.options, "reduce_at": "backward"})
+    words = {"plain": "optimizer.no_sync()", "ddp": "model.no_sync()", "flat": "set_requires_gradient_sync(False)"}
+    for said in gloo.run(cases.second_backward, WORLD, setup):
+        assert words.get(engine.engine, "set_requires_all_reduce(False)") in said
+
+
+@pytest.mark.parametrize(
+    "engine", [ENGINES["DDP"], ENGINES["FSDP2, HSDP 2-D mesh, matrix"], ENGINES["FSDP2, flat"]], ids=["DDP", "HSDP", "flat"]
+)
+def test_reduction_in_step_accumulates_whatever_comes(gloo: GlooPool, engine: Setup) -> None:
+    """reduce_at="step": no word about accumulation is needed, and nothing is averaged before the step."""
+    from engines import train
+
+    setup = replace(engine, compressor=RANK_2, micro=2, steps=4, options={"reduce_at": "step"})
+    ours = gloo.run(train, WORLD, setup)
+    assert worst(ours[0]["parameters"], simulated(setup, WORLD)["parameters"]) < 1e-4
