@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .backward_end import BackwardWatch
 from .batches import Slot
@@ -27,7 +28,7 @@ from .checkpoint import tensors_of, untouched
 from .communication.group import LENGTH_BYTES
 from .communication.topology import levels, ranks_in_a_node
 from .diagnostics import Plan
-from .errors import LowRankCommError, UnsupportedError
+from .errors import ConfigError, LowRankCommError, UnsupportedError
 from .reducer import Reducer
 from .two_level import RowScatter
 from .wrapping import fingerprint
@@ -68,6 +69,12 @@ class Engine:
 
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[Slot]:
         """What this rank holds of these parameters."""
+        sharded = [name for name, p in named if isinstance(p, DTensor)]
+        if sharded:
+            raise ConfigError(
+                f"parameter {sharded[0]!r} is a DTensor, as fully_shard makes them, and nobody has said so: call "
+                "optimizer.attach(model) before the first step."
+            )
         if self.shards.size == 1:
             return [Slot(name, tuple(p.shape), p.dtype, p.device) for name, p in named]
         device = named[0][1].device if named else torch.device("cpu")
