@@ -59,17 +59,26 @@ def kind(group: Any) -> str:
     )
 
 
-def take_over_replicas(group: Any) -> None:
+def give_back_replicas(group: Any, info: Any) -> None:
+    """Undo `take_over_replicas`; info: what it returned."""
+    group.mesh_info = info
+
+
+def take_over_replicas(group: Any) -> Any:
     """FSDP does not average this group over its replicas any more, only over its shards.
 
     The group is given the description of a mesh without replicas; the parameters keep theirs, with both dimensions, so
     clipping and checkpoints see what they saw.
+
+    Returns:
+        The description that it had.
     """
     info = group.mesh_info
     parent = next(base for base in type(info).__mro__ if base.__name__ == "FSDPMeshInfo")
     alone = parent(mesh=info.mesh, shard_mesh_dim=info.shard_mesh_dim)
     alone.reduce_scatter_process_group = getattr(info, "reduce_scatter_process_group", None)
     group.mesh_info = alone
+    return info
 
 
 def shard_dim(parameter: Any) -> int:

@@ -48,12 +48,15 @@ class DDPEngine(Engine):
         super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
         self._ddp, self._syncs = ddp, True
         self._take_part: Callable[[], None] | None = None
-        self._forward = ddp.register_forward_pre_hook(self._before_forward)
-        _hook_of(ddp).engine = weakref.ref(self)
+        me = weakref.ref(self)  # else the model kept an optimizer's engine alive, and DDP from reducing, for ever
 
-    def _before_forward(self, *_: Any) -> None:
-        if torch.is_grad_enabled():  # DDP itself decides at this time whether the next backward pass reduces
-            self._syncs = bool(self._ddp.require_backward_grad_sync)
+        def before_forward(*_: Any) -> None:
+            engine = me()
+            if engine is not None and torch.is_grad_enabled():  # now DDP itself decides whether the next backward reduces
+                engine._syncs = bool(engine._ddp.require_backward_grad_sync)
+
+        self._forward = ddp.register_forward_pre_hook(before_forward)
+        _hook_of(ddp).engine = weakref.ref(self)
 
     @override
     def is_last_backward(self) -> bool:

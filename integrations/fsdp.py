@@ -18,6 +18,8 @@ In both, one pass over all parameters runs at the end of the last backward pass 
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,7 +94,8 @@ class HSDPEngine(_FSDPEngine):
         model: after fully_shard.
         group: between nodes.
         shards: inside a node.
-        taken_over: whether FSDP's own all-reduce between nodes was switched off.
+        taken_over: (parameter group of FSDP, its former description) where FSDP's own all-reduce between nodes was switched
+            off.
     """
 
     name = "FSDP2, HSDP"
@@ -100,9 +103,10 @@ class HSDPEngine(_FSDPEngine):
 
     saves_whole = False
 
-    def __init__(self, model: nn.Module, group: Group, shards: Shards, taken_over: bool) -> None:
+    def __init__(self, model: nn.Module, group: Group, shards: Shards, taken_over: list[tuple[Any, Any]]) -> None:
         super().__init__(model, group, shards)
         self._taken_over = taken_over
+        self._mesh_is_2d = seams.param_groups(model)[0].mesh_info.mesh.ndim == 2
         self._mesh: DeviceMesh | None = None
         self._named: list[tuple[str, Tensor]] = []
 
@@ -120,6 +124,11 @@ class HSDPEngine(_FSDPEngine):
             whole = tuple(p.shape) if self.shards.size > 1 else None
             slots.append(Slot(name, tuple(local.shape), p.dtype, local.device, whole, dim))
         return slots
+
+    @override
+    def release(self) -> None:
+        for group, info in self._taken_over:
+            seams.give_back_replicas(group, info)
 
     @override
     def is_last_backward(self) -> bool:
@@ -174,7 +183,7 @@ class HSDPEngine(_FSDPEngine):
     def notes(self) -> list[str]:
         held = sum(_padded(p, self.shards.size) for p in self._model.parameters() if p.requires_grad)
         how = (
-            "fully_shard's all-reduce between nodes is off" if self._taken_over else "fully_shard works inside the node only"
+            "fully_shard's all-reduce between nodes is off" if self._mesh_is_2d else "fully_shard works inside the node only"
         )
         return [
             f"FSDP2, HSDP: {how}; its exact reduce-scatter in a node carries {human_bytes(held)} a backward pass",
@@ -197,21 +206,21 @@ class FlatEngine(_FSDPEngine):
     def __init__(self, model: nn.Module, group: Group) -> None:
         super().__init__(model, group, Shards())
         self._by_id = {id(p.sharded_param): p for g in seams.param_groups(model) for p in g.fsdp_params}
-        self._syncs = True
-        model.set_requires_gradient_sync(False)  # type: ignore[operator]
-        self._set_sync = model.set_requires_gradient_sync
-        model.set_requires_gradient_sync = self._remember  # type: ignore[method-assign, assignment]
+        self._mine: list[Any] = []
+        self._class_method(False)
+        model.__dict__[_SYNCS] = True
+        model.__dict__["set_requires_gradient_sync"] = functools.partial(_remember, weakref.ref(model))
         for module in seams.modules(model):
             if hasattr(module, "set_custom_reduce_scatter"):
                 module.set_custom_reduce_scatter(_Unreduced())
 
-    def _remember(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
-        """In place of the model's method: what it says tells the last backward pass from those before."""
-        self._syncs = requires_gradient_sync
+    def _class_method(self, requires_gradient_sync: bool) -> None:
+        type(self._model).set_requires_gradient_sync(self._model, requires_gradient_sync)  # type: ignore[attr-defined]
 
     @override
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[Slot]:
         slots = []
+        self._mine = [self._by_id[id(p)] for _, p in named]
         for name, p in named:
             if _shard_dim(p) != 0:
                 raise UnsupportedError(
@@ -239,12 +248,12 @@ class FlatEngine(_FSDPEngine):
 
     @override
     def drop(self) -> None:
-        for parameter in self._by_id.values():
+        for parameter in self._mine:
             seams.take_unsharded_gradient(parameter)
 
     @override
     def is_last_backward(self) -> bool:
-        return self._syncs and super().is_last_backward()
+        return bool(self._model.__dict__.get(_SYNCS, True)) and super().is_last_backward()
 
     @override
     def watch(
@@ -254,8 +263,8 @@ class FlatEngine(_FSDPEngine):
 
     @override
     def release(self) -> None:
-        del self._model.set_requires_gradient_sync
-        self._set_sync(True)  # type: ignore[operator]
+        self._model.__dict__.pop("set_requires_gradient_sync", None)
+        self._class_method(True)
         for module in seams.modules(self._model):
             if hasattr(module, "set_custom_reduce_scatter"):
                 module.set_custom_reduce_scatter(_default_reduce_scatter())
@@ -269,6 +278,16 @@ class FlatEngine(_FSDPEngine):
             f"until the end of backward every rank holds its own whole gradients ({human_bytes(whole)}), and the "
             "whole error memory; HSDP (a 2-D mesh) divides both by the ranks in a node",
         ]
+
+
+_SYNCS = "_lowrank_comm_syncs"
+
+
+def _remember(model: weakref.ref[nn.Module], requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+    """In place of the model's method: what it says tells the last backward pass of a step from those before."""
+    there = model()
+    if there is not None:
+        there.__dict__[_SYNCS] = requires_gradient_sync
 
 
 class _Unreduced:
@@ -385,10 +404,8 @@ def _hsdp(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: 
         )
     inside = info.shard_process_group if info.shard_mesh_size > 1 else None
     shards = Shards(inside, shard_scope)
-    for group in groups:
-        if seams.kind(group) == "hsdp":
-            seams.take_over_replicas(group)
-    return HSDPEngine(model, Group(between), shards, taken_over=True)
+    taken_over = [(group, seams.take_over_replicas(group)) for group in groups if seams.kind(group) == "hsdp"]
+    return HSDPEngine(model, Group(between), shards, taken_over)
 
 
 def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: str) -> Engine:
@@ -403,7 +420,7 @@ def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope:
                 f"attach: fully_shard's mesh holds the ranks {ours}, the second dimension of process_group the ranks "
                 f"{inside}; give fully_shard the sub-mesh inside the node: fully_shard(module, mesh=mesh['shard'])."
             )
-        return HSDPEngine(model, group, shards, taken_over=False)
+        return HSDPEngine(model, group, shards, [])
     if process_group is not None:
         given = _ranks(levels(process_group)[0].process_group)
         if given != ours:

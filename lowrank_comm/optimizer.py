@@ -222,11 +222,11 @@ class CompressedOptimizer(OptimizerWithReducer):
         """Let the engine of a wrapped model take the place of that of a plain one."""
         if self._reducer is not None and self._reducer.has_passed:
             raise ConfigError("attach: the optimizer has made steps already; call attach(model) before the first one.")
+        self.detach()  # first: what an earlier engine gives back must not be what the next one has taken
         engine = connect(wrapper, model, self._process_group, self._shard_scope)
         if self._overlap and not engine.can_overlap:
             engine.release()
             raise ConfigError(f"overlap=True is not possible with {engine.name}; leave it out.")
-        self.detach()
         self._detached, self._engine, self._model, self._reducer = False, engine, weakref.ref(model), None
         engine.shadow(self._take_part_without_gradients)
         self._watch_backward()
@@ -273,11 +273,12 @@ class CompressedOptimizer(OptimizerWithReducer):
     def _reduce(self, scale: float) -> bool:
         reducer = self._prepared()
         parameters = self._parameters
-        grads = self._engine.collect(parameters)
         if not reducer.has_passed:
             happened = self._collectives_before is not None and collectives_so_far() > self._collectives_before
             reducer.ensure_agreed()
-            refuse_averaged(grads, reducer, happened)
+            if type(self._engine) is Engine:  # the others are known not to average over these workers any more
+                refuse_averaged([p.grad for p in parameters], reducer, happened)
+        grads = self._engine.collect(parameters)
         outcome = reducer.reduce(grads, scale=scale)
         applied = outcome.applied
         if applied:

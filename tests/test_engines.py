@@ -228,7 +228,7 @@ def test_settings_of_ddp(gloo: GlooPool, wrap: dict, model: dict, micro: int, no
 OVERLAPPING = {
     "plain model": Setup("plain"),
     "DDP": Setup("ddp"),
-    "DDP, unused parameters": Setup("ddp", wrap={"find_unused_parameters": True}, model={"idle": True}),
+    "DDP (unused parameters)": Setup("ddp", wrap={"find_unused_parameters": True}, model={"idle": True}),
 }
 
 

@@ -45,6 +45,28 @@ def test_the_plain_loop(tmp_path: Path, workers: int) -> None:
     assert printed.count("StepReport(step=2, applied=True") == workers
 
 
+@pytest.mark.slow
+def test_hsdp(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(block("DDP, FSDP2, HSDP", "python"))
+    printed = run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "train.py"], tmp_path
+    )
+    assert "over 2 nodes of 2 ranks, FSDP2, HSDP" in printed
+    assert printed.count("StepReport(step=2, applied=True") == 4
+
+
+def test_the_engine_matrix_is_as_the_tests_are() -> None:
+    done = subprocess.run(
+        [sys.executable, "tests/engine_matrix.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_setting_is_in_the_table() -> None:
     from lowrank_comm.config import Section
 
