@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lowrank_comm.errors import UnsupportedError
 
 _GROUP = ("fsdp_params", "mesh_info", "post_backward", "reduce_grads", "all_reduce_grads", "gradient_divide_factor")
-_PARAM = ("sharded_param", "mp_policy", "to_sharded_dtensor", "unsharded_accumulated_grad", "fsdp_placement")
+_PARAM = ("sharded_param", "mp_policy", "to_sharded_dtensor", "unsharded_accumulated_grad")
 
 
 def _check(owner: Any, names: tuple[str, ...]) -> None:
@@ -81,11 +81,6 @@ def take_over_replicas(group: Any) -> Any:
     return info
 
 
-def shard_dim(parameter: Any) -> int:
-    """Along which dimension a parameter is cut."""
-    return int(parameter.fsdp_placement.dim)
-
-
 def is_data_parallel(parameter: DTensor) -> bool:
     """Whether a DTensor is placed as data parallelism alone places it, with at most one replicated dimension in front."""
     *before, last = parameter.placements
@@ -126,6 +121,15 @@ def gradient_dtype(parameter: Any) -> torch.dtype:
     """Dtype in which the gradients of a parameter are reduced."""
     policy = parameter.mp_policy
     return policy.reduce_dtype or policy.param_dtype or parameter.sharded_param.dtype  # type: ignore[no-any-return]
+
+
+def replace_reduce_scatter(group: Any, stands_in: Any) -> Callable[[], None]:
+    """Put something in the place of a group's reduce-scatter; returns what puts it back."""
+    if not hasattr(group, "_reduce_scatter_comm"):  # an older torch cannot be told otherwise
+        return lambda: None
+    before = group._reduce_scatter_comm
+    group._reduce_scatter_comm = stands_in
+    return functools.partial(setattr, group, "_reduce_scatter_comm", before)
 
 
 def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[Callable[[], None]]:

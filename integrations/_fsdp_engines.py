@@ -1,0 +1,201 @@
+"""What both kinds of FSDP2 engines share, and HSDP: gradients are DTensors, of which this rank holds a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
+
+from lowrank_comm.batches import Slot
+from lowrank_comm.checkpoint import block_bases, of_blocks
+from lowrank_comm.communication import Group, Shards
+from lowrank_comm.diagnostics import human_bytes
+from lowrank_comm.engine import Engine
+from lowrank_comm.errors import UnsupportedError
+from lowrank_comm.reducer import Reducer
+
+from . import _fsdp_seams as seams
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(parameter: Tensor, held: Tensor) -> Tensor:
+    """A gradient of which this rank holds `held`."""
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        held.view(local(parameter).shape),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def shard_dim(parameter: Tensor) -> int:
+    """Along which dimension a parameter is cut."""
+    assert isinstance(parameter, DTensor)
+    place = parameter.placements[-1]
+    assert isinstance(place, Shard)
+    return place.dim
+
+
+def padded(parameter: Tensor, shards: int) -> int:
+    """Bytes of a gradient in a reduce-scatter, whose blocks are all as long as the first."""
+    rows = -(-parameter.shape[0] // shards) * shards if parameter.dim() else 1
+    return rows * (parameter.numel() // max(1, parameter.shape[0])) * parameter.dtype.itemsize if parameter.dim() else 0
+
+
+class FSDPEngine(Engine):
+    """What both kinds share: gradients are DTensors, placed like their parameters."""
+
+    reduces_at = "backward"
+
+    def __init__(self, model: nn.Module, group: Group, shards: Shards) -> None:
+        self.group, self.shards = group, shards
+        self._model = model
+
+    @property
+    @override
+    def can_overlap(self) -> bool:
+        return False  # FSDP's last reduce-scatters and the copies into p.grad end with the backward pass
+
+    @override
+    def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        return [None if p.grad is None else local(p.grad) for p in parameters]
+
+    @override
+    def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
+        for parameter, result in zip(parameters, results, strict=True):
+            if result is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = placed_like(parameter, result)
+            elif local(parameter.grad) is not result:
+                local(parameter.grad).copy_(result)
+
+    @override
+    def poison(self, parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local(parameter.grad).fill_(float("nan"))
+
+    @override
+    def local(self, tensor: Tensor) -> Tensor:
+        return local(tensor)
+
+    @override
+    def is_last_backward(self) -> bool:
+        return seams.is_last_backward(self._model)
+
+
+class HSDPEngine(FSDPEngine):
+    """Sharded inside the node, replicated between nodes.
+
+    Args:
+        model: after fully_shard.
+        group: between nodes.
+        shards: inside a node.
+        taken_over: (parameter group of FSDP, its former description) where FSDP's own all-reduce between nodes was switched
+            off.
+    """
+
+    name = "FSDP2, HSDP"
+    accumulates_by = "model.set_requires_all_reduce(False) or set_requires_gradient_sync(False), or optimizer.no_sync(),"
+
+    saves_whole = False
+
+    def __init__(self, model: nn.Module, group: Group, shards: Shards, taken_over: list[tuple[Any, Any]]) -> None:
+        super().__init__(model, group, shards)
+        self._taken_over = taken_over
+        self._mesh_is_2d = seams.param_groups(model)[0].mesh_info.mesh.ndim == 2
+        self._mesh: DeviceMesh | None = None
+        self._named: list[tuple[str, Tensor]] = []
+
+    @override
+    def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[Slot]:
+        self._named = list(named)
+        slots = []
+        for name, p in named:
+            held, dim = local(p), shard_dim(p)
+            if dim != 0 and self.shards.whole_matrices:
+                raise UnsupportedError(
+                    f'attach: {name} is sharded along dimension {dim}, and shard_scope="matrix" needs blocks of rows; use '
+                    'Shard(0), or shard_scope="shard".'
+                )
+            whole = tuple(p.shape) if self.shards.size > 1 else None
+            slots.append(Slot(name, tuple(held.shape), p.dtype, held.device, whole, dim))
+        return slots
+
+    @override
+    def release(self) -> None:
+        for group, info in self._taken_over:
+            seams.give_back_replicas(group, info)
+
+    @override
+    def is_last_backward(self) -> bool:
+        return super().is_last_backward() and seams.wants_all_reduce(self._model)
+
+    @override
+    def saved(self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
+        """DTensors, which torch.distributed.checkpoint reshards: errors like their parameters; bases of blocks as blocks."""
+        named, memory = dict(self._named), reducer.error_memory()
+        result: dict[str, dict[str, Tensor]] = {}
+        for slot in reducer.slots:
+            largest = reducer.treatment_of_largest(slot)
+            if not largest.low_rank:
+                continue
+            error = memory.get(slot.name)
+            if error is None:
+                error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
+            entry = {"error": self.error_view(slot, named[slot.name], error)}
+            bases = block_bases(reducer, slot, largest)
+            if self.shards.size == 1 or self.shards.whole_matrices:
+                entry |= bases
+            else:
+                mesh = self._shard_mesh(named[slot.name])
+                for symbol, basis in bases.items():
+                    placed = DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)
+                    entry[of_blocks(symbol, self.shards.size)] = placed
+            result[slot.name] = entry
+        return result
+
+    def _shard_mesh(self, parameter: Tensor) -> DeviceMesh:
+        assert isinstance(parameter, DTensor)
+        if self._mesh is None:
+            if self.shards.process_group is None:
+                self._mesh = parameter.device_mesh
+            else:
+                self._mesh = DeviceMesh.from_group(self.shards.process_group, parameter.device_mesh.device_type)
+        return self._mesh
+
+    @override
+    def error_view(self, slot: Slot, parameter: Tensor, error: Tensor) -> Tensor:
+        mesh = self._shard_mesh(parameter)
+        if mesh.ndim != 1:  # one rank in a node: the parameter's own mesh is all there is
+            return error
+        places = (Shard(slot.dim),)
+        view = DTensor.from_local(
+            error, self._mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        view._local_tensor = error  # and not a view of it: the memory moves, and takes along the views that it has given
+        return view
+
+    @override
+    def notes(self) -> list[str]:
+        held = sum(padded(p, self.shards.size) for p in self._model.parameters() if p.requires_grad)
+        how = (
+            "fully_shard's all-reduce between nodes is off" if self._mesh_is_2d else "fully_shard works inside the node only"
+        )
+        return [
+            f"FSDP2, HSDP: {how}; its exact reduce-scatter in a node carries {human_bytes(held)} a backward pass",
+            "error memory is that of this rank's shards",
+        ]
