@@ -116,11 +116,11 @@ def exhausted(rank: int, setup: Setup, joins: bool) -> dict[str, Any]:
     return {"parameters": {name: full(p) for name, p in plain_names(model).items()}, "step": optimizer.reducer.step}
 
 
-def one_micro_batch_more(rank: int, setup: Setup) -> dict[str, Tensor]:
-    """Rank 1 accumulates three micro-batches a step, the others two."""
+def one_micro_batch_more(rank: int, setup: Setup, more: tuple[int, ...]) -> dict[str, Tensor]:
+    """Some ranks accumulate three micro-batches a step, the others two."""
     model, optimizer = built(setup)
     for step in range(3):
-        count = 3 if rank == 1 else 2
+        count = 3 if rank in more else 2
         for micro in range(count):
             last = micro == count - 1
             with contextlib.nullcontext() if last else optimizer.no_sync():

@@ -7,6 +7,7 @@ LayerNorm, a layer whose gradient has less than full rank, and (on request) tied
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_comm import CompressedOptimizer
+from lowrank_comm.communication import shards
 from lowrank_comm.communication.shards import block_of
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
@@ -96,6 +98,7 @@ class Setup:
     wrap: dict[str, Any] = field(default_factory=dict)  # of DDP or fully_shard
     model: dict[str, Any] = field(default_factory=dict)
     compiled: bool = False
+    says: bool = True  # tells the engine which backward pass is the last one of a step
     lr: float = 0.05
 
     def base(self, named: Any) -> torch.optim.Optimizer:
@@ -135,7 +138,9 @@ def wrapped(setup: Setup) -> tuple[nn.Module, Any]:
 @contextlib.contextmanager
 def accumulating(setup: Setup, model: nn.Module, optimizer: Any, last: bool) -> Iterator[None]:
     """What a user of the engine writes around a micro-batch."""
-    if setup.engine == "ddp":
+    if not setup.says:
+        yield
+    elif setup.engine == "ddp":
         with contextlib.nullcontext() if last else model.no_sync():  # type: ignore[operator]
             yield
     elif setup.engine == "native":
@@ -171,6 +176,32 @@ def backward(loss: Tensor, optimizer: Any) -> int:
     return begun[0]
 
 
+@contextlib.contextmanager
+def counted(between: Any, inside: Any) -> Iterator[Counter[str]]:
+    """Bytes that this process hands to the collectives of two groups, counted where torch is called; whoever calls."""
+    ranks = {tuple(dist.get_process_group_ranks(group)): name for name, group in (("between", between), ("inside", inside))}
+    seen: Counter[str] = Counter()
+    originals = [(dist, "all_reduce"), (shards, "_all_gather"), (shards, "_reduce_scatter"), (dist, "all_gather")]
+
+    def counting(call: Callable[..., Any], which: int) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            group = kwargs.get("group") or dist.group.WORLD
+            name = ranks.get(tuple(dist.get_process_group_ranks(group)), "elsewhere")
+            seen[name] += args[which].nbytes
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    kept = [getattr(module, name) for module, name in originals]
+    for (module, name), call in zip(originals, kept, strict=True):
+        setattr(module, name, counting(call, 0 if name == "all_reduce" else 1))
+    try:
+        yield seen
+    finally:
+        for (module, name), call in zip(originals, kept, strict=True):
+            setattr(module, name, call)
+
+
 def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
@@ -192,9 +223,15 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         plan = optimizer.attach(model)
     elif setup.engine in ("plain", "hsdp"):
         raise AssertionError("has no averaging of its own over all ranks")
-    losses, norms, reports, early = [], [], [], []
+    losses, norms, reports, early, carried = [], [], [], [], []
+    groups = [dist.group.WORLD, dist.group.WORLD]
+    if setup.nodes:
+        mesh = mesh_of(setup)
+        groups = [mesh.get_group(0), mesh.get_group(1)]
     for step in range(setup.steps):
         total = 0.0
+        counting = contextlib.ExitStack()
+        seen = counting.enter_context(counted(*groups))
         for micro in range(setup.micro):
             with accumulating(setup, model, optimizer, micro == setup.micro - 1):
                 loss = loss_of(model, step, rank, micro) / setup.micro
@@ -206,6 +243,8 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
             norm = nn.utils.clip_grad_norm_(model.parameters(), setup.clip)
             norms.append(float(full(norm)))
         optimizer.step()
+        counting.close()
+        carried.append(dict(seen))
         optimizer.zero_grad()
         losses.append(total)
         if setup.compressor is not None:
@@ -216,6 +255,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         "parameters": {name: full(p) for name, p in plain_names(model).items()},
         "reports": reports,
         "early": early,
+        "carried": carried,
         "plan": None if plan is None else (str(plan), plan.step_bytes, plan.average_bytes, plan.error_bytes),
     }
     if setup.compressor is not None:
