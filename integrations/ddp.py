@@ -62,6 +62,11 @@ class DDPEngine(Engine):
     def is_last_backward(self) -> bool:
         return self._syncs
 
+    @property
+    @override
+    def begins_early(self) -> bool:
+        return not self._ddp.find_unused_parameters  # it all-reduces which parameters were used, during backward
+
     @override
     def shadow(self, take_part: Callable[[], None]) -> None:
         self._take_part = take_part
@@ -79,7 +84,10 @@ class DDPEngine(Engine):
 
     @override
     def notes(self) -> list[str]:
-        return ["DDP: its own all-reduce is off; gradients are averaged when the backward pass has ended"]
+        notes = ["DDP: its own all-reduce is off; gradients are averaged when the backward pass has ended"]
+        if not self.begins_early:
+            notes.append("find_unused_parameters=True has a collective during backward: overlap=True starts nothing early")
+        return notes
 
 
 class _Hook:

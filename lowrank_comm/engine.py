@@ -67,6 +67,12 @@ class Engine:
         """Two levels have a collective inside the node first, for which all gradients must be there."""
         return self.shards.size == 1
 
+    @property
+    def begins_early(self) -> bool:
+        """Whether a bucket may start during backward; not where the engine has collectives of its own then, since a rank
+        that misses a gradient starts the bucket later, and all ranks must have collectives in one order."""
+        return True
+
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[Slot]:
         """What this rank holds of these parameters."""
         sharded = [name for name, p in named if isinstance(p, DTensor)]

@@ -32,6 +32,7 @@ from torch import Tensor
 from .communication.packet import Packet
 from .communication.shards import Shards
 from .compressors.base import ComputeOnce, Decide, Mean, Request, Result, Steps, SumOverRows, WholeRows
+from .transfers import numbers_on
 
 Buffers = Generator[list[Tensor], int, "Agreed | None"]
 
@@ -125,7 +126,7 @@ def lockstep(
         numbers = {k: packet.add(one.tensor, one.kind, averaged=one.averaged) for k, one in asked.items()}
         if first:
             dense_numbers = [packet.add(tensor, "dense", averaged=True) for tensor in dense]
-            numbers_of_control = torch.tensor([0.0, *map(float, has_gradient)], dtype=packet.dtype, device=device)
+            numbers_of_control = numbers_on(device, [0.0, *map(float, has_gradient)], packet.dtype)
             control = packet.add(numbers_of_control, "control", averaged=False)
         packet.seal()
         if first:

@@ -38,6 +38,7 @@ from .linalg import all_finite
 from .loss_scaling import LossScaling
 from .naming import Namer
 from .policy import Rule
+from .transfers import current_stream
 from .with_reducer import OptimizerWithReducer
 from .wrapping import only_initialises_state
 
@@ -143,6 +144,7 @@ class CompressedOptimizer(OptimizerWithReducer):
         self._asked_reduce_at, self._overlap = reduce_at, bool(overlap)
         self._watch: BackwardWatch | None = None
         self._accumulated = self._only_accumulates = self._detached = False
+        self._stream: Any = None  # that of the last reduction
         self._collectives_before: int | None = None  # when the first gradient of the first backward pass was there
         self._watch_backward()
 
@@ -273,6 +275,7 @@ class CompressedOptimizer(OptimizerWithReducer):
     def _reduce(self, scale: float) -> bool:
         reducer = self._prepared()
         parameters = self._parameters
+        self._stream = current_stream(reducer.device)
         if not reducer.has_passed:
             happened = self._collectives_before is not None and collectives_so_far() > self._collectives_before
             reducer.ensure_agreed()
@@ -374,14 +377,17 @@ class CompressedOptimizer(OptimizerWithReducer):
 
     def _begin_early(self, parameter: Tensor) -> None:
         """Start the buckets that are complete with this parameter's gradient."""
-        if self._only_accumulates or not self._engine.is_last_backward():
+        if self._only_accumulates or not self._engine.is_last_backward() or not self._engine.begins_early:
             return
-        reducer = self._prepared()
-        if self._arrivals is None or self._arrivals.is_of_another_pass(reducer):
+        reducer = self._reducer
+        if reducer is None or self._arrivals is None or self._arrivals.is_of_another_pass(reducer):
+            reducer = self._prepared()  # once a pass, as is the scale, for which the host waits
             reducer.abandon()
-            self._arrivals = Arrivals(reducer, self._parameters)
+            self._arrivals = Arrivals(reducer, self._parameters, self._scaling.scale_of_gradients())
+        if current_stream(reducer.device) != self._stream:
+            return  # of what is made on one stream and freed on another, the allocator may give the memory away too early
         for bucket in self._arrivals.complete_with(parameter):
-            reducer.begin(bucket, [p.grad for p in self._parameters], scale=self._scaling.scale_of_gradients())
+            reducer.begin(bucket, [p.grad for p in self._parameters], scale=self._arrivals.scale)
 
     def _reduce_after_backward(self) -> None:
         """End of a backward pass in mode "backward"; a veto leaves NaN in p.grad, so that whoever looks at it skips."""

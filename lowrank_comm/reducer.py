@@ -237,7 +237,7 @@ class Reducer(ReducerState):
         """Whether it is so on any rank of this node; a collective of these ranks."""
         if self.shards.size == 1:
             return mine
-        flag = torch.tensor([float(mine)], device=self.device)
+        flag = torch.full((1,), float(mine), dtype=torch.float32, device=self.device)  # a kernel, not a transfer
         self.shards.sum_([flag], "control")
         return float(flag) != 0.0
 

@@ -95,7 +95,7 @@ class Simulation:
         Raises:
             LowRankCommError: workers applied different numbers (a defect of a compressor).
         """
-        with full_precision(torch.device("cpu")):
+        with full_precision(self.reducers[0].device):
             outcomes = self._run(gradients)
         if not outcomes[0].applied:
             return {}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .batches import Slot
 from .communication import Shards
+from .transfers import numbers_on
 
 PORTION = 1 << 26  # bytes of gradients that travel together: room is needed for one portion at a time
 
@@ -89,7 +90,7 @@ class RowScatter:
         Returns:
             Blocks in slot order, new tensors; None where no rank of the node has a gradient.
         """
-        present = torch.tensor([float(g is not None) for g in gradients], dtype=torch.float32, device=self._device)
+        present = numbers_on(self._device, [float(g is not None) for g in gradients], torch.float32)
         self._shards.sum_([present], "control")
         blocks: list[Tensor | None] = [None] * len(gradients)
         for portion in self._portions:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from lowrank_comm import CompressedOptimizer, checkpoint
+from lowrank_comm import CompressedOptimizer, PowerSGD, checkpoint
 
 
 def built(setup: Setup, scaler: Any = None) -> tuple[nn.Module, CompressedOptimizer]:
@@ -114,6 +114,37 @@ def exhausted(rank: int, setup: Setup, joins: bool) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
     return {"parameters": {name: full(p) for name, p in plain_names(model).items()}, "step": optimizer.reducer.step}
+
+
+class OneBranch(nn.Module):
+    """A layer in the middle that some ranks use and others do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / 4)
+
+    def forward(self, x: Tensor, all_layers: bool) -> Tensor:
+        for k, layer in enumerate(self.layers):
+            x = layer(x) if all_layers or k != 1 else x
+        return x
+
+
+def used_on_one_rank_only(rank: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """DDP looks for unused parameters, by a collective during the backward pass."""
+    model = nn.parallel.DistributedDataParallel(OneBranch(), find_unused_parameters=True)
+    base = torch.optim.SGD(plain_names(model).items(), lr=0.1)
+    optimizer = CompressedOptimizer(base, PowerSGD(rank=2), min_compression_rate=0, **options)
+    optimizer.attach(model)
+    for step in range(4):
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(10 * step + rank))
+        model(x, rank == 0).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: full(p) for name, p in plain_names(model).items()}
 
 
 def one_micro_batch_more(rank: int, setup: Setup, more: tuple[int, ...]) -> dict[str, Tensor]:
