@@ -2,7 +2,7 @@
 
 The only file that calls `torch.distributed`. Collectives of a phase are started together and then awaited, so several
 buffers (one for each wire dtype) travel side by side. On CUDA `wait()` makes the current stream wait and not the host;
-buffers are used on that one stream only, so no `record_stream` is needed. Never run on a GPU so far.
+buffers are used on that one stream only, so no `record_stream` is needed. Never run on a GPU so far; see docs/gpu.md.
 """
 
 from __future__ import annotations

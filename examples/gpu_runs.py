@@ -1,0 +1,262 @@
+"""The small trainings of `gpu_check.py`: one model under every engine, and the simulation on the CPU that it must equal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lowrank_comm import CompressedOptimizer
+from lowrank_comm.communication.shards import block_of
+from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.simulation import Simulation
+
+DIM, HIDDEN, OUT, BATCH = 32, 54, 5, 64  # rows that do not divide by the ranks, and gradients of full rank
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this rank computes."""
+
+    kind: str
+    device: torch.device
+    name: str
+
+    @classmethod
+    def of_this_rank(cls, kind: str) -> Device:
+        """By the launcher's LOCAL_RANK; it becomes the current device."""
+        if kind == "cpu":
+            torch.set_num_threads(1)
+            return cls(kind, torch.device("cpu"), "CPU")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"  # the model's own products too: it is compared with a CPU's
+        return cls(kind, device, torch.cuda.get_device_name(device))
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is one."""
+        return self.kind != "cpu"
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+        return dist.get_rank()
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return dist.get_world_size()
+
+    def wait(self) -> None:
+        """Until the GPU has done what it was given."""
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+
+class Net(nn.Module):
+    """Two residual blocks between two layers, with biases and a LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(DIM, DIM)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(DIM, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, DIM)) for _ in "ab")
+        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, OUT)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / DIM**0.5 if p.dim() > 1 else torch.ones_like(p))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x + block(x), twice."""
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how.
+
+    engine: "plain", "ddp", "flat" (FSDP2), or "native" (FSDP2 on a 2-D mesh). compressor: None for the exact mean.
+    nodes: for two levels; 0 for one.
+    """
+
+    engine: str
+    compressor: Compressor | None
+    nodes: int = 0
+    scope: str = "shard"
+    steps: int = 6
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Trained:
+    """What a run ended with. early: most buckets that had begun when a backward pass reached its end."""
+
+    parameters: dict[str, Tensor]
+    losses: list[float]
+    early: int = 0
+    buckets: int = 0
+
+
+def data(step: int, worker: int) -> tuple[Tensor, Tensor]:
+    """One worker's batch, drawn on the CPU: the same numbers wherever it is used."""
+    generator = torch.Generator().manual_seed(100_000 + 1_000 * step + worker)
+    x = torch.randn(BATCH, DIM, generator=generator)
+    return x, torch.tanh(x[:, :OUT] + x[:, OUT : 2 * OUT])
+
+
+def loss_of(model: Callable[[Tensor], Tensor], step: int, worker: int, device: Device, dtype: Any = torch.float32) -> Tensor:
+    """Mean squared error of one worker."""
+    x, y = (tensor.to(device.device) for tensor in data(step, worker))
+    return (model(x.to(dtype)).float() - y).square().mean()
+
+
+def base_of(named: Any) -> torch.optim.Optimizer:
+    """Momentum, so that a wrong gradient shows in later steps too."""
+    return torch.optim.SGD(named, lr=0.05, momentum=0.9)
+
+
+def wrapped(run: Run, device: Device) -> tuple[nn.Module, Any]:
+    """The model as its engine wants it, and the process_group of the optimizer."""
+    model = Net().to(device=device.device, dtype=run.dtype)
+    shape, names = (
+        ((run.nodes, device.world // run.nodes), ("replicate", "shard")) if run.nodes else ((device.world,), ("all",))
+    )
+    mesh = init_device_mesh(device.kind, shape, mesh_dim_names=names)
+    if run.engine == "plain":
+        return model, None
+    if run.engine == "ddp":
+        return DistributedDataParallel(model), mesh if run.nodes else None
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, None
+
+
+def train(run: Run, device: Device) -> Trained:
+    """A compressed run on this rank's device."""
+    assert run.compressor is not None
+    model, group = wrapped(run, device)
+    base = base_of([(name.removeprefix("module."), p) for name, p in model.named_parameters()])
+    options = {"min_compression_rate": 0, "seed": 3, **run.options}
+    optimizer = CompressedOptimizer(base, run.compressor, group, shard_scope=run.scope, **options)
+    quietly(lambda: optimizer.attach(model))
+    began: list[int] = []
+    reducer = optimizer.reducer
+    reduce = reducer.reduce
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        began.append(reducer.begun)
+        return reduce(*args, **kwargs)
+
+    reducer.reduce = counting  # type: ignore[method-assign]
+    losses = []
+    for step in range(run.steps):
+        loss = loss_of(model, step, device.rank, device, run.dtype)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    parameters = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+    optimizer.detach()
+    return Trained(parameters, losses, max(began), len(reducer.buckets))
+
+
+def quietly(attach: Callable[[], object]) -> None:
+    """Without the plan that rank 0 prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        attach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on the CPU; a collective where it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference between two sets of parameters; infinite where one is not finite."""
+    assert a.keys() == b.keys()
+    differences = torch.stack([(a[name] - b[name]).abs().max() for name in a])
+    return float(torch.nan_to_num(differences, nan=torch.inf).max())
+
+
+def spread(parameters: dict[str, Tensor], device: Device) -> float:
+    """The largest difference between the ranks; 0 if all hold the same numbers."""
+    mine = torch.cat([p.detach().double().reshape(-1) for p in parameters.values()]).to(device.device)
+    most, least = mine.clone(), mine.clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(torch.nan_to_num(most - least, nan=torch.inf).max())
+
+
+def simulated(run: Run, world: int) -> dict[str, Tensor]:
+    """The same training in this process, on the CPU: nodes (or ranks) as workers."""
+    cpu = Device("cpu", torch.device("cpu"), "CPU")
+    model = Net()
+    optimizer = base_of(model.named_parameters())
+    workers = run.nodes or world
+    average = averages(run, {name: tuple(p.shape) for name, p in model.named_parameters()}, workers, world // workers)
+    for step in range(run.steps):
+        gradients = []
+        for rank in range(world):
+            model.zero_grad()
+            loss_of(model, step, rank, cpu).backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        ranks = world // workers
+        for name, gradient in average([mean(gradients[k * ranks : (k + 1) * ranks]) for k in range(workers)]).items():
+            model.get_parameter(name).grad = gradient
+        optimizer.step()
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def mean(gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The exact one."""
+    return {name: torch.stack([one[name] for one in gradients]).mean(0) for name in gradients[0]}
+
+
+def averages(
+    run: Run, shapes: dict[str, tuple[int, ...]], workers: int, ranks: int
+) -> Callable[[list[dict[str, Tensor]]], dict[str, Any]]:
+    """The nodes' gradients -> what all apply; with shard_scope="shard" each rank's block of rows is a matrix of its own."""
+    if run.compressor is None:
+        return mean
+    options: dict[str, Any] = {"min_compression_rate": 0, "seed": 3}
+    if ranks == 1 or run.scope == "matrix":
+        return Simulation(shapes, run.compressor, workers, **options).reduce
+    blocks = [
+        {name: rows for name, shape in shapes.items() if (rows := block_of(shape[0], ranks, f)).stop > rows.start}
+        for f in range(ranks)
+    ]
+    simulations = [
+        Simulation(
+            {name: (rows.stop - rows.start, *shapes[name][1:]) for name, rows in block.items()},
+            run.compressor,
+            workers,
+            **options,
+        )
+        for block in blocks
+    ]
+
+    def average(nodes: list[dict[str, Tensor]]) -> dict[str, Any]:
+        parts: list[dict[str, Any]] = [
+            simulation.reduce([{name: node[name][rows] for name, rows in block.items()} for node in nodes])
+            for block, simulation in zip(blocks, simulations, strict=True)
+        ]
+        return {name: torch.cat([part[name] for part in parts if name in part]) for name in shapes}
+
+    return average
