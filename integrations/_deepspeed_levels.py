@@ -216,12 +216,13 @@ class Levels:
 
     def error_memory(self, reducer: Reducer) -> dict[str, Tensor]:
         """Parameter name -> this rank's block of its error, a live view; empty where it holds no row, dense ones absent."""
-        memory = reducer.error_memory()
-        return {
-            slot.name: memory.get(slot.name, torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device))
-            for slot in self.slots
-            if reducer.treatment_of_largest(slot).low_rank
-        }
+        memory, result = reducer.error_memory(), {}
+        for slot in self.slots:
+            if slot.name in memory:
+                result[slot.name] = memory[slot.name]
+            elif reducer.treatment_of_largest(slot).low_rank:  # other ranks of the node hold all of its rows
+                result[slot.name] = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
+        return result
 
     def notes(self) -> list[str]:
         """Lines of the plan: what every rank holds until the boundary, and what goes inside a node."""

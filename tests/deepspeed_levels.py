@@ -34,6 +34,7 @@ from torch import Tensor
 WORLD, F = 4, 2
 SCOPES = ("shard", "matrix")
 STEPS = 10
+LOW_RANK = {1: RESTARTS | {"seed": 3}, 3: RANK_2 | {"seed": 3}}  # by the number of micro-steps
 SIZES = {
     "no divisor": (3, [None] * 4),
     "node without a launcher": ("node", [None] * 4),
@@ -101,12 +102,13 @@ def rank_2(rank: int, stage: int, gas: int, scope: str) -> dict[str, Any]:
 
 def simulated(gas: int, scope: str) -> list[list[float]]:
     """The same in one process: nodes as workers, in shard scope each block of rows a matrix of its own."""
-    from lowrank_comm import PowerSGDPlus
+    from lowrank_comm import PowerSGD, PowerSGDPlus
 
     model = seeded_toy()
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    setup = harness.Setup("plain", PowerSGDPlus(rank=2, restart_every=3), nodes=2, scope=scope, options={"seed": 0})
+    compressor = {1: PowerSGDPlus(rank=2, restart_every=3), 3: PowerSGD(rank=2)}[gas]
+    setup = harness.Setup("plain", compressor, nodes=2, scope=scope)  # with seed 3
     average = harness._averages(setup, model, WORLD // F, F)
     losses: list[list[float]] = [[] for _ in range(WORLD)]
     for step in range(STEPS):
@@ -135,6 +137,34 @@ def some_users(rank: int, stage: int) -> dict[str, Any]:
             train(engine, range(4), rank, detour=lambda rank, step: rank == 3 and step > 1)
             weights.append(parameters(engine))
     return {"parameters": gap(*weights), "moved": gap(weights[0]["sometimes.weight"], seeded_toy().sometimes.weight)}
+
+
+def one_element(rank: int, stage: int, scope: str) -> dict[str, Any]:
+    """One NaN on rank 3, in a row that rank 0 of each node holds: the others' blocks are finite."""
+    with engines(engine_of(config(stage, section=two_levels(RESTARTS, scope)))) as engine:
+        adapter = adapter_of(engine)
+        train(engine, range(2), rank)
+        before = (parameters(engine), state(adapter))
+
+        def poison(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            gradient[0, 0] = torch.nan
+            return gradient
+
+        if rank == 3:
+            handle = engine.module.second.weight.register_hook(poison)
+        train(engine, range(2, 3), rank)
+        changed = gap(before, (parameters(engine), state(adapter)))
+        if rank == 3:
+            handle.remove()
+        train(engine, range(3, 4), rank)
+        return {
+            "changed": changed,
+            "skipped": engine.skipped_steps,
+            "steps": adapter.reducer.step,
+            "vetoed": adapter.ledger.vetoed,
+            "nan": [name for name, p in parameters(engine).items() if torch.isnan(p).any()],
+        }
 
 
 def sizes(rank: int) -> dict[str, str]:
@@ -257,6 +287,7 @@ def cases(folder: str) -> dict[str, Case]:
         for gas, scope in ((1, "shard"), (3, "matrix")):
             add(f"parity {stage} {gas}", parity, stage, gas, two_levels(FULL_RANK, scope))
         for scope in SCOPES:
+            add(f"one element {stage} {scope}", one_element, stage, scope)
             for gas in (1, 3):
                 add(f"rank 2 {stage} {scope} {gas}", rank_2, stage, gas, scope)
         for k, dtype in enumerate(("fp32", "bf16")):

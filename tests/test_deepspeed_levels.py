@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,8 +109,9 @@ def test_rank_2_gives_the_losses_of_the_simulation_and_equal_parameters(look: Lo
         assert rank["largest"] > 1e-3
 
 
-def test_the_scopes_differ() -> None:
-    assert toy.gap(simulated(1, "shard"), simulated(1, "matrix")) > 1e-3
+@pytest.mark.parametrize("gas", [1, 3])
+def test_the_scopes_differ(gas: int) -> None:
+    assert toy.gap(simulated(gas, "shard"), simulated(gas, "matrix")) > 1e-3
 
 
 # ---------------------------------------------------------------- memory and bytes
@@ -160,6 +160,13 @@ def test_nan_on_one_rank_skips_the_step_on_all_nodes_and_leaves_no_trace(look: L
         assert found["scheduled"] == 5
         assert found["moved"] > 1e-3
         assert max(found["later"], found["final"]) < (1e-5 if "fp16" in case else 1e-30)
+
+
+@pytest.mark.parametrize("scope", levels.SCOPES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_nan_in_the_rows_of_another_rank_is_enough(look: Look, stage: int, scope: str) -> None:
+    for found in look(f"one element {stage} {scope}"):
+        assert found == {"changed": 0.0, "skipped": 1, "steps": 3, "vetoed": 1, "nan": []}
 
 
 @pytest.mark.parametrize("stage", [1, 3])
