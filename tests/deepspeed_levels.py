@@ -84,7 +84,7 @@ def parity(rank: int, stage: int, gas: int, section: dict[str, Any], dtype: str 
 
 def rank_2(rank: int, stage: int, gas: int, scope: str) -> dict[str, Any]:
     """Low rank: losses, parameters, memory, and the bytes of each step."""
-    with engines(engine_of(config(stage, gas=gas, section=two_levels(RESTARTS, scope)))) as engine:
+    with engines(engine_of(config(stage, gas=gas, section=two_levels(LOW_RANK[gas], scope)))) as engine:
         adapter, losses, reports = adapter_of(engine), [], []
         for step in range(STEPS):
             losses += train(engine, range(step, step + 1), rank)
