@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed_cases as training
+import deepspeed_mishaps as mishaps
 import engines as harness
 import torch
 import torch.distributed as dist
@@ -50,17 +51,18 @@ def two_levels(section: dict[str, Any], scope: str = "shard", size: int | str = 
 
 
 @contextmanager
-def launched_with(ranks: str | None) -> Iterator[None]:
-    """What the launcher tells of the ranks on this node."""
-    kept = os.environ.pop("LOCAL_WORLD_SIZE", None)
+def launched_with(ranks: str | None, by: str = "LOCAL_WORLD_SIZE") -> Iterator[None]:
+    """What a launcher tells of the ranks on this node: torchrun by this name, deepspeed by LOCAL_SIZE."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         if ranks is not None:
-            os.environ["LOCAL_WORLD_SIZE"] = ranks
+            os.environ[by] = ranks
         yield
     finally:
-        os.environ.pop("LOCAL_WORLD_SIZE", None)
-        if kept is not None:
-            os.environ["LOCAL_WORLD_SIZE"] = kept
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(kept)
 
 
 def parity(rank: int, stage: int, gas: int, section: dict[str, Any], dtype: str = "fp32", **top: Any) -> dict[str, Any]:
@@ -173,11 +175,39 @@ def sizes(rank: int) -> dict[str, str]:
     for name, (size, told) in SIZES.items():
         with launched_with(told[rank]):
             found[name] = message(lambda size=size: engine_of(config(2, section=two_levels(RANK_2, size=size))))
-    for name, size in (("node", "node"), ("hint", 1)):
-        with launched_with("2"), engines(engine_of(config(1, section=two_levels(RANK_2, size=size)))) as engine:
+    for name, size, by in (
+        ("node", "node", "LOCAL_WORLD_SIZE"),
+        ("node, by deepspeed", "node", "LOCAL_SIZE"),
+        ("hint", 1, "LOCAL_WORLD_SIZE"),
+    ):
+        with launched_with("2", by), engines(engine_of(config(1, section=two_levels(RANK_2, size=size)))) as engine:
             train(engine, range(1), rank)
             found[name] = str(adapter_of(engine).plan)
     return found
+
+
+def other_models(rank: int) -> str:
+    """Rank 3 trains fewer parameters than the others: to be told before anything is sent that would not fit."""
+    model = seeded_toy()
+    if rank == 3:
+        model.second.weight.requires_grad_(False)
+    with engines(engine_of(config(0, section=two_levels(RANK_2)), model=model)) as engine:
+        return message(lambda: train(engine, range(1), rank))
+
+
+def mesh(rank: int) -> dict[str, Any]:
+    """DeepSpeed's own device mesh, whose data-parallel group is another object than the default group."""
+    from deepspeed.utils import groups as groups_of_deepspeed
+
+    losses = []
+    try:
+        for section in (None, two_levels(FULL_RANK)):
+            with engines(engine_of(config(2, section=section), mesh_param=(WORLD, 1))) as engine:
+                losses.append(train(engine, range(4), rank))
+        reducer = adapter_of(engine).reducer
+        return {"losses": gap(*losses), "who": (reducer.group.size, reducer.shards.size)}
+    finally:
+        groups_of_deepspeed.mesh_device = None
 
 
 class OwnGroup:
@@ -305,7 +335,11 @@ def cases(folder: str) -> dict[str, Case]:
     for dtype in ("fp32", "bf16"):
         add(f"hpz {dtype}", parity, 3, 2, two_levels(FULL_RANK), dtype, zero=hpz)
     add("one node", parity, 2, 1, two_levels(FULL_RANK, size=WORLD))
+    for stage in (1, 3):
+        add(f"dropped pass {stage}", mishaps.dropped_pass, stage, "engine", two_levels(RESTARTS))
+    add("other models", other_models)
     add("part of the world", part_of_the_world)
+    add("mesh", mesh)
     return listed
 
 

@@ -170,6 +170,12 @@ def test_one_nan_in_the_rows_of_another_rank_is_enough(look: Look, stage: int, s
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+def test_zero_grad_instead_of_a_step_drops_the_pass(look: Look, stage: int) -> None:
+    for found in look(f"dropped pass {stage}"):
+        assert found == {"changed": 0.0, "parameters": 0.0}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
 def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, stage: int) -> None:
     for found in look(f"late overflow {stage}"):
         expected = {"changed": 0.0, "applied": False, "skipped": 1, "scale fell": True, "vetoed": 0, "steps": 4}
@@ -224,8 +230,21 @@ def test_the_plan_tells_of_both_levels(look: Look) -> None:
         for words in ("over 2 nodes of 2 ranks, DeepSpeed", "ZeRO stage 1", "1/2 of the error memory", "inside a node"):
             assert words in found["node"]
         assert "hint" not in found["node"]
+        assert found["node, by deepspeed"] == found["node"]
         assert "over 4 workers, DeepSpeed" in found["hint"]
         assert found["hint"].count("hint: 2 ranks share a node here") == 1
+
+
+def test_ranks_with_other_models_all_raise(look: Look) -> None:
+    for found in look("other models"):
+        assert found.startswith("ConfigMismatchError: ")
+        assert "second.weight" in found
+
+
+def test_a_device_mesh_of_deepspeeds_own(look: Look) -> None:
+    for found in look("mesh"):
+        assert found["losses"] < 1e-5
+        assert found["who"] == (2, 2)
 
 
 def test_an_engine_that_only_some_ranks_have(look: Look) -> None:
