@@ -6,6 +6,7 @@ the place of DeepSpeed's own gradient averaging; any other engine is left as it 
 1. Micro-steps only accumulate. Full local gradients stay on every rank until the accumulation boundary.
 2. At the end of the last micro-step's backward, where DeepSpeed reduces, one pass of the reducer replaces all local
    gradients by the compressed mean, times the loss scale; the error memory is kept free of the scale.
+   With two levels (`topology.shard_size`) the ranks of a node first average exactly, and share the pass by blocks of rows.
 3. DeepSpeed takes over (`_deepspeed_seams`): each rank cuts out the part that it owns. Norm, clipping, loss scaling and
    the optimizer then see the reduced gradients.
 4. After DeepSpeed's step the pass is committed if the step was applied, and rolled back if not (an fp16 overflow that only
@@ -34,7 +35,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import deepspeed.ops
@@ -46,12 +47,14 @@ from torch import Tensor
 from lowrank_comm import CompressedOptimizer, checkpoint
 from lowrank_comm.communication import Group, Ledger, check_same
 from lowrank_comm.config import SECTION, Section
-from lowrank_comm.diagnostics import Plan, StepReport, human_bytes
+from lowrank_comm.diagnostics import Plan, StepReport
+from lowrank_comm.engine import hint_of_two_levels
 from lowrank_comm.errors import ConfigError, LowRankCommError, UnsupportedError
 from lowrank_comm.naming import own_name, wrappers_in_front
-from lowrank_comm.reducer import Outcome, Reducer, Slot
+from lowrank_comm.reducer import Outcome, Reducer
 
 from . import _deepspeed_seams as seams
+from ._deepspeed_levels import Levels, node_size
 from ._deepspeed_refusals import refuse_engine, refuse_settings
 
 __all__ = ["DeepSpeedAdapter", "get", "install", "skip_shm_extension"]
@@ -70,12 +73,20 @@ class DeepSpeedAdapter:
     def __init__(self, engine: Any, seam: seams.Seam, section: Section) -> None:
         self._engine, self._seam = engine, seam
         depth = wrappers_in_front(name for name, _ in engine.module.named_parameters())  # frozen or not
-        slots = [
-            Slot(own_name(name, depth), seams.shape(p), seam.dtype(p), seam.device)
+        shapes = [
+            (own_name(name, depth), seams.shape(p), seam.dtype(p))
             for name, p in zip(seam.names, seam.parameters, strict=True)
         ]
-        group = Group(seams.process_group(engine))
-        self.reducer = Reducer(slots, section.make_compressor(), group, **section.reducer_options())
+        process_group, topology = seams.process_group(engine), section.topology
+        size = node_size(topology, Group(process_group), seam.device)
+        self._levels = Levels(process_group, size, topology.shard_scope, shapes, seam.device)
+        self.reducer = Reducer(
+            self._levels.slots,
+            section.make_compressor(),
+            self._levels.group,
+            shards=self._levels.shards,
+            **section.reducer_options(),
+        )
         self._outcome: Outcome | None = None  # of the pass whose step has not been taken yet
         self._stepping = self._accumulating = self._warned_drop = False
         seam.install(self._end_of_backward, self._reduce)
@@ -89,13 +100,8 @@ class DeepSpeedAdapter:
     @property
     def plan(self) -> Plan:
         """What goes low-rank, bytes, memory."""
-        local = sum(slot.numel * slot.dtype.itemsize for slot in self.reducer.slots)
         stage = int(self._engine.zero_optimization_stage())
-        notes = [
-            f"DeepSpeed {deepspeed.__version__}, {self._seam.description}: one pass for each optimizer step, at every stage",
-            f"until then every rank holds all of its local gradients ({human_bytes(local)}) and the whole error memory",
-            '("error_feedback": {"offload": true} moves that to the CPU); a checkpoint sends the error memory once',
-        ]
+        notes = ["one pass for each optimizer step, at every stage", *self._levels.notes()]
         wire = self._engine._config.communication_data_type
         if wire is not None:
             notes.append(f"communication_data_type={wire} has no effect: {SECTION}.wire_dtype says how gradients travel")
@@ -104,7 +110,10 @@ class DeepSpeedAdapter:
                 f"fp16 at stage 0: DeepSpeed {seams.TESTED} divides gradients by a loss scale that it has not multiplied "
                 "them by, with or without compression; use ZeRO stage 1"
             )
-        return replace(self.reducer.plan, notes=tuple(notes))
+        plan = self.reducer.plan
+        engine = f"DeepSpeed {deepspeed.__version__}, {self._seam.description}"
+        hint = hint_of_two_levels(plan, cast(Any, self._levels))  # which has the `shards` that it asks for
+        return replace(plan, engine=engine, notes=(*notes, *hint))
 
     @property
     def last_report(self) -> StepReport | None:
@@ -117,8 +126,12 @@ class DeepSpeedAdapter:
         return self.reducer.ledger
 
     def error_memory(self) -> dict[str, Tensor]:
-        """Parameter name -> this rank's error, a live view of the parameter's full shape; dense parameters are absent."""
-        return self.reducer.error_memory()
+        """Parameter name -> this rank's error, a live view; dense parameters are absent.
+
+        In the parameter's full shape. With two levels it is this rank's block of rows of its node's error: ceil(m / F) rows,
+        fewer or none on the last ranks of a node.
+        """
+        return self._levels.error_memory(self.reducer)
 
     # ---------------------------------------------------------------- a step
 
@@ -140,11 +153,9 @@ class DeepSpeedAdapter:
                 "a micro-step (gradient_accumulation_steps, or engine.set_gradient_accumulation_boundary(False)). To give "
                 "the first up, call engine.zero_grad()."
             )
-        outcome = self.reducer.reduce(self._seam.gradients(), scale=self._seam.loss_scale)
-        gradients = outcome.grads if outcome.applied else self._poisoned(outcome.grads)
-        self._outcome = outcome
+        self._outcome = outcome = self._levels.reduce(self.reducer, self._seam.gradients(), self._seam.loss_scale)
         with torch.no_grad():
-            self._seam.hand_over(gradients)
+            self._seam.hand_over(outcome.grads)
 
     def _dropping(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
         """`zero_grad`, which outside of a step also drops the pass that waits for one."""
@@ -171,14 +182,6 @@ class DeepSpeedAdapter:
             self.reducer.rollback()
             self._outcome = None
         self._seam.drop()
-
-    def _poisoned(self, gradients: seams.Gradients) -> seams.Gradients:
-        """NaN everywhere. DeepSpeed looks only at what a rank owns or has a gradient for, so every rank gets all of it."""
-        slots = self.reducer.slots
-        return [
-            torch.full(slot.shape, torch.nan, dtype=slot.dtype, device=slot.device) if g is None else g.fill_(torch.nan)
-            for g, slot in zip(gradients, slots, strict=True)
-        ]
 
     def _around(self, take_model_step: Callable[..., None]) -> Callable[..., None]:
         """The optimizer's step, after which the pass counts or is forgotten."""
@@ -256,7 +259,7 @@ class DeepSpeedAdapter:
     def _restore(self, path: Path, name: str | None) -> None:
         """From the folder of a checkpoint. ds_to_universal leaves our file where it was, beside `<tag>_universal`."""
         folder = path if path.is_dir() else path.parent
-        check_same({f"client_state[{SECTION!r}] of the checkpoint": name}, self.reducer.group, self.reducer.device)
+        check_same({f"client_state[{SECTION!r}] of the checkpoint": name}, self._levels.everyone, self.reducer.device)
         original = folder.with_name(folder.name.removesuffix("_universal"))
         if name is not None:
             found = folder if (folder / checkpoint.FILE_NAME).is_file() else original
@@ -352,6 +355,7 @@ def _before(given: Mapping[str, Any]) -> Section | None:
     }
     check_same(ours, group, _device())
     parsed = Section.parse(section)
+    node_size(parsed.topology, group, _device())
     refuse_settings(config, dict(given))
     return parsed
 
@@ -387,7 +391,7 @@ def _attach(engine: Any, section: Section) -> None:
     refuse_engine(engine)
     adapter = DeepSpeedAdapter(engine, seam, section)
     engine.__dict__[_KEY] = adapter
-    if adapter.reducer.group.rank == 0:
+    if adapter.reducer.is_writer:
         print(adapter.plan, flush=True)
 
 

@@ -102,9 +102,11 @@ def identical(rank: int, stage: int, dtype: str) -> dict[str, Tensor]:
         return parameters(engine)
 
 
-def veto(rank: int, stage: int, dtype: str, **top: Any) -> dict[str, Any]:
-    """NaN in rank 0's data at step 3: nothing changes at that step, and training goes on as if it had never been."""
-    made = config(stage, dtype, section=RESTARTS, **top)
+def veto(
+    rank: int, stage: int, dtype: str, section: dict[str, Any] = RESTARTS, nan_on: int = 0, **top: Any
+) -> dict[str, Any]:
+    """NaN in one rank's data at step 3: nothing changes at that step, and training goes on as if it had never been."""
+    made = config(stage, dtype, section=section, **top)
 
     def falling(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -113,7 +115,7 @@ def veto(rank: int, stage: int, dtype: str, **top: Any) -> dict[str, Any]:
         adapter = adapter_of(engine)
         train(engine, range(3), rank)
         before = (parameters(engine), state(adapter))
-        train(engine, range(3, 4), rank, nan_at=3)
+        train(engine, range(3, 4), rank, nan_at=3, nan_on=nan_on)
         after = (parameters(engine), state(adapter))
         report, skipped = adapter.last_report, engine.skipped_steps
         later = train(engine, range(4, 6), rank)
@@ -133,9 +135,9 @@ def veto(rank: int, stage: int, dtype: str, **top: Any) -> dict[str, Any]:
     }
 
 
-def late_overflow(rank: int, stage: int) -> dict[str, Any]:
+def late_overflow(rank: int, stage: int, section: dict[str, Any] = RANK_2) -> dict[str, Any]:
     """Every local gradient is finite, but what is decompressed is too large for fp16: DeepSpeed finds it in its step."""
-    with engines(engine_of(config(stage, "fp16", section=RANK_2))) as engine:
+    with engines(engine_of(config(stage, "fp16", section=section))) as engine:
         adapter = adapter_of(engine)
         train(engine, range(2), rank)
         kept = state(adapter)["errors"]

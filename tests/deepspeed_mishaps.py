@@ -83,9 +83,9 @@ def unused_later(rank: int, stage: int) -> dict[str, Any]:
     return {"parameters": gap(*weights)}
 
 
-def dropped_pass(rank: int, stage: int, whose: str) -> dict[str, Any]:
+def dropped_pass(rank: int, stage: int, whose: str, section: dict[str, Any] = RESTARTS) -> dict[str, Any]:
     """Backward, then zero_grad instead of a step: as if the batch had never been."""
-    with engines(engine_of(config(stage, section=RESTARTS), "sgd")) as engine:
+    with engines(engine_of(config(stage, section=section), "sgd")) as engine:
         train(engine, range(2), rank)
         before = state(adapter_of(engine))
         x, y = batch(rank, 77)
@@ -94,7 +94,7 @@ def dropped_pass(rank: int, stage: int, whose: str) -> dict[str, Any]:
         changed = gap(before, state(adapter_of(engine)))
         train(engine, range(2, 5), rank)
         weights = parameters(engine)
-    with engines(engine_of(config(stage, section=RESTARTS), "sgd")) as engine:
+    with engines(engine_of(config(stage, section=section), "sgd")) as engine:
         train(engine, range(5), rank)
         return {"changed": changed, "parameters": gap(weights, parameters(engine))}
 

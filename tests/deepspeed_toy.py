@@ -99,14 +99,21 @@ def nobody(rank: int, step: int) -> bool:
 
 
 def train(
-    engine: Any, steps: range, rank: int, *, direct: bool = False, nan_at: int = -1, detour: Detour = nobody
+    engine: Any,
+    steps: range,
+    rank: int,
+    *,
+    direct: bool = False,
+    nan_at: int = -1,
+    nan_on: int = 0,
+    detour: Detour = nobody,
 ) -> list[float]:
     """Optimizer steps with the engine's accumulation; the losses of this rank's micro-batches."""
     dtype, gas, losses = next(engine.module.parameters()).dtype, engine.gradient_accumulation_steps(), []
     for step in steps:
         for micro in range(gas):
             x, y = batch(rank, gas * step + micro)
-            if step == nan_at and rank == 0 and micro == 0:
+            if step == nan_at and rank == nan_on and micro == 0:
                 x = x * torch.nan
             loss = loss_of(engine(x.to(dtype), detour(rank, step)), y)
             loss.backward() if direct else engine.backward(loss)

@@ -99,7 +99,7 @@ def refusals(rank: int) -> dict[str, str]:
         "rank": {"section": RANK_2 | {"rank": 0}},
         "tau": {"section": RESTARTS | {"restart_every": 2.5}},
         "compressor": {"section": RANK_2 | {"compressor": "powersdg"}},
-        "shard_size": {"section": RANK_2 | {"topology": {"shard_size": 2}}},
+        "shard_size": {"section": RANK_2 | {"topology": {"shard_size": 3}}},
         "no object": {"section": "powersgd"},
         "no JSON": {"section": RANK_2 | {"wire_dtype": torch.bfloat16}},
         "misspelt section": {"section": None, "lowrank_com": RANK_2},
@@ -263,8 +263,13 @@ def start(rank: int, world: int) -> None:
 def run(rank: int, folder: str) -> dict[str, dict[str, Any]]:
     """All cases on this rank, inside the process group that is there."""
     start(rank, WORLD)
+    return run_all(rank, folder, cases(folder))
+
+
+def run_all(rank: int, folder: str, listed: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """Case after case; what each returned or raised."""
     results = {}
-    for name, (case, arguments, options) in cases(folder).items():
+    for name, (case, arguments, options) in listed.items():
         (Path(folder) / f"running_{rank}").write_text(name)  # for whoever wonders which case a process died in
         try:
             results[name] = {"value": case(rank, *arguments, **options)}

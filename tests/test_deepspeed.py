@@ -372,7 +372,7 @@ REFUSED = {
     "rank": ["rank", "got 0"],
     "tau": ["lowrank_comm.restart_every=2.5"],
     "compressor": ["lowrank_comm.compressor='powersdg'", "did you mean 'powersgd'"],
-    "shard_size": ["topology.shard_size=2"],
+    "shard_size": ["lowrank_comm.topology.shard_size=3", "choose a divisor of 2"],
     "no object": ["lowrank_comm must be an object"],
     "no JSON": ["lowrank_comm.wire_dtype=torch.bfloat16"],
     "misspelt section": ["'lowrank_com' in the DeepSpeed configuration is not a section", "did you mean 'lowrank_comm'"],

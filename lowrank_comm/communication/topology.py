@@ -54,8 +54,8 @@ def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | 
     size = ranks_in_a_node() if shard_size == "node" else shard_size
     if size is None:
         raise ConfigError(
-            'topology.shard_size="node" needs LOCAL_WORLD_SIZE, which torchrun and deepspeed set; give the number of ranks '
-            "in a node instead."
+            'topology.shard_size="node" needs LOCAL_WORLD_SIZE (torchrun sets it) or LOCAL_SIZE (deepspeed does); give the '
+            "number of ranks in a node instead."
         )
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ConfigError(f'topology.shard_size must be a number of ranks or "node", got {shard_size!r}.')
@@ -75,5 +75,5 @@ def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | 
 
 def ranks_in_a_node() -> int | None:
     """How many ranks the launcher started on this node, if it tells."""
-    value = os.environ.get("LOCAL_WORLD_SIZE")
+    value = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun, or of deepspeed
     return int(value) if value else None
