@@ -35,7 +35,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -112,8 +112,7 @@ class DeepSpeedAdapter:
             )
         plan = self.reducer.plan
         engine = f"DeepSpeed {deepspeed.__version__}, {self._seam.description}"
-        hint = hint_of_two_levels(plan, cast(Any, self._levels))  # which has the `shards` that it asks for
-        return replace(plan, engine=engine, notes=(*notes, *hint))
+        return replace(plan, engine=engine, notes=(*notes, *hint_of_two_levels(plan)))
 
     @property
     def last_report(self) -> StepReport | None:

@@ -212,14 +212,22 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     if fresh:
         _log.warning("no saved error memory for %d parameters (first: %s): they start from zero", len(fresh), fresh[0])
     reducer.reset(fresh)  # and no others: the saved tensors may be this reducer's own, as in load_state_dict(state_dict())
+    anew: list[str] = []
     for name in sorted(known.keys() & tensors.keys()):
         saved = tensors[name]
         fits = {k: v for k, v in saved.items() if k != "error" and k in known[name] and v.shape == known[name][k].shape}
         if len(fits) < len(known[name]) - 1:
-            _log.warning("%s: the saved basis has another rank; the basis starts anew, the error memory is kept", name)
+            anew.append(name)
             saved = {"error": saved["error"].clone()}
             reducer.reset([name])
         reducer.set_state(name, saved["error"], fits)
+    if anew:
+        _log.warning(
+            "the saved bases of %d parameters (first: %s) are of another rank, or of other blocks of rows: they start anew, "
+            "the error memory is kept",
+            len(anew),
+            anew[0],
+        )
     if tag.seed != reducer.seed:
         _log.warning("the saved run had seed %d, this one has %d: later random draws differ", tag.seed, reducer.seed)
     reducer.continue_at(tag.step)

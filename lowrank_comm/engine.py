@@ -226,10 +226,10 @@ def refuse_averaged(grads: Sequence[Tensor | None], reducer: Reducer, collective
         _log.warning("all %d workers have the same gradients at the first step: do they train on the same data?", len(told))
 
 
-def hint_of_two_levels(plan: Plan, engine: Engine) -> list[str]:
+def hint_of_two_levels(plan: Plan) -> list[str]:
     """A line for who has several ranks in a node and makes each a worker."""
     ranks = ranks_in_a_node()
-    if engine.shards.size > 1 or not ranks or ranks < 2 or plan.workers <= ranks:
+    if plan.ranks_in_a_node > 1 or not ranks or ranks < 2 or plan.workers <= ranks:
         return []
     return [
         f"hint: {ranks} ranks share a node here; with two levels (a 2-D mesh, or topology.shard_size) gradients are "

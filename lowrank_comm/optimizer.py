@@ -276,11 +276,12 @@ class CompressedOptimizer(OptimizerWithReducer):
         reducer = self._prepared()
         parameters = self._parameters
         self._stream = current_stream(reducer.device)
-        if not reducer.has_passed:
+        first = not reducer.has_passed
+        if first:
             happened = self._collectives_before is not None and collectives_so_far() > self._collectives_before
-            reducer.ensure_agreed()
-            if type(self._engine) is Engine:  # the others are known not to average over these workers any more
-                refuse_averaged([p.grad for p in parameters], reducer, happened)
+        reducer.ensure_agreed()  # before anything whose sizes follow from what is compared
+        if first and type(self._engine) is Engine:  # the others are known not to average over these workers any more
+            refuse_averaged([p.grad for p in parameters], reducer, happened)
         grads = self._engine.collect(parameters)
         outcome = reducer.reduce(grads, scale=scale)
         applied = outcome.applied

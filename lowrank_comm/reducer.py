@@ -28,7 +28,6 @@ workers in one process run the same code.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -249,9 +248,14 @@ class Reducer(ReducerState):
             account.collectives += one.account.collectives
             for phase, seconds in one.account.seconds.items():
                 account.seconds[phase] += seconds
-        account.inside = Counter(self.shards.bytes)
-        self.shards.bytes.clear()
+        self._count_inside(account)
         return account
+
+    def _count_inside(self, account: Account) -> None:
+        """Enter what went between the ranks of this node since it was last entered."""
+        account.inside.update(self.shards.bytes)
+        self.ledger.inside.update(self.shards.bytes)
+        self.shards.bytes.clear()
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -262,6 +266,7 @@ class Reducer(ReducerState):
         pending: _Pending = self._pending
         self._pending = None
         assert self._last is not None
+        self._count_inside(self._last.account)  # what went back inside the node since the pass
         with full_precision(self.device):
             for job in pending.jobs:
                 self._commit(job, pending.present, self._last)
@@ -373,7 +378,7 @@ class Reducer(ReducerState):
         restarts = sum(len(job.indices) for job in jobs if job.context.restart)
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
-        self.ledger.enter(account.bytes, account.collectives, full, applied, account.inside)
+        self.ledger.enter(account.bytes, account.collectives, full, applied)
 
 
 def _rows_of_result(result: Result, rows: list[int]) -> Result:

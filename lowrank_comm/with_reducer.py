@@ -189,7 +189,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
     def plan(self) -> Plan:
         """What was found, what goes low-rank, bytes a step, memory."""
         plan = self.reducer.plan
-        hint = hint_of_two_levels(plan, self._engine)
+        hint = hint_of_two_levels(plan)
         return replace(plan, engine=self._engine.name, notes=(*plan.notes, *self._engine.notes(), *hint))
 
     # ---------------------------------------------------------------- state

@@ -67,6 +67,7 @@ def test_the_processes_ran_every_case(results: dict[int, dict[str, Any]], tmp_pa
 # ---------------------------------------------------------------- the same training
 
 
+@pytest.mark.shows("full rank", "accumulation", "clipping", "AdamW", engine="DeepSpeed ZeRO-{stage}")
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_rank_is_the_uncompressed_engine(look: Look, stage: int, gas: int) -> None:
@@ -84,6 +85,7 @@ def simulated(gas: int) -> list[list[float]]:
     return deepspeed_cases.simulated(gas)
 
 
+@pytest.mark.shows("rank r = simulation", engine="DeepSpeed ZeRO-{stage}")
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_rank_2_gives_the_losses_of_the_simulation(look: Look, stage: int, gas: int) -> None:
@@ -93,6 +95,7 @@ def test_rank_2_gives_the_losses_of_the_simulation(look: Look, stage: int, gas: 
         assert toy.gap(losses, of_worker) < 1e-4
 
 
+@pytest.mark.shows("bf16", when="bf16", engine="DeepSpeed ZeRO-{stage}")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_all_ranks_hold_the_same_bits_after_50_steps(look: Look, stage: int, dtype: str) -> None:
@@ -194,6 +197,7 @@ def test_frozen_and_tied_parameters(look: Look, stage: int) -> None:
 VETOES = [f"{stage} {dtype}" for stage in STAGES for dtype in toy.DTYPES] + [f"{stage} bf16 fp32" for stage in (1, 2, 3)]
 
 
+@pytest.mark.shows("NaN on one rank", engine="DeepSpeed ZeRO-{case[0]}")
 @pytest.mark.parametrize("case", VETOES)
 def test_nan_on_one_rank_skips_the_step_everywhere_and_leaves_no_trace(look: Look, case: str) -> None:
     for found in look(f"veto {case}"):
@@ -216,6 +220,7 @@ def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, s
         assert found == expected
 
 
+@pytest.mark.shows("fp16 + scaler", engine="DeepSpeed ZeRO-{stage}")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_loss_scale_that_is_too_high_comes_down_and_never_enters_the_error_memory(look: Look, stage: int) -> None:
     for found in look(f"high scale {stage}"):
@@ -309,6 +314,7 @@ def test_checkpoints_of_other_runs(look: Look, stage: int) -> None:
 # ---------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.shows("checkpoint", engine="DeepSpeed ZeRO-{case[0]}")
 @pytest.mark.parametrize("case", [*(f"{stage} fp32" for stage in STAGES), "1 bf16 fp32", "3 fp16"])
 def test_a_resumed_run_goes_on_as_if_uninterrupted(look: Look, case: str) -> None:
     for found in look(f"resume {case}"):
@@ -337,6 +343,7 @@ def test_one_process_resumes_what_two_have_saved(look: Look, folder: Path) -> No
 # ---------------------------------------------------------------- bytes
 
 
+@pytest.mark.shows("bytes = formula", engine="DeepSpeed ZeRO-{stage}")
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_sent_is_what_the_ledger_says_and_nothing_else(look: Look, stage: int) -> None:
     gradients = {"factors", "restart", "broadcast", "dense", "control"}

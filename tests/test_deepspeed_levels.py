@@ -64,6 +64,7 @@ def whole(blocks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.shows("full rank", "accumulation", "clipping", "AdamW", engine="DeepSpeed ZeRO-{stage}, two levels")
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_rank_is_deepspeeds_own_training(look: Look, stage: int, gas: int) -> None:
@@ -99,6 +100,7 @@ def test_a_matrix_that_one_rank_of_one_node_uses(look: Look, stage: int) -> None
 RUNS = [f"{stage} {scope} {gas}" for stage in STAGES for scope in levels.SCOPES for gas in (1, 3)]
 
 
+@pytest.mark.shows("rank r = simulation", engine="DeepSpeed ZeRO-{case[0]}, two levels")
 @pytest.mark.parametrize("case", RUNS)
 def test_rank_2_gives_the_losses_of_the_simulation_and_equal_parameters(look: Look, case: str) -> None:
     _, scope, gas = case.split()
@@ -128,6 +130,7 @@ def test_error_memory_is_divided_by_the_ranks_of_a_node(look: Look, case: str) -
                 assert [block[name] for block in blocks] == [(half, p.shape[1]), (p.shape[0] - half, p.shape[1])]
 
 
+@pytest.mark.shows("bytes = formula", engine="DeepSpeed ZeRO-{case[0]}, two levels")
 @pytest.mark.parametrize("case", RUNS)
 def test_the_ranks_of_a_node_send_what_the_plan_says(look: Look, case: str) -> None:
     found = look(f"rank 2 {case}")
@@ -151,6 +154,9 @@ VETOES = [f"{stage} {dtype}" for stage in STAGES for dtype in ("fp32", "bf16")]
 VETOES += [f"{stage} {what}" for stage in (1, 3) for what in ("fp16", "bf16 fp32")]
 
 
+@pytest.mark.shows("NaN on one rank", engine="DeepSpeed ZeRO-{case[0]}, two levels")
+@pytest.mark.shows("bf16", when="bf16", engine="DeepSpeed ZeRO-{case[0]}, two levels")
+@pytest.mark.shows("fp16 + scaler", when="fp16", engine="DeepSpeed ZeRO-{case[0]}, two levels")
 @pytest.mark.parametrize("case", VETOES)
 def test_nan_on_one_rank_skips_the_step_on_all_nodes_and_leaves_no_trace(look: Look, case: str) -> None:
     for found in look(f"veto {case}"):
@@ -185,6 +191,7 @@ def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, s
 # ---------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.shows("checkpoint", engine="DeepSpeed ZeRO-{stage}, two levels")
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_of_one_and_two_levels(look: Look, stage: int) -> None:
     found = look(f"checkpoints {stage}")

@@ -39,12 +39,9 @@ class Ledger:
     restarts: int = 0
     inside: Counter[str] = field(default_factory=Counter)
 
-    def enter(
-        self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool, inside: Counter[str]
-    ) -> None:
+    def enter(self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool) -> None:
         """Add one pass."""
         self.bytes.update(sent)
-        self.inside.update(inside)
         self.collectives += collectives
         self.uncompressed_bytes += uncompressed_bytes
         self.steps += 1
