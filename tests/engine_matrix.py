@@ -4,8 +4,8 @@
     python tests/engine_matrix.py --check    says whether both are as the tests are
 
 A test that carries `@pytest.mark.shows(column, ...)` fills its columns in the row of the engine that it runs: the id of its
-parameter `engine`, or `engine="..."` of the marker with the test's parameters filled in; `when="..."` restricts it to parameters
-that say so. A cell links to the test's file and
+parameter `engine`, or `engine="..."` of the marker with the test's parameters filled in; `when="..."` restricts it to
+parameters that say so. A cell links to the test's file and
 names the test; where no test shows a thing, the cell says no, or why it cannot be."""
 
 from __future__ import annotations
