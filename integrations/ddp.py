@@ -22,8 +22,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lowrank_comm.communication.topology import covered_ranks
 from lowrank_comm.engine import Engine
-from lowrank_comm.errors import UnsupportedError
+from lowrank_comm.errors import ConfigError, UnsupportedError
 
 _KEY = "_lowrank_comm"
 
@@ -47,7 +48,7 @@ class DDPEngine(Engine):
     def __init__(self, ddp: DistributedDataParallel, process_group: Any, shard_scope: str) -> None:
         super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
         self._ddp, self._syncs = ddp, True
-        self._take_part: Callable[[], None] | None = None
+        self._shadow: weakref.WeakMethod[Callable[[], None]] | None = None
         me = weakref.ref(self)  # else the model kept an optimizer's engine alive, and DDP from reducing, for ever
 
         def before_forward(*_: Any) -> None:
@@ -56,7 +57,25 @@ class DDPEngine(Engine):
                 engine._syncs = bool(engine._ddp.require_backward_grad_sync)
 
         self._forward = ddp.register_forward_pre_hook(before_forward)
+        self._after_the_map = self._take_part_after_the_map()
         _hook_of(ddp).engine = weakref.ref(self)
+
+    def _take_part_after_the_map(self) -> bool:
+        """With find_unused_parameters a joined rank has one collective more after its buckets, DDP's map of used parameters;
+        other ranks have that during backward, hence before our pass."""
+        ddp, name = self._ddp, "_match_unused_params_allreduce"
+        if not ddp.find_unused_parameters or not hasattr(ddp, name):
+            return False
+        original, me = getattr(ddp, name), weakref.ref(self)
+
+        def matched() -> None:
+            original()
+            engine = me()
+            if engine is not None:
+                engine._take_part()
+
+        ddp.__dict__[name] = matched
+        return True
 
     @override
     def is_last_backward(self) -> bool:
@@ -68,18 +87,25 @@ class DDPEngine(Engine):
         return not self._ddp.find_unused_parameters  # it all-reduces which parameters were used, during backward
 
     @override
-    def shadow(self, take_part: Callable[[], None]) -> None:
-        self._take_part = take_part
+    def shadow(self, take_part: weakref.WeakMethod[Callable[[], None]]) -> None:
+        self._shadow = take_part
+
+    def _take_part(self) -> None:
+        take_part = self._shadow() if self._shadow is not None else None
+        if take_part is not None:
+            take_part()
 
     def bucket(self, bucket: dist.GradBucket) -> None:
         """DDP is done with a bucket. Outside of a backward pass: it stands in for a backward pass of a joined rank."""
-        if bucket.is_last() and torch._C._current_graph_task_id() == -1 and self._take_part is not None:
+        outside = torch._C._current_graph_task_id() == -1
+        if outside and bucket.is_last() and not self._after_the_map:
             self._take_part()
 
     @override
     def release(self) -> None:
         """DDP reduces by itself again."""
         self._forward.remove()
+        self._ddp.__dict__.pop("_match_unused_params_allreduce", None)
         _hook_of(self._ddp).engine = None
 
     @override
@@ -136,6 +162,7 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
 
     Raises:
         UnsupportedError: it holds several, or something of it that cannot go with compression.
+        ConfigError: process_group has other ranks than DDP.
     """
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     if len(found) > 1:
@@ -143,6 +170,13 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
             f"attach: the model holds {len(found)} DistributedDataParallel modules; wrap the whole model once."
         )
     ddp = found[0]
+    ours = dist.get_process_group_ranks(ddp.process_group)
+    if process_group is not None and sorted(covered_ranks(process_group)) != sorted(ours):
+        raise ConfigError(
+            f"attach: process_group covers the ranks {covered_ranks(process_group)}, DistributedDataParallel the ranks "
+            f"{ours}: the others would train on by themselves. Leave process_group out, or give the whole 2-D mesh for "
+            "two levels."
+        )
     if getattr(ddp, "mixed_precision", None) is not None:
         raise UnsupportedError(
             "attach: DistributedDataParallel(mixed_precision=...) reduces in a hook of its own; use torch.autocast."

@@ -21,10 +21,13 @@ class Arrivals:
         reducer: whose buckets are to start.
         parameters: in slot order.
         scale: the loss scale that the gradients carry.
+
+    Attributes:
+        blocked: nothing is to start in this pass.
     """
 
     def __init__(self, reducer: Reducer, parameters: Sequence[Tensor], scale: float) -> None:
-        self.scale = scale
+        self.scale, self.blocked = scale, False
         self._pass, self._reducer = torch._C._current_graph_task_id(), reducer
         self._bucket_of = {id(parameters[k]): number for number, bucket in enumerate(reducer.buckets) for k in bucket.slots}
         self._missing = [len(bucket.slots) for bucket in reducer.buckets]

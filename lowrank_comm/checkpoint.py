@@ -124,7 +124,9 @@ def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
             if reducer.shards.whole_matrices or reducer.shards.size == 1:
                 entry[symbol] = basis
             else:
-                entry[of_blocks(symbol, reducer.shards.size)] = basis.expand(reducer.shards.size, *basis.shape)
+                entry[of_blocks(symbol, reducer.shards.size)] = basis.repeat(
+                    reducer.shards.size, *(1 for _ in basis.shape)
+                )  # DCP loads in place
         result[slot.name] = entry
     return result
 
@@ -162,7 +164,7 @@ def _cut_to(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]]) -> di
                 kept = reducer.bases_of(name).get(symbol)
                 tensor = tensor[tuple(slice(0, size) for size in kept.shape)] if kept is not None else tensor
             parts[symbol] = tensor
-        if slot is None or slot.numel > 0:
+        if slot is None or slot.numel > 0 or reducer.bases_of(name):
             result[name] = parts
     return result
 

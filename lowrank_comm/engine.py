@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,13 +26,11 @@ from torch.distributed.tensor import DTensor
 from .backward_end import BackwardWatch
 from .batches import Slot
 from .checkpoint import tensors_of, untouched
-from .communication.group import LENGTH_BYTES
 from .communication.topology import levels, ranks_in_a_node
 from .diagnostics import Plan
-from .errors import ConfigError, LowRankCommError, UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .reducer import Reducer
 from .two_level import RowScatter
-from .wrapping import fingerprint
 
 
 class Engine:
@@ -148,7 +147,7 @@ class Engine:
         """Hooks that tell of gradients and of the end of a backward pass."""
         return BackwardWatch(parameters, on_gradient, at_end)
 
-    def shadow(self, take_part: Callable[[], None]) -> None:
+    def shadow(self, take_part: weakref.WeakMethod[Callable[[], None]]) -> None:
         """Keep `take_part`, to be called where other workers reduce and this one has no data any more."""
 
     def release(self) -> None:
@@ -192,38 +191,6 @@ def connect(wrapper: str, model: nn.Module, process_group: Any, shard_scope: str
         raise UnsupportedError(_REFUSED[wrapper])
     engine: Engine = importlib.import_module(adapter).connect(model, process_group, shard_scope)
     return engine
-
-
-def refuse_averaged(grads: Sequence[Tensor | None], reducer: Reducer, collectives_happened: bool) -> None:
-    """At the first step: an engine has averaged gradients already. A collective.
-
-    They then have the same bits on all workers, and there were collectives since the first of them was there. Equal
-    gradients without collectives come from equal data, which is warned about.
-
-    Args:
-        grads: this worker's.
-        reducer: of the run.
-        collectives_happened: between the first gradient of the backward pass and now, by anybody.
-
-    Raises:
-        LowRankCommError: on all workers.
-    """
-    if reducer.group.size == 1 or not reducer.group.initialised:
-        return
-    there = [grad for grad in grads if grad is not None]
-    mine = f"{fingerprint(there)} {collectives_happened:d}" if any(bool(grad.any()) for grad in there) else ""
-    told = [words.decode() for words in reducer.group.gather_bytes(mine.encode(), reducer.device)]
-    reducer.ledger.bytes["fingerprint"] += len(mine) + LENGTH_BYTES
-    if not mine or len({words.split()[0] if words else "" for words in told}) > 1:
-        return
-    if all(words.endswith(" 1") for words in told):
-        raise LowRankCommError(
-            f"all {len(told)} workers came to the first step with the same gradients, bit for bit, after collectives during "
-            "the backward pass: an engine has averaged them already, and compression would save nothing. Connect it by "
-            "optimizer.attach(model), with the model as it is wrapped, before the first step."
-        )
-    if reducer.is_writer:
-        _log.warning("all %d workers have the same gradients at the first step: do they train on the same data?", len(told))
 
 
 def hint_of_two_levels(plan: Plan) -> list[str]:

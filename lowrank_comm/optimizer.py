@@ -26,14 +26,14 @@ from torch.optim import Optimizer
 
 from .arrivals import Arrivals
 from .backward_end import BackwardWatch
-from .communication.group import collectives_so_far
 from .communication.topology import grid
 from .compressors.base import Compressor
 from .config import Section
 from .diagnostics import Plan
-from .engine import Engine, connect, refuse_averaged, wrapper_of
+from .engine import Engine, connect, wrapper_of
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError, LowRankCommError
+from .first_pass import FirstPass
 from .linalg import all_finite
 from .loss_scaling import LossScaling
 from .naming import Namer
@@ -43,6 +43,7 @@ from .with_reducer import OptimizerWithReducer
 from .wrapping import only_initialises_state
 
 _log = logging.getLogger("lowrank_comm")
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CompressedOptimizer]] = weakref.WeakKeyDictionary()
 
 
 class CompressedOptimizer(OptimizerWithReducer):
@@ -143,9 +144,10 @@ class CompressedOptimizer(OptimizerWithReducer):
         self._scaling = LossScaling(id(self))
         self._asked_reduce_at, self._overlap = reduce_at, bool(overlap)
         self._watch: BackwardWatch | None = None
-        self._accumulated = self._only_accumulates = self._detached = False
+        self._only_accumulates = self._detached = False
+        self._finalizer: weakref.finalize[..., Any] | None = None
         self._stream: Any = None  # that of the last reduction
-        self._collectives_before: int | None = None  # when the first gradient of the first backward pass was there
+        self._first_pass = FirstPass()
         self._watch_backward()
 
     @property
@@ -187,6 +189,8 @@ class CompressedOptimizer(OptimizerWithReducer):
         """Clear the gradients."""
         self._status = None
         self._engine.drop()
+        if self._reducer is not None:
+            self._reducer.abandon()
         self.base.zero_grad(set_to_none=set_to_none)
 
     def __repr__(self) -> str:
@@ -213,6 +217,8 @@ class CompressedOptimizer(OptimizerWithReducer):
         self._check_parameters(model, wrapper)
         if wrapper is not None:
             self._connect(wrapper, model)
+        elif self._detached or type(self._engine) is not Engine:
+            self._take(Engine(self._process_group, self._shard_scope), model)
         self._namer.learn(model.named_parameters())
         self._scaling.attach(scaler)
         plan = self.plan
@@ -224,13 +230,26 @@ class CompressedOptimizer(OptimizerWithReducer):
         """Let the engine of a wrapped model take the place of that of a plain one."""
         if self._reducer is not None and self._reducer.has_passed:
             raise ConfigError("attach: the optimizer has made steps already; call attach(model) before the first one.")
+        other = _attached[model]() if model in _attached else None
+        if other is not None and other is not self:
+            raise ConfigError(
+                "attach: this model is attached to another CompressedOptimizer already, and would be given back when one of "
+                "them is detached. Use parameter groups of one optimizer, or call detach() on the other one first."
+            )
         self.detach()  # first: what an earlier engine gives back must not be what the next one has taken
         engine = connect(wrapper, model, self._process_group, self._shard_scope)
         if self._overlap and not engine.can_overlap:
             engine.release()
             raise ConfigError(f"overlap=True is not possible with {engine.name}; leave it out.")
-        self._detached, self._engine, self._model, self._reducer = False, engine, weakref.ref(model), None
-        engine.shadow(self._take_part_without_gradients)
+        self._reducer, _attached[model] = None, weakref.ref(self)
+        self._take(engine, model)
+        engine.shadow(weakref.WeakMethod(self._take_part_without_gradients))
+        self._finalizer = weakref.finalize(self, engine.release)  # an optimizer that is gone leaves the model to its engine
+        self._finalizer.atexit = False
+
+    def _take(self, engine: Engine, model: nn.Module) -> None:
+        """From now on gradients come from this engine."""
+        self._detached, self._engine, self._model = False, engine, weakref.ref(model)
         self._watch_backward()
 
     def reduce_gradients(self) -> bool:
@@ -276,12 +295,12 @@ class CompressedOptimizer(OptimizerWithReducer):
         reducer = self._prepared()
         parameters = self._parameters
         self._stream = current_stream(reducer.device)
+        if reducer.begun and (self._arrivals is None or self._arrivals.is_of_another_pass(reducer)):
+            reducer.abandon()  # of a backward pass that has failed
         first = not reducer.has_passed
-        if first:
-            happened = self._collectives_before is not None and collectives_so_far() > self._collectives_before
         reducer.ensure_agreed()  # before anything whose sizes follow from what is compared
         if first and type(self._engine) is Engine:  # the others are known not to average over these workers any more
-            refuse_averaged([p.grad for p in parameters], reducer, happened)
+            self._first_pass.check([p.grad for p in parameters], reducer)
         grads = self._engine.collect(parameters)
         outcome = reducer.reduce(grads, scale=scale)
         applied = outcome.applied
@@ -362,19 +381,28 @@ class CompressedOptimizer(OptimizerWithReducer):
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
-        self._engine.release()
+        if self._finalizer is not None:
+            self._finalizer()
+            self._finalizer = None
+        model = self._model() if self._model is not None else None
+        if model is not None and model in _attached and _attached[model]() is self:
+            del _attached[model]
         self._detached = True
 
     def _new_gradient(self, parameter: Tensor) -> None:
-        if self._collectives_before is None:
-            self._collectives_before = collectives_so_far()
+        self._first_pass.gradient()
         if self._reduces_at == "step":
             self._status = None
             return
-        if self._status is not None:
-            self._accumulated |= any(ref() is parameter.grad for ref in self._averaged)
-        if self._overlap and self._reducer is not None and self._reducer.has_passed and not self._accumulated:
+        if self._overlap and self._reducer is not None and self._reducer.has_passed:
             self._begin_early(parameter)
+
+    def _holds_averaged(self) -> bool:
+        """Whether gradients wait in `p.grad` that were averaged for a step which has not been made."""
+        averaged = {id(grad) for ref in self._averaged if (grad := ref()) is not None}
+        return self._status is not None and any(
+            id(p.grad) in averaged for group in self.param_groups for p in group["params"] if p.grad is not None
+        )
 
     def _begin_early(self, parameter: Tensor) -> None:
         """Start the buckets that are complete with this parameter's gradient."""
@@ -385,6 +413,9 @@ class CompressedOptimizer(OptimizerWithReducer):
             reducer = self._prepared()  # once a pass, as is the scale, for which the host waits
             reducer.abandon()
             self._arrivals = Arrivals(reducer, self._parameters, self._scaling.scale_of_gradients())
+            self._arrivals.blocked = self._holds_averaged()
+        if self._arrivals.blocked:
+            return
         if current_stream(reducer.device) != self._stream:
             return  # of what is made on one stream and freed on another, the allocator may give the memory away too early
         for bucket in self._arrivals.complete_with(parameter):
@@ -392,8 +423,7 @@ class CompressedOptimizer(OptimizerWithReducer):
 
     def _reduce_after_backward(self) -> None:
         """End of a backward pass in mode "backward"; a veto leaves NaN in p.grad, so that whoever looks at it skips."""
-        accumulated, self._accumulated = self._accumulated, False
-        if accumulated:
+        if self._holds_averaged():
             raise LowRankCommError(
                 'reduce_at="backward": a second backward pass came before step(), on gradients that are averaged '
                 f"already. To accumulate gradients, use {self._engine.accumulates_by} for all passes but the last, or "

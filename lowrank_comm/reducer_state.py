@@ -19,6 +19,7 @@ from torch import Tensor
 from .batches import Batch, Slot, build_batches
 from .communication import Group, Ledger, Shards, check_same
 from .communication.agreement import raise_if_different
+from .communication.group import LENGTH_BYTES
 from .compressors.base import Compressor
 from .diagnostics import Plan, StepReport
 from .error_feedback import ErrorFeedback
@@ -88,7 +89,8 @@ class ReducerState:
         if twice:
             raise ConfigError(f"parameter names must be unique, but {twice[0]!r} occurs twice; give each its own name.")
         self.step = 0
-        self.further_settings: Callable[[], dict[str, Any]] | None = None  # of whoever uses the reducer; compared too
+        # Of whoever uses the reducer, compared too: given False between workers, True between the ranks of a node.
+        self.further_settings: Callable[[bool], dict[str, Any]] | None = None
         self.ledger = Ledger()
         self._error_feedback = error_feedback or ErrorFeedback()
         self._wire_name, self._wire_dtype = wire_dtype, WIRE_DTYPES.get(wire_dtype or "")
@@ -114,6 +116,7 @@ class ReducerState:
         self._agreed = False
         self._worker: tuple[int, int] | None = None
         self._consolidated_at: int | None = None
+        self.consolidation = object()  # another one after each: what was gathered then is of then
         self._flights: list[Any] = []  # buckets that have been started; see `reducer`
         self._pending: Any = None  # a pass that waits for commit or rollback; see `reducer`
         self._last: LastPass | None = None
@@ -229,7 +232,7 @@ class ReducerState:
 
     def mark_consolidated(self) -> None:
         """The error memory is the mean of all workers' errors, as that of a checkpoint which holds the mean."""
-        self._consolidated_at = self.step
+        self._consolidated_at, self.consolidation = self.step, object()
 
     def take_over(self, old: ReducerState) -> None:
         """Go on with the state of a reducer of fewer parameters, on all workers alike."""
@@ -287,7 +290,7 @@ class ReducerState:
         Before the first pass, and before the next one after a state was loaded or parameters were added, which all workers
         must do alike: workers that loaded different steps would restart at different times, and wait for each other.
         """
-        everything = self.describe() | (self.further_settings() if self.further_settings else {})
+        everything = self.describe() | (self.further_settings(False) if self.further_settings else {})
         error = ""
         try:
             self.ledger.bytes["fingerprint"] += check_same(everything, self.group, self.device)
@@ -295,10 +298,11 @@ class ReducerState:
             error = str(mismatch)
         if self.shards.size > 1:
             shared = {key: value for key, value in self.describe().items() if key != "parameters"}
+            shared |= self.further_settings(True) if self.further_settings else {}
             mine = {"error": error, "settings": shared, "parameters": [(slot.name, slot.whole) for slot in self.slots]}
-            told = [
-                json.loads(part) for part in self.node.gather_bytes(json.dumps(mine, default=repr).encode(), self.device)
-            ]
+            words = json.dumps(mine, default=repr).encode()
+            told = [json.loads(part) for part in self.node.gather_bytes(words, self.device)]
+            self.shards.bytes["fingerprint"] += len(words) + LENGTH_BYTES
             error = next((one.pop("error") for one in told if one["error"]), "")
             if not error:
                 raise_if_different(told)

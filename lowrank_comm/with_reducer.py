@@ -66,7 +66,8 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         self._arrivals: Arrivals | None = None
         self._status: str | None = None  # of the gradients: None as they came, "averaged", or "vetoed"
         self._warned_own = False
-        self._whole_state: dict[str, dict[str, Tensor]] | None = None  # gathered for a state dict; valid until the next step
+        # Gathered for a state dict, with the consolidation that it is of.
+        self._whole_state: tuple[object, dict[str, dict[str, Tensor]]] | None = None
         # bad values fail here
         Reducer([], compressor, engine.group, **{**options, "initial_basis": None}, bucket_bytes=bucket_bytes)
 
@@ -148,11 +149,12 @@ class OptimizerWithReducer(OptimizerAroundAnother):
                 f"{self._engine.name} knows nothing of it. Add it to the model before it is wrapped, and attach then."
             )
 
-    def _further_settings(self) -> dict[str, Any]:
-        """What must be equal on all workers beside the reducer's own settings."""
+    def _further_settings(self, in_the_node: bool) -> dict[str, Any]:
+        """What must be equal on all workers, or on all ranks of a node, beside the reducer's own settings."""
         settings = {**self._settings(), "optimizer": type(self.base).__name__, "engine": self._engine.name}
         # Later, unlike processors may have rounded the values apart by a last bit.
-        if self._engine.compares_values and not self.reducer.has_passed:
+        comparable = self._engine.compares_values and not (in_the_node and not self._engine.saves_whole)  # blocks differ
+        if comparable and not self.reducer.has_passed:
             values = fingerprint([self._engine.local(p) for p in self._parameters])
             settings["values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)"] = values
         return settings
@@ -203,7 +205,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         """
         self.reducer.consolidate_error_memory()
         if self._holds_blocks:
-            self._whole_state = checkpoint.whole_tensors_of(self.reducer)
+            self._whole_state = (self.reducer.consolidation, checkpoint.whole_tensors_of(self.reducer))
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The base's state dict with the compressor's state (see `state_dicts`); never communicates, never raises.
@@ -217,7 +219,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         result = self.base.state_dict()
         if self._reducer is not None:
             tag = checkpoint.tag_of(self._reducer)
-            whole = self._whole_state if self._reducer.consolidated else None
+            whole = self._gathered()
             if self._holds_blocks and whole is None and tag.step > 0:  # consolidated, but not gathered
                 tag = replace(tag, kind="own")
             if tag.kind == "own" and tag.step > 0 and not self._warned_own:
@@ -256,7 +258,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         if tag is not None:
             checkpoint.restore(self.reducer, tag, tensors)
             if self._holds_blocks:  # what was given is whole, and right until the next step
-                self._whole_state = copy.deepcopy(tensors) if tag.kind == "mean" else None
+                self._whole_state = (self.reducer.consolidation, copy.deepcopy(tensors)) if tag.kind == "mean" else None
         else:
             if state_dict["state"] or (self._reducer is not None and self._reducer.step > 0):
                 _log.warning("the state dict holds no compressor state: the error memory starts from zero")
@@ -264,6 +266,14 @@ class OptimizerWithReducer(OptimizerAroundAnother):
                 self._reducer.reset()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _gathered(self) -> dict[str, dict[str, Tensor]] | None:
+        """The state of whole parameters, if it was gathered at the last consolidation and no step was made since."""
+        reducer = self._reducer
+        if reducer is None or self._whole_state is None or not reducer.consolidated:
+            return None
+        of, tensors = self._whole_state
+        return tensors if of is reducer.consolidation else None
 
     @property
     def _holds_blocks(self) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from engines import Setup, backward, full, loss_of, plain_names, wrapped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lowrank_comm import CompressedOptimizer, PowerSGD, checkpoint
@@ -258,3 +261,133 @@ def same_data(rank: int, model: nn.Module, optimizer: CompressedOptimizer, first
         loss.backward()  # type: ignore[union-attr]
         optimizer.step()
         optimizer.zero_grad()
+
+
+def stale_gathered_state(rank: int, setup: Setup, folder: str) -> list[float]:
+    """State dicts made after the compressor's file was saved or loaded: the gap of their errors to those of the reducer."""
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, 2, setup)
+    optimizer.consolidate_error_memory()
+    run(rank, model, optimizer, 2, 3, setup)
+    checkpoint.save(optimizer.reducer, folder)
+    gaps = [gap_of_saved_errors(optimizer)]
+    run(rank, model, optimizer, 5, 2, setup)
+    optimizer.consolidate_error_memory()
+    checkpoint.load(optimizer.reducer, folder)
+    return [*gaps, gap_of_saved_errors(optimizer)]
+
+
+def gap_of_saved_errors(optimizer: CompressedOptimizer) -> float:
+    """Between what a state dict holds of this rank's blocks and what the reducer holds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = optimizer.state_dict()
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    gap = 0.0
+    for slot in optimizer.reducer.slots:
+        entry = saved["state"][names.index(slot.name)].get("lowrank_comm_error")
+        if entry is not None:
+            mine = optimizer.reducer.error_memory()[slot.name]
+            whole = entry if entry.shape == mine.shape else optimizer.reducer.shards.own(entry, slot.dim)
+            gap = max(gap, float((whole - mine).abs().max()))
+    return gap
+
+
+def through_disk(rank: int, setup: Setup, stop: int, more: int, folder: str) -> tuple[dict[str, Tensor], ...]:
+    """As `interrupted`, by dcp.save and dcp.load, which reads in place into the state of a run that has made no step."""
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, stop, setup)
+    optimizer.consolidate_error_memory()
+    dcp.save({"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    run(rank, model, optimizer, stop, more, setup)
+    expected = {name: full(p) for name, p in plain_names(model).items()}
+    optimizer.detach()
+    fresh, again = built(setup)
+    state = {"m": get_model_state_dict(fresh), "o": get_optimizer_state_dict(fresh, again)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(fresh, state["m"])
+    set_optimizer_state_dict(fresh, again, state["o"])
+    run(rank, fresh, again, stop, more, setup)
+    return expected, {name: full(p) for name, p in plain_names(fresh).items()}
+
+
+def failed_backward(rank: int, setup: Setup, fails: bool) -> dict[str, Tensor]:
+    """A backward pass that raises on all ranks after buckets have begun; the run goes on with one that is not the last."""
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, 2, setup)
+    if fails:
+        handle = model.first.register_full_backward_hook(_raise)  # type: ignore[union-attr]
+        with contextlib.suppress(ZeroDivisionError):
+            loss_of(model, 9, rank).backward()
+        handle.remove()
+        optimizer.zero_grad()
+    with optimizer.no_sync():
+        loss_of(model, 2, rank).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    run(rank, model, optimizer, 3, 2, setup)
+    return {name: full(p) for name, p in plain_names(model).items()}
+
+
+def _raise(*_: Any) -> None:
+    raise ZeroDivisionError
+
+
+def gone_without_detach(rank: int, setup: Setup) -> list[float]:
+    """The optimizer is dropped; the engine averages by itself again. The sum of the parameters before and after a step."""
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, 1, setup)
+    del optimizer
+    gc.collect()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    sums = []
+    for step in range(2):
+        loss_of(model, step, rank).backward()
+        base.step()
+        base.zero_grad()
+        sums.append(sum(full(p).double().sum().item() for p in model.parameters()))
+    return sums
+
+
+def disjoint_passes(rank: int, setup: Setup) -> str:
+    """Two backward passes over different parameters before a step, with nothing said."""
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, 1, setup)
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(rank))
+    try:
+        model.blocks[0](x).sum().backward()  # type: ignore[index, operator]
+        model.blocks[1](x).sum().backward()  # type: ignore[index, operator]
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def clipped_after_a_second_attach(rank: int) -> list[float]:
+    """detach() and attach() of a plain model: norms that the caller sees."""
+    model, optimizer = built(Setup("plain", PowerSGD(2), options={"reduce_at": "backward"}))
+    norms = []
+    for step in range(2):
+        loss_of(model, step, rank).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.detach()
+        optimizer.attach(model)
+    return norms
+
+
+def differing_within_a_node(rank: int, what: str) -> str:
+    """Two levels; ranks of a node that differ in something."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(float(rank % 2) if what == "weights" else 0.5)
+    clip = 1.0 if what == "clipping" and rank % 2 else None
+    base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer = CompressedOptimizer(base, PowerSGD(2), mesh, min_compression_rate=0, max_grad_norm=clip)
+    model(torch.full((1, 8), 1.0 + rank)).sum().backward()
+    try:
+        optimizer.step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

@@ -116,6 +116,12 @@ def refused(rank: int, what: str) -> str:
         for p in model.parameters():
             p.grad = torch.full_like(p, float(rank))
         optimizer.step()
+    elif what == "a group that is not DDP's":
+        attached, group = DistributedDataParallel(model), mesh["replicate"]
+    elif what == "two optimizers":
+        attached = DistributedDataParallel(model)
+        other = compressed(attached)
+        other.attach(attached)
     elif what == "scope":
         group = mesh
         optimizer = None
@@ -129,6 +135,8 @@ def refused(rank: int, what: str) -> str:
 
 
 REFUSED = {
+    "a group that is not DDP's": ["ConfigError", "process_group covers the ranks", "Leave process_group out"],
+    "two optimizers": ["ConfigError", "another CompressedOptimizer", "detach()"],
     "fsdp1": ["UnsupportedError", "FSDP1", "fully_shard"],
     "built before fully_shard": ["ConfigError", "none of this model's", "after fully_shard"],
     "another model": ["ConfigError", "none of this model's"],

@@ -130,3 +130,62 @@ def test_reduction_in_step_accumulates_whatever_comes(gloo: GlooPool, engine: Se
     setup = replace(engine, compressor=RANK_2, micro=2, steps=4, options={"reduce_at": "step"}, says=False)
     ours = gloo.run(train, WORLD, setup)
     assert worst(ours[0]["parameters"], simulated(setup, WORLD)["parameters"]) < 1e-4
+
+
+TWO_LEVELS_OF_WHOLE = [n for n in ENGINES if n.startswith(("plain model, two", "DDP, two"))]
+
+
+@pytest.mark.parametrize("name", TWO_LEVELS_OF_WHOLE)
+def test_a_state_dict_never_holds_what_was_gathered_earlier(gloo: GlooPool, name: str, tmp_path: Path) -> None:
+    for gaps in gloo.run(cases.stale_gathered_state, WORLD, replace(ENGINES[name], compressor=RANK_2), str(tmp_path)):
+        assert gaps == [0.0, 0.0]
+
+
+@every_engine
+@pytest.mark.shows("checkpoint")
+def test_an_interrupted_run_goes_on_from_torchs_checkpoints_on_disk(gloo: GlooPool, engine: Setup, tmp_path: Path) -> None:
+    setup = replace(engine, compressor=PowerSGDPlus(2, restart_every=5), adam=True)
+    for expected, resumed in gloo.run(cases.through_disk, WORLD, setup, 7, 6, str(tmp_path)):
+        assert worst(expected, resumed) < 1e-5
+
+
+def test_a_backward_pass_that_failed_leaves_nothing_begun(gloo: GlooPool) -> None:
+    setup = Setup("plain", RANK_2, options={"overlap": True, "bucket_cap_mb": 0.0005})
+    after = gloo.run(cases.failed_backward, WORLD, setup, True)
+    without = gloo.run(cases.failed_backward, WORLD, setup, False)
+    for one in after:
+        assert worst(one, without[0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP2, flat", "FSDP2, HSDP 2-D mesh, shard"])
+def test_an_optimizer_that_is_gone_leaves_the_model_to_its_engine(gloo: GlooPool, name: str) -> None:
+    setup = replace(ENGINES[name], compressor=RANK_2, options={"reduce_at": "step"})
+    results = gloo.run(cases.gone_without_detach, WORLD, setup)
+    assert all(one == results[0] for one in results)
+    assert results[0][0] != results[0][1]
+
+
+def test_passes_over_different_parameters_are_a_second_pass(gloo: GlooPool) -> None:
+    for said in gloo.run(cases.disjoint_passes, WORLD, replace(ENGINES["plain model"], compressor=RANK_2)):
+        assert "a second backward pass came before step()" in said
+
+
+def test_a_plain_model_that_is_attached_anew_is_averaged_before_clipping(gloo: GlooPool) -> None:
+    results = gloo.run(cases.clipped_after_a_second_attach, WORLD)
+    assert all(norms == results[0] for norms in results)
+
+
+@pytest.mark.parametrize("what", ["weights", "clipping"])
+def test_ranks_of_a_node_that_differ_are_told(gloo: GlooPool, what: str) -> None:
+    for said in gloo.run(cases.differing_within_a_node, WORLD, what):
+        assert said.startswith("ConfigMismatchError")
+
+
+def test_join_with_unused_parameters(gloo: GlooPool) -> None:
+    wrap, model = {"find_unused_parameters": True}, {"idle": True}
+    for options in ({}, {"reduce_at": "step"}, {"overlap": True}):
+        setup = Setup("ddp", RANK_2, steps=5, options=options, wrap=wrap, model=model)
+        results = gloo.run(cases.exhausted, WORLD, setup, True)
+        assert {one["step"] for one in results} == {5}
+        for one in results:
+            assert worst(one["parameters"], results[0]["parameters"]) == 0.0

@@ -73,6 +73,13 @@ def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | 
     return init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
+def covered_ranks(process_group: Any) -> list[int]:
+    """Global ranks of a process group or mesh, both of its dimensions included; of the default group for None."""
+    if isinstance(process_group, DeviceMesh):
+        return [int(rank) for rank in process_group.mesh.flatten().tolist()]
+    return dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
+
+
 def ranks_in_a_node() -> int | None:
     """How many ranks the launcher started on this node, if it tells."""
     value = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun, or of deepspeed

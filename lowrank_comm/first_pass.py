@@ -1,0 +1,92 @@
+"""At the first step: were the gradients averaged already, by an engine that nobody has connected?
+
+Such gradients have the same bits on all ranks, and the engine has made collectives during the backward pass. So the
+collectives of the first backward pass are counted, from its first gradient to its end, when engines have finished, and the
+gradients' bits are compared once.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .communication.group import LENGTH_BYTES, collectives_so_far
+from .errors import LowRankCommError
+from .reducer import Reducer
+from .wrapping import fingerprint
+
+_log = logging.getLogger("lowrank_comm")
+
+
+class FirstPass:
+    """What happened during the first backward pass of an optimizer."""
+
+    def __init__(self) -> None:
+        self._before: int | None = None
+        self._happened = False
+
+    def gradient(self) -> None:
+        """A gradient has arrived, in a backward pass."""
+        if self._before is not None:
+            return
+        self._before, queue = collectives_so_far(), torch.autograd.Variable._execution_engine.queue_callback
+        me = weakref.ref(self)
+
+        def at_end() -> None:
+            there = me()
+            if there is not None and there._before is not None:
+                there._happened = collectives_so_far() > there._before
+
+        queue(lambda: queue(at_end))  # behind the callbacks of engines such as DDP
+
+    def check(self, grads: Sequence[Tensor | None], reducer: Reducer) -> None:
+        """Refuse gradients that were averaged already; a collective.
+
+        Args:
+            grads: this worker's.
+            reducer: of the run.
+
+        Raises:
+            LowRankCommError: on all ranks.
+        """
+        _refuse_averaged(grads, reducer, self._happened)
+
+
+def _refuse_averaged(grads: Sequence[Tensor | None], reducer: Reducer, collectives_happened: bool) -> None:
+    """At the first step: an engine has averaged gradients already. A collective.
+
+    They then have the same bits on all ranks, and there were collectives during the backward pass. Equal gradients without
+    collectives come from equal data, or were averaged by hand, which is warned about.
+
+    Args:
+        grads: this worker's.
+        reducer: of the run.
+        collectives_happened: between the first gradient of the backward pass and its end, by anybody.
+
+    Raises:
+        LowRankCommError: on all workers.
+    """
+    if reducer.here[1] == 1 or not reducer.group.initialised:
+        return
+    there = [grad for grad in grads if grad is not None]
+    mine = f"{fingerprint(there)} {collectives_happened:d}" if any(bool(grad.any()) for grad in there) else ""
+    told = reducer.tell_all(mine)  # all ranks of all nodes, so that all come to the same verdict
+    reducer.ledger.bytes["fingerprint"] += len(mine) + LENGTH_BYTES
+    if not mine or len({words.split()[0] if words else "" for words in told}) > 1:
+        return
+    if all(words.endswith(" 1") for words in told):
+        raise LowRankCommError(
+            f"all {len(told)} ranks came to the first step with the same gradients, bit for bit, after collectives during "
+            "the backward pass: an engine has averaged them already, and compression would save nothing. Connect it by "
+            "optimizer.attach(model), with the model as it is wrapped, before the first step."
+        )
+    if reducer.is_writer:
+        _log.warning(
+            "all %d workers have the same gradients at the first step: do they train on the same data, or has somebody "
+            "averaged the gradients already?",
+            len(told),
+        )
