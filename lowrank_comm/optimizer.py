@@ -21,32 +21,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .arrivals import Arrivals
-from .backward_end import BackwardWatch
+from .attaching import AttachedOptimizer
 from .communication.topology import grid
 from .compressors.base import Compressor
 from .config import Section
-from .diagnostics import Plan
-from .engine import Engine, connect, wrapper_of
+from .engine import Engine
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError, LowRankCommError
 from .first_pass import FirstPass
 from .linalg import all_finite
-from .loss_scaling import LossScaling
 from .naming import Namer
 from .policy import Rule
 from .transfers import current_stream
-from .with_reducer import OptimizerWithReducer
 from .wrapping import only_initialises_state
 
 _log = logging.getLogger("lowrank_comm")
-_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CompressedOptimizer]] = weakref.WeakKeyDictionary()
 
 
-class CompressedOptimizer(OptimizerWithReducer):
+class CompressedOptimizer(AttachedOptimizer):
     """Wraps any torch optimizer; takes over the averaging of gradients over data-parallel workers.
 
     Delta_i = g_i + e_i;  p.grad <- C(Delta_1, ..., Delta_N);  e_i <- Delta_i - sent_i;  then the base optimizer's step
@@ -135,17 +131,13 @@ class CompressedOptimizer(OptimizerWithReducer):
             "seed": seed,
             "initial_basis": initial_basis,
         }
-        engine = Engine(process_group, shard_scope)
         bucket_bytes = int(bucket_cap_mb * 1e6) if overlap else None
-        super().__init__(optimizer, compressor, engine, Namer(named_parameters), options, bucket_bytes)
-        self.max_grad_norm, self._process_group, self._shard_scope = max_grad_norm, process_group, shard_scope
+        super().__init__(optimizer, compressor, process_group, shard_scope, Namer(named_parameters), options, bucket_bytes)
+        self.max_grad_norm = max_grad_norm
         self._averaged: list[weakref.ref[Tensor]] = []
         self._vetoes_in_a_row = 0
-        self._scaling = LossScaling(id(self))
         self._asked_reduce_at, self._overlap = reduce_at, bool(overlap)
-        self._watch: BackwardWatch | None = None
-        self._only_accumulates = self._detached = False
-        self._finalizer: weakref.finalize[..., Any] | None = None
+        self._only_accumulates = False
         self._stream: Any = None  # that of the last reduction
         self._first_pass = FirstPass()
         self._watch_backward()
@@ -195,62 +187,6 @@ class CompressedOptimizer(OptimizerWithReducer):
 
     def __repr__(self) -> str:
         return f"CompressedOptimizer({self.compressor!r}, {self.base!r})"
-
-    def attach(self, model: nn.Module, scaler: Any = None) -> Plan:
-        """Connect to whatever runs the model, take the parameters' names from it, and tell the plan; rank 0 prints it.
-
-        Under DDP and FSDP2 the engine's own averaging of gradients (under HSDP that between nodes) is switched off, and ours
-        takes its place. For a plain model this is optional.
-
-        Args:
-            model: the one whose parameters the base optimizes, wrapped as it is trained.
-            scaler: a `torch.amp.GradScaler`, so that an overflow on one worker lowers the scale on all.
-
-        Returns:
-            What was found, what goes low-rank and what dense, bytes a step, memory.
-
-        Raises:
-            UnsupportedError: the model is wrapped in a way that cannot be compressed; the message names the way out.
-            ConfigError: the optimizer and the model do not hold the same parameters, or groups do not fit.
-        """
-        wrapper = wrapper_of(model)
-        self._check_parameters(model, wrapper)
-        if wrapper is not None:
-            self._connect(wrapper, model)
-        elif self._detached or type(self._engine) is not Engine:
-            self._take(Engine(self._process_group, self._shard_scope), model)
-        self._namer.learn(model.named_parameters())
-        self._scaling.attach(scaler)
-        plan = self.plan
-        if self.reducer.is_writer:
-            print(plan, flush=True)
-        return plan
-
-    def _connect(self, wrapper: str, model: nn.Module) -> None:
-        """Let the engine of a wrapped model take the place of that of a plain one."""
-        if self._reducer is not None and self._reducer.has_passed:
-            raise ConfigError("attach: the optimizer has made steps already; call attach(model) before the first one.")
-        other = _attached[model]() if model in _attached else None
-        if other is not None and other is not self:
-            raise ConfigError(
-                "attach: this model is attached to another CompressedOptimizer already, and would be given back when one of "
-                "them is detached. Use parameter groups of one optimizer, or call detach() on the other one first."
-            )
-        self.detach()  # first: what an earlier engine gives back must not be what the next one has taken
-        engine = connect(wrapper, model, self._process_group, self._shard_scope)
-        if self._overlap and not engine.can_overlap:
-            engine.release()
-            raise ConfigError(f"overlap=True is not possible with {engine.name}; leave it out.")
-        self._reducer, _attached[model] = None, weakref.ref(self)
-        self._take(engine, model)
-        engine.shadow(weakref.WeakMethod(self._take_part_without_gradients))
-        self._finalizer = weakref.finalize(self, engine.release)  # an optimizer that is gone leaves the model to its engine
-        self._finalizer.atexit = False
-
-    def _take(self, engine: Engine, model: nn.Module) -> None:
-        """From now on gradients come from this engine."""
-        self._detached, self._engine, self._model = False, engine, weakref.ref(model)
-        self._watch_backward()
 
     def reduce_gradients(self) -> bool:
         """Average the gradients over the workers into `p.grad`; a collective, to be called by every worker.
@@ -374,20 +310,6 @@ class CompressedOptimizer(OptimizerWithReducer):
             self._watch = self._engine.watch(trainable, self._new_gradient, at_end)
         else:
             self._watch.add(trainable)
-
-    def detach(self) -> None:
-        """Take the hooks off the parameters, for another optimizer to hold them, and give the model back to its engine:
-        nothing is averaged at the end of backward any more, only in `step()` and `reduce_gradients()`."""
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        if self._finalizer is not None:
-            self._finalizer()
-            self._finalizer = None
-        model = self._model() if self._model is not None else None
-        if model is not None and model in _attached and _attached[model]() is self:
-            del _attached[model]
-        self._detached = True
 
     def _new_gradient(self, parameter: Tensor) -> None:
         self._first_pass.gradient()
