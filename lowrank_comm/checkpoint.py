@@ -36,6 +36,7 @@ from .reducer import Reducer
 
 FILE_NAME = "lowrank_comm.safetensors"
 FORMAT = 1
+NOBODY = -1  # as a rank: a state of one rank that no rank may take for its own
 _OF = "_of_blocks_"  # in a symbol: bases of that many blocks of rows, each of which is a matrix of its own
 _log = logging.getLogger("lowrank_comm")
 
@@ -57,6 +58,11 @@ class Tag:
     seed: int
     format: int = FORMAT
 
+    @property
+    def whose(self) -> str:
+        """For messages."""
+        return "some rank's" if self.rank == NOBODY else f"rank {self.rank}'s"
+
     def check_usable_by(self, reducer: Reducer) -> None:
         """Refuse another worker's own errors.
 
@@ -67,7 +73,7 @@ class Tag:
         here = reducer.here
         if self.kind == "own" and (self.rank, self.world) != here:
             raise StateMismatchError(
-                f"the saved error memory is rank {self.rank}'s own of {self.world} workers; this is rank {here[0]} of "
+                f"the saved error memory is {self.whose} own of {self.world} workers; this is rank {here[0]} of "
                 f"{here[1]}. Loading it here would lose the other workers' errors. Call "
                 "optimizer.consolidate_error_memory() on all ranks before state_dict(), then it fits any worker."
             )

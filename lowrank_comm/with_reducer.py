@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, state_dicts
 from .arrivals import Arrivals
+from .checkpoint import NOBODY
 from .communication import Ledger
 from .compressors.base import Compressor
 from .diagnostics import Plan, StepReport
@@ -222,10 +223,13 @@ class OptimizerWithReducer(OptimizerAroundAnother):
             whole = self._gathered()
             if self._holds_blocks and whole is None and tag.step > 0:  # consolidated, but not gathered
                 tag = replace(tag, kind="own")
+            if tag.kind == "own" and not self._engine.saves_whole:
+                # Sharded checkpoints keep one node's DTensors and one rank's tag: then nobody is to take them for its own.
+                tag = replace(tag, rank=NOBODY)
             if tag.kind == "own" and tag.step > 0 and not self._warned_own:
                 self._warned_own = True
                 warnings.warn(
-                    f"state_dict() holds rank {tag.rank}'s own error memory only. Call consolidate_error_memory() on all "
+                    f"state_dict() holds {tag.whose} own error memory only. Call consolidate_error_memory() on all "
                     "ranks before saving; then it fits every worker, at any world size.",
                     stacklevel=2,
                 )

@@ -391,3 +391,17 @@ def differing_within_a_node(rank: int, what: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def unconsolidated(rank: int, setup: Setup) -> str:
+    """A state dict that was made without consolidation, loaded by the very rank that made it."""
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, 2, setup)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = optimizer.state_dict()
+    try:
+        optimizer.load_state_dict(saved)
+    except Exception as error:
+        return str(error)
+    return "loaded"

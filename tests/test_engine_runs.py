@@ -189,3 +189,14 @@ def test_join_with_unused_parameters(gloo: GlooPool) -> None:
         assert {one["step"] for one in results} == {5}
         for one in results:
             assert worst(one["parameters"], results[0]["parameters"]) == 0.0
+
+
+@every_engine
+def test_an_unconsolidated_state_fits_its_own_rank_or_none(gloo: GlooPool, engine: Setup) -> None:
+    """torch.distributed.checkpoint keeps one node's part of DTensors, so that of HSDP is refused everywhere."""
+    for said in gloo.run(cases.unconsolidated, WORLD, replace(engine, compressor=RANK_2)):
+        if engine.engine in ("hsdp", "native"):
+            assert "some rank's own" in said
+            assert "consolidate_error_memory()" in said
+        else:
+            assert said == "loaded"
