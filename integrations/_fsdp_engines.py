@@ -109,7 +109,7 @@ class HSDPEngine(FSDPEngine):
     """
 
     name = "FSDP2, HSDP"
-    accumulates_by = "model.set_requires_all_reduce(False) or set_requires_gradient_sync(False), or optimizer.no_sync(),"
+    accumulates_by = "model.set_requires_all_reduce(False)` before, or `with optimizer.no_sync(): loss.backward()"
 
     saves_whole = False
 

@@ -34,7 +34,7 @@ class FlatEngine(FSDPEngine):
 
     name = "FSDP2, flat"
     compares_values = False  # every rank holds other rows
-    accumulates_by = "model.set_requires_gradient_sync(False), or optimizer.no_sync(),"
+    accumulates_by = "model.set_requires_gradient_sync(False)` before, or `with optimizer.no_sync(): loss.backward()"
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         super().__init__(model, group, Shards())

@@ -34,7 +34,8 @@ def _check(owner: Any, names: tuple[str, ...]) -> None:
 
 def modules(model: nn.Module) -> list[Any]:
     """All modules to which fully_shard was applied, outermost first."""
-    return [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    # By class: what torch.compile returns passes on names that it does not know.
+    return [module for module in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)]
 
 
 def param_groups(model: nn.Module) -> list[Any]:

@@ -26,7 +26,8 @@ from lowrank_comm.communication.topology import covered_ranks
 from lowrank_comm.engine import Engine
 from lowrank_comm.errors import ConfigError, UnsupportedError
 
-_KEY = "_lowrank_comm"
+# Not on the model, which people copy and pickle.
+_hooks: weakref.WeakKeyDictionary[DistributedDataParallel, _Hook] = weakref.WeakKeyDictionary()
 
 
 class DDPEngine(Engine):
@@ -137,7 +138,7 @@ class _Hook:
 
 def _hook_of(ddp: DistributedDataParallel) -> _Hook:
     """Our hook on a DDP model, registered the first time."""
-    hook = ddp.__dict__.get(_KEY)
+    hook = _hooks.get(ddp)
     if hook is None:
         hook = _Hook(ddp)
 
@@ -153,7 +154,7 @@ def _hook_of(ddp: DistributedDataParallel) -> _Hook:
                 f"attach: this DistributedDataParallel has a communication hook already ({error}); remove "
                 "register_comm_hook, or wrap the model anew."
             ) from None
-        ddp.__dict__[_KEY] = hook
+        _hooks[ddp] = hook
     return hook
 
 

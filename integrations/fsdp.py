@@ -48,6 +48,7 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
             "one vector and cuts it anywhere, so that a rank's part has no rows to compress. Use FSDP2: "
             "torch.distributed.fsdp.fully_shard(module) for each block, then for the model."
         )
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     groups = seams.param_groups(model)
     if not groups or not seams.modules(model) or seams.modules(model)[0] is not model:
         raise UnsupportedError(
@@ -88,8 +89,9 @@ def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope:
         inside = _ranks(process_group.get_group(1))
         if inside != ours:
             raise ConfigError(
-                f"attach: fully_shard's mesh holds the ranks {ours}, the second dimension of process_group the ranks "
-                f"{inside}; give fully_shard the sub-mesh inside the node: fully_shard(module, mesh=mesh['shard'])."
+                f"attach: fully_shard's mesh holds the ranks {ours}, the second dimension of process_group (or of "
+                f"topology.shard_size) the ranks {inside}; give fully_shard the sub-mesh inside the node: "
+                "fully_shard(module, mesh=mesh['shard'])."
             )
         return HSDPEngine(model, group, shards, [])
     if process_group is not None:

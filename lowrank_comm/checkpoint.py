@@ -73,7 +73,7 @@ class Tag:
         here = reducer.here
         if self.kind == "own" and (self.rank, self.world) != here:
             raise StateMismatchError(
-                f"the saved error memory is {self.whose} own of {self.world} workers; this is rank {here[0]} of "
+                f"the saved error memory is {self.whose} own of {self.world} ranks; this is rank {here[0]} of "
                 f"{here[1]}. Loading it here would lose the other workers' errors. Call "
                 "optimizer.consolidate_error_memory() on all ranks before state_dict(), then it fits any worker."
             )

@@ -139,7 +139,7 @@ class CompressedOptimizer(AttachedOptimizer):
         self._asked_reduce_at, self._overlap = reduce_at, bool(overlap)
         self._only_accumulates = False
         self._stream: Any = None  # that of the last reduction
-        self._first_pass = FirstPass()
+        self._first_pass, self._warned_empty = FirstPass(), False
         self._watch_backward()
 
     @property
@@ -240,6 +240,13 @@ class CompressedOptimizer(AttachedOptimizer):
         grads = self._engine.collect(parameters)
         outcome = reducer.reduce(grads, scale=scale)
         applied = outcome.applied
+        if applied and all(grad is None for grad in outcome.grads) and not self._warned_empty:
+            self._warned_empty = True
+            _log.warning(
+                "no worker has a gradient for any parameter of the optimizer, so nothing is trained: was the optimizer "
+                "built, or attached, before fully_shard replaced the parameters, or was every backward pass told not to be "
+                "the last?"
+            )
         if applied:
             narrow = [(g, p.dtype) for g, p in zip(outcome.grads, parameters, strict=True) if p.dtype == torch.float16]
             if narrow and reducer.any_in_the_node(not all_finite(g.to(t) for g, t in narrow if g is not None)):
@@ -348,8 +355,9 @@ class CompressedOptimizer(AttachedOptimizer):
         if self._holds_averaged():
             raise LowRankCommError(
                 'reduce_at="backward": a second backward pass came before step(), on gradients that are averaged '
-                f"already. To accumulate gradients, use {self._engine.accumulates_by} for all passes but the last, or "
-                'CompressedOptimizer(reduce_at="step").'
+                f"already. To accumulate gradients, write `{self._engine.accumulates_by}` for all passes but the last. Or "
+                'build CompressedOptimizer(reduce_at="step"), and clip by its max_grad_norm, or after '
+                "optimizer.reduce_gradients(). To drop the first pass instead, call optimizer.zero_grad()."
             )
         if self._only_accumulates or not self._engine.is_last_backward():
             self._status = None

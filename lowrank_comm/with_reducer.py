@@ -136,6 +136,14 @@ class OptimizerWithReducer(OptimizerAroundAnother):
                 f"optimizer {len(foreign)} are not the model's. Build it from this model, after fully_shard and the like, "
                 "which replace the parameters."
             )
+        holds = {id(p) for p in everything}
+        left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in holds]
+        if wrapper is not None and left_out:
+            raise ConfigError(
+                f"attach: the model has {len(left_out)} trainable parameters that the optimizer does not hold (the first: "
+                f"{left_out[0]}), and nobody would average their gradients any more. Give them to this optimizer, as a "
+                "parameter group of its own if they need other settings, or freeze them."
+            )
 
     def _refuse_added(self, taking_part: Sequence[tuple[str, Tensor]], known: set[str]) -> None:
         """ConfigError for a parameter that the engine which the model is attached to has never seen."""

@@ -85,7 +85,8 @@ def table(cells: dict[tuple[str, str], tuple[str, str]], folder: str) -> str:
         shown = []
         for column in COLUMNS:
             found = cells.get((row, column))
-            shown.append(f'[Y]({folder}/{found[0]} "{found[1]}")' if found else WHY_NOT.get(column, "no"))
+            title = f' "{found[1]}"' if found and folder.startswith("..") else ""  # the README's stays readable as text
+            shown.append(f"[Y]({folder}/{found[0]}{title})" if found else WHY_NOT.get(column, "no"))
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 

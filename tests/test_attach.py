@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import logging
 from typing import Any
 
 import pytest
@@ -118,6 +120,10 @@ def refused(rank: int, what: str) -> str:
         optimizer.step()
     elif what == "a group that is not DDP's":
         attached, group = DistributedDataParallel(model), mesh["replicate"]
+    elif what == "parameters of nobody":
+        attached = DistributedDataParallel(model)
+        matrices = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
+        optimizer = CompressedOptimizer(torch.optim.SGD(matrices, lr=0.1), PowerSGD(2))
     elif what == "two optimizers":
         attached = DistributedDataParallel(model)
         other = compressed(attached)
@@ -136,6 +142,7 @@ def refused(rank: int, what: str) -> str:
 
 REFUSED = {
     "a group that is not DDP's": ["ConfigError", "process_group covers the ranks", "Leave process_group out"],
+    "parameters of nobody": ["ConfigError", "8 trainable parameters", "first.bias", "parameter group"],
     "two optimizers": ["ConfigError", "another CompressedOptimizer", "detach()"],
     "fsdp1": ["UnsupportedError", "FSDP1", "fully_shard"],
     "built before fully_shard": ["ConfigError", "none of this model's", "after fully_shard"],
@@ -204,6 +211,62 @@ def test_sharded_parameters_need_attach(gloo: GlooPool) -> None:
 @pytest.mark.parametrize("how", ["plain", "same data"])
 def test_gradients_of_a_plain_model_are_not_suspected(gloo: GlooPool, how: str) -> None:
     assert gloo.run(never_attached, WORLD, how) == ["no error"] * WORLD
+
+
+def sharded_after_attach(rank: int) -> list[str]:
+    """fully_shard replaces the parameters behind the optimizer's back."""
+    model = Net()
+    optimizer = compressed(model)
+    optimizer.attach(model)
+    fully_shard(model)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lowrank_comm").addHandler(handler)
+    for step in range(2):
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+    logging.getLogger("lowrank_comm").removeHandler(handler)
+    return said
+
+
+def test_a_step_without_any_gradient_is_told_once(gloo: GlooPool) -> None:
+    for said in gloo.run(sharded_after_attach, WORLD):
+        assert [line for line in said if "no worker has a gradient" in line] == said[:1]
+        assert "fully_shard" in said[0]
+
+
+def compiled_as_a_whole(rank: int, setup: Setup) -> list[float]:
+    """attach is given what torch.compile returns. The sum of the parameters after two steps."""
+    model, process_group = wrapped(setup)
+    whole = torch.compile(model, backend="eager")
+    optimizer = compressed(model, process_group)
+    optimizer.attach(whole)
+    for step in range(2):
+        loss_of(whole, step, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [full(p).double().sum().item() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP2, flat", "FSDP2, HSDP 2-D mesh, shard"])
+def test_a_model_that_was_compiled_as_a_whole(gloo: GlooPool, name: str) -> None:
+    results = gloo.run(compiled_as_a_whole, WORLD, ENGINES[name])
+    assert all(one == results[0] for one in results)
+
+
+def copied(rank: int) -> int:
+    """A wrapped and attached model can still be copied, as for an average of its weights."""
+    model = DistributedDataParallel(Net())
+    optimizer = compressed(model)
+    optimizer.attach(model)
+    loss_of(model, 0, rank).backward()
+    optimizer.step()
+    return len(list(copy.deepcopy(model).parameters()))
+
+
+def test_an_attached_ddp_can_be_copied(gloo: GlooPool) -> None:
+    assert gloo.run(copied, 2) == [14, 14]
 
 
 def added_later(rank: int, setup: Setup) -> str:
