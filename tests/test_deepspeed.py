@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gloo import CaseFailed, GlooPool
+from deepspeed_found import Found, Look, everything_found, looking_into
+from gloo import GlooPool
 
 pytest.importorskip("deepspeed")
 import deepspeed_cases
@@ -24,7 +25,6 @@ import deepspeed_worker as worker
 pytestmark = pytest.mark.slow
 
 STAGES = range(4)
-Look = Callable[[str], list[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +34,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> Iterator[dict[int, dict[str, Any]]]:
-    """Everything that the two processes found, by rank and case."""
-    pool = GlooPool(toy.WORLD)
-    try:
-        yield dict(enumerate(pool.run(worker.run, toy.WORLD, str(folder), timeout=400)))
-    except CaseFailed as failure:
-        died = {path.name: path.read_text() for path in folder.glob("running_*")}
-        raise CaseFailed(f"last cases: {died}\n{failure}") from None
-    finally:
-        pool.close()
+def results(folder: Path) -> Iterator[Found]:
+    """Everything that the two processes found."""
+    with everything_found(worker.run, toy.WORLD, folder, 400) as found:
+        yield found
 
 
 @pytest.fixture
-def look(results: dict[int, dict[str, Any]]) -> Look:
-    """`look(case)`: its values by rank, or a failure with the traceback of every rank on which it raised."""
-
-    def values(case: str) -> list[Any]:
-        errors = [f"rank {rank}:\n{found[case]['error']}" for rank, found in results.items() if "error" in found[case]]
-        assert not errors, "\n".join(errors)
-        return [found[case]["value"] for found in results.values()]
-
-    return values
+def look(results: Found) -> Look:
+    """`look(case)`: its values by rank."""
+    return looking_into(results)
 
 
 @pytest.mark.timeout(420)

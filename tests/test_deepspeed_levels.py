@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
-from gloo import CaseFailed, GlooPool
+from deepspeed_found import Found, Look, everything_found, looking_into
 
 pytest.importorskip("deepspeed")
 import deepspeed_levels as levels
@@ -21,33 +20,20 @@ import deepspeed_toy as toy
 pytestmark = pytest.mark.slow
 
 STAGES = range(4)
-Look = Callable[[str], list[Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, dict[str, Any]]]:
-    """Everything that the four processes found, by rank and case."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
+    """Everything that the four processes found."""
     folder = tmp_path_factory.mktemp("deepspeed_levels")
-    pool = GlooPool(levels.WORLD)
-    try:
-        yield dict(enumerate(pool.run(levels.run, levels.WORLD, str(folder), timeout=280)))
-    except CaseFailed as failure:
-        died = {path.name: path.read_text() for path in folder.glob("running_*")}
-        raise CaseFailed(f"last cases: {died}\n{failure}") from None
-    finally:
-        pool.close()
+    with everything_found(levels.run, levels.WORLD, folder, 280) as found:
+        yield found
 
 
 @pytest.fixture
-def look(results: dict[int, dict[str, Any]]) -> Look:
-    """`look(case)`: its values by rank, or a failure with the traceback of every rank on which it raised."""
-
-    def values(case: str) -> list[Any]:
-        errors = [f"rank {rank}:\n{found[case]['error']}" for rank, found in results.items() if "error" in found[case]]
-        assert not errors, "\n".join(errors)
-        return [found[case]["value"] for found in results.values()]
-
-    return values
+def look(results: Found) -> Look:
+    """`look(case)`: its values by rank."""
+    return looking_into(results)
 
 
 @functools.cache
