@@ -216,13 +216,7 @@ class Levels:
 
     def error_memory(self, reducer: Reducer) -> dict[str, Tensor]:
         """Parameter name -> this rank's block of its error, a live view; empty where it holds no row, dense ones absent."""
-        memory, result = reducer.error_memory(), {}
-        for slot in self.slots:
-            if slot.name in memory:
-                result[slot.name] = memory[slot.name]
-            elif reducer.treatment_of_largest(slot).low_rank:  # other ranks of the node hold all of its rows
-                result[slot.name] = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
-        return result
+        return {slot.name: error for slot, _, error in reducer.error_blocks()}
 
     def notes(self) -> list[str]:
         """Lines of the plan: what every rank holds until the boundary, and what goes inside a node."""

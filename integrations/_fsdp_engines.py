@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -50,8 +50,8 @@ def shard_dim(parameter: Tensor) -> int:
 
 def padded(parameter: Tensor, shards: int) -> int:
     """Bytes of a gradient in a reduce-scatter, whose blocks are all as long as the first."""
-    rows = -(-parameter.shape[0] // shards) * shards if parameter.dim() else 1
-    return rows * (parameter.numel() // max(1, parameter.shape[0])) * parameter.dtype.itemsize if parameter.dim() else 0
+    m, *rest = parameter.shape
+    return -(-m // shards) * shards * math.prod(rest) * parameter.dtype.itemsize
 
 
 class FSDPEngine(Engine):
@@ -61,7 +61,7 @@ class FSDPEngine(Engine):
 
     def __init__(self, model: nn.Module, group: Group, shards: Shards) -> None:
         self.group, self.shards = group, shards
-        self._model = model
+        self._model, self._groups = model, seams.param_groups(model)
 
     @property
     @override
@@ -116,7 +116,7 @@ class HSDPEngine(FSDPEngine):
     def __init__(self, model: nn.Module, group: Group, shards: Shards, taken_over: list[tuple[Any, Any]]) -> None:
         super().__init__(model, group, shards)
         self._taken_over = taken_over
-        self._mesh_is_2d = seams.param_groups(model)[0].mesh_info.mesh.ndim == 2
+        self._mesh_is_2d = self._groups[0].mesh_info.mesh.ndim == 2
         self._mesh: DeviceMesh | None = None
         self._named: list[tuple[str, Tensor]] = []
 
@@ -142,30 +142,22 @@ class HSDPEngine(FSDPEngine):
 
     @override
     def is_last_backward(self) -> bool:
-        return super().is_last_backward() and seams.wants_all_reduce(self._model)
+        return super().is_last_backward() and seams.wants_all_reduce(self._groups)
 
     @override
     def saved(self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
         """DTensors, which torch.distributed.checkpoint reshards: errors like their parameters; bases of blocks as blocks."""
-        named, memory = dict(self._named), reducer.error_memory()
+        named, whole_bases = dict(self._named), self.shards.size == 1 or self.shards.whole_matrices
         result: dict[str, dict[str, Tensor]] = {}
-        for slot in reducer.slots:
-            largest = reducer.treatment_of_largest(slot)
-            if not largest.low_rank:
-                continue
-            error = memory.get(slot.name)
-            if error is None:
-                error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
-            entry = {"error": self.error_view(slot, named[slot.name], error)}
-            bases = block_bases(reducer, slot, largest)
-            if self.shards.size == 1 or self.shards.whole_matrices:
-                entry |= bases
-            else:
-                mesh = self._shard_mesh(named[slot.name])
-                for symbol, basis in bases.items():
-                    placed = DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)
-                    entry[of_blocks(symbol, self.shards.size)] = placed
-            result[slot.name] = entry
+        for slot, largest, error in reducer.error_blocks():
+            parameter, bases = named[slot.name], block_bases(reducer, slot, largest)
+            if not whole_bases:
+                mesh = self._shard_mesh(parameter)
+                bases = {
+                    of_blocks(symbol, self.shards.size): DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)
+                    for symbol, basis in bases.items()
+                }
+            result[slot.name] = {"error": self.error_view(slot, parameter, error), **bases}
         return result
 
     def _shard_mesh(self, parameter: Tensor) -> DeviceMesh:

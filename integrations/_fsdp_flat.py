@@ -38,12 +38,12 @@ class FlatEngine(FSDPEngine):
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         super().__init__(model, group, Shards())
-        self._by_id = {id(p.sharded_param): p for g in seams.param_groups(model) for p in g.fsdp_params}
+        self._by_id = {id(p.sharded_param): p for group in self._groups for p in group.fsdp_params}
         self._mine: list[Any] = []
+        self._give_back = [seams.replace_reduce_scatter(group, _Unreduced()) for group in self._groups]
         self._class_method(False)
         model.__dict__[_SYNCS] = True
         model.__dict__["set_requires_gradient_sync"] = functools.partial(_remember, weakref.ref(model))
-        self._give_back = [seams.replace_reduce_scatter(group, _Unreduced()) for group in seams.param_groups(model)]
 
     def _class_method(self, requires_gradient_sync: bool) -> None:
         type(self._model).set_requires_gradient_sync(self._model, requires_gradient_sync)  # type: ignore[attr-defined]

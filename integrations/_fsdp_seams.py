@@ -10,7 +10,7 @@ Tested with the torch version of the constraints file; anything missing is refus
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,13 +90,13 @@ def is_data_parallel(parameter: DTensor) -> bool:
 
 def is_last_backward(model: nn.Module) -> bool:
     """What the user has said by `set_is_last_backward`."""
-    context = getattr(modules(model)[0]._get_fsdp_state(), "_state_ctx", None)
+    context = getattr(model._get_fsdp_state(), "_state_ctx", None)  # type: ignore[operator]
     return bool(getattr(context, "is_last_backward", True))
 
 
-def wants_all_reduce(model: nn.Module) -> bool:
+def wants_all_reduce(groups: Sequence[Any]) -> bool:
     """What the user has said by `set_requires_all_reduce`."""
-    return all(group.all_reduce_grads for group in param_groups(model))
+    return all(group.all_reduce_grads for group in groups)
 
 
 def take_unsharded_gradient(parameter: Any) -> Tensor | None:
@@ -126,8 +126,7 @@ def gradient_dtype(parameter: Any) -> torch.dtype:
 
 def replace_reduce_scatter(group: Any, stands_in: Any) -> Callable[[], None]:
     """Put something in the place of a group's reduce-scatter; returns what puts it back."""
-    if not hasattr(group, "_reduce_scatter_comm"):  # an older torch cannot be told otherwise
-        return lambda: None
+    _check(group, ("_reduce_scatter_comm",))
     before = group._reduce_scatter_comm
     group._reduce_scatter_comm = stands_in
     return functools.partial(setattr, group, "_reduce_scatter_comm", before)

@@ -98,9 +98,14 @@ class DDPEngine(Engine):
 
     def bucket(self, bucket: dist.GradBucket) -> None:
         """DDP is done with a bucket. Outside of a backward pass: it stands in for a backward pass of a joined rank."""
-        outside = torch._C._current_graph_task_id() == -1
-        if outside and bucket.is_last() and not self._after_the_map:
-            self._take_part()
+        if torch._C._current_graph_task_id() != -1 or not bucket.is_last() or self._after_the_map:
+            return
+        if self._ddp.find_unused_parameters:
+            raise UnsupportedError(
+                f"join() with find_unused_parameters=True: DDP of torch {torch.__version__} does not tell "
+                "when a joined rank may take part. It is tested with torch 2.13; leave one of the two out."
+            )
+        self._take_part()
 
     @override
     def release(self) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lowrank_comm.communication import Group, Shards
-from lowrank_comm.communication.topology import levels
+from lowrank_comm.communication.topology import covered_ranks, levels
 from lowrank_comm.engine import Engine
 from lowrank_comm.errors import ConfigError, UnsupportedError
 
@@ -69,7 +69,7 @@ def _hsdp(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: 
     """A 2-D mesh: FSDP's all-reduce between nodes becomes ours (it may be already, from an earlier optimizer)."""
     info = groups[0].mesh_info
     between = info.mesh.get_group(1 - info.shard_mesh_dim)
-    if process_group is not None and _ranks(levels(process_group)[0].process_group) != _ranks(between):
+    if process_group is not None and covered_ranks(levels(process_group)[0].process_group) != covered_ranks(between):
         raise ConfigError(
             "attach: process_group is another one than that of the model's mesh between nodes; leave process_group out, or "
             "give the mesh that fully_shard was given."
@@ -83,10 +83,10 @@ def _hsdp(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: 
 def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: str) -> Engine:
     """A 1-D mesh: of one node, with a group between nodes given; or of all ranks."""
     info = groups[0].mesh_info
-    ours = _ranks(info.shard_process_group)
+    ours = covered_ranks(info.shard_process_group)
     if isinstance(process_group, DeviceMesh) and process_group.ndim == 2:
         group, shards = levels(process_group, shard_scope)
-        inside = _ranks(process_group.get_group(1))
+        inside = covered_ranks(process_group.get_group(1))
         if inside != ours:
             raise ConfigError(
                 f"attach: fully_shard's mesh holds the ranks {ours}, the second dimension of process_group (or of "
@@ -95,7 +95,7 @@ def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope:
             )
         return HSDPEngine(model, group, shards, [])
     if process_group is not None:
-        given = _ranks(levels(process_group)[0].process_group)
+        given = covered_ranks(levels(process_group)[0].process_group)
         if given != ours:
             raise ConfigError(
                 f"attach: fully_shard's mesh holds the ranks {ours}, process_group the ranks {given}; to compress between "
@@ -107,11 +107,6 @@ def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope:
             "between the nodes: give CompressedOptimizer(process_group=mesh) the 2-D mesh (between nodes, inside a node)."
         )
     return FlatEngine(model, Group(info.shard_process_group))
-
-
-def _ranks(process_group: Any) -> list[int]:
-    """Global ranks of a group; None is the default group."""
-    return dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
 
 
 def _refuse(model: nn.Module, groups: list[Any]) -> None:

@@ -97,43 +97,29 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
 
     Where each block has a basis of its own, they are kept together, (F, n, r), by a symbol that tells F.
     """
-    mine = tensors_of(reducer)
-    if reducer.shards.size == 1:
-        return {name: {k: t.detach().cpu() for k, t in parts.items()} for name, parts in mine.items()}
+    shards = reducer.shards
+    if shards.size == 1:
+        return {name: {k: t.detach().cpu() for k, t in parts.items()} for name, parts in tensors_of(reducer).items()}
     result: dict[str, dict[str, Tensor]] = {}
-    for slot in reducer.slots:
-        largest = reducer.treatment_of_largest(slot)
-        if not largest.low_rank:
-            continue
-        parts = mine.get(slot.name)
-        memory = parts["error"] if parts else torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
-        entry = {"error": reducer.shards.whole(memory.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint")}
-        if reducer.shards.whole_matrices:
-            entry |= {k: t for k, t in (parts or {}).items() if k != "error"}
-        else:
-            for symbol, room in block_bases(reducer, slot, largest).items():
-                gathered = reducer.shards.gather(room.reshape(-1), "checkpoint")
-                entry[of_blocks(symbol, reducer.shards.size)] = gathered.view(reducer.shards.size, *room.shape)
-        result[slot.name] = {k: t.detach().cpu() for k, t in entry.items()}
+    for slot, largest, error in reducer.error_blocks():
+        entry = {"error": shards.whole(error.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint")}
+        bases = block_bases(reducer, slot, largest)
+        if not shards.whole_matrices:
+            gathered = {symbol: shards.gather(basis.reshape(-1), "checkpoint") for symbol, basis in bases.items()}
+            bases = {of_blocks(symbol, shards.size): gathered[symbol].view(-1, *bases[symbol].shape) for symbol in bases}
+        result[slot.name] = {k: t.detach().cpu() for k, t in (entry | bases).items()}
     return result
 
 
 def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     """`whole_tensors_of` before the first step, without communication: zero errors, and bases that nobody has used."""
+    shards = reducer.shards
     result: dict[str, dict[str, Tensor]] = {}
-    for slot in reducer.slots:
-        largest = reducer.treatment_of_largest(slot)
-        if not largest.low_rank:
-            continue
-        entry = {"error": torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)}
-        for symbol, basis in block_bases(reducer, slot, largest).items():
-            if reducer.shards.whole_matrices or reducer.shards.size == 1:
-                entry[symbol] = basis
-            else:
-                entry[of_blocks(symbol, reducer.shards.size)] = basis.repeat(
-                    reducer.shards.size, *(1 for _ in basis.shape)
-                )  # DCP loads in place
-        result[slot.name] = entry
+    for slot, largest, _ in reducer.error_blocks():
+        bases = block_bases(reducer, slot, largest)
+        if not shards.whole_matrices:  # copies, since DCP loads in place
+            bases = {of_blocks(k, shards.size): torch.stack([basis] * shards.size) for k, basis in bases.items()}
+        result[slot.name] = {"error": torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype), **bases}
     return result
 
 

@@ -14,7 +14,6 @@ A step asks an engine, in this order:
 from __future__ import annotations
 
 import importlib
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -157,8 +156,6 @@ class Engine:
         """Further lines of the plan."""
         return []
 
-
-_log = logging.getLogger("lowrank_comm")
 
 ADAPTERS = {
     "DistributedDataParallel": "lowrank_comm.integrations.ddp",

@@ -177,9 +177,18 @@ class ReducerState:
             for row, name in enumerate(batch.names)
         }
 
-    def treatment_of_largest(self, slot: Slot) -> Treatment:
-        """Of the largest block of a parameter in this node, which decides whether it is compressed."""
-        return self._treat(slot, 0)
+    def error_blocks(self) -> list[tuple[Slot, Treatment, Tensor]]:
+        """Of every parameter that is compressed in this node: the slot, the treatment of its largest block, which decides
+        that, and this rank's error, a live view; empty where other ranks of the node hold all of its rows."""
+        memory, blocks = self.error_memory(), []
+        for slot in self.slots:
+            largest = self._treat(slot, 0)
+            if largest.low_rank:
+                error = memory.get(slot.name)
+                if error is None:
+                    error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
+                blocks.append((slot, largest, error))
+        return blocks
 
     def bases_of(self, name: str) -> dict[str, Tensor]:
         """State of the compressor of one parameter, live; {} where it is not compressed on this rank."""

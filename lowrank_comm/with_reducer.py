@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -102,7 +101,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         if self._reducer is not None and all(name in known or not p.requires_grad for name, p in named):
             return self._reducer
         taking_part = [(name, p) for name, p in named if p.requires_grad or name in known]
-        self._refuse_added(taking_part, known)
+        self._refuse_added(taking_part)
         slots = self._engine.slots(taking_part)
         engine = self._engine
         options = {**self._options, "shards": engine.shards, "bucket_bytes": self._bucket_bytes}
@@ -145,7 +144,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
                 "parameter group of its own if they need other settings, or freeze them."
             )
 
-    def _refuse_added(self, taking_part: Sequence[tuple[str, Tensor]], known: set[str]) -> None:
+    def _refuse_added(self, taking_part: Sequence[tuple[str, Tensor]]) -> None:
         """ConfigError for a parameter that the engine which the model is attached to has never seen."""
         model = self._model() if self._model is not None else None
         if model is None or type(self._engine) is Engine:
@@ -175,16 +174,8 @@ class OptimizerWithReducer(OptimizerAroundAnother):
             Parameter name -> error in the parameter's shape and in gradient units, without the loss scale; live views, until
             parameters are added. What goes dense is absent.
         """
-        reducer = self.reducer
-        memory = reducer.error_memory()
-        views = {}
-        for slot in reducer.slots:
-            if reducer.treatment_of_largest(slot).low_rank:
-                error = memory.get(slot.name)
-                if error is None:  # another rank of the node holds all of its rows
-                    error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
-                views[slot.name] = self._engine.error_view(slot, self._by_name[slot.name], error)
-        return views
+        blocks = self.reducer.error_blocks()
+        return {slot.name: self._engine.error_view(slot, self._by_name[slot.name], error) for slot, _, error in blocks}
 
     @property
     def last_report(self) -> StepReport | None:
