@@ -38,7 +38,7 @@ class FlatEngine(FSDPEngine):
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         super().__init__(model, group, Shards())
-        self._by_id = {id(p.sharded_param): p for group in self._groups for p in group.fsdp_params}
+        self._by_id = {id(seams.of_the_model(p)): p for group in self._groups for p in group.fsdp_params}
         self._mine: list[Any] = []
         self._give_back = [seams.replace_reduce_scatter(group, _Unreduced()) for group in self._groups]
         self._class_method(False)

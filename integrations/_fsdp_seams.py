@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lowrank_comm.errors import UnsupportedError
 
 _GROUP = ("fsdp_params", "mesh_info", "post_backward", "reduce_grads", "all_reduce_grads", "gradient_divide_factor")
-_PARAM = ("sharded_param", "mp_policy", "to_sharded_dtensor", "unsharded_accumulated_grad")
+_PARAM = ("sharded_param", "_module_info", "mp_policy", "to_sharded_dtensor", "unsharded_accumulated_grad")
 
 
 def _check(owner: Any, names: tuple[str, ...]) -> None:
@@ -51,6 +51,13 @@ def param_groups(model: nn.Module) -> list[Any]:
                 _check(parameter, _PARAM)
             groups[id(group)] = group
     return list(groups.values())
+
+
+def of_the_model(parameter: Any) -> Tensor:
+    """The model's parameter, also where it was replaced after fully_shard (weights that were loaded by assignment): FSDP
+    itself notices that at the first forward only."""
+    info = parameter._module_info
+    return getattr(info.module, info.param_name)  # type: ignore[no-any-return]
 
 
 def kind(group: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from .compressors import Compressor, Identity, PowerSGD, PowerSGDPlus
 from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
 from .optimizer import CompressedOptimizer
+from .watching import Figures, StepLog
 
 # In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside this one.
 if not (Path(__file__).parent / "integrations").is_dir() and (Path(__file__).parents[1] / "integrations").is_dir():
@@ -23,10 +24,12 @@ __all__ = [
     "Compressor",
     "ConfigError",
     "ConfigMismatchError",
+    "Figures",
     "Identity",
     "LowRankCommError",
     "PowerSGD",
     "PowerSGDPlus",
     "StateMismatchError",
+    "StepLog",
     "UnsupportedError",
 ]

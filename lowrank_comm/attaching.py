@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -46,12 +47,14 @@ class AttachedOptimizer(OptimizerWithReducer):
         self._watch: BackwardWatch | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._detached = False
+        self._told_last: Callable[[], bool] | None = None
+        self._asked_reduce_at: str | None = None
 
     @abstractmethod
     def _take_part_without_gradients(self) -> None:
         """A pass of the other workers, when this one's data are exhausted."""
 
-    def attach(self, model: nn.Module, scaler: Any = None) -> Plan:
+    def attach(self, model: nn.Module, scaler: Any = None, is_last_backward: Callable[[], bool] | None = None) -> Plan:
         """Connect to whatever runs the model, take the parameters' names from it, and tell the plan; rank 0 prints it.
 
         Under DDP and FSDP2 the engine's own averaging of gradients (under HSDP that between nodes) is switched off, and ours
@@ -60,6 +63,9 @@ class AttachedOptimizer(OptimizerWithReducer):
         Args:
             model: the one whose parameters the base optimizes, wrapped as it is trained.
             scaler: a `torch.amp.GradScaler`, so that an overflow on one worker lowers the scale on all.
+            is_last_backward: for loops that accumulate gradients and know by themselves which backward pass is the last of a
+                step, such as Accelerate's and Trainer's: called at the end of each. Gradients are then averaged at the end
+                of the last one, for a plain model too.
 
         Returns:
             What was found, what goes low-rank and what dense, bytes a step, memory.
@@ -68,12 +74,20 @@ class AttachedOptimizer(OptimizerWithReducer):
             UnsupportedError: the model is wrapped in a way that cannot be compressed; the message names the way out.
             ConfigError: the optimizer and the model do not hold the same parameters, or groups do not fit.
         """
+        if is_last_backward is not None and self._asked_reduce_at == "step":
+            raise ConfigError(
+                'attach: reduce_at="step" averages gradients after whoever clips them before step(), as Accelerate and '
+                "Trainer do; leave reduce_at out. (is_last_backward says when a backward pass is the last one of its step.)"
+            )
         wrapper = wrapper_of(model)
         self._check_parameters(model, wrapper)
+        self._told_last = is_last_backward
         if wrapper is not None:
             self._connect(wrapper, model)
-        elif self._detached or type(self._engine) is not Engine:
-            self._take(Engine(self._process_group, self._shard_scope), model)
+        else:  # watched anew, since it may have been said only now that gradients are averaged at the end of backward
+            is_plain = type(self._engine) is Engine and not self._detached
+            self._stop_watching()
+            self._take(self._engine if is_plain else Engine(self._process_group, self._shard_scope), model)
         self._namer.learn(model.named_parameters())
         self._scaling.attach(scaler)
         plan = self.plan
@@ -107,12 +121,19 @@ class AttachedOptimizer(OptimizerWithReducer):
         self._detached, self._engine, self._model = False, engine, weakref.ref(model)
         self._watch_backward()
 
-    def detach(self) -> None:
-        """Take the hooks off the parameters, for another optimizer to hold them, and give the model back to its engine:
-        nothing is averaged at the end of backward any more, only in `step()` and `reduce_gradients()`."""
+    def _stop_watching(self) -> None:
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+
+    def is_attached_to(self, model: nn.Module) -> bool:
+        """Whether `attach` was called with this very model, and `detach` not since."""
+        return not self._detached and self._model is not None and self._model() is model
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters, for another optimizer to hold them, and give the model back to its engine:
+        nothing is averaged at the end of backward any more, only in `step()` and `reduce_gradients()`."""
+        self._stop_watching()
         if self._finalizer is not None:
             self._finalizer()
             self._finalizer = None

@@ -104,6 +104,11 @@ class Section(_Strict):
         Reducer([], parsed.make_compressor(), Group(), **parsed.reducer_options())  # bad values fail here
         return parsed
 
+    @staticmethod
+    def of(compressor: Compressor) -> dict[str, Any]:
+        """The section that says the same as a compressor; everything else of it has its default."""
+        return compressor.describe()
+
     def make_compressor(self) -> Compressor:
         """The compressor that the section names, with its options."""
         if self.compressor not in REGISTRY:

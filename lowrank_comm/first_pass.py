@@ -82,7 +82,8 @@ def _refuse_averaged(grads: Sequence[Tensor | None], reducer: Reducer, collectiv
         raise LowRankCommError(
             f"all {len(told)} ranks came to the first step with the same gradients, bit for bit, after collectives during "
             "the backward pass: an engine has averaged them already, and compression would save nothing. Connect it by "
-            "optimizer.attach(model), with the model as it is wrapped, before the first step."
+            "optimizer.attach(model), with the model as it is wrapped, before the first step (Hugging Face Trainer: "
+            "callbacks=[CompressionCallback(optimizer)]; Accelerate: lowrank_comm.integrations.accelerate.prepare)."
         )
     if reducer.is_writer:
         _log.warning(

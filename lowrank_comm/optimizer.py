@@ -143,10 +143,22 @@ class CompressedOptimizer(AttachedOptimizer):
         self._watch_backward()
 
     @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was skipped, on all workers, since some worker's gradient was not finite."""
+        return self._vetoes_in_a_row > 0
+
+    @property
     def _reduces_at(self) -> str:
         if self._detached:
             return "step"
-        return self._asked_reduce_at or ("backward" if self._overlap else self._engine.reduces_at)
+        if self._overlap or self._told_last is not None:
+            return self._asked_reduce_at or "backward"
+        return self._asked_reduce_at or self._engine.reduces_at
+
+    def _is_last_backward(self) -> bool:
+        if self._only_accumulates or not self._engine.is_last_backward():
+            return False
+        return self._told_last is None or self._told_last()
 
     @classmethod
     def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> CompressedOptimizer:
@@ -335,7 +347,7 @@ class CompressedOptimizer(AttachedOptimizer):
 
     def _begin_early(self, parameter: Tensor) -> None:
         """Start the buckets that are complete with this parameter's gradient."""
-        if self._only_accumulates or not self._engine.is_last_backward() or not self._engine.begins_early:
+        if not self._is_last_backward() or not self._engine.begins_early:
             return
         reducer = self._reducer
         if reducer is None or self._arrivals is None or self._arrivals.is_of_another_pass(reducer):
@@ -355,11 +367,12 @@ class CompressedOptimizer(AttachedOptimizer):
         if self._holds_averaged():
             raise LowRankCommError(
                 'reduce_at="backward": a second backward pass came before step(), on gradients that are averaged '
-                f"already. To accumulate gradients, write `{self._engine.accumulates_by}` for all passes but the last. Or "
+                f"already. To accumulate gradients, write `{self._engine.accumulates_by}` for all passes but the last "
+                "(with Accelerate `with accelerator.accumulate(model):` around all of them). Or "
                 'build CompressedOptimizer(reduce_at="step"), and clip by its max_grad_norm, or after '
                 "optimizer.reduce_gradients(). To drop the first pass instead, call optimizer.zero_grad()."
             )
-        if self._only_accumulates or not self._engine.is_last_backward():
+        if not self._is_last_backward():
             self._status = None
             return
         if not self._reduce(self._scaling.scale_of_gradients()):

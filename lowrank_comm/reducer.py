@@ -229,7 +229,8 @@ class Reducer(ReducerState):
             present.update(zip(one.bucket.slots, one.agreed.present, strict=True))
             self._decode(one, one.agreed, result_grads, scale)
         self._pending = _Pending(jobs, present)
-        account.seconds["decompress"] = time.perf_counter() - clock
+        account.seconds["decompress"] = spent = time.perf_counter() - clock
+        self.ledger.clock({"decompress": spent})
         return Outcome(True, result_grads)
 
     def any_in_the_node(self, mine: bool) -> bool:
@@ -272,7 +273,8 @@ class Reducer(ReducerState):
                 self._commit(job, pending.present, self._last)
         self.step += 1
         self.ledger.restarts += self._last.restarts
-        self._last.account.seconds["commit"] = time.perf_counter() - clock
+        self._last.account.seconds["commit"] = spent = time.perf_counter() - clock
+        self.ledger.clock({"commit": spent})
 
     def _commit(self, job: _Job, present: dict[int, bool], last: LastPass) -> None:
         assert job.result is not None
@@ -379,6 +381,7 @@ class Reducer(ReducerState):
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
         self.ledger.enter(account.bytes, account.collectives, full, applied)
+        self.ledger.clock(account.seconds)
 
 
 def _rows_of_result(result: Result, rows: list[int]) -> Result:

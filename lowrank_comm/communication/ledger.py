@@ -14,6 +14,7 @@ A process without a process group counts what it would hand over, and no collect
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -29,6 +30,7 @@ class Ledger:
         vetoed: passes that some worker vetoed.
         restarts: matrices restarted, in steps that were committed.
         inside: kind -> bytes that this rank handed to collectives between the ranks of its node.
+        seconds: phase -> host seconds; see `diagnostics.StepReport`.
     """
 
     bytes: Counter[str] = field(default_factory=Counter)
@@ -38,6 +40,7 @@ class Ledger:
     vetoed: int = 0
     restarts: int = 0
     inside: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def enter(self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool) -> None:
         """Add one pass."""
@@ -46,6 +49,11 @@ class Ledger:
         self.uncompressed_bytes += uncompressed_bytes
         self.steps += 1
         self.vetoed += not applied
+
+    def clock(self, seconds: Mapping[str, float]) -> None:
+        """Add host seconds, by phase."""
+        for phase, spent in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
     @property
     def total_bytes(self) -> int:

@@ -1,0 +1,170 @@
+"""Hugging Face Accelerate: `prepare(accelerator, model, optimizer, ...)` in the place of `accelerator.prepare(...)`.
+
+What it does beside Accelerate's own prepare:
+
+1. The optimizer becomes a `CompressedOptimizer`, if it is none yet, before Accelerate sees it.
+2. When the model is wrapped (DDP, FSDP2, HSDP, or not at all), the optimizer is attached to it, and told of the
+   accelerator's GradScaler. `accelerator.sync_gradients` says which backward pass is the last one of its step; at its end
+   the gradients are averaged, so that `accelerator.clip_grad_norm_` clips the averaged ones.
+3. A step that all workers skip, because some gradient was not finite, is told to Accelerate, which then leaves the
+   learning rate as it was (`accelerator.optimizer_step_was_skipped`).
+4. `accelerator.save_state` first averages the error memory over the workers, so that `load_state` finds it on every rank.
+
+With DeepSpeed, the section goes into the plugin's configuration, and `lowrank_comm.integrations.deepspeed` does the rest.
+
+`transformers` uses the same functions, since Trainer prepares its model by an Accelerator.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.optim import Optimizer
+
+from lowrank_comm import CompressedOptimizer, Compressor, ConfigError, UnsupportedError
+from lowrank_comm.watching import Compressing
+
+from ._compression import around, check, put_into_deepspeed
+
+__all__ = ["connect", "get", "prepare"]
+
+_WHO = "lowrank_comm.integrations.accelerate.prepare"
+
+
+def prepare(
+    accelerator: Accelerator,
+    *objects: Any,
+    compression: Compressor | Mapping[str, Any] | None = None,
+    **keywords: Any,
+) -> Any:
+    """`accelerator.prepare(*objects)`, with the gradients' averaging compressed.
+
+    Args:
+        accelerator: of the run.
+        objects: model, optimizer, data loaders, scheduler, as for `accelerator.prepare`.
+        compression: a compressor or a section, for an optimizer that is not a `CompressedOptimizer` yet; with DeepSpeed,
+            None where its JSON has the section "lowrank_comm".
+        keywords: of `accelerator.prepare`.
+
+    Returns:
+        What `accelerator.prepare` returns.
+
+    Raises:
+        ConfigError: nothing to compress with, or twice; or a CompressedOptimizer with DeepSpeed.
+        UnsupportedError: FSDP1, or another wrapper that cannot be compressed.
+
+    Example:
+        accelerator = Accelerator(gradient_accumulation_steps=2)
+        model, optimizer, loader = prepare(accelerator, model, optimizer, loader, compression=PowerSGDPlus(rank=4))
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+    check(compression, _WHO)
+    mine = [one for one in objects if isinstance(one, CompressedOptimizer)]
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        put_into_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, mine[0] if mine else compression, _WHO)
+        import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches the section on)
+
+        return accelerator.prepare(*objects, **keywords)
+    refuse_fsdp1(accelerator, _WHO)
+    if mine and compression is not None:
+        raise ConfigError(f"{_WHO}: the optimizer is a CompressedOptimizer already; leave compression={compression!r} out.")
+    plain = [k for k, one in enumerate(objects) if isinstance(one, Optimizer) and one not in mine]
+    if not mine and compression is None:
+        raise ConfigError(
+            f"{_WHO}: there is nothing to compress with: give compression=PowerSGDPlus(rank=4) or a section, or make the "
+            "optimizer a CompressedOptimizer."
+        )
+    if not any(isinstance(one, nn.Module) for one in objects) or len(mine or plain) != 1:
+        raise ConfigError(
+            f"{_WHO}: one model and its optimizer belong into one call, got {[type(one).__name__ for one in objects]}; "
+            "prepare further optimizers by accelerator.prepare."
+        )
+    given = list(objects)
+    if compression is not None:
+        given[plain[0]] = around(given[plain[0]], compression)
+    result = accelerator.prepare(*given, **keywords)
+    connect(accelerator, result)
+    return result
+
+
+def connect(accelerator: Accelerator, prepared: Sequence[Any]) -> None:
+    """Attach the compressed optimizers among what `accelerator.prepare` has returned; those that are, stay as they are.
+
+    Args:
+        accelerator: that has prepared them.
+        prepared: models and optimizers.
+
+    Raises:
+        ConfigError: no model among them holds an optimizer's parameters, or reduce_at="step".
+    """
+    models = [one for one in prepared if isinstance(one, nn.Module)]
+    for one in prepared:
+        optimizer = get(one)
+        if isinstance(one, AcceleratedOptimizer) and isinstance(optimizer, CompressedOptimizer):
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            fitting = [model for model in models if any(id(p) in held for p in model.parameters())]
+            if not fitting:
+                raise ConfigError(
+                    "no prepared model holds the parameters of the CompressedOptimizer; build it from this model, and "
+                    "prepare both in one call."
+                )
+            if not optimizer.is_attached_to(fitting[0]):
+                _connect(accelerator, one, optimizer, fitting[0])
+
+
+def _connect(accelerator: Accelerator, outer: Any, optimizer: CompressedOptimizer, model: nn.Module) -> None:
+    state = accelerator.gradient_state
+    optimizer.attach(model, scaler=accelerator.scaler, is_last_backward=lambda: bool(state.sync_gradients))
+
+    def after_step(*_: Any) -> None:
+        # What AcceleratedOptimizer.step looks at afterwards, with a scaler and without.
+        outer._is_overflow = optimizer.step_was_skipped
+        outer._accelerate_step_called = not optimizer.step_was_skipped
+
+    optimizer.register_step_post_hook(after_step)
+    accelerator.save_state = _consolidating(accelerator.save_state, optimizer)  # type: ignore[method-assign]
+
+
+def _consolidating(save: Callable[..., Any], optimizer: CompressedOptimizer) -> Callable[..., Any]:
+    """`accelerator.save_state`, which all ranks call."""
+
+    @functools.wraps(save)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        optimizer.consolidate_error_memory()
+        return save(*args, **kwargs)
+
+    return wrapped
+
+
+def refuse_fsdp1(accelerator: Accelerator, who: str) -> None:
+    """UnsupportedError where Accelerate is going to wrap the model by FSDP1."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise UnsupportedError(
+            f"{who}: FSDP1 flattens the parameters, so that a rank's part has no rows to compress. Use FSDP2: "
+            'fsdp_version=2 (Trainer: fsdp_config={"version": 2, ...}; accelerate launch --fsdp_version 2).'
+        )
+
+
+def get(prepared: Any) -> Compressing | None:
+    """What compresses, of what `prepare` has returned: the `CompressedOptimizer` of an optimizer, or the adapter of a
+    DeepSpeed engine; None for anything else. It has `last_report`, `ledger`, and `error_memory()`."""
+    if isinstance(prepared, AcceleratedOptimizer):
+        inner = prepared.optimizer
+        return inner if isinstance(inner, CompressedOptimizer) else None
+    if type(prepared).__name__ == "DeepSpeedEngine":
+        from . import deepspeed
+
+        return deepspeed.get(prepared)
+    return None
