@@ -1,6 +1,7 @@
-"""Train a causal language model with Hugging Face's Trainer and DeepSpeed, gradients compressed as the JSON says.
+"""Train a causal language model with Hugging Face's Trainer, gradients compressed as a JSON file says.
 
     deepspeed --num_gpus 2 examples/train.py --deepspeed configs/ds_powersgd_plus.json
+    torchrun --nproc_per_node 2 examples/train.py --compression configs/powersgd_plus.json
 
 trains a LLaMA of a million parameters from nothing on Shakespeare, on GPUs or, where there are none, on the CPU. Every
 flag of `TrainingArguments` is taken beside the few below; what the DeepSpeed JSON sets (optimizer, scheduler, clipping), it
@@ -9,11 +10,14 @@ decides. A model and a text of one's own:
     deepspeed --num_gpus 2 examples/train.py --deepspeed configs/ds_powersgd_plus.json \
         --model_name_or_path DIR --train_file my.txt --max_steps 1000 --learning_rate 1e-4
 
-For compression this script needs one line, the import of `lowrank_comm.integrations.deepspeed`.
+The first command needs one line for compression, the import of `lowrank_comm.integrations.deepspeed`; the second one
+callback. With `accelerate launch` and FSDP the second goes on as accelerate is told. `--fsdp_size` (and
+`--dp_replicate_size`, for HSDP) shard the model when it is loaded, on a CPU too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -64,6 +68,8 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 import lowrank_comm.integrations.deepspeed  # noqa: E402  (the one line: the JSON's "lowrank_comm" section now means something)
 from lowrank_comm import LowRankCommError  # noqa: E402
 from lowrank_comm.communication import leave  # noqa: E402
+from lowrank_comm.config import SECTION  # noqa: E402
+from lowrank_comm.integrations.transformers import CompressionCallback  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 UNCOMPRESSED_CONFIG = "ds_uncompressed"
@@ -113,6 +119,14 @@ class ExampleArguments:
     cache_dir: str = field(
         default=str(ROOT / ".cache" / "examples"), metadata={"help": "Where tokenizers and token ids are kept."}
     )
+    compression: str | None = field(
+        default=None,
+        metadata={"help": "Without --deepspeed: a JSON file with the settings of the compression."},
+    )
+    fsdp_size: int = field(default=0, metadata={"help": "Shard the model over so many ranks when it is loaded (FSDP2)."})
+    dp_replicate_size: int = field(
+        default=1, metadata={"help": "With --fsdp_size: so many copies of the sharded model (HSDP)."}
+    )
     compare_with: str | None = field(
         default=None,
         metadata={"help": f"output_dir of a run to show beside this one. Default: {UNCOMPRESSED_CONFIG} there, if it fits."},
@@ -144,7 +158,8 @@ class ExampleTrainingArguments(TrainingArguments):
             self.max_steps = STEPS
         self.num_train_epochs = 3.0 if self.num_train_epochs is None else self.num_train_epochs  # Trainer wants a number
         if self.output_dir is None:
-            self.output_dir = str(Path("runs") / (Path(self.deepspeed).stem if isinstance(self.deepspeed, str) else "plain"))
+            name = Path(self.deepspeed).stem if isinstance(self.deepspeed, str) else "trainer"
+            self.output_dir = str(Path("runs") / name)
         super().__post_init__()
 
 
@@ -159,6 +174,36 @@ def make_model(given: ExampleArguments, tokenizer: PreTrainedTokenizerBase) -> P
         bos_token_id=token, eos_token_id=token, pad_token_id=token,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def sharded(given: ExampleArguments, args: ExampleTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model sharded over the ranks by FSDP2 when it is loaded: from a folder, so that a new one is saved first."""
+    from transformers.distributed import DistributedConfig
+
+    folder = given.model_name_or_path or str(Path(args.output_dir) / "initial")
+    if given.model_name_or_path is None:
+        with args.main_process_first(local=False, desc="initial model"):
+            if args.process_index == 0:
+                make_model(given, tokenizer).save_pretrained(folder)
+    replicas = {"dp_replicate_size": given.dp_replicate_size} if given.dp_replicate_size > 1 else {}
+    return AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(fsdp_size=given.fsdp_size, **replicas), use_cache=False
+    )
+
+
+def section_of(given: ExampleArguments, args: ExampleTrainingArguments) -> dict[str, Any] | None:
+    """The settings of the compression, from the DeepSpeed JSON or from --compression; None: there is none."""
+    if args.deepspeed:
+        if given.compression is not None:
+            raise InputError(f'--compression goes without --deepspeed, whose JSON has a section "{SECTION}" instead')
+        return args.hf_deepspeed_config.config.get(SECTION)
+    if given.compression is None:
+        return None
+    try:
+        found = json.loads(Path(given.compression).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as problem:
+        raise InputError(f"--compression {given.compression} is not JSON: {problem}") from None
+    return found.get(SECTION, found) if isinstance(found, dict) else found
 
 
 def find_comparison(given: ExampleArguments, output_dir: Path, own: Summary) -> Path | None:
@@ -220,7 +265,7 @@ def main() -> None:
     if ON_CPU:
         lowrank_comm.integrations.deepspeed.skip_shm_extension()  # a compilation of minutes, for inference only
     given, args = parser.parse_args_into_dataclasses()
-    output_dir = Path(args.output_dir)
+    output_dir, section = Path(args.output_dir), section_of(given, args)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if given.compare_with is not None:
         Summary.load(Path(given.compare_with))  # a wrong folder is noticed before training, not after
@@ -232,17 +277,23 @@ def main() -> None:
     if args.process_index == 0:
         kept = len(corpus.ids) - given.held_out_tokens
         print(f"text: {kept:,} tokens to train on, {given.held_out_tokens:,} held out ({given.train_file or 'Shakespeare'})")
-        if not args.deepspeed:
-            print("no --deepspeed configuration is given: an ordinary run, in which nothing is compressed")
+        if section is None and not args.deepspeed:
+            print("neither --deepspeed nor --compression is given: an ordinary run, in which nothing is compressed")
+        if given.fsdp_size:
+            print("a model that is sharded when it is loaded: transformers saves no optimizer state, no run can be resumed")
 
     set_seed(args.seed)
-    model = make_model(given, corpus.tokenizer)
+    if given.fsdp_size:
+        args.save_only_model = True
+    model = sharded(given, args, corpus.tokenizer) if given.fsdp_size else make_model(given, corpus.tokenizer)
+    # With DeepSpeed the section is in its JSON, and the callback adds the figures to the logs.
+    compression = None if section is None else CompressionCallback(None if args.deepspeed else section)
     trainer = Trainer(
         model=model, args=args, train_dataset=training, eval_dataset=held_out, processing_class=corpus.tokenizer,
-        data_collator=default_data_collator,
+        data_collator=default_data_collator, callbacks=[compression] if compression is not None else None,
     )  # fmt: skip
     recorder = Recorder(
-        trainer, output_dir, lambda: lowrank_comm.integrations.deepspeed.get(trainer.model_wrapped),
+        trainer, output_dir, lambda: compression.compressing if compression is not None else None,
         Path(checkpoint) if checkpoint else None,
     )  # fmt: skip
     if not args.disable_tqdm:
@@ -254,7 +305,6 @@ def main() -> None:
     trainer.evaluate()
 
     if trainer.is_world_process_zero():
-        section = (args.hf_deepspeed_config.config if args.deepspeed else {}).get("lowrank_comm")
         setup = comparable(given, args, model, trainer.state.max_steps) | {"counted from step": recorder.first_step}
         own = recorder.summary(describe(section, output_dir), setup, section)
         own.save(output_dir)

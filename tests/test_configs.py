@@ -15,7 +15,7 @@ import pytest
 from lowrank_comm.config import SECTION, Section
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+CONFIGS = sorted((ROOT / "configs").glob("ds_*.json"))
 STEPS = 3
 
 
@@ -23,6 +23,11 @@ def test_there_is_a_file_for_each_variant() -> None:
     names = {path.stem for path in CONFIGS}
     plus = {f"ds_powersgd_plus{suffix}" for suffix in ("", "_zero1", "_zero2", "_zero3")}
     assert plus | {"ds_powersgd", "ds_uncompressed"} <= names
+
+
+def test_the_file_without_deepspeed_says_the_same() -> None:
+    alone = json.loads((ROOT / "configs" / "powersgd_plus.json").read_text())
+    assert alone == json.loads((ROOT / "configs" / "ds_powersgd_plus.json").read_text())[SECTION]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
