@@ -1,8 +1,8 @@
 """At the first step: were the gradients averaged already, by an engine that nobody has connected?
 
 Such gradients have the same bits on all ranks, and the engine has made collectives during the backward pass. So the
-collectives of the first backward pass are counted, from its first gradient to its end, when engines have finished, and the
-gradients' bits are compared once.
+collectives of each backward pass before the first step are counted (of several micro-batches, the last may be the only one
+with any), from its first gradient to its end, when engines have finished, and the gradients' bits are compared once.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ _log = logging.getLogger("lowrank_comm")
 
 
 class FirstPass:
-    """What happened during the first backward pass of an optimizer."""
+    """What happened during the backward passes before an optimizer's first step."""
 
     def __init__(self) -> None:
-        self._before: int | None = None
-        self._happened = False
+        self._pass: int | None = None
+        self._happened = self._checked = False
 
     def gradient(self) -> None:
         """A gradient has arrived, in a backward pass."""
-        if self._before is not None:
+        if self._checked or self._pass == torch._C._current_graph_task_id():
             return
-        self._before, queue = collectives_so_far(), torch.autograd.Variable._execution_engine.queue_callback
+        self._pass = torch._C._current_graph_task_id()
+        before, queue = collectives_so_far(), torch.autograd.Variable._execution_engine.queue_callback
         me = weakref.ref(self)
 
         def at_end() -> None:
             there = me()
-            if there is not None and there._before is not None:
-                there._happened = collectives_so_far() > there._before
+            if there is not None:
+                there._happened |= collectives_so_far() > before
 
         queue(lambda: queue(at_end))  # behind the callbacks of engines such as DDP
 
@@ -53,6 +54,7 @@ class FirstPass:
         Raises:
             LowRankCommError: on all ranks.
         """
+        self._checked = True
         _refuse_averaged(grads, reducer, self._happened)
 
 

@@ -37,7 +37,7 @@ from .linalg import all_finite
 from .naming import Namer
 from .policy import Rule
 from .transfers import current_stream
-from .wrapping import only_initialises_state
+from .wrapping import only_initialises_state, transformers_uses_deepspeed
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -114,6 +114,12 @@ class CompressedOptimizer(AttachedOptimizer):
             )
         if not isinstance(compressor, Compressor):
             raise ConfigError(f"compressor must be one such as PowerSGDPlus(rank=4), got {compressor!r}.")
+        if transformers_uses_deepspeed():
+            raise ConfigError(
+                "a CompressedOptimizer cannot go with --deepspeed: DeepSpeed averages gradients itself, and Trainer would "
+                f'drop this optimizer. Put a section "lowrank_comm" into the DeepSpeed JSON, such as '
+                f"{compressor.describe()}, and import lowrank_comm.integrations.deepspeed; or give Trainer callbacks=[CompressionCallback(compressor)]."
+            )
         number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
         if max_grad_norm is not None and not (number and max_grad_norm > 0):
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm!r}.")

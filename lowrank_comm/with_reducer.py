@@ -253,7 +253,9 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        plain, tag, tensors = state_dicts.split(state_dict, self._numbered(state_dict["param_groups"]))
+        # Names only where they are needed: Accelerate loads an empty state before it has wrapped the model that has them.
+        numbered = self._numbered(state_dict["param_groups"]) if state_dict["state"] else []
+        plain, tag, tensors = state_dicts.split(state_dict, numbered)
         if tag is not None:
             checkpoint.check_fits(self.reducer, tag, tensors)  # before anything is touched
         self.base.load_state_dict(plain)

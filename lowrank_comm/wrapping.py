@@ -97,6 +97,16 @@ def only_initialises_state(param_groups: Sequence[Mapping[str, Any]]) -> bool:
     return False
 
 
+def transformers_uses_deepspeed() -> bool:
+    """Whether `TrainingArguments(deepspeed=...)` or Accelerate's DeepSpeed plugin is alive in this process.
+
+    Trainer then drops the optimizer that it is given, without a word, and makes one of its own.
+    """
+    module = sys.modules.get("transformers.integrations.deepspeed")
+    reference = getattr(module, "_hf_deepspeed_config_weak_ref", None)
+    return reference is not None and reference() is not None
+
+
 def fingerprint(parameters: Sequence[Tensor]) -> str:
     """A short text that two workers share if their parameters are equal, whatever their devices: the bits of each parameter
     are added up as integers, whose sum does not depend on the order."""
