@@ -118,7 +118,8 @@ class CompressedOptimizer(AttachedOptimizer):
             raise ConfigError(
                 "a CompressedOptimizer cannot go with --deepspeed: DeepSpeed averages gradients itself, and Trainer would "
                 f'drop this optimizer. Put a section "lowrank_comm" into the DeepSpeed JSON, such as '
-                f"{compressor.describe()}, and import lowrank_comm.integrations.deepspeed; or give Trainer callbacks=[CompressionCallback(compressor)]."
+                f"{compressor.describe()}, and import lowrank_comm.integrations.deepspeed; or give Trainer "
+                "callbacks=[CompressionCallback(compressor)]."
             )
         number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
         if max_grad_norm is not None and not (number and max_grad_norm > 0):
