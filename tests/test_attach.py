@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, f
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_comm import CompressedOptimizer, PowerSGD
+from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD
 
 
 def compressed(model: nn.Module, process_group: Any = None, **options: Any) -> CompressedOptimizer:
@@ -345,3 +345,38 @@ def test_ddps_own_all_reduce_is_not_paid(gloo: GlooPool) -> None:
     for counts in gloo.run(re_wrapped, 2):
         assert counts[0] == 0
         assert counts[2:] == [0, 0, 0]  # in the second iteration DDP agrees on its buckets anew
+
+
+# ---------------------------------------------------------------- loops that know which backward pass is the last
+
+
+def test_a_plain_model_is_averaged_at_the_end_of_the_last_pass() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16)
+    optimizer = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(rank=1))
+    last = False
+    optimizer.attach(model, is_last_backward=lambda: last)
+    assert optimizer.is_attached_to(model)
+    x = torch.randn(8, 16)
+    (model(x) ** 2).sum().backward()
+    one = model.weight.grad.clone()
+    assert int(torch.linalg.matrix_rank(one)) > 1, "still this worker's own"
+    last = True
+    (model(x) ** 2).sum().backward()
+    assert int(torch.linalg.matrix_rank(model.weight.grad, rtol=1e-4)) == 1
+    sent = model.weight.grad.clone()
+    torch.testing.assert_close(sent + optimizer.error_memory()["weight"], 2 * one)
+    optimizer.step()
+    assert torch.equal(model.weight.grad, sent), "nothing is averaged again"
+    optimizer.attach(model)  # nobody says it any more
+    optimizer.zero_grad()
+    (model(x) ** 2).sum().backward()
+    assert int(torch.linalg.matrix_rank(model.weight.grad, rtol=1e-4)) > 1
+
+
+def test_averaging_in_step_contradicts_it() -> None:
+    model = nn.Linear(16, 16)
+    base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer = CompressedOptimizer(base, PowerSGD(rank=1), reduce_at="step")
+    with pytest.raises(ConfigError, match='reduce_at="step" averages gradients after whoever clips'):
+        optimizer.attach(model, is_last_backward=lambda: True)
