@@ -160,6 +160,18 @@ def test_engines_agree(run: Run) -> None:
         assert other == pytest.approx(ways[0], abs=1e-4)
 
 
+def test_two_levels_through_a_section(gloo: GlooPool, folder: Path) -> None:
+    own, two = str(folder / "levels"), trainers.RANK_2 | {"topology": {"shard_size": 2, "shard_scope": "matrix"}}
+
+    def ran(section: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return gloo.run(functools.partial(trainers.case, steps=12, **more), 4, "ddp", own, section, timeout=100)[0]
+
+    whole = ran(two, save_strategy="steps", save_steps=6)
+    assert ran(two, resume=f"{own}/checkpoint-6")["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+    assert ran(trainers.RANK_2)["losses"] == pytest.approx(whole["losses"], abs=1e-5), "the algorithm of whole matrices"
+    assert whole["logs"][-1]["compression/inside_bytes"] > whole["logs"][-1]["compression/bytes"]
+
+
 def test_the_figures_are_in_the_state_that_trainer_saves(run: Run, folder: Path) -> None:
     run("ddp", trainers.RANK_2, "optimizer", **SAVING)
     state = json.loads((folder / "ddp" / "checkpoint-50" / "trainer_state.json").read_text())
