@@ -266,6 +266,8 @@ def main() -> None:
         lowrank_comm.integrations.deepspeed.skip_shm_extension()  # a compilation of minutes, for inference only
     given, args = parser.parse_args_into_dataclasses()
     output_dir, section = Path(args.output_dir), section_of(given, args)
+    if given.fsdp_size and args.resume_from_checkpoint:
+        raise InputError("--fsdp_size shards the model when it is loaded, and transformers cannot resume such a run")
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if given.compare_with is not None:
         Summary.load(Path(given.compare_with))  # a wrong folder is noticed before training, not after

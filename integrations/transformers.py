@@ -135,6 +135,11 @@ class CompressionCallback(TrainerCallback):
                 f"{_WHO}: the Trainer of transformers {transformers.__version__} has no {_SAVING}, before which the error "
                 f"memory is averaged for a checkpoint; it is tested with {_TESTED}."
             )
+        if trainer.args.deepspeed:
+            raise ConfigError(
+                f"{_WHO}: TrainingArguments(deepspeed=...) is set, and accelerate does not use DeepSpeed, as with "
+                "ACCELERATE_USE_CPU=true in the environment. Unset it; on a CPU, DS_ACCELERATOR=cpu is enough."
+            )
         refuse_fsdp1(trainer.accelerator, _WHO)
         if self.compression is None:
             raise ConfigError(
