@@ -114,8 +114,11 @@ class CompressionCallback(TrainerCallback):
             ConfigError: the Trainer's optimizer is another one, or goes with DeepSpeed.
             UnsupportedError: FSDP1, or a Trainer that lacks what this relies on.
         """
-        if self._trainer is not None and self._trainer() is trainer:
+        before = self._trainer() if self._trainer is not None else None
+        if before is trainer:
             return
+        if before is not None:
+            raise ConfigError(f"{_WHO}: it belongs to another Trainer, which still has it; make one for each Trainer.")
         if trainer.is_deepspeed_enabled:
             mine = trainer.optimizer if isinstance(trainer.optimizer, CompressedOptimizer) else self.compression
             put_into_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config, mine, _WHO)
@@ -171,10 +174,12 @@ class CompressionCallback(TrainerCallback):
 
         @functools.wraps(create)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            optimizer, callback = create(*args, **kwargs), me()
+            optimizer: Any = create(*args, **kwargs)
+            callback = me()
             trainer = callback._trainer() if callback is not None and callback._trainer is not None else None
             if callback is None or trainer is None:
                 return optimizer
+            optimizer = trainer.optimizer  # a subclass may set it and forget to return it
             if get(optimizer) is None and not isinstance(optimizer, CompressedOptimizer):
                 assert isinstance(callback.compression, Compressor | Mapping)
                 trainer.optimizer = optimizer = around(optimizer, callback.compression)

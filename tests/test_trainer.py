@@ -262,6 +262,8 @@ def test_wrong_use_is_said_when_trainer_is_built(gloo: GlooPool, folder: Path) -
         assert "callback.connect(trainer)" in said["added late"]
         assert said["added late, and connected"] == "no error"
         assert 'reduce_at="step"' in said["reduces too late"]
+        assert "belongs to another Trainer" in said["reused"]
+        assert said["a subclass that returns no optimizer"] == "no error"
         assert "FSDP2" in said["fsdp1"]
         assert "UnsupportedError" in said["fsdp1"]
         assert "did you mean 'rank'" in said["unknown key"]

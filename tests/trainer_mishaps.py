@@ -74,6 +74,26 @@ def wrong_use(rank: int, folder: str) -> dict[str, str]:
     said["added late"] = message(lambda: late(False))
     said["added late, and connected"] = message(lambda: late(True))
 
+    def reused() -> None:
+        with run_of(folder) as (model, args):
+            callbacks = [CompressionCallback(RANK_2)]
+            first = Trainer(model, args, train_dataset=Sentences(), callbacks=callbacks)
+            Trainer(model, args, train_dataset=Sentences(), callbacks=callbacks)
+            del first
+
+    said["reused"] = message(reused)
+
+    def forgetful() -> None:
+        class Forgetful(Trainer):
+            def create_optimizer(self, model: Any = None) -> None:
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+        with run_of(folder, steps=2) as (model, args):
+            callback = CompressionCallback(RANK_2)
+            Forgetful(model, args, train_dataset=Sentences(), callbacks=[callback]).train()
+
+    said["a subclass that returns no optimizer"] = message(forgetful)
+
     def too_late() -> None:
         with run_of(folder) as (model, args):
             mine = compressed(model, reduce_at="step")
