@@ -8,7 +8,8 @@ What it does beside Accelerate's own prepare:
    the gradients are averaged, so that `accelerator.clip_grad_norm_` clips the averaged ones.
 3. A step that all workers skip, because some gradient was not finite, is told to Accelerate, which then leaves the
    learning rate as it was (`accelerator.optimizer_step_was_skipped`).
-4. `accelerator.save_state` first averages the error memory over the workers, so that `load_state` finds it on every rank.
+4. `accelerator.save_state`, which all ranks have to call, first averages the error memory over the workers, so that
+   `load_state` finds it on every rank.
 
 With DeepSpeed, the section goes into the plugin's configuration, and `lowrank_comm.integrations.deepspeed` does the rest.
 
@@ -18,6 +19,7 @@ With DeepSpeed, the section goes into the plugin's configuration, and `lowrank_c
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +36,7 @@ from ._compression import around, check, put_into_deepspeed
 
 __all__ = ["connect", "get", "prepare"]
 
+_OURS = "_lowrank_comm"
 _WHO = "lowrank_comm.integrations.accelerate.prepare"
 
 
@@ -70,7 +73,7 @@ def prepare(
                 optimizer.zero_grad()
     """
     check(compression, _WHO)
-    mine = [one for one in objects if isinstance(one, CompressedOptimizer)]
+    mine = [one for one in objects if isinstance(one, CompressedOptimizer) or isinstance(get(one), CompressedOptimizer)]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         put_into_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, mine[0] if mine else compression, _WHO)
         import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches the section on)
@@ -98,12 +101,13 @@ def prepare(
     return result
 
 
-def connect(accelerator: Accelerator, prepared: Sequence[Any]) -> None:
+def connect(accelerator: Accelerator, prepared: Sequence[Any], is_training: Callable[[], bool] | None = None) -> None:
     """Attach the compressed optimizers among what `accelerator.prepare` has returned; those that are, stay as they are.
 
     Args:
         accelerator: that has prepared them.
         prepared: models and optimizers.
+        is_training: whether backward passes are those of a training loop now; None: always.
 
     Raises:
         ConfigError: no model among them holds an optimizer's parameters, or reduce_at="step".
@@ -120,12 +124,26 @@ def connect(accelerator: Accelerator, prepared: Sequence[Any]) -> None:
                     "prepare both in one call."
                 )
             if not optimizer.is_attached_to(fitting[0]):
-                _connect(accelerator, one, optimizer, fitting[0])
+                _connect(accelerator, one, optimizer, fitting[0], is_training)
 
 
-def _connect(accelerator: Accelerator, outer: Any, optimizer: CompressedOptimizer, model: nn.Module) -> None:
-    state = accelerator.gradient_state
-    optimizer.attach(model, scaler=accelerator.scaler, is_last_backward=lambda: bool(state.sync_gradients))
+def _connect(
+    accelerator: Accelerator,
+    outer: Any,
+    optimizer: CompressedOptimizer,
+    model: nn.Module,
+    is_training: Callable[[], bool] | None,
+) -> None:
+    state, theirs = accelerator.gradient_state, weakref.ref(accelerator)
+
+    def is_last_backward() -> bool:
+        # The state is the process's, and says yes outside of a loop, too; the optimizer is this accelerator's until it is
+        # freed (free_memory).
+        there = theirs()
+        held = there is not None and any(one is outer for one in there._optimizers)
+        return bool(state.sync_gradients) and held and (is_training is None or is_training())
+
+    optimizer.attach(model, scaler=accelerator.scaler, is_last_backward=is_last_backward)
 
     def after_step(*_: Any) -> None:
         # What AcceleratedOptimizer.step looks at afterwards, with a scaler and without.
@@ -133,17 +151,23 @@ def _connect(accelerator: Accelerator, outer: Any, optimizer: CompressedOptimize
         outer._accelerate_step_called = not optimizer.step_was_skipped
 
     optimizer.register_step_post_hook(after_step)
-    accelerator.save_state = _consolidating(accelerator.save_state, optimizer)  # type: ignore[method-assign]
+    if not hasattr(accelerator.save_state, _OURS):
+        accelerator.save_state = _consolidating(accelerator)  # type: ignore[method-assign]
 
 
-def _consolidating(save: Callable[..., Any], optimizer: CompressedOptimizer) -> Callable[..., Any]:
+def _consolidating(accelerator: Accelerator) -> Callable[..., Any]:
     """`accelerator.save_state`, which all ranks call."""
+    save = accelerator.save_state
 
     @functools.wraps(save)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        optimizer.consolidate_error_memory()
+        for one in accelerator._optimizers:  # those that it saves
+            optimizer = get(one)
+            if isinstance(optimizer, CompressedOptimizer):
+                optimizer.consolidate_error_memory()
         return save(*args, **kwargs)
 
+    setattr(wrapped, _OURS, True)
     return wrapped
 
 

@@ -8,14 +8,13 @@
 
 The protocol. No event of a callback lies between Trainer's backward pass and its clipping, and none tells of the wrapped
 model before a checkpoint is loaded into it. So the callback finds its Trainer when that has been built (`on_init_end`) and
-goes around five of the instance's methods; everything else is Trainer's:
+goes around four of the instance's methods; everything else is Trainer's:
 
     create_optimizer                 what it returns is wrapped, if the callback was given a compressor
     accelerator.prepare              then the optimizer is attached to the wrapped model; see `accelerate`
     _save_optimizer_and_scheduler    all ranks come here before rank 0 alone takes the optimizer's state: the error memory
                                      is averaged first
     log                              figures are added to each log of a loss, hence to TensorBoard, W&B, and the console
-    train                            (only looked at: a callback that was added too late is noticed)
 
 Gradients are averaged at the end of the last micro-batch's backward, before Trainer clips; `grad_norm` is that of the
 averaged gradient. With DeepSpeed, the section goes into its configuration, and `lowrank_comm.integrations.deepspeed` does
@@ -49,6 +48,13 @@ __all__ = ["CompressionCallback"]
 _log = logging.getLogger("lowrank_comm")
 _WHO = "CompressionCallback"
 _TESTED = "5.23.0"
+_REFUSED = {
+    "auto_find_batch_size": "the model is wrapped anew in the middle of training. Set it to False, and "
+    "per_device_train_batch_size.",
+    "enable_jit_checkpoint": "ranks save by timers of their own, perhaps in different steps, and the averaging of the error "
+    "memory takes all of them in one. Set it to False, and save_steps.",
+}
+"""Arguments that cannot go with compression, and why."""
 _SAVING = "_save_optimizer_and_scheduler"
 
 
@@ -73,6 +79,13 @@ class CompressionCallback(TrainerCallback):
         self.compression = compression
         self._trainer: weakref.ref[Trainer] | None = None
         self._figures: Figures | None = None
+        self._made: weakref.ref[CompressedOptimizer] | None = None
+
+    def detach(self) -> None:
+        """Give the model back: the optimizer that was made for this callback averages no more backward passes of it."""
+        made = self._made() if self._made is not None else None
+        if made is not None:
+            made.detach()
 
     @property
     def compressing(self) -> Compressing | None:
@@ -143,6 +156,9 @@ class CompressionCallback(TrainerCallback):
                 f"{_WHO}: TrainingArguments(deepspeed=...) is set, and accelerate does not use DeepSpeed, as with "
                 "ACCELERATE_USE_CPU=true in the environment. Unset it; on a CPU, DS_ACCELERATOR=cpu is enough."
             )
+        for key, why in _REFUSED.items():
+            if getattr(trainer.args, key, False):
+                raise UnsupportedError(f"{_WHO}: TrainingArguments({key}=True) is not possible with compression: {why}")
         refuse_fsdp1(trainer.accelerator, _WHO)
         if self.compression is None:
             raise ConfigError(
@@ -150,6 +166,8 @@ class CompressionCallback(TrainerCallback):
                 "CompressionCallback(PowerSGDPlus(rank=4)), or give it the CompressedOptimizer that Trainer was given."
             )
         theirs, compressed = trainer.optimizer, isinstance(self.compression, CompressedOptimizer)
+        inner = get(theirs)
+        theirs = inner if isinstance(inner, CompressedOptimizer) else theirs
         if isinstance(theirs, AcceleratedOptimizer) and get(theirs) is None:
             raise ConfigError(f"{_WHO}: this Trainer has trained without compression already; build it anew.")
         if compressed and theirs is not self.compression:
@@ -181,8 +199,14 @@ class CompressionCallback(TrainerCallback):
                 return optimizer
             optimizer = trainer.optimizer  # a subclass may set it and forget to return it
             if get(optimizer) is None and not isinstance(optimizer, CompressedOptimizer):
-                assert isinstance(callback.compression, Compressor | Mapping)
+                if not isinstance(callback.compression, Compressor | Mapping):
+                    raise ConfigError(
+                        f"{_WHO}: create_optimizer() made a {type(optimizer).__name__} in the place of the "
+                        "CompressedOptimizer; give the callback a compressor: CompressionCallback(PowerSGDPlus(rank=4))."
+                    )
+                callback.detach()  # the optimizer of an earlier trial or train()
                 trainer.optimizer = optimizer = around(optimizer, callback.compression)
+                callback._made = weakref.ref(optimizer)
             _connect_when_prepared(trainer)
             return optimizer
 
@@ -237,7 +261,7 @@ def _connect_when_prepared(trainer: Trainer) -> None:
         if there is not None and optimizers:
             # A model that was sharded when it was loaded, or prepared in an earlier train(), does not come along.
             models = [one for one in several if isinstance(one, nn.Module)] or [there.model_wrapped]
-            connect(accelerator, [*models, *optimizers])
+            connect(accelerator, [*models, *optimizers], lambda: (now := owner()) is not None and bool(now.is_in_train))
         return result
 
     wrapped._lowrank_comm = True  # type: ignore[attr-defined]

@@ -99,6 +99,11 @@ class AttachedOptimizer(OptimizerWithReducer):
         """Let the engine of a wrapped model take the place of that of a plain one."""
         if self._reducer is not None and self._reducer.has_passed:
             raise ConfigError("attach: the optimizer has made steps already; call attach(model) before the first one.")
+        if self._reducer is not None and self._reducer.step > 0:
+            raise ConfigError(
+                "attach: a state was loaded into the optimizer already, and its error memory would be lost; load the state "
+                "dict after attach (with Accelerate and Trainer, after prepare: load_state, resume_from_checkpoint)."
+            )
         other = _attached[model]() if model in _attached else None
         if other is not None and other is not self:
             raise ConfigError(

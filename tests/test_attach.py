@@ -380,3 +380,41 @@ def test_averaging_in_step_contradicts_it() -> None:
     optimizer = CompressedOptimizer(base, PowerSGD(rank=1), reduce_at="step")
     with pytest.raises(ConfigError, match='reduce_at="step" averages gradients after whoever clips'):
         optimizer.attach(model, is_last_backward=lambda: True)
+
+
+def test_a_state_that_was_loaded_before_is_not_lost() -> None:
+    model = nn.Linear(16, 16)
+    first = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(rank=1))
+    model(torch.randn(4, 16)).sum().backward()
+    first.step()
+    state = first.state_dict()
+    first.detach()
+    again = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(rank=1))
+    again.load_state_dict(state)
+    before = again.error_memory()["weight"].clone()
+    again.attach(model)  # a plain model goes on as it is
+    assert torch.equal(again.error_memory()["weight"], before)
+
+
+def load_then_attach(rank: int) -> str:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16)
+    first = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(rank=1))
+    model(torch.randn(4, 16)).sum().backward()
+    first.step()
+    first.consolidate_error_memory()
+    state = first.state_dict()
+    first.detach()
+    model.zero_grad()
+    again = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(rank=1))
+    again.load_state_dict(state)
+    try:
+        again.attach(DistributedDataParallel(model))
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_state_is_loaded_after_attach(gloo: GlooPool) -> None:
+    for said in gloo.run(load_then_attach, 2):
+        assert "load the state dict after attach" in said

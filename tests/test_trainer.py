@@ -264,6 +264,9 @@ def test_wrong_use_is_said_when_trainer_is_built(gloo: GlooPool, folder: Path) -
         assert 'reduce_at="step"' in said["reduces too late"]
         assert "belongs to another Trainer" in said["reused"]
         assert said["a subclass that returns no optimizer"] == "no error"
+        assert "made a SGD in the place" in said["a subclass with an optimizer of its own"]
+        assert "auto_find_batch_size=True) is not possible" in said["batch sizes found out"]
+        assert "enable_jit_checkpoint=True) is not possible" in said["saving by timers"]
         assert "FSDP2" in said["fsdp1"]
         assert "UnsupportedError" in said["fsdp1"]
         assert "did you mean 'rank'" in said["unknown key"]
@@ -287,6 +290,16 @@ def test_frozen_parts(gloo: GlooPool, folder: Path) -> None:
     assert "embed_tokens" not in plan
     assert moved > 0
     assert frozen_moved == 0
+
+
+def test_nothing_is_averaged_outside_of_training(gloo: GlooPool, folder: Path) -> None:
+    for after, alone, later in gloo.run(mishaps.outside_of_training, 2, str(folder / "outside")):
+        assert after == alone == later == 3
+
+
+def test_every_trial_has_an_optimizer_of_its_own(gloo: GlooPool, folder: Path) -> None:
+    for steps in gloo.run(mishaps.trials, 2, str(folder / "trials")):
+        assert steps == [3, 3]
 
 
 def test_a_second_train_goes_on(gloo: GlooPool, folder: Path) -> None:

@@ -94,6 +94,21 @@ def wrong_use(rank: int, folder: str) -> dict[str, str]:
 
     said["a subclass that returns no optimizer"] = message(forgetful)
 
+    def replaced() -> None:
+        class Own(Trainer):
+            def create_optimizer(self, model: Any = None) -> Any:
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+                return self.optimizer
+
+        with run_of(folder, steps=2) as (model, args):
+            mine = compressed(model)
+            callbacks = [CompressionCallback(mine)]
+            Own(model, args, train_dataset=Sentences(), optimizers=(mine, None), callbacks=callbacks).train()
+
+    said["a subclass with an optimizer of its own"] = message(replaced)
+    build("batch sizes found out", False, RANK_2, auto_find_batch_size=True)
+    build("saving by timers", False, RANK_2, enable_jit_checkpoint=True)
+
     def too_late() -> None:
         with run_of(folder) as (model, args):
             mine = compressed(model, reduce_at="step")
@@ -150,6 +165,38 @@ def frozen_parts(rank: int, folder: str) -> tuple[str, float, float]:
         rows = "\n".join(row.name for row in trainer.optimizer.optimizer.plan.rows)
         frozen = sum(moved.pop(name) for name in list(moved) if "embed_tokens" in name)
         return rows, min(moved.values()), frozen
+
+
+def outside_of_training(rank: int, folder: str) -> tuple[int, int, int]:
+    """After train(): another backward of the model, on one rank alone; then an uncompressed Trainer on the same model."""
+    with run_of(folder) as (model, args):
+        callback = CompressionCallback(RANK_2)
+        trainer = Trainer(model, args, train_dataset=Sentences(), callbacks=[callback])
+        trainer.train()
+        source = callback.compressing
+        after = source.ledger.steps  # type: ignore[union-attr]
+        if rank == 0:
+            example = {key: value[None] for key, value in Sentences()[0].items()}
+            model(**example).loss.backward()
+            model.zero_grad()
+        alone = source.ledger.steps  # type: ignore[union-attr]
+    with run_of(folder) as (_, args):
+        Trainer(model, args, train_dataset=Sentences()).train()
+        return after, alone, source.ledger.steps  # type: ignore[union-attr]
+
+
+def trials(rank: int, folder: str) -> list[int]:
+    """With model_init every train() has a new model and optimizer; steps of each."""
+    found = []
+    with run_of(folder) as (_, args):
+        callback = CompressionCallback(RANK_2)
+        trainer = Trainer(
+            args=args, train_dataset=Sentences(), callbacks=[callback], model_init=lambda: new_model("ddp", Path(folder))
+        )
+        for _ in range(2):
+            trainer.train()
+            found.append(callback.compressing.reducer.step)  # type: ignore[union-attr]
+    return found
 
 
 def two_trains(rank: int, folder: str) -> tuple[int, int]:
