@@ -21,7 +21,7 @@ A worker may be a node whose ranks hold blocks of the parameters (`shards`): the
 inside the node, so that no rank steps if another one's block was vetoed.
 
 All state is keyed by parameter name. Order of batches and requests follows the order of the slots, the same on all
-workers. `exchange` is a generator that yields buffers to be summed, so that a process group and the simulation of N
+workers. `exchange` is a generator that yields what is to be exchanged, so that a process group and the simulation of N
 workers in one process run the same code.
 """
 
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, Slot
+from .communication.exchanges import Exchange
 from .compressors.base import Context, Delta, LowRank, Result, Steps
 from .errors import LowRankCommError
 from .linalg import full_precision
@@ -90,7 +91,7 @@ class _Passed:
 class _Flight:
     """A bucket on its way: its generator, and the collectives that have been started for it."""
 
-    passing: Generator[list[Tensor], int, _Passed]
+    passing: Generator[list[Exchange], int, _Passed]
     works: list[Any]
 
 
@@ -150,7 +151,7 @@ class Reducer(ReducerState):
                 except StopIteration as end:
                     passed.append(end.value)
                     continue
-                flight.works = self.group.start_sum(buffers)
+                flight.works = self.group.start(buffers)
                 going.append(flight)
             return self.finish(grads, scale, passed)
 
@@ -166,7 +167,7 @@ class Reducer(ReducerState):
         self.ensure_agreed()
         with full_precision(self.device):
             passing = self.exchange(self.buckets[k], grads, scale)
-            self._flights.append(_Flight(passing, self.group.start_sum(next(passing))))
+            self._flights.append(_Flight(passing, self.group.start(next(passing))))
 
     @property
     def begun(self) -> int:
@@ -184,8 +185,8 @@ class Reducer(ReducerState):
     @torch.no_grad()
     def exchange(
         self, bucket: Bucket, grads: Sequence[Tensor | None], scale: float
-    ) -> Generator[list[Tensor], int, _Passed]:
-        """The pass of a bucket as a generator: yields buffers to be summed over the workers in place, is sent how many
+    ) -> Generator[list[Exchange], int, _Passed]:
+        """The pass of a bucket as a generator: yields what is to be exchanged between the workers, is sent how many
         collectives that took. `reduce` drives it over the process group; `finish` takes what it returns."""
         self._check(grads, bucket)
         clock = time.perf_counter()
@@ -337,6 +338,8 @@ class Reducer(ReducerState):
                 batch.context.only(rows),
                 t=self.step,
                 restart=restart,
+                worker=self.group.rank,
+                workers=self.group.size,
                 wire_rounds=self._wire_dtype is not None and self._wire_dtype.itemsize < batch.dtype.itemsize,
             )
             jobs.append(_Job(batch, None if whole else rows, context))
