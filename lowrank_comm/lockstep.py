@@ -60,11 +60,12 @@ class Agreed:
 @dataclass
 class Account:
     """Bytes by kind, collectives, and host seconds by phase of one pass; filled while it runs, vetoed or not. `inside`:
-    bytes by kind between the ranks of a node."""
+    bytes by kind between the ranks of a node; `surplus`: see `communication.ledger`."""
 
     bytes: Counter[str] = field(default_factory=Counter)
     inside: Counter[str] = field(default_factory=Counter)
     collectives: int = 0
+    surplus: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: {"compress": 0.0, "communicate": 0.0})
 
 
@@ -142,6 +143,7 @@ def lockstep(
         if first:
             packet.write(control, (~packet.all_sound()).to(numbers_of_control))
         account.bytes.update(packet.bytes)
+        account.surplus += packet.surplus
         account.seconds["compress"] += time.perf_counter() - clock
         clock = time.perf_counter()
         account.collectives += yield packet.exchanges

@@ -13,9 +13,9 @@ What is sent is what the codes decode to, so that the rounding error stays in th
 
 How codes are averaged (see `communication.packet`): the blocks are dealt out among the workers; each receives everyone's
 codes of its share (all-to-all), averages them, rounds the mean to codes again, and everyone receives those (all-gather).
-So a worker hands over twice the codes, whatever N, where gathering everyone's would take N times. The second rounding is
-made by one worker for all, which books N times what it took off as its own: the mean of what the workers sent is then
-what all apply.
+So 2 (N - 1) / N times the codes go over each link, as in an all-reduce, where gathering everyone's would take N - 1 times.
+The second rounding is made by one worker for all, which books N times what it took off as its own: the mean of what the
+workers sent is then what all apply.
 """
 
 from __future__ import annotations

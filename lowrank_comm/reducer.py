@@ -111,7 +111,8 @@ class Reducer(ReducerState):
         compressor: the scheme.
         group: the workers.
         min_compression_rate, rules: see `policy`.
-        error_feedback: how the error memory is kept.
+        error_feedback: its form, and how the error memory is kept.
+        quantization: what travels as codes.
         wire_dtype: "bfloat16", "float16", "float32", "float64", or None for the wider of float32 and the parameter's dtype.
         seed: of all random draws.
         initial_basis: parameter name -> Q (n x r) to start from, instead of a Gaussian one.
@@ -205,6 +206,8 @@ class Reducer(ReducerState):
             device=self.device,
             account=account,
             shards=self.shards,
+            quantization=self.schemes.quantization,
+            noise=self.schemes.noise(self.buckets.index(bucket), self.step, self.group.rank),
         )
         for job, result in zip(jobs, agreed.results if agreed else (), strict=False):
             job.result = result
@@ -248,6 +251,7 @@ class Reducer(ReducerState):
         for one in passed:
             account.bytes.update(one.account.bytes)
             account.collectives += one.account.collectives
+            account.surplus += one.account.surplus
             for phase, seconds in one.account.seconds.items():
                 account.seconds[phase] += seconds
         self._count_inside(account)
@@ -323,11 +327,11 @@ class Reducer(ReducerState):
     def _steps(self, job: _Job, grads: Sequence[Tensor | None], scale: float) -> Steps:
         """The compressor's generator; Delta is made when it is first advanced, just before it is read."""
         job.delta = job.batch.delta(grads, scale, job.rows)
-        return (yield from self.compressor.step(job.delta, job.batch.rows_of_state(job.rows), job.context))
+        return (yield from job.batch.compressor.step(job.delta, job.batch.rows_of_state(job.rows), job.context))
 
     def _jobs(self, batch: Batch) -> list[_Job]:
         """The batch as one job, or as two where only some of its matrices restart."""
-        due = [bool(self._schedule and self._schedule.due(name, self.step)) for name in batch.names]
+        due = [self._due(name) for name in batch.names]
         jobs = []
         for restart in (False, True):
             rows = [row for row, is_due in enumerate(due) if is_due == restart]
@@ -383,7 +387,7 @@ class Reducer(ReducerState):
         restarts = sum(len(job.indices) for job in jobs if job.context.restart)
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
-        self.ledger.enter(account.bytes, account.collectives, full, applied)
+        self.ledger.enter(account.bytes, account.collectives, full, applied, account.surplus)
         self.ledger.clock(account.seconds)
 
 

@@ -45,8 +45,8 @@ class CodedMean:
 
     @property
     def bytes(self) -> list[int]:
-        """Of each tensor: its codes to the others, and the codes of as many means."""
-        return [2 * self._rows(t)[0] * self._format.bytes(self._rows(t)[1]) for t in self._tensors]
+        """Of each tensor, as if its codes were summed by an all-reduce: the two legs carry as much over each link."""
+        return [self._rows(t)[0] * self._format.bytes(self._rows(t)[1]) for t in self._tensors]
 
     @property
     def numbers(self) -> Tensor:

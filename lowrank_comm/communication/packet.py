@@ -62,6 +62,7 @@ class Packet:
         self._to_check: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self.bytes: Counter[str] = Counter()
+        self.surplus = 0.0
 
     def add(self, tensor: Tensor, kind: str, averaged: bool, format: Format | None = None) -> int:
         """Put a tensor in, to be averaged (as codes, if `format` is given) or summed; returns its number. `kind` is the
@@ -96,6 +97,7 @@ class Packet:
             self._gathers.append((AllGather(own, own.new_empty(self._workers, own.numel())), members))
             self._to_check.append(own)
             self._count(members, wire)
+            self.surplus += own.nbytes * (self._workers / 2 - 1) if self._workers > 1 else 0.0
         for (wire, _), members in self._grouped(gathered=False).items():
             members.sort(key=lambda k: not self._entries[k].averaged)  # stable: the averaged ones come first
             buffer = torch.cat([self._on_wire(self._entries[k], wire) for k in members])

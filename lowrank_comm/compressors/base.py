@@ -202,6 +202,7 @@ class Context:
         wire_rounds: whether the wire dtype is narrower than the dtype of the computation.
         m: rows of the whole matrices.
         rows: those of them that this rank holds.
+        round: of several on what is left of the same matrices (`feedback.Rounds`), each with draws of its own.
         worker: this worker's number, from 0; for private draws and for its own part of a gathered answer only.
         workers: N.
     """
@@ -214,6 +215,7 @@ class Context:
     wire_rounds: bool = False
     m: int = 0
     rows: slice = field(default_factory=lambda: slice(None))
+    round: int = 0
     worker: int = 0
     workers: int = 1
 
@@ -231,6 +233,7 @@ class Context:
         return uniform(self.seed, self.names, self.t, self._whose(purpose, private), shape, like.dtype, like.device)
 
     def _whose(self, purpose: str, private: bool) -> str:
+        purpose = f"{purpose} of round {self.round}" if self.round else purpose
         return f"{purpose} of worker {self.worker}" if private else purpose
 
 
@@ -257,6 +260,10 @@ class Compressor(abc.ABC):
             delta >= 0 in between: what error feedback needs.
         unbiased: E C(Delta) = Delta: what does without error feedback.
         feedback: form of error feedback unless another one is asked for; see `error_feedback.FORMS`.
+        private: symbols of the state that differ between workers; all others have the same bits on all.
+        projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T P, in every step, so that norms
+            follow from Q_i and the error.
+        gathers: what it sends is gathered and not averaged: each worker receives N - 1 times as much.
     """
 
     rank: int = field(default=4)
@@ -268,6 +275,9 @@ class Compressor(abc.ABC):
     contractive: ClassVar[bool] = True
     unbiased: ClassVar[bool] = False
     feedback: ClassVar[str] = "ef14"
+    private: ClassVar[tuple[str, ...]] = ()
+    projects: ClassVar[bool] = False
+    gathers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checked_positive_int(type(self).__name__, "rank", self.rank)

@@ -66,6 +66,7 @@ class PowerSGD(Compressor):
 
     json_name: ClassVar[str] = "powersgd"
     row_blocks: ClassVar[bool] = True
+    projects: ClassVar[bool] = True
 
     def elements(self, m: int, n: int, r: int) -> int:
         return r * (m + n)
