@@ -264,6 +264,8 @@ def _initial_state(
     state = compressor.initial_state(context, m, n, like)
     for row, name in enumerate(context.names):
         if name in initial_basis:
+            if "Q" not in state:
+                raise ConfigError(f"initial_basis names {name!r}, but {compressor.json_name} has no Q; leave it out.")
             state["Q"][row] = _checked_basis(name, initial_basis[name], n, context.rank, context, state["Q"][row])
     return state
 
