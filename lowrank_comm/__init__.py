@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .compressors import Acp, Compressor, GreedyLore, Identity, PowerSGD, PowerSGDPlus
+from .compressors import Acp, Atomo, Compressor, GreedyLore, Identity, PowerSGD, PowerSGDPlus
 from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
 from .optimizer import CompressedOptimizer
 from .watching import Figures, StepLog
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Acp",
+    "Atomo",
     "CompressedOptimizer",
     "Compressor",
     "ConfigError",
