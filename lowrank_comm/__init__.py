@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .compressors import Compressor, Identity, PowerSGD, PowerSGDPlus
+from .compressors import Acp, Atomo, Compressor, GreedyLore, Identity, PowerSGD, PowerSGDPlus
 from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
 from .optimizer import CompressedOptimizer
 from .watching import Figures, StepLog
@@ -20,11 +20,14 @@ if not (Path(__file__).parent / "integrations").is_dir() and (Path(__file__).par
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acp",
+    "Atomo",
     "CompressedOptimizer",
     "Compressor",
     "ConfigError",
     "ConfigMismatchError",
     "Figures",
+    "GreedyLore",
     "Identity",
     "LowRankCommError",
     "PowerSGD",

@@ -278,7 +278,9 @@ def _initial_state(
     """The compressor's state before the first step, with the given bases in the place of drawn ones."""
     state = compressor.initial_state(context, m, n, like)
     for row, name in enumerate(context.names):
-        if name in initial_basis and "Q" in state:
+        if name in initial_basis:
+            if "Q" not in state:
+                raise ConfigError(f"initial_basis names {name!r}, but {compressor.json_name} has no Q; leave it out.")
             state["Q"][row] = _checked_basis(name, initial_basis[name], n, context.rank, context, state["Q"][row])
     return state
 

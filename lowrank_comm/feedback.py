@@ -64,6 +64,14 @@ class _Around(Compressor):
 
     inner: Compressor
 
+    @property
+    def json_name(self) -> str:  # type: ignore[override]
+        return self.inner.json_name
+
+    @property
+    def gathers(self) -> bool:  # type: ignore[override]
+        return self.inner.gathers
+
     def elements(self, m: int, n: int, r: int) -> int:
         return self.inner.elements(m, n, r)
 

@@ -311,7 +311,7 @@ class _Inside:
         if self.shards.size == 1:
             parts = request.matrices.new_zeros(count, rows, request.columns)
             if mine:
-                parts[mine] = request.compute(request.matrices[mine])
+                parts[mine] = request.of(request.matrices[mine], mine)
             return parts
         kept = []
         for index in range(count):
@@ -320,7 +320,7 @@ class _Inside:
                 kept.append(matrix)
         whole = request.matrices.new_zeros(count, request.m, request.columns)
         if kept:
-            whole[mine] = request.compute(torch.cat(kept))
+            whole[mine] = request.of(torch.cat(kept), mine)
         self.shards.sum_([whole], "rows")
         return whole[:, self.shards.block(request.m)]
 

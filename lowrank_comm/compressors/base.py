@@ -61,14 +61,21 @@ class ComputeOnce:
     and give it to everyone. Answer: (B, rows, columns), the rows of it that this rank holds.
 
     `compute(matrices)` takes (b, m, n) of whole matrices and returns (b, m, columns). It is called with this worker's
-    share only. For results that equal input does not determine bit by bit, such as singular vectors.
+    share only. For results that equal input does not determine bit by bit, such as singular vectors. With `indexed`, it is
+    called as `compute(matrices, indices)`, with their places in the batch, for draws by name.
     """
 
     matrices: Tensor
     m: int
     columns: int
-    compute: Callable[[Tensor], Tensor]
+    compute: Callable[..., Tensor]
     kind: str = "broadcast"
+    indexed: bool = False
+
+    def of(self, matrices: Tensor, indices: list[int]) -> Tensor:
+        """The result for those of the matrices that have these places."""
+        result: Tensor = self.compute(matrices, indices) if self.indexed else self.compute(matrices)
+        return result
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,11 @@ class Delta:
     def tensor(self) -> Tensor:
         """The matrices themselves."""
         return self._tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Theirs, (B, m, n); costs nothing."""
+        return tuple(self._tensor.shape)
 
     def times(self, q: Tensor) -> Tensor:
         """Delta Q, (B, m, r). q: (B, n, r)."""
@@ -295,8 +307,12 @@ class Compressor(abc.ABC):
         """One step of a batch; see the module's text for the protocol."""
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        """Elements of a step with a restart; as an ordinary step where there are none."""
+        """Elements of a step with a restart; as an ordinary step where there are none. The most, where restarts differ."""
         return self.elements(m, n, r)
+
+    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+        """Elements of step t exactly, for schemes whose ordinary steps or restarts are not all alike."""
+        return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
         """When each parameter restarts, or None for schemes without restarts. costs: name -> elements of its restart."""
