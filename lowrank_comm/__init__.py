@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .compressors import Compressor, Identity, PowerSGD, PowerSGDPlus
+from .compressors import Compressor, GaLore, GoLore, Identity, PowerSGD, PowerSGDPlus, RandomProjection
 from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
 from .optimizer import CompressedOptimizer
 from .watching import Figures, StepLog
@@ -25,10 +25,13 @@ __all__ = [
     "ConfigError",
     "ConfigMismatchError",
     "Figures",
+    "GaLore",
+    "GoLore",
     "Identity",
     "LowRankCommError",
     "PowerSGD",
     "PowerSGDPlus",
+    "RandomProjection",
     "StateMismatchError",
     "StepLog",
     "UnsupportedError",

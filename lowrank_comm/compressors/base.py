@@ -32,6 +32,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -162,6 +163,16 @@ class Delta:
     def tensor(self) -> Tensor:
         """The matrices themselves."""
         return self._tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, m, n), without forming them."""
+        return self._tensor.shape
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of their dtype and device."""
+        return self._tensor.new_empty(0)
 
     def times(self, q: Tensor) -> Tensor:
         """Delta Q, (B, m, r). q: (B, n, r)."""
