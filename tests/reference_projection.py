@@ -1,6 +1,6 @@
 """GaLore and GoLore in NumPy, as schemes of communication and as AdamW in the projected space, written from the papers'
-descriptions. Nothing of the compressors is used; random subspaces are made of the numbers of `randomness.gaussian`, which are
-part of what is specified."""
+descriptions. Nothing of the compressors is used; random subspaces are made of the numbers of `randomness.gaussian`, which
+are part of what is specified."""
 
 from __future__ import annotations
 

@@ -1,59 +1,27 @@
-"""GaLore and GoLore as schemes of communication: against NumPy, in bytes, in expectation, over gloo, and in GaLore's trap."""
+"""GaLore and GoLore as schemes of communication: against NumPy, in bytes, in expectation, over gloo, in GaLore's trap."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from driver import dense, drive, simulation
+from driver import dense, simulation
 from gloo import GlooPool
+from projections import ByHand, distance_in_standard_errors, draws, given, relative
 from reference import gradient, spectrum_matrix
 from reference_projection import Projection
 from torch import Tensor
 
 from lowrank_comm import CompressedOptimizer, ConfigError, GaLore, GoLore
 from lowrank_comm.communication.topology import grid
-from lowrank_comm.compressors.base import Compressor, Context, Result
+from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.linalg import leading_left_singular_vectors
 from lowrank_comm.simulation import Simulation
 
 SHAPES = {"tall": (12, 7), "wide": (7, 12), "square": (9, 9)}
 SIDES = ("short", "long")
-
-
-class ByHand:
-    """N workers that repeat `drive` on matrices of one shape, with or without error feedback."""
-
-    def __init__(self, compressor: Compressor, names: tuple[str, ...], shape: tuple[int, int], workers: int, ef: bool):
-        self.compressor, self.names, self.shape, self.ef, self.t = compressor, names, shape, ef, 0
-        self.rank = min(compressor.rank, *shape)
-        like = torch.empty(0, dtype=torch.float64)
-        context = Context(names, -1, 0, self.rank, m=shape[0])
-        self.states = [compressor.initial_state(context, *shape, like) for _ in range(workers)]
-        self.errors = [torch.zeros(len(names), *shape, dtype=torch.float64) for _ in range(workers)]
-
-    def step(self, gradients: Sequence[Tensor]) -> list[Result]:
-        schedule = self.compressor.schedule(dict.fromkeys(self.names, 1))
-        due = schedule is not None and schedule.due(self.names[0], self.t)
-        context = Context(self.names, self.t, 0, self.rank, restart=due, m=self.shape[0])
-        deltas = [g + e for g, e in zip(gradients, self.errors, strict=True)]
-        results = drive(self.compressor, deltas, self.states, context)
-        self.states = [result.state for result in results]
-        if self.ef:
-            self.errors = [delta - dense(result.sent) for delta, result in zip(deltas, results, strict=True)]
-        self.t += 1
-        return results
-
-
-def given(shape: tuple[int, ...], t: int, workers: int) -> list[Tensor]:
-    return [torch.from_numpy(gradient(shape, t, worker)) for worker in range(workers)]
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 # --- against NumPy ---------------------------------------------------------------------------------------------------
@@ -187,18 +155,6 @@ def test_a_parameter_that_comes_between_two_refreshes_has_a_subspace() -> None:
 
 
 # --- in expectation --------------------------------------------------------------------------------------------------
-
-
-def draws(compressor: Compressor, matrix: Tensor, count: int) -> Tensor:
-    """C(matrix) for `count` draws of the subspace."""
-    names = tuple(f"w{k}" for k in range(count))
-    return dense(ByHand(compressor, names, tuple(matrix.shape), 1, False).step([matrix.expand(count, -1, -1)])[0].applied)
-
-
-def distance_in_standard_errors(sample: Tensor, expected: Tensor) -> float:
-    """Of the mean of the sample, at the worst entry."""
-    error = sample.std(dim=0) / len(sample) ** 0.5
-    return float(((sample.mean(dim=0) - expected).abs() / error).max())
 
 
 @pytest.mark.parametrize(("shape", "side"), [((8, 5), "short"), ((5, 8), "short"), ((8, 5), "long")])
@@ -342,9 +298,8 @@ def test_golore_of_rows_in_blocks_equals_itself(gloo: GlooPool, compressor: Comp
 
 def refused(rank: int) -> str:
     try:
-        CompressedOptimizer(
-            torch.optim.SGD({"w": torch.nn.Parameter(torch.zeros(8, 8))}.items()), GaLore(2), grid(2), shard_scope="matrix"
-        ).reducer  # noqa: B018 - made when it is first asked for
+        base = torch.optim.SGD({"w": torch.nn.Parameter(torch.zeros(8, 8))}.items())
+        str(CompressedOptimizer(base, GaLore(2), grid(2), shard_scope="matrix").plan)
     except NotImplementedError as error:
         return str(error)
     return ""
@@ -359,7 +314,7 @@ def test_galore_of_rows_in_blocks_is_refused(gloo: GlooPool) -> None:
 
 def squared_gradient(compressor: Compressor | None, sigma: float, steps: int = 4_000, rate: float = 0.01) -> float:
     """Of f(X) = ||A X||^2 / 2, n = 10, r = 4, A = [I_6, 0], from X = I / 2 on the first six; the noise is +-sigma times the
-    identity on the last 4 x 4 block, which f does not see. Plain SGD without error feedback; the mean over the last tenth."""
+    identity on the last 4 x 4 block, which f does not see. SGD without error feedback; the mean over the last tenth."""
     n, r = 10, 4
     mask = torch.zeros(n, 1, dtype=torch.float64)
     mask[: n - r] = 1.0
