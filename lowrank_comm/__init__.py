@@ -11,6 +11,7 @@ from pathlib import Path
 from .compressors import Compressor, GaLore, GoLore, Identity, PowerSGD, PowerSGDPlus, RandomProjection
 from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
 from .optimizer import CompressedOptimizer
+from .projected import ProjectedAdamW, ProjectedSGD
 from .watching import Figures, StepLog
 
 # In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside this one.
@@ -31,6 +32,8 @@ __all__ = [
     "LowRankCommError",
     "PowerSGD",
     "PowerSGDPlus",
+    "ProjectedAdamW",
+    "ProjectedSGD",
     "RandomProjection",
     "StateMismatchError",
     "StepLog",
