@@ -108,7 +108,7 @@ def test_one_worker_with_nan_stops_all_and_changes_nothing(gloo: GlooPool, kind:
 
 
 def some_are_missing(rank: int, kind: str) -> list[dict[str, Tensor]]:
-    """Rank 0 has no gradient for `wide` and `bias` at step 2 and at the refresh 4; nobody has one for `square` and `filter`."""
+    """At step 2 and at the refresh 4 rank 0 has no gradient for `wide` and `bias`, and nobody for `square` and `filter`."""
     held = parameters()
     optimizer = of(kind, held)
     history = []

@@ -1,17 +1,20 @@
-"""What the optimizers in the projected space refuse: bad values, parameters that they cannot serve, states of others."""
+"""What the optimizers in the projected space refuse: bad values, parameters that they cannot serve, states of others,
+workers that differ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError, StateMismatchError, UnsupportedError
+from ..wrapping import fingerprint
 
 if TYPE_CHECKING:
+    from .averaging import Entry
     from .optimizer import ProjectedOptimizer
 
 
@@ -64,3 +67,36 @@ def check_saved(optimizer: ProjectedOptimizer, state_dict: Mapping[str, Any]) ->
                 f"a parameter of shape {tuple(parameter.shape)} has a saved projector of shape {found}, this run one of "
                 f"{expected}; resume with the same model and side={optimizer.side!r} as saved."
             )
+
+
+def described(optimizer: ProjectedOptimizer, entries: Sequence[Entry], with_values: bool) -> dict[str, Any]:
+    """Everything that must be equal on all workers: settings and parameters.
+
+    `with_values`: and the values of parameters and state; at the start and after a load only, since in between unlike
+    processors may have rounded them apart by a last bit.
+    """
+    options = [
+        {key: float(v) if isinstance(v, Tensor) else v for key, v in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+    settings = {
+        **optimizer.settings(),
+        "groups": options,
+        "parameters": {e.name: f"#{k} {tuple(e.parameter.shape)} {e.parameter.dtype}" for k, e in enumerate(entries)},
+    }
+    if not with_values:
+        return settings
+    kept = [
+        value
+        for entry in entries
+        if entry.parameter in optimizer.state
+        for _, value in sorted(optimizer.state[entry.parameter].items())
+        if isinstance(value, Tensor)
+    ]
+    return {
+        **settings,
+        "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)": fingerprint(
+            [entry.parameter for entry in entries]
+        ),
+        "state of the optimizer (load the same on all workers)": fingerprint(kept),
+    }

@@ -38,7 +38,7 @@ from ..errors import ConfigError, LowRankCommError
 from ..first_pass import FirstPass
 from ..loss_scaling import LossScaling
 from ..naming import Namer
-from ..wrapping import fingerprint, only_initialises_state, transformers_uses_deepspeed
+from ..wrapping import only_initialises_state, transformers_uses_deepspeed
 from .averaging import Averaged, Averaging, Entry
 from .checks import check_number, check_parameter, check_saved
 
@@ -101,7 +101,7 @@ class ProjectedOptimizer(Optimizer):
         )
         self._scaling = LossScaling(id(self))
         self._coordinates: dict[Tensor, Tensor] = {}  # parameter -> this worker's R, where gradients are freed
-        self._agreed = self._checked = self._warned_empty = False
+        self._agreed = self._compared = self._checked = self._warned_empty = False
         self._vetoes_in_a_row = 0
         self._names: dict[Tensor, str] = {}
         self._watch: BackwardWatch | None = None
@@ -294,38 +294,12 @@ class ProjectedOptimizer(Optimizer):
             self.ledger.bytes["fingerprint"] += check_same(
                 self._described(entries), self._averaging.group, self._averaging.device
             )
-            self._agreed = True
+            self._agreed = self._compared = True
         if not self._checked:
             self._checked = True
             self._first_pass.check([entry.parameter.grad for entry in entries], self._averaging)
             if not self.free_gradients and self._watch is not None:
                 self._watch.remove()
-
-    def _described(self, entries: list[Entry]) -> dict[str, Any]:
-        options = [
-            {
-                key: float(v) if isinstance(v, Tensor) else v
-                for key, v in group.items()
-                if key not in ("params", "param_names")
-            }
-            for group in self.param_groups
-        ]
-        kept = [
-            value
-            for entry in entries
-            if entry.parameter in self.state
-            for _, value in sorted(self.state[entry.parameter].items())
-            if isinstance(value, Tensor)
-        ]
-        return {
-            **self.settings(),
-            "groups": options,
-            "parameters": {e.name: f"#{k} {tuple(e.parameter.shape)} {e.parameter.dtype}" for k, e in enumerate(entries)},
-            "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)": fingerprint(
-                [entry.parameter for entry in entries]
-            ),
-            "state of the optimizer (load the same on all workers)": fingerprint(kept),
-        }
 
     def _clipping(self, averaged: list[Averaged | None]) -> Tensor | None:
         """Factor of all gradients, on the device; None without clipping."""
@@ -404,4 +378,4 @@ class ProjectedOptimizer(Optimizer):
                 device = parameter.device if value.dim() else "cpu"
                 self.state[parameter][symbol] = value.detach().to(device=device, copy=True)
         self._coordinates.clear()
-        self._agreed = False
+        self._agreed = self._compared = False
