@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .compressors import Acp, Atomo, Compressor, GreedyLore, Identity, PowerSGD, PowerSGDPlus
+from .compressors import (
+    Acp,
+    Atomo,
+    Compressor,
+    GaLore,
+    GoLore,
+    GreedyLore,
+    Identity,
+    PowerSGD,
+    PowerSGDPlus,
+    RandomProjection,
+)
 from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
 from .optimizer import CompressedOptimizer
+from .projected import ProjectedAdamW, ProjectedSGD
 from .watching import Figures, StepLog
 
 # In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside this one.
@@ -27,11 +39,16 @@ __all__ = [
     "ConfigError",
     "ConfigMismatchError",
     "Figures",
+    "GaLore",
+    "GoLore",
     "GreedyLore",
     "Identity",
     "LowRankCommError",
     "PowerSGD",
     "PowerSGDPlus",
+    "ProjectedAdamW",
+    "ProjectedSGD",
+    "RandomProjection",
     "StateMismatchError",
     "StepLog",
     "UnsupportedError",

@@ -8,13 +8,17 @@ from __future__ import annotations
 from .acp import Acp
 from .atomo import Atomo
 from .base import Compressor, Context, LowRank, Result
+from .galore import GaLore
+from .golore import GoLore
 from .greedylore import GreedyLore
 from .identity import Identity
 from .powersgd import PowerSGD
 from .powersgd_plus import PowerSGDPlus
+from .random_projection import RandomProjection
 
 REGISTRY: dict[str, type[Compressor]] = {
-    cls.json_name: cls for cls in (PowerSGD, PowerSGDPlus, Acp, GreedyLore, Atomo, Identity)
+    cls.json_name: cls
+    for cls in (PowerSGD, PowerSGDPlus, Acp, GreedyLore, GaLore, GoLore, Atomo, RandomProjection, Identity)
 }
 
 __all__ = [
@@ -23,10 +27,13 @@ __all__ = [
     "Atomo",
     "Compressor",
     "Context",
+    "GaLore",
+    "GoLore",
     "GreedyLore",
     "Identity",
     "LowRank",
     "PowerSGD",
     "PowerSGDPlus",
+    "RandomProjection",
     "Result",
 ]

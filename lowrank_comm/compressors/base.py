@@ -32,6 +32,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -171,9 +172,14 @@ class Delta:
         return self._tensor
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Theirs, (B, m, n); costs nothing."""
-        return tuple(self._tensor.shape)
+    def shape(self) -> torch.Size:
+        """(B, m, n), without forming them."""
+        return self._tensor.shape
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of their dtype and device."""
+        return self._tensor.new_empty(0)
 
     def times(self, q: Tensor) -> Tensor:
         """Delta Q, (B, m, r). q: (B, n, r)."""
