@@ -93,7 +93,8 @@ class Acp(Compressor):
         if context.restart:
             return (yield from self._restarted(delta, context))
         p, q = state["P"], state["Q"]
-        if self._projects_on_q(*delta.shape[1:], context.rank, context.t):
+        _, m, n = delta.shape
+        if self._projects_on_q(m, n, context.rank, context.t):
             mean, own = yield Mean(delta.times(q))
             following = yield from orthonormal(mean, context, "fill P", in_blocks=False)
             return Result(LowRank(mean, q), LowRank(own, q), {"P": following, "Q": q})
