@@ -15,6 +15,7 @@ from reference import gradient, spectrum_matrix
 from lowrank_comm import Atomo, ConfigError
 from lowrank_comm.compressors.atomo import probabilities, systematic
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.error_feedback import ErrorFeedback
 from lowrank_comm.randomness import uniform
 
 SCHEMES = [Atomo(2), Atomo(2, sampling="bernoulli"), Atomo(2, contractive=True)]
@@ -152,6 +153,13 @@ def test_unbiased_with_the_variance_of_the_formula(sampling: str) -> None:
         assert float(fair.max()) < 4
 
 
+@pytest.mark.parametrize("form", ["ef14", "ef21", "ef21_sgdm"])
+def test_error_feedback_around_the_unbiased_form_is_refused(form: str) -> None:
+    with pytest.raises(ConfigError, match="contractive"):
+        simulation(Atomo(2), {"w": (9, 7)}, error_feedback=ErrorFeedback(form=form))
+    simulation(Atomo(2, contractive=True), {"w": (9, 7)}, error_feedback=ErrorFeedback(form=form))
+
+
 def test_workers_draw_apart() -> None:
     """Equal matrices on four workers: the variance of the mean is a quarter. With shared draws it would be the whole."""
     s, r = SPECTRA["1/k"], 3
@@ -191,16 +199,15 @@ def test_what_each_form_is() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
 def test_fifteen_steps_as_written(shape: tuple[int, int], scheme: Atomo) -> None:
-    """Three workers in NumPy from the library's uniform numbers, with error feedback for every form, as the simulation has
-    it here."""
+    """Three workers in NumPy from the library's uniform numbers; with an error memory for the contractive form only."""
     workers, r = 3, 2
     sim = simulation(scheme, {"w": shape}, workers, seed=8)
+    errors = [np.zeros(shape) for _ in range(workers)]
     for t in range(15):
         gradients = [gradient(shape, t, worker) for worker in range(workers)]
-        before = [sim.error_memory(worker)["w"].numpy().copy() for worker in range(workers)]
         sent = []
         for worker in range(workers):
-            u, s, vt = np.linalg.svd(gradients[worker] + before[worker], full_matrices=False)
+            u, s, vt = np.linalg.svd(gradients[worker] + errors[worker], full_matrices=False)
             p = water_filled(s, r)
             count = 7 if scheme.sampling == "bernoulli" else 1
             name = f"atoms of worker {worker}"
@@ -219,9 +226,11 @@ def test_fifteen_steps_as_written(shape: tuple[int, int], scheme: Atomo) -> None
             sent.append((u * weights) @ vt)
         applied = sim.reduce([{"w": torch.from_numpy(g.copy())} for g in gradients])["w"].numpy()
         np.testing.assert_allclose(applied, sum(sent) / workers, rtol=1e-9, atol=1e-9)
-        for worker in range(workers):
-            after = sim.error_memory(worker)["w"].numpy()
-            np.testing.assert_allclose(after, gradients[worker] + before[worker] - sent[worker], rtol=1e-9, atol=1e-9)
+        assert set(sim.error_memory(0)) == ({"w"} if scheme.contractive else set())
+        if scheme.contractive:
+            errors = [g + e - s for g, e, s in zip(gradients, errors, sent, strict=True)]
+            for worker in range(workers):
+                np.testing.assert_allclose(sim.error_memory(worker)["w"].numpy(), errors[worker], rtol=1e-9, atol=1e-9)
 
 
 def test_independent_draws_are_padded_to_the_largest_count_of_each_matrix() -> None:
@@ -236,8 +245,7 @@ def test_independent_draws_are_padded_to_the_largest_count_of_each_matrix() -> N
         for name, (m, n) in shapes.items():
             counts = []
             for worker in range(workers):
-                given = gradients[worker][name] + sim.error_memory(worker)[name]
-                p = water_filled(torch.linalg.svdvals(given).numpy(), r)
+                p = water_filled(torch.linalg.svdvals(gradients[worker][name]).numpy(), r)
                 purpose = f"atoms of worker {worker}"
                 draw = uniform(2, (name,), t, purpose, (len(p),), torch.float64, torch.device("cpu"))[0].numpy()
                 counts.append(int((draw < p).sum()))

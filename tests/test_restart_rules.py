@@ -54,7 +54,7 @@ def test_the_formulas_of_the_bytes() -> None:
     found = 100 * 50 + 50 * 50
     costs = [greedy.elements_at(100, 50, 2, t, True) for t in range(0, 70, 10)]
     assert costs == [found, between, between, found, between, between, found]
-    assert greedy.restart_elements(100, 50, 2) == found
+    assert greedy.restart_elements(100, 50, 2) == -(-(found + 2 * between) // 3)  # their mean, rounded up
     assert greedy.elements_at(100, 50, 2, 5, False) == 2 * 150
 
 
@@ -68,6 +68,22 @@ def test_compression_is_an_orthogonal_projection(scheme: Compressor) -> None:
             mean = torch.stack(driven.deltas).mean(0)
             applied = dense(results[0].applied)
             assert abs(float((applied * (mean - applied)).sum())) < 1e-10 * float(mean.norm()) ** 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=repr)
+def test_the_report_of_the_norms(scheme: Compressor) -> None:
+    """Captured energy and the norm of the errors, where the orthonormal factor is sometimes P and sometimes Q."""
+    shapes = {"tall": (13, 7), "wide": (6, 11)}
+    sim = simulation(scheme, shapes)
+    for t in range(6):
+        given = checks.drawn(t, 0, shapes)
+        delta = {name: g + sim.error_memory(0)[name] for name, g in given.items()}
+        out = sim.reduce([{name: g.clone() for name, g in given.items()}])
+        total = sum(float(d.norm()) ** 2 for d in delta.values())
+        captured = sum(float(a.norm()) ** 2 for a in out.values()) / total
+        error = sum(float(e.norm()) ** 2 for e in sim.error_memory(0).values()) ** 0.5
+        assert sim.last_reports[0].captured_energy == pytest.approx(captured, rel=1e-9)
+        assert sim.last_reports[0].error_norm == pytest.approx(error, rel=1e-9)
 
 
 # --- power iterations ------------------------------------------------------------------------------------------------

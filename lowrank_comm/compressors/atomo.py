@@ -65,6 +65,7 @@ class Atomo(Compressor):
 
     json_name: ClassVar[str] = "atomo"
     linear: ClassVar[bool] = False
+    gathers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
