@@ -252,6 +252,31 @@ def resumed_is_continued(compressor: Compressor) -> None:
     assert all(torch.equal(e, resumed.error_memory()[name]) for name, e in optimizer.error_memory().items())
 
 
+def only_the_mean_error_matters(compressor: Compressor) -> None:
+    """Three workers, and then one with the mean of their errors and of their gradients: the same for ten steps. With one
+    worker's own error it is not (control)."""
+    three, before = simulation(compressor, SHAPES, 3), 7  # after which nobody has just cleared its errors
+    for t in range(before):
+        three.reduce([drawn(t, worker) for worker in range(3)])
+    one, wrong = simulation(compressor, SHAPES, 1), simulation(compressor, SHAPES, 1)
+    errors, states = [three.error_memory(worker) for worker in range(3)], three.reducers[0].bases()
+    for name in SHAPES:
+        one.reducers[0].set_state(name, sum(error[name] for error in errors) / 3, states[name])
+        wrong.reducers[0].set_state(name, errors[0][name], states[name])
+    for sim in (one, wrong):
+        sim.reducers[0].continue_at(before)
+    differs = False
+    for t in range(before, before + 10):
+        gradients = [drawn(t, worker) for worker in range(3)]
+        mean = {name: sum(g[name] for g in gradients) / 3 for name in SHAPES}
+        expected = three.reduce(gradients)
+        out, other = (sim.reduce([{name: g.clone() for name, g in mean.items()}]) for sim in (one, wrong))
+        for name in SHAPES:
+            assert relative(out[name], expected[name]) < 1e-9, (name, t)
+            differs |= relative(other[name], expected[name]) > 1e-2
+    assert differs
+
+
 STEPS = 8
 
 
@@ -301,3 +326,4 @@ COMMON: list[Callable[[Compressor], None]] = [
     a_narrow_wire_keeps_what_it_rounds,
     resumed_is_continued,
 ]
+LINEAR = [*COMMON, only_the_mean_error_matters]

@@ -15,6 +15,7 @@ from reference import gradient, spectrum_matrix
 from lowrank_comm import Atomo, ConfigError
 from lowrank_comm.compressors.atomo import probabilities, systematic
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.config import Section
 from lowrank_comm.error_feedback import ErrorFeedback
 from lowrank_comm.randomness import uniform
 
@@ -264,6 +265,11 @@ def test_full_rank_of_each_workers_matrix_is_exact_though_the_mean_has_more() ->
     applied = sim.reduce([{"w": part.clone()} for part in parts])["w"]
     torch.testing.assert_close(applied, sum(parts) / 4, rtol=1e-12, atol=1e-12)
     assert int(torch.linalg.matrix_rank(applied)) == 4
+
+
+def test_by_name_from_json() -> None:
+    section = {"compressor": "atomo", "rank": 2, "sampling": "bernoulli", "contractive": True}
+    assert Section.parse(section).make_compressor() == Atomo(2, sampling="bernoulli", contractive=True)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

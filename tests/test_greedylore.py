@@ -18,6 +18,7 @@ from reference import gradient, spectrum_matrix
 from lowrank_comm import ConfigError, GreedyLore
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Mean
 from lowrank_comm.compressors.greedy_basis import basis_of, greedy_choice
+from lowrank_comm.config import Section
 from lowrank_comm.randomness import gaussian
 
 SCHEMES = [
@@ -29,7 +30,7 @@ SCHEMES = [
 ]
 
 
-@pytest.mark.parametrize("check", checks.COMMON, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", checks.LINEAR, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[3]], ids=repr)
 def test_invariants(scheme: GreedyLore, check: Callable[[Compressor], None]) -> None:
     wider = check is checks.full_rank_is_dense and isinstance(scheme.basis, int)  # a basis holds at least r columns
@@ -355,6 +356,12 @@ def test_a_parameter_without_refresh_so_far_is_served() -> None:
 def test_bad_options_are_refused_by_name(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         GreedyLore(4, **options)
+
+
+def test_by_name_from_json() -> None:
+    for options in ({"basis": "full", "probes": 4}, {"basis": 16, "explore": 4}, {}):
+        made = Section.parse({"compressor": "greedylore", "rank": 2, "restart_every": 50, **options}).make_compressor()
+        assert made == GreedyLore(2, restart_every=50, **options)
 
 
 def test_initial_basis_is_refused() -> None:

@@ -302,8 +302,9 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def elements(self, m: int, n: int, r: int) -> int:
-        """Elements that a worker hands to the collectives in an ordinary step for one m x n matrix at rank r; the mean, where
-        these steps differ."""
+        """Elements that a worker hands to the collectives in an ordinary step for one m x n matrix at rank r.
+
+        The mean, where these steps differ."""
 
     @abc.abstractmethod
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
