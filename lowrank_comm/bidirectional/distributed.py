@@ -59,27 +59,28 @@ class ProcessGroupTransport(Transport):
     def down(self, request: Down, context: Context, like: Tensor) -> Tensor:
         blocks, worker, change = request.blocks, context.workers[0], request.change
         self.ledger.enter("downlink", blocks.length(), like.itemsize)
-        own = blocks.coordinates(blocks.group[worker]).to(like.device)
+        group = int(blocks.group[worker])
+        own = blocks.coordinates(group).to(like.device)
         received = like.new_zeros(blocks.length())
         if not self.group.initialised or context.n == 1:
             assert change is not None
             received[: len(own)] = change[own]
         elif blocks.count < context.n and context.n % blocks.count == 0:
             for number, part in enumerate(self._process_groups(context.n, blocks.count)):
-                if part is None or not (context.serves or blocks.group[worker] == number):
+                if part is None or not (context.serves or group == number):
                     continue
                 there = blocks.coordinates(number).to(like.device)
                 buffer = like.new_zeros(len(there)) if change is None else change[there]
                 if len(there):
                     dist.broadcast(buffer, self._server, group=part)
-                if blocks.group[worker] == number:
+                if group == number:
                     received[: len(there)] = buffer
         else:
             messages = None
             if change is not None:
                 messages = [like.new_zeros(blocks.length()) for _ in range(context.n)]
                 for i, message in enumerate(messages):
-                    there = blocks.coordinates(blocks.group[i]).to(like.device)
+                    there = blocks.coordinates(int(blocks.group[i])).to(like.device)
                     message[: len(there)] = change[there]
             dist.scatter(received, messages, src=self._server, group=self.group.process_group)
         return blocks.place(received[: len(own)], worker)[None]

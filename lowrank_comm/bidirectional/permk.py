@@ -27,15 +27,15 @@ class Blocks:
 
     Attributes:
         permutation: of the d coordinates, int64 on the CPU.
-        group: worker -> its group, n numbers.
-        scale: worker -> n/c_b, n numbers.
+        group: worker -> its group, (n,) int64.
+        scale: worker -> n/c_b, (n,) float64.
         shift: a group's block is number (group + shift) mod G.
         count: G.
     """
 
     permutation: Tensor
-    group: tuple[int, ...]
-    scale: tuple[float, ...]
+    group: Tensor
+    scale: Tensor
     shift: int
     count: int
 
@@ -55,8 +55,8 @@ class Blocks:
 
     def place(self, values: Tensor, worker: int) -> Tensor:
         """Q_i(v), (d,), from v on the block of worker i's group."""
-        there = self.coordinates(self.group[worker]).to(values.device)
-        return values.new_zeros(len(self.permutation)).index_copy_(0, there, values * self.scale[worker])
+        there = self.coordinates(int(self.group[worker])).to(values.device)
+        return values.new_zeros(len(self.permutation)).index_copy_(0, there, values * float(self.scale[worker]))
 
     def restrict(self, vector: Tensor, workers: Sequence[int]) -> Tensor:
         """Q_i(vector) of several workers at once: (d,) -> (W, d)."""
@@ -65,10 +65,11 @@ class Blocks:
         lengths[:longer] += 1
         owner = torch.empty_like(self.permutation)
         owner[self.permutation] = (torch.arange(self.count) - self.shift).remainder(self.count).repeat_interleave(lengths)
-        rows = torch.tensor([self.group[i] for i in workers])
-        scale = torch.tensor([self.scale[i] for i in workers], dtype=vector.dtype)
-        mask = (owner[None, :] == rows[:, None]).to(device=vector.device, dtype=vector.dtype)
-        return mask.mul_(scale.to(vector.device)[:, None]).mul_(vector)
+        rows, scale = self.group, self.scale
+        if len(workers) < len(rows):
+            rows, scale = rows[list(workers)], scale[list(workers)]
+        mask = (owner == rows[:, None]).to(device=vector.device, dtype=vector.dtype)
+        return mask.mul_(scale[:, None].to(mask)).mul_(vector)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class PermK:
         permutation = torch.randperm(d, generator=stream(seed, "bidirectional", t, "PermK coordinates"), device="cpu")
         numbers = stream(seed, "bidirectional", t, "PermK workers")
         shift = int(torch.randint(self.groups, (), generator=numbers, device="cpu"))
-        places = list(range(n)) if self.fixed(n) else torch.randperm(n, generator=numbers, device="cpu").tolist()
-        sizes = self.sizes(n)
-        group = tuple(place % self.groups for place in places)
-        return Blocks(permutation, group, tuple(n / sizes[g] for g in group), shift, self.groups)
+        places = torch.arange(n) if self.fixed(n) else torch.randperm(n, generator=numbers, device="cpu")
+        group = places % self.groups
+        sizes = torch.bincount(group, minlength=self.groups)
+        return Blocks(permutation, group, (n / sizes.double())[group], shift, self.groups)

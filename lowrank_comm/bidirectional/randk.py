@@ -79,7 +79,7 @@ class RandK:
             return torch.stack(draws)
         permutation = torch.randperm(d, generator=stream(seed, "bidirectional", t, "RandK permutation"), device="cpu")
         offsets = torch.randint(d, (n,), generator=stream(seed, "bidirectional", t, "RandK offsets"), device="cpu")
-        own = offsets[torch.tensor(workers, dtype=torch.int64, device="cpu")]
+        own = offsets if len(workers) == n else offsets[list(workers)]
         return permutation[(own[:, None] + torch.arange(k, device="cpu")) % d]
 
     def compress(self, vectors: Tensor, indices: Tensor | None) -> Tensor:

@@ -170,7 +170,9 @@ class DocumentText:
         pattern = str(self._settings.documents if split == "train" else self._settings.held_out_documents)
         files = sorted(glob.glob(os.path.expanduser(pattern)))
         if not files:
-            raise ConfigError(f"no file fits the pattern {pattern!r}; it is one of JSON lines, e.g. c4/en/c4-train.*.json.gz.")
+            raise ConfigError(
+                f"no file fits the pattern {pattern!r}; it is one of JSON lines, e.g. c4/en/c4-train.*.json.gz."
+            )
         return lambda: (row["text"] for row in json_lines(files))
 
 
