@@ -1,6 +1,7 @@
 # make train   the main job: a small LLaMA with PowerSGD+ through a DeepSpeed JSON, beside an uncompressed run
 # make test    the whole test suite        make lint    ruff and mypy        make bench   the compressor against PyTorch's hook
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
+# make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
 # make setup   only the environment (.venv); the others make it by themselves, and a second run installs nothing
 # make clean   what runs and builds left   make distclean   the environment and the caches too
 
@@ -22,7 +23,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath .cache/torch_extensions)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench demo-cluster clean distclean
+.PHONY: help setup train test lint format bench demo-cluster results clean distclean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -62,6 +63,9 @@ bench: $(STAMP)
 
 demo-cluster: $(STAMP)
 	$(BIN)/python benchmarks/demo_cluster.py --output-dir $(RUNS)/demo_cluster $(DEMO_ARGS)
+
+results: $(STAMP)
+	$(BIN)/python -m lowrank_comm.lab pages docs/results
 
 clean:
 	rm -rf $(RUNS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

