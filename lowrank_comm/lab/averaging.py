@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..communication.group import Group
 from ..communication.ledger import Ledger
+from ..compressors.base import Compressor
 from ..config import Section
 from ..errors import LowRankCommError
 from ..linalg import full_precision
@@ -47,6 +48,7 @@ class Averager:
         rank: of the worker that this process plays; None if it plays all.
         dtype: of the parameters.
         initial_basis: parameter name -> Q to start from.
+        wrap: another compressor in the place of the section's, for controls.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class Averager:
         rank: int | None,
         dtype: torch.dtype,
         initial_basis: Mapping[str, Tensor] | None,
+        wrap: Callable[[Compressor], Compressor] | None,
     ) -> None:
         parsed = parsed_section(section)
         compressor, options = parsed.make_compressor(), parsed.reducer_options()
+        compressor = wrap(compressor) if wrap else compressor
         options["initial_basis"] = initial_basis if compressor.low_rank else None
         self._names = list(shapes)
         self.simulation: Simulation | None = None
@@ -118,9 +122,10 @@ class Crew:
         shapes: Shapes,
         dtype: torch.dtype = torch.float64,
         initial_basis: Mapping[str, Tensor] | None = None,
+        wrap: Callable[[Compressor], Compressor] | None = None,
     ) -> Averager:
         """An averager that these workers share; see `Averager`."""
-        return Averager(section, shapes, self.size, self.rank, dtype, initial_basis)
+        return Averager(section, shapes, self.size, self.rank, dtype, initial_basis, wrap)
 
 
 def parsed_section(section: Mapping[str, Any]) -> Section:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from matplotlib.figure import Figure
-from pydantic import Field
 
 from .. import galore_trap, theorem1
 from ..comparison import table
@@ -25,15 +24,17 @@ if TYPE_CHECKING:
 
 RECORDS = 120
 """Points of a curve."""
+OPTIMIZERS = ("MSGD", "Adam")
 COORDINATES = {"paper": None, "rotated": 0}
 """Coordinates of the window's problem -> seed of the rotation."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Figure1(WithMethods):
-    """Theorem 1's problem with every entry repeated 2 x 2. optimizers: name -> learning rate."""
+    """Theorem 1's problem with every entry repeated 2 x 2. *_rate: learning rates of the two optimizers."""
 
-    optimizers: dict[Literal["MSGD", "Adam"], float] = Field(default_factory=lambda: {"MSGD": 3e-4, "Adam": 2e-3})
+    msgd_rate: float = 3e-4
+    adam_rate: float = 2e-3
     steps: int = 600
     workers: int = 3
     sigma: float = 3.0
@@ -82,7 +83,7 @@ class Counterexamples(Experiment):
         """One for each curve, and one for each row of the window's table."""
         cases = [
             Case(f"figure1/{optimizer}/{method.name}", {"part": "figure1", "optimizer": optimizer, "method": method.name})
-            for optimizer in settings.figure1.optimizers
+            for optimizer in OPTIMIZERS
             for method in settings.figure1.methods
         ]
         cases += [
@@ -107,8 +108,12 @@ class Counterexamples(Experiment):
 
     def run(self, settings: CounterexampleSettings, case: Case, progress: Progress) -> dict[str, Any]:
         """A curve, or the steps at which the trap opens."""
-        part = {"figure1": _figure1, "window": _window, "galore": _galore}[case.params["part"]]
-        return part(getattr(settings, case.params["part"]), case, progress)
+        match case.params["part"]:
+            case "figure1":
+                return _figure1(settings.figure1, case)
+            case "window":
+                return _window(settings.window, case)
+        return _galore(settings.galore, case, progress)
 
     def figures(self, settings: CounterexampleSettings, rows: Sequence[Row]) -> dict[str, Figure]:
         """Loss curves of Figure 1, gradient norms of GaLore's trap."""
@@ -119,11 +124,10 @@ class Counterexamples(Experiment):
         return "\n\n".join((_figure1_text(settings, rows), _window_text(settings, rows), _galore_text(settings, rows)))
 
 
-def _figure1(part: Figure1, case: Case, progress: Progress) -> dict[str, Any]:
-    rate = part.optimizers[case.params["optimizer"]]
+def _figure1(part: Figure1, case: Case) -> dict[str, Any]:
     optimizers: dict[str, theorem1.OptimizerOf] = {
-        "MSGD": lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
-        "Adam": lambda parameters: torch.optim.Adam(parameters, lr=rate),
+        "MSGD": lambda parameters: torch.optim.SGD(parameters, lr=part.msgd_rate, momentum=0.9),
+        "Adam": lambda parameters: torch.optim.Adam(parameters, lr=part.adam_rate),
     }
     problem = theorem1.Problem(workers=part.workers, sigma=part.sigma)
     run = theorem1.train(
@@ -141,7 +145,7 @@ def _figure1(part: Figure1, case: Case, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _window(part: Window, case: Case, progress: Progress) -> dict[str, Any]:
+def _window(part: Window, case: Case) -> dict[str, Any]:
     """workers -> first visible step, or None if the trap stayed shut."""
     opened = {}
     for workers in part.workers:
@@ -208,8 +212,8 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def _draw_figure1(part: Figure1, rows: Sequence[Row]) -> Figure:
-    figure, panels = _panels(len(part.optimizers))
-    for panel, optimizer in zip(panels, part.optimizers, strict=True):
+    figure, panels = _panels(len(OPTIMIZERS))
+    for panel, optimizer in zip(panels, OPTIMIZERS, strict=True):
         _curves(panel, _of(rows, part="figure1", optimizer=optimizer), "losses")
         panel.set(title=optimizer, ylim=(1e-8, 30))
     panels[0].set_ylabel("loss f(X)")

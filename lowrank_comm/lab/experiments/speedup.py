@@ -116,7 +116,7 @@ class Speedup(Experiment):
             f"noise {settings.sigma:g} an entry, {settings.steps} steps from entries of size {settings.start:g}, learning "
             f"rate {settings.rate:g} √N, {WORKERS[settings.backend]}. Mean over "
             f"all steps of ‖∇f(X_t)‖², ± standard deviation over {len(settings.seeds)} seeds; slope of a line through "
-            "the logs of the means, ± standard deviation of the slopes of single seeds. Theorem 2 says -½ once T is large.\n\n"
+            "the logs of the means, ± standard deviation of the slopes of single seeds. Theorem 2 says -½ for large T.\n\n"
             "![Mean squared gradient norm against the number of workers](speedup.png)\n\n"
             + table(heads, lines)
             + f"\n\nOutside of -0.5 ± {settings.tolerance:g}: {', '.join(outside) or 'none'}."

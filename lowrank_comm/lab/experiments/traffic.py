@@ -120,8 +120,8 @@ class Traffic(Experiment):
         parts = [
             f"r = {settings.rank}, tau = {settings.restart_every}, N = {settings.workers} ({settings.backend}), two whole "
             "periods. Elements that one worker hands to the collectives per iteration, without a step's control numbers "
-            "(one flag and one mask of missing gradients). `library` is this library's own count, which must agree with what was "
-            "measured to the last element; `Table 2` is what the paper prints. s = min(m, n), l = max(m, n).",
+            "(one flag and one mask of missing gradients). `library` is this library's own count, which must agree with "
+            "what was measured to the last element; `Table 2` is what the paper prints. s = min(m, n), l = max(m, n).",
             "![Elements per iteration](traffic.png)",
         ]
         for m, n in settings.shapes:
