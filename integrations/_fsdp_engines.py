@@ -149,7 +149,7 @@ class HSDPEngine(FSDPEngine):
         """DTensors, which torch.distributed.checkpoint reshards: errors like their parameters; bases of blocks as blocks."""
         named, whole_bases = dict(self._named), self.shards.size == 1 or self.shards.whole_matrices
         result: dict[str, dict[str, Tensor]] = {}
-        for slot, largest, error in reducer.error_blocks():
+        for slot, largest, error in reducer.blocks():
             parameter, bases = named[slot.name], block_bases(reducer, slot, largest)
             if not whole_bases:
                 mesh = self._shard_mesh(parameter)
@@ -157,7 +157,7 @@ class HSDPEngine(FSDPEngine):
                     of_blocks(symbol, self.shards.size): DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)
                     for symbol, basis in bases.items()
                 }
-            result[slot.name] = {"error": self.error_view(slot, parameter, error), **bases}
+            result[slot.name] = bases if error is None else {"error": self.error_view(slot, parameter, error), **bases}
         return result
 
     def _shard_mesh(self, parameter: Tensor) -> DeviceMesh:

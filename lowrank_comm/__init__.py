@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .compressors import Compressor, Identity, PowerSGD, PowerSGDPlus
+from .compressors import (
+    Acp,
+    Atomo,
+    Compressor,
+    GaLore,
+    GoLore,
+    GreedyLore,
+    Identity,
+    PowerSGD,
+    PowerSGDPlus,
+    RandomProjection,
+)
 from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
 from .optimizer import CompressedOptimizer
+from .projected import ProjectedAdamW, ProjectedSGD
 from .watching import Figures, StepLog
 
 # In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside this one.
@@ -20,15 +32,23 @@ if not (Path(__file__).parent / "integrations").is_dir() and (Path(__file__).par
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acp",
+    "Atomo",
     "CompressedOptimizer",
     "Compressor",
     "ConfigError",
     "ConfigMismatchError",
     "Figures",
+    "GaLore",
+    "GoLore",
+    "GreedyLore",
     "Identity",
     "LowRankCommError",
     "PowerSGD",
     "PowerSGDPlus",
+    "ProjectedAdamW",
+    "ProjectedSGD",
+    "RandomProjection",
     "StateMismatchError",
     "StepLog",
     "UnsupportedError",

@@ -20,6 +20,7 @@ from .communication.shards import Shards
 from .compressors.base import Compressor, Context, Delta, LowRank, Result, State, columns_in_memory
 from .error_feedback import LARGE, ErrorFeedback, ErrorMemory, row_blocks
 from .errors import ConfigError
+from .feedback import EF21
 from .linalg import orthonormal_rank_revealing
 from .policy import Treatment
 
@@ -74,6 +75,7 @@ class Batch:
         m, n, rank: of each matrix, of which `m` are the rows that this rank holds.
         dtype, device: of the computation.
         memory: errors, (B, m, n).
+        compressor: the scheme, with its rounds and EF21 around it.
         initial_state: makes the compressor's state before the first step.
         context: what a compressor may know, but for the step.
         state: the compressor's state, symbol -> (B, ...).
@@ -87,6 +89,7 @@ class Batch:
     dtype: torch.dtype
     device: torch.device
     memory: ErrorMemory
+    compressor: Compressor
     initial_state: Callable[[], State]
     context: Context = field(kw_only=True)
     state: State = field(init=False)
@@ -94,6 +97,16 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.state = self.initial_state()
+
+    @property
+    def tracks(self) -> bool:
+        """Whether what is applied is an estimate that all know, of which the step's message is the change (EF21)."""
+        return isinstance(self.compressor, EF21)
+
+    @property
+    def projects(self) -> bool:
+        """Whether what is sent is P Q_i^T with P orthonormal and Q_i = Delta_i^T P."""
+        return self.compressor.projects
 
     def delta(self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None) -> Delta:
         """Delta = g / scale + e of all matrices, or of `rows`; zero in place of a missing g. Valid until the next step."""
@@ -208,20 +221,18 @@ class _FormedOnTheWay(Delta):
 def build_batches(
     slots: Sequence[Slot],
     treatments: Sequence[Treatment],
-    compressor: Compressor,
-    error_feedback: ErrorFeedback,
+    scheme_of: Callable[[Treatment], tuple[Compressor, ErrorFeedback]],
     seed: int,
     worker: int,
     initial_basis: Mapping[str, Tensor],
     shards: Shards,
     indices: Sequence[int],
 ) -> list[Batch]:
-    """Group the low-rank parameters by shape, rank, dtype and device, in slot order.
+    """Group the parameters that are given to a compressor by scheme, shape, rank, dtype and device, in slot order.
 
     Args:
         slots, treatments: the parameters and what the policy decided.
-        compressor: makes the initial state.
-        error_feedback: how errors are kept.
+        scheme_of: treatment -> (the compressor, with what is around it, how errors are kept).
         seed: of the draws.
         worker: this worker's number, for private draws.
         initial_basis: parameter name -> Q (n x r).
@@ -237,8 +248,8 @@ def build_batches(
     groups: dict[tuple[object, ...], list[int]] = {}
     for k in indices:
         slot, treatment = slots[k], treatments[k]
-        if treatment.low_rank:
-            key = (treatment.m, treatment.n, treatment.rank, slot.compute_dtype, slot.device)  # one grouping on all ranks
+        if treatment.batched:
+            key = (treatment.scheme, treatment.m, treatment.n, treatment.rank, slot.compute_dtype, slot.device)
             groups.setdefault(key, []).append(k)
     batches = []
     for members in groups.values():
@@ -247,13 +258,17 @@ def build_batches(
         for start in range(0, len(members), together):
             chosen = tuple(members[start : start + together])
             slot, treatment = slots[chosen[0]], treatments[chosen[0]]
-            rows, m, n, rank, dtype = slot.shape[0], treatment.m, treatment.n, treatment.rank, slot.compute_dtype
+            m, n, rank, dtype = treatment.m, treatment.n, treatment.rank, slot.compute_dtype
+            rows = slot.numel // n  # of a block of a whole matrix, fewer than m
+            compressor, error_feedback = scheme_of(treatment)
             names = tuple(slots[k].name for k in chosen)
             memory = ErrorMemory(error_feedback, names, rows, n, dtype, slot.device, seed, worker)
             like = torch.empty(0, dtype=dtype, device=slot.device)
             context = Context(names, -1, seed, rank, m=m, rows=shards.block(m) if rows != m else slice(None))
             state = functools.partial(_initial_state, compressor, context, m, n, like, initial_basis)
-            batches.append(Batch(chosen, names, rows, n, rank, dtype, slot.device, memory, state, context=context))
+            batches.append(
+                Batch(chosen, names, rows, n, rank, dtype, slot.device, memory, compressor, state, context=context)
+            )
     return batches
 
 
@@ -264,6 +279,8 @@ def _initial_state(
     state = compressor.initial_state(context, m, n, like)
     for row, name in enumerate(context.names):
         if name in initial_basis:
+            if "Q" not in state:
+                raise ConfigError(f"initial_basis names {name!r}, but {compressor.json_name} has no Q; leave it out.")
             state["Q"][row] = _checked_basis(name, initial_basis[name], n, context.rank, context, state["Q"][row])
     return state
 

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .batches import Slot
-from .compressors.base import Context
 from .errors import StateMismatchError
 from .policy import Treatment
 from .reducer import Reducer
@@ -82,14 +81,15 @@ class Tag:
 def tag_of(reducer: Reducer) -> Tag:
     """Tag of the reducer's present state."""
     rank, world = reducer.worker
-    kind = "mean" if reducer.consolidated or world == 1 or reducer.step == 0 else "own"  # before the first step all are zero
+    shared = reducer.consolidated or world == 1 or reducer.step == 0  # before the first step all errors are zero
+    kind = "mean" if shared or not reducer.keeps_private_state else "own"
     return Tag(kind, rank, world, reducer.step, reducer.seed)
 
 
 def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """Parameter name -> {"error": ..., "Q": ...}; live tensors, no copies."""
-    bases = reducer.bases()
-    return {name: {"error": error, **bases[name]} for name, error in reducer.error_memory().items()}
+    """Parameter name -> {"error": ..., "Q": ...}; live tensors, no copies. No "error" where none is kept."""
+    memory = reducer.error_memory()
+    return {name: ({"error": memory[name]} if name in memory else {}) | bases for name, bases in reducer.bases().items()}
 
 
 def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
@@ -101,8 +101,10 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     if shards.size == 1:
         return {name: {k: t.detach().cpu() for k, t in parts.items()} for name, parts in tensors_of(reducer).items()}
     result: dict[str, dict[str, Tensor]] = {}
-    for slot, largest, error in reducer.error_blocks():
-        entry = {"error": shards.whole(error.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint")}
+    for slot, largest, error in reducer.blocks():
+        entry = {}
+        if error is not None:
+            entry["error"] = shards.whole(error.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint")
         bases = block_bases(reducer, slot, largest)
         if not shards.whole_matrices:
             gathered = {symbol: shards.gather(basis.reshape(-1), "checkpoint") for symbol, basis in bases.items()}
@@ -115,11 +117,12 @@ def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     """`whole_tensors_of` before the first step, without communication: zero errors, and bases that nobody has used."""
     shards = reducer.shards
     result: dict[str, dict[str, Tensor]] = {}
-    for slot, largest, _ in reducer.error_blocks():
+    for slot, largest, error in reducer.blocks():
         bases = block_bases(reducer, slot, largest)
         if not shards.whole_matrices:  # copies, since DCP loads in place
             bases = {of_blocks(k, shards.size): torch.stack([basis] * shards.size) for k, basis in bases.items()}
-        result[slot.name] = {"error": torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype), **bases}
+        zero = {} if error is None else {"error": torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)}
+        result[slot.name] = zero | bases
     return result
 
 
@@ -130,11 +133,8 @@ def of_blocks(symbol: str, count: int) -> str:
 
 def block_bases(reducer: Reducer, slot: Slot, largest: Treatment) -> dict[str, Tensor]:
     """symbol -> this rank's basis (n, r) in the room of that of the largest block; zero where it has no column."""
-    context = Context((slot.name,), 0, reducer.seed, largest.rank, m=largest.m)
-    like = torch.empty(0, dtype=slot.compute_dtype, device=slot.device)
-    state, own = reducer.compressor.initial_state(context, largest.m, largest.n, like), reducer.bases_of(slot.name)
-    rooms = {symbol: torch.zeros_like(tensor[0]) for symbol, tensor in state.items()}
-    for symbol, basis in own.items():
+    rooms = {symbol: torch.zeros_like(tensor) for symbol, tensor in reducer.schemes.initial_state(slot, largest).items()}
+    for symbol, basis in reducer.bases_of(slot.name).items():
         rooms[symbol][tuple(slice(0, size) for size in basis.shape)] = basis
     return rooms
 
@@ -176,13 +176,15 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
     tag.check_usable_by(reducer)
     known = tensors_of(reducer)
     for name, saved in _cut_to(reducer, tensors).items():
-        if name not in known:
+        if "error" not in saved:
+            continue
+        if "error" not in known.get(name, {}):
             if float(torch.linalg.vector_norm(saved["error"].float())) == 0.0:
                 continue
             raise StateMismatchError(
-                f"{name!r} has a saved error memory but is not a compressed parameter of this run; it would be lost. "
-                "Resume with the same model, names, rank, min_compression_rate and rules; to give it up on purpose, take "
-                "the compressor's state out of the checkpoint."
+                f"{name!r} has a saved error memory but is not a compressed parameter of this run with one; it would be "
+                "lost. Resume with the same model, names, rank, min_compression_rate, rules and error_feedback; to give it "
+                "up on purpose, take the compressor's state out of the checkpoint."
             )
         if saved["error"].numel() != known[name]["error"].numel():
             raise StateMismatchError(
@@ -202,19 +204,22 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     """
     check_fits(reducer, tag, tensors)
     known, tensors = tensors_of(reducer), _cut_to(reducer, tensors)
-    fresh = sorted(known.keys() - tensors.keys())
+    fresh = sorted(name for name, parts in known.items() if parts and name not in tensors)
     if fresh:
         _log.warning("no saved error memory for %d parameters (first: %s): they start from zero", len(fresh), fresh[0])
     reducer.reset(fresh)  # and no others: the saved tensors may be this reducer's own, as in load_state_dict(state_dict())
     anew: list[str] = []
+    unused = sorted({k for name, saved in tensors.items() for k in saved.keys() - known.get(name, {}).keys() - {"error"}})
     for name in sorted(known.keys() & tensors.keys()):
         saved = tensors[name]
         fits = {k: v for k, v in saved.items() if k != "error" and k in known[name] and v.shape == known[name][k].shape}
-        if len(fits) < len(known[name]) - 1:
+        if len(fits) < len(known[name].keys() - {"error"}):
             anew.append(name)
-            saved = {"error": saved["error"].clone()}
+            saved = {"error": saved["error"].clone()} if "error" in saved else {}
             reducer.reset([name])
-        reducer.set_state(name, saved["error"], fits)
+        reducer.set_state(name, saved.get("error") if "error" in known[name] else None, fits)
+    if unused:
+        _log.warning("the saved run had another scheme: its %s is not used here", ", ".join(unused))
     if anew:
         _log.warning(
             "the saved bases of %d parameters (first: %s) are of another rank, or of other blocks of rows: they start anew, "

@@ -2,7 +2,8 @@
 
 Example:
     {"compressor": "powersgd_plus", "rank": 4, "restart_every": 200, "restart": "svd",
-     "error_feedback": {"dtype": null, "rounding": "nearest", "offload": false}, "wire_dtype": null,
+     "error_feedback": {"form": null, "rounds": 1, "dtype": null, "rounding": "nearest", "offload": false},
+     "quantization": {"factors": null, "restart": null, "dense": null, "rounding": "nearest"}, "wire_dtype": null,
      "min_compression_rate": 2, "rules": [{"match": "lm_head.*", "treatment": "dense"}], "seed": 0,
      "topology": {"shard_size": 1}}
 
@@ -14,9 +15,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from .communication import Group
 from .communication.shards import SCOPES
@@ -24,6 +25,7 @@ from .compressors import REGISTRY, Compressor
 from .error_feedback import ErrorFeedback
 from .errors import ConfigError
 from .policy import Rule
+from .quantization import Quantization
 from .reducer import Reducer
 
 SECTION = "lowrank_comm"
@@ -36,11 +38,23 @@ class _Strict(BaseModel):
 
 
 class ErrorFeedbackSection(_Strict):
-    """How the error memory is kept; see `error_feedback.ErrorFeedback`."""
+    """What happens to what was not sent, and how it is kept; see `error_feedback.ErrorFeedback`."""
 
+    form: str | None = None
+    momentum: float = 0.1
+    rounds: int = 1
     dtype: str | None = None
     rounding: str = "nearest"
     offload: bool = False
+
+
+class QuantizationSection(_Strict):
+    """What travels as codes; see `quantization.Quantization`."""
+
+    factors: str | None = None
+    restart: str | None = None
+    dense: str | None = None
+    rounding: str = "nearest"
 
 
 class RuleSection(_Strict):
@@ -60,22 +74,39 @@ class TopologySection(_Strict):
     shard_scope: str = "shard"
 
 
-class Section(_Strict):
-    """The whole section. Options of a compressor that are absent take the compressor's own defaults."""
+class _Common(_Strict):
+    """The keys that every compressor has."""
 
     compressor: str = "powersgd_plus"
     rank: int = 4
-    restart_every: int | None = None
-    restart: str | None = None
-    exact_restart: bool | None = None
-    consensus_restart: bool | None = None
-    stagger: bool | None = None
     error_feedback: ErrorFeedbackSection = Field(default_factory=ErrorFeedbackSection)
+    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     wire_dtype: str | None = None
     min_compression_rate: float = 2.0
     rules: list[RuleSection] = Field(default_factory=list)
     seed: int = 0
     topology: TopologySection = Field(default_factory=TopologySection)
+
+
+def _types_of_options() -> dict[str, Any]:
+    """Option of some compressor -> its type and that of others with an option of that name, or None where it is absent."""
+    types: dict[str, Any] = {}
+    for kind in REGISTRY.values():
+        hints = get_type_hints(kind)
+        for option in kind.options():
+            if option != "rank":
+                types[option] = types[option] | hints[option] if option in types else hints[option] | None
+    return types
+
+
+# A compressor's options are its fields: one that is added needs no line here.
+_OPTIONS = _types_of_options()
+_OPTIONAL: dict[str, Any] = {option: (hint, None) for option, hint in _OPTIONS.items()}
+_Keys = create_model("_Keys", __base__=_Common, **_OPTIONAL)
+
+
+class Section(_Keys):  # type: ignore[misc, valid-type]
+    """The whole section. Options of a compressor that are absent take the compressor's own defaults."""
 
     @classmethod
     def parse(cls, section: Mapping[str, Any]) -> Section:
@@ -117,7 +148,7 @@ class Section(_Strict):
                 f"Known: {', '.join(sorted(REGISTRY))}."
             )
         kind = REGISTRY[self.compressor]
-        options = {key: getattr(self, key) for key in _OF_COMPRESSORS if getattr(self, key) is not None}
+        options = {key: getattr(self, key) for key in _OPTIONS if getattr(self, key) is not None}
         for key in options:
             if key not in kind.options():
                 owners = [name for name, cls in REGISTRY.items() if key in cls.options()]
@@ -133,12 +164,10 @@ class Section(_Strict):
             "min_compression_rate": self.min_compression_rate,
             "rules": tuple(Rule(**rule.model_dump()) for rule in self.rules),
             "error_feedback": ErrorFeedback(**self.error_feedback.model_dump()),
+            "quantization": Quantization(**self.quantization.model_dump()),
             "wire_dtype": self.wire_dtype,
             "seed": self.seed,
         }
-
-
-_OF_COMPRESSORS = ("restart_every", "restart", "exact_restart", "consensus_restart", "stagger")
 
 
 def _nearest(word: str, known: Any) -> str:
@@ -162,6 +191,7 @@ def _explain(detail: Any) -> str:
 
 _SUB_MODELS: dict[Any, type[BaseModel]] = {
     "error_feedback": ErrorFeedbackSection,
+    "quantization": QuantizationSection,
     "rules": RuleSection,
     "topology": TopologySection,
 }

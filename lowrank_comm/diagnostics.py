@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class StepReport:
             the host; these are then the times to launch them, and waiting shows up where the host waits.
         inside_bytes: kind -> bytes handed to collectives between the ranks of a node, where there are two levels; what an
             engine sends there by itself (FSDP's reduce-scatter) is not in it.
+        surplus_bytes: what gathers carry beyond an all-reduce of the same payload; see `communication.ledger`.
     """
 
     step: int
@@ -46,6 +48,7 @@ class StepReport:
     error_norm: float | None
     seconds: dict[str, float] = field(default_factory=dict)
     inside_bytes: dict[str, int] = field(default_factory=dict)
+    surplus_bytes: float = 0.0
 
     @property
     def total_bytes(self) -> int:
@@ -54,8 +57,8 @@ class StepReport:
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes over bytes sent in this step."""
-        return self.uncompressed_bytes / self.total_bytes if self.total_bytes else 1.0
+        """Uncompressed bytes over bytes sent in this step, with the surplus of gathers."""
+        return self.uncompressed_bytes / (self.total_bytes + self.surplus_bytes) if self.total_bytes else 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON lines."""
@@ -64,18 +67,29 @@ class StepReport:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One parameter of the plan: its treatment, its rank, the elements of an ordinary step, and why."""
+    """One parameter of the plan: its treatment, its rank, what an ordinary step and one with a restart send, and why.
+
+    `plain_bytes`: what an ordinary step would send if it were not coded or sent row by row.
+    """
 
     name: str
     shape: tuple[int, ...]
-    low_rank: bool
+    scheme: str
     rank: int
     elements: int
     restart_elements: int
     numel: int
     bytes_per_element: int
     wire_bytes: int
+    bytes: float
+    restart_bytes: float
+    plain_bytes: float
     reason: str
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the scheme of the run compresses it."""
+        return self.scheme == "low_rank"
 
 
 @dataclass(frozen=True)
@@ -111,16 +125,16 @@ class Plan:
     shard_scope: str = "shard"
 
     @property
-    def step_bytes(self) -> int:
+    def step_bytes(self) -> float:
         """Payload of an ordinary step."""
-        return sum(row.elements * row.wire_bytes for row in self.rows)
+        return sum(row.bytes for row in self.rows)
 
     @property
     def average_bytes(self) -> float:
         """Payload of a step on average over a whole period, restarts included."""
         if not self.restart_every:
             return self.step_bytes
-        extra = sum((row.restart_elements - row.elements) * row.wire_bytes for row in self.rows)
+        extra = sum(row.restart_bytes - row.bytes for row in self.rows)
         return self.step_bytes + extra / self.restart_every
 
     @property
@@ -130,10 +144,15 @@ class Plan:
 
     def __str__(self) -> str:
         low, many = [row for row in self.rows if row.low_rank], self.ranks_in_a_node > 1
-        dense = [row for row in self.rows if not row.low_rank]
-        sent_low = sum(row.elements * row.wire_bytes for row in low)
+        dense = [row for row in self.rows if row.scheme == "dense"]
+        other = [row for row in self.rows if row.scheme not in ("low_rank", "dense")]
+        sent_low = sum(row.bytes for row in low)
         full_low = sum(row.numel * row.bytes_per_element for row in low)
-        sent_dense = sum(row.elements * row.wire_bytes for row in dense)
+        sent_dense = sum(row.bytes for row in dense)
+        plain = sum(row.plain_bytes for row in self.rows)
+        coded = ""
+        if plain > self.step_bytes:
+            coded = f"; without codes it would be {human_bytes(plain)} ({self.uncompressed_bytes / plain:.1f}x)"
         restarts = ""
         if self.restart_every and self.average_bytes:
             restarts = (
@@ -148,9 +167,11 @@ class Plan:
             f"  low-rank: {counted(len(low), 'matrix', 'matrices')}, {human_bytes(full_low)} of gradients -> "
             f"{human_bytes(sent_low)} a step" + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
             f"  dense:    {counted(len(dense), 'parameter')}, {human_bytes(sent_dense)} a step",
+            *self._of_other_schemes(other),
             f"  whole model: {human_bytes(self.uncompressed_bytes)} -> {human_bytes(self.step_bytes)} an ordinary step"
             + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
-            + restarts,
+            + restarts
+            + coded,
             f"  memory on this {'rank' if many else 'worker'}: error memory {human_bytes(self.error_bytes)}, "
             f"and {human_bytes(self.workspace_bytes)} while a step is open{peak}",
         ]
@@ -167,14 +188,25 @@ class Plan:
         lines += [f"  rule {pattern!r} matches no parameter" for pattern in self.idle_rules]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
+    def _of_other_schemes(self, rows: Sequence[PlanRow]) -> list[str]:
+        """What travels as codes, or row by row."""
+        lines = []
+        for scheme in dict.fromkeys(row.scheme for row in rows):
+            own = [row for row in rows if row.scheme == scheme]
+            full = human_bytes(sum(row.numel * row.bytes_per_element for row in own))
+            sent = human_bytes(sum(row.bytes for row in own))
+            at_most = "at most " if scheme == "row_sparse" else ""
+            lines.append(f"  {scheme}: {counted(len(own), 'parameter')}, {full} of gradients -> {at_most}{sent} a step")
+        return lines
+
     def _who(self) -> str:
         if self.ranks_in_a_node == 1:
             return counted(self.workers, "worker")
         return f"{counted(self.workers, 'node')} of {self.ranks_in_a_node} ranks"
 
-    def _cap(self, sent_dense: int) -> list[str]:
+    def _cap(self, sent_dense: float) -> list[str]:
         """The parameters that set the ceiling of the ratio, if what stays dense is more than a fifth of what is sent."""
-        dense = sorted((row for row in self.rows if not row.low_rank), key=lambda row: -row.elements)
+        dense = sorted((row for row in self.rows if row.scheme == "dense"), key=lambda row: -row.elements)
         if not self.step_bytes or sent_dense < 0.2 * self.step_bytes or not dense:
             return []
         names = ", ".join(f"{row.name} ({row.reason})" for row in dense[:3])

@@ -13,18 +13,19 @@ float16 is refused: the memory is a sum, and 65 504 is soon reached.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compressors.base import LowRank
+from .compressors.base import Compressor, LowRank
 from .errors import ConfigError
 from .randomness import stream
 
 LARGE = 1 << 15  # elements from which a matrix is worth operations of its own: they take longer than Python needs
 BLOCK = 1 << 17  # elements of a block of rows
+FORMS = ("ef14", "ef21", "ef21_sgdm", "none")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -37,10 +38,14 @@ def row_blocks(matrix: Tensor) -> list[slice]:
 
 @dataclass(frozen=True)
 class ErrorFeedback:
-    """How the error memory is kept.
+    """What happens to what was not sent, and how it is kept; see `feedback` for the forms.
 
     Args:
-        dtype: None for the wider of float32 and the parameter's dtype, or "bfloat16", "float32", "float64".
+        form: "ef14" (g + e is compressed; the papers' form), "ef21", "ef21_sgdm", "none", or None for the compressor's own.
+        momentum: a of "ef21_sgdm", in (0, 1]; no other form has one.
+        rounds: how often a step compresses what it left, >= 1.
+        dtype: of the error memory of "ef14": None for the wider of float32 and the parameter's dtype, or "bfloat16",
+            "float32", "float64".
         rounding: "nearest", or "stochastic" (bfloat16 only).
         offload: keep the memory on the CPU; it is copied to the device for each step and back.
 
@@ -51,8 +56,32 @@ class ErrorFeedback:
     dtype: str | None = None
     rounding: str = "nearest"
     offload: bool = False
+    form: str | None = None
+    momentum: float = 0.1
+    rounds: int = 1
 
     def __post_init__(self) -> None:
+        if self.form is not None and self.form not in FORMS:
+            raise ConfigError(
+                f"error_feedback.form={self.form!r} is unknown; use null or one of {', '.join(map(repr, FORMS))}."
+            )
+        number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
+        if not number or not 0 < self.momentum <= 1:
+            raise ConfigError(f"error_feedback.momentum must be above 0 and at most 1, got {self.momentum!r}.")
+        if self.momentum != 0.1 and self.form != "ef21_sgdm":
+            raise ConfigError(
+                f'error_feedback.momentum={self.momentum!r} has a meaning for form="ef21_sgdm" only, not for {self.form!r}; '
+                "leave it out (the momentum of SGD is the base optimizer's)."
+            )
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ConfigError(f"error_feedback.rounds must be an integer of at least 1, got {self.rounds!r}.")
+        plain = {"dtype": None, "rounding": "nearest", "offload": False}
+        memory = [key for key, value in plain.items() if getattr(self, key) != value]
+        if memory and self.form not in (None, "ef14"):
+            raise ConfigError(
+                f"error_feedback.{memory[0]}={getattr(self, memory[0])!r} is about the error memory, which "
+                f'form="{self.form}" does not have; leave it out, or use form="ef14".'
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             why = " (float16 overflows at 65504, and the memory is a sum)" if self.dtype == "float16" else ""
             raise ConfigError(
@@ -69,14 +98,36 @@ class ErrorFeedback:
 
     def describe(self) -> dict[str, Any]:
         """Plain settings by name."""
-        return {"dtype": self.dtype, "rounding": self.rounding, "offload": self.offload}
+        return {option.name: getattr(self, option.name) for option in fields(self)}
+
+    def for_compressor(self, compressor: Compressor) -> ErrorFeedback:
+        """The same with its form resolved, if it suits the compressor.
+
+        Raises:
+            ConfigError: the compressor is not contractive, and the form needs that.
+        """
+        form = self.form or compressor.feedback
+        name = compressor.json_name
+        if not compressor.contractive and (form != "none" or self.rounds > 1):
+            key, value = ("form", form) if form != "none" else ("rounds", self.rounds)
+            raise ConfigError(
+                f"error_feedback.{key}={value!r} needs a contractive compressor, and {name} as it is set "
+                f"({compressor.describe()}) is an unbiased one whose error may be longer than what it is given; use its "
+                'contractive form, or error_feedback.form="none" and rounds=1.'
+            )
+        return replace(self, form=form)
+
+    @property
+    def keeps_errors(self) -> bool:
+        """Whether there is an error memory, as there is unless another form is asked for."""
+        return self.form in (None, "ef14")
 
 
 class ErrorMemory:
     """Errors of one batch of matrices, (B, m, n), zero at the start (e_0 = 0 in Algorithm 2 of arXiv 2509.11254).
 
     Args:
-        options: how it is kept.
+        options: how it is kept; zero for ever where that keeps no errors.
         names: parameter names, one for each matrix.
         m, n: shape of a matrix.
         dtype, device: of the computation.
@@ -95,10 +146,15 @@ class ErrorMemory:
         worker: int,
     ) -> None:
         self._options, self._names, self._seed, self._worker = options, names, seed, worker
+        self.kept = options.keeps_errors
         kept_on = torch.device("cpu") if options.offload else device
         self._views: list[tuple[weakref.ref[Tensor], int]] = []
         self._clear_views_at = len(names)
-        self.tensor = torch.zeros(len(names), m, n, dtype=DTYPES[options.dtype] if options.dtype else dtype, device=kept_on)
+        stored = DTYPES[options.dtype] if options.dtype else dtype
+        if self.kept:
+            self.tensor = torch.zeros(len(names), m, n, dtype=stored, device=kept_on)
+        else:  # zeros that take no room and are never written
+            self.tensor = torch.zeros((), dtype=dtype, device=device).expand(len(names), m, n)
 
     def on(self, device: torch.device) -> Tensor:
         """The errors on the device of the computation: the memory itself, or a copy where it is offloaded."""
@@ -126,7 +182,7 @@ class ErrorMemory:
         Returns:
             The room that was the memory's, or None, and nothing done, if it differs from Delta's in dtype or device.
         """
-        if delta.dtype != self.tensor.dtype or delta.device != self.tensor.device:
+        if not self.kept or delta.dtype != self.tensor.dtype or delta.device != self.tensor.device:
             return None
         if delta[0].numel() < LARGE:
             delta.baddbmm_(sent.p, sent.q.mT, alpha=-1)
@@ -151,6 +207,8 @@ class ErrorMemory:
             rows: which matrices of the batch these are, or None for all in order.
             t: step, for the draws of stochastic rounding.
         """
+        if not self.kept:
+            return
         alike = self.tensor.dtype == delta.dtype and self.tensor.device == delta.device
         if kept is None and rows is None and isinstance(sent, LowRank) and alike:
             torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor)
@@ -162,6 +220,8 @@ class ErrorMemory:
     def store(self, error: Tensor, rows: list[int] | None = None, t: int = -1, shared: bool = False) -> None:
         """Overwrite the memory of all matrices, or of `rows`, rounding to its dtype; `shared`: with the same draws on all
         workers, for errors that are equal on all."""
+        if not self.kept:
+            return
         rounded = self._rounded(error, rows, t, shared)
         if rows is None:
             self.tensor.copy_(rounded)

@@ -10,22 +10,51 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .communication.group import LENGTH_BYTES, collectives_so_far
+from .communication.group import LENGTH_BYTES, Group, collectives_so_far
+from .communication.ledger import Ledger
 from .errors import LowRankCommError
-from .reducer import Reducer
 from .wrapping import fingerprint
 
 _log = logging.getLogger("lowrank_comm")
 
+ATTACH = (
+    "Connect it by optimizer.attach(model), with the model as it is wrapped, before the first step (Hugging Face Trainer: "
+    "callbacks=[CompressionCallback(optimizer)]; Accelerate: lowrank_comm.integrations.accelerate.prepare)."
+)
+
+
+class Workers(Protocol):
+    """Those who come to the first step together; a `Reducer` knows them."""
+
+    group: Group
+    ledger: Ledger
+
+    @property
+    def here(self) -> tuple[int, int]:
+        """This rank's number, and how many there are."""
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the one rank that writes what all share."""
+
+    def tell_all(self, words: str) -> list[str]:
+        """Every rank's words; a collective."""
+
 
 class FirstPass:
-    """What happened during the backward passes before an optimizer's first step."""
+    """What happened during the backward passes before an optimizer's first step.
 
-    def __init__(self) -> None:
+    Args:
+        advice: what to do about an engine that has averaged the gradients.
+    """
+
+    def __init__(self, advice: str = ATTACH) -> None:
+        self._advice = advice
         self._pass: int | None = None
         self._happened = self._checked = False
 
@@ -44,21 +73,21 @@ class FirstPass:
 
         queue(lambda: queue(at_end))  # behind the callbacks of engines such as DDP
 
-    def check(self, grads: Sequence[Tensor | None], reducer: Reducer) -> None:
+    def check(self, grads: Sequence[Tensor | None], workers: Workers) -> None:
         """Refuse gradients that were averaged already; a collective.
 
         Args:
             grads: this worker's.
-            reducer: of the run.
+            workers: of the run.
 
         Raises:
             LowRankCommError: on all ranks.
         """
         self._checked = True
-        _refuse_averaged(grads, reducer, self._happened)
+        _refuse_averaged(grads, workers, self._happened, self._advice)
 
 
-def _refuse_averaged(grads: Sequence[Tensor | None], reducer: Reducer, collectives_happened: bool) -> None:
+def _refuse_averaged(grads: Sequence[Tensor | None], workers: Workers, collectives_happened: bool, advice: str) -> None:
     """At the first step: an engine has averaged gradients already. A collective.
 
     They then have the same bits on all ranks, and there were collectives during the backward pass. Equal gradients without
@@ -66,28 +95,27 @@ def _refuse_averaged(grads: Sequence[Tensor | None], reducer: Reducer, collectiv
 
     Args:
         grads: this worker's.
-        reducer: of the run.
+        workers: of the run.
         collectives_happened: between the first gradient of the backward pass and its end, by anybody.
+        advice: what to do about it.
 
     Raises:
         LowRankCommError: on all workers.
     """
-    if reducer.here[1] == 1 or not reducer.group.initialised:
+    if workers.here[1] == 1 or not workers.group.initialised:
         return
     there = [grad for grad in grads if grad is not None]
     mine = f"{fingerprint(there)} {collectives_happened:d}" if any(bool(grad.any()) for grad in there) else ""
-    told = reducer.tell_all(mine)  # all ranks of all nodes, so that all come to the same verdict
-    reducer.ledger.bytes["fingerprint"] += len(mine) + LENGTH_BYTES
+    told = workers.tell_all(mine)  # all ranks of all nodes, so that all come to the same verdict
+    workers.ledger.bytes["fingerprint"] += len(mine) + LENGTH_BYTES
     if not mine or len({words.split()[0] if words else "" for words in told}) > 1:
         return
     if all(words.endswith(" 1") for words in told):
         raise LowRankCommError(
             f"all {len(told)} ranks came to the first step with the same gradients, bit for bit, after collectives during "
-            "the backward pass: an engine has averaged them already, and compression would save nothing. Connect it by "
-            "optimizer.attach(model), with the model as it is wrapped, before the first step (Hugging Face Trainer: "
-            "callbacks=[CompressionCallback(optimizer)]; Accelerate: lowrank_comm.integrations.accelerate.prepare)."
+            "the backward pass: an engine has averaged them already, and compression would save nothing. " + advice
         )
-    if reducer.is_writer:
+    if workers.is_writer:
         _log.warning(
             "all %d workers have the same gradients at the first step: do they train on the same data, or has somebody "
             "averaged the gradients already?",

@@ -136,23 +136,35 @@ def _project_out(column: Tensor, basis: Tensor) -> Tensor:
     return column
 
 
-def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
-    """U[:, :r] of the singular value decomposition d = U S V^T.
+def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading r singular vectors and all singular values of d = U S V^T.
 
     Args:
         d: (B, m, n), finite.
         r: number of vectors, r <= min(m, n).
 
     Returns:
-        (B, m, r) orthonormal; NaN if the decomposition does not converge, which vetoes the step on all workers, where an
-        exception on this one alone would leave the others waiting.
+        (U[:, :r], S, V[:, :r]): (B, m, r), (B, min(m, n)) descending, (B, n, r). NaN if the decomposition does not converge
+        (or d is not finite), which vetoes the step on all workers, where an exception on this one alone would leave the
+        others waiting.
     """
     together = max(1, _SVD_ELEMENTS // max(1, d[0].numel()))  # a decomposition is as large as what is decomposed
+    parts = []
     try:
-        parts = [torch.linalg.svd(part, full_matrices=False).U[..., :r].contiguous() for part in d.split(together)]
+        for part in d.split(together):
+            u, s, vh = torch.linalg.svd(part, full_matrices=False)
+            parts.append((u[..., :r].contiguous(), s, vh.mT[..., :r].contiguous()))
     except torch.linalg.LinAlgError:
-        return torch.full((*d.shape[:-1], r), torch.nan, dtype=d.dtype, device=d.device)
-    return torch.cat(parts)
+        shapes = ((*d.shape[:-1], r), (len(d), min(d.shape[-2:])), (len(d), d.shape[-1], r))
+        u, s, v = (torch.full(shape, torch.nan, dtype=d.dtype, device=d.device) for shape in shapes)
+        return u, s, v
+    u, s, v = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return u, s, v
+
+
+def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
+    """U[:, :r] of the singular value decomposition d = U S V^T, (B, m, r); see `thin_svd`."""
+    return thin_svd(d, r)[0]
 
 
 def all_finite(gradients: Iterable[Tensor | None]) -> bool:

@@ -1,10 +1,10 @@
 """Many compressors, one conversation: drives the generators of all batches in lock-step phases.
 
 In each round every live generator is advanced to its next request for communication; the requests of a round form one
-`Packet`; the packet's buffers are yielded, to be summed over the workers in place by whoever drives this generator (a
-process group, or the simulation of N workers side by side); the pieces are handed back as answers. So a step has as
-many collectives as the algorithm has phases, however many matrices there are. The first packet also carries everything
-that travels dense, and the control numbers:
+`Packet`; the packet's exchanges are yielded, to be carried out by whoever drives this generator (a process group, or the
+simulation of N workers side by side); the pieces are handed back as answers. So a step has as many collectives as the
+algorithm has phases, however many matrices there are; what travels as codes takes two instead of one. The first packet
+also carries everything that travels dense, and the control numbers:
 
     [0]   1 if this worker holds a number that is not finite (or next to the end of its dtype's range), else 0
     [1:]  for each parameter, 1 if this worker had a gradient, else 0
@@ -23,18 +23,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .communication.coded import Noise
+from .communication.exchanges import Exchange
 from .communication.packet import Packet
 from .communication.shards import Shards
-from .compressors.base import ComputeOnce, Decide, Mean, Request, Result, Steps, SumOverRows, WholeRows
+from .compressors.base import ComputeOnce, Decide, Gather, Mean, Read, Request, Result, Steps, SumOverRows, WholeRows
+from .quantization import FORMATS, Format, Quantization
 from .transfers import numbers_on
 
-Buffers = Generator[list[Tensor], int, "Agreed | None"]
+Exchanges = Generator[list[Exchange], int, "Agreed | None"]
+_AtOnce = Decide | Read | SumOverRows | WholeRows
+_OnTheWire = Mean | ComputeOnce | Gather
 
 
 @dataclass
@@ -55,11 +60,12 @@ class Agreed:
 @dataclass
 class Account:
     """Bytes by kind, collectives, and host seconds by phase of one pass; filled while it runs, vetoed or not. `inside`:
-    bytes by kind between the ranks of a node."""
+    bytes by kind between the ranks of a node; `surplus`: see `communication.ledger`."""
 
     bytes: Counter[str] = field(default_factory=Counter)
     inside: Counter[str] = field(default_factory=Counter)
     collectives: int = 0
+    surplus: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: {"compress": 0.0, "communicate": 0.0})
 
 
@@ -74,7 +80,9 @@ def lockstep(
     device: torch.device,
     account: Account,
     shards: Shards,
-) -> Buffers:
+    quantization: Quantization | None = None,
+    noise: Callable[[int], Noise] | None = None,
+) -> Exchanges:
     """One pass.
 
     Args:
@@ -86,9 +94,11 @@ def lockstep(
         device: where the control numbers live.
         account: filled in.
         shards: the ranks of this node; they take part in the conversation if they compute whole matrices together.
+        quantization: what travels as codes, by kind.
+        noise: number of a packet -> its draws for stochastic rounding.
 
     Yields:
-        The buffers of a phase, to be summed over the workers in place; is sent the number of collectives that it took.
+        What is to be exchanged in a phase, or in one of its legs; is sent the number of collectives that it took.
 
     Returns:
         `Agreed`, or None if any worker's numbers were not finite.
@@ -100,19 +110,19 @@ def lockstep(
     present: list[bool] = []
     dense_answers: list[Tensor] = []
     clock = time.perf_counter()
-    first = True
+    first, phase, codes = True, 0, quantization or Quantization()
     while True:
         while run.advance():  # requests that need no packet; decisions are read with the suspects in one transfer
             run.answers.update(inside.answer(run.at_once))
-            deciding = {k: request for k, request in run.at_once.items() if isinstance(request, Decide)}
-            if not deciding:
+            waiting = {k: request for k, request in run.at_once.items() if isinstance(request, Decide | Read)}
+            if not waiting:
                 continue
-            verdicts, known = _read([request.flag for request in deciding.values()], suspects, control_sum, inside.shards)
+            verdicts, known = _read(list(waiting.values()), suspects, control_sum, inside.shards)
             control_sum, present = None, known or present
             if verdicts is None:
                 run.close()
                 return None
-            run.answers.update(zip(deciding, verdicts, strict=True))
+            run.answers.update(zip(waiting, verdicts, strict=True))
         if suspects and (run.asking or run.finished):
             verdicts, known = _read([], suspects, control_sum, inside.shards)
             control_sum, present = None, known or present
@@ -121,9 +131,10 @@ def lockstep(
                 return None
         if not run.asking and not first:
             break
-        packet = Packet(workers, wire_dtype)
+        packet = Packet(workers, wire_dtype, rank, noise(phase) if noise else None)
+        phase += 1
         asked = inside.prepare(run.asking)
-        numbers = {k: packet.add(one.tensor, one.kind, averaged=one.averaged) for k, one in asked.items()}
+        numbers = {k: one.put_into(packet, codes) for k, one in asked.items()}
         if first:
             dense_numbers = [packet.add(tensor, "dense", averaged=True) for tensor in dense]
             numbers_of_control = numbers_on(device, [0.0, *map(float, has_gradient)], packet.dtype)
@@ -132,11 +143,19 @@ def lockstep(
         if first:
             packet.write(control, (~packet.all_sound()).to(numbers_of_control))
         account.bytes.update(packet.bytes)
+        account.surplus += packet.surplus
         account.seconds["compress"] += time.perf_counter() - clock
         clock = time.perf_counter()
-        account.collectives += yield packet.buffers
+        account.collectives += yield packet.exchanges
         account.seconds["communicate"] += time.perf_counter() - clock
         clock = time.perf_counter()
+        if second_leg := packet.second_leg():
+            account.seconds["compress"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            account.collectives += yield second_leg
+            account.seconds["communicate"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+        packet.arrived()
         suspects.append((~packet.all_sound()).to(torch.float32))
         answers = packet.answers()
         if first:
@@ -162,8 +181,8 @@ class _Run:
         self._results: dict[int, Result] = {}
         self._ready = list(range(len(self._steps)))
         self.answers: dict[int, object] = {}
-        self.at_once: dict[int, Decide | SumOverRows | WholeRows] = {}
-        self.asking: dict[int, Mean | ComputeOnce] = {}
+        self.at_once: dict[int, _AtOnce] = {}
+        self.asking: dict[int, _OnTheWire] = {}
 
     @property
     def finished(self) -> bool:
@@ -181,7 +200,7 @@ class _Run:
             except StopIteration as end:
                 self._results[k] = end.value
                 continue
-            if isinstance(request, Mean | ComputeOnce):
+            if isinstance(request, _OnTheWire):
                 self.asking[k] = request
             else:
                 self.at_once[k] = request
@@ -203,14 +222,19 @@ class _Run:
 class _Asked:
     """A request on its way into a packet: what of it this rank carries, and what completes the answer."""
 
-    request: Mean | ComputeOnce
+    request: _OnTheWire
     tensor: Tensor
     averaged: bool
     whole: Tensor | None = None  # this worker's sum over rows, of which `tensor` is this rank's share
 
-    @property
-    def kind(self) -> str:
-        return self.request.kind
+    def put_into(self, packet: Packet, quantization: Quantization) -> int:
+        """Put it into a packet; returns its number there."""
+        if isinstance(self.request, Gather):
+            return packet.add_to_gather(self.tensor, self.request.kind)
+        format: Format | None = None
+        if isinstance(self.request, Mean):
+            format = FORMATS[self.request.codes] if self.request.codes else quantization.format_of(self.request.kind)
+        return packet.add(self.tensor, self.request.kind, self.averaged, format)
 
 
 class _Inside:
@@ -220,7 +244,7 @@ class _Inside:
         self.shards = shards
         self._ranks, self._rank = workers * shards.size, rank * shards.size + shards.rank
 
-    def answer(self, requests: dict[int, Decide | SumOverRows | WholeRows]) -> dict[int, Tensor]:
+    def answer(self, requests: dict[int, _AtOnce]) -> dict[int, Tensor]:
         """Sums over rows, all in one collective; and whole rows."""
         sums = {k: request.tensor for k, request in requests.items() if isinstance(request, SumOverRows)}
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -234,7 +258,7 @@ class _Inside:
                 answers[k] = self.shards.whole_rows(request.tensor, request.m, "rows")
         return answers
 
-    def prepare(self, asking: dict[int, Mean | ComputeOnce]) -> dict[int, _Asked]:
+    def prepare(self, asking: dict[int, _OnTheWire]) -> dict[int, _Asked]:
         """This rank's share of each request. What is computed once goes round the ranks, matrix by matrix."""
         asked, turn = {}, 0
         over_rows = {k: r.tensor for k, r in asking.items() if isinstance(r, Mean) and r.over_rows and self.shards.size > 1}
@@ -246,7 +270,7 @@ class _Inside:
             elif k in own:
                 asked[k] = _Asked(request, own[k].reshape(-1)[self._share(own[k].numel())], averaged=True, whole=own[k])
             else:
-                asked[k] = _Asked(request, request.tensor, averaged=True)
+                asked[k] = _Asked(request, request.tensor, averaged=isinstance(request, Mean))
         return asked
 
     def complete(self, asked: dict[int, _Asked], answers: dict[int, tuple[Tensor, Tensor]]) -> dict[int, object]:
@@ -254,7 +278,7 @@ class _Inside:
         whole: dict[int, object] = {}
         for k, one in asked.items():
             mean, own = answers[k]
-            if isinstance(one.request, ComputeOnce):
+            if isinstance(one.request, ComputeOnce | Gather):
                 whole[k] = mean
             elif one.whole is None:
                 whole[k] = (mean, own)
@@ -287,7 +311,7 @@ class _Inside:
         if self.shards.size == 1:
             parts = request.matrices.new_zeros(count, rows, request.columns)
             if mine:
-                parts[mine] = request.compute(request.matrices[mine])
+                parts[mine] = request.of(request.matrices[mine], mine)
             return parts
         kept = []
         for index in range(count):
@@ -296,28 +320,34 @@ class _Inside:
                 kept.append(matrix)
         whole = request.matrices.new_zeros(count, request.m, request.columns)
         if kept:
-            whole[mine] = request.compute(torch.cat(kept))
+            whole[mine] = request.of(torch.cat(kept), mine)
         self.shards.sum_([whole], "rows")
         return whole[:, self.shards.block(request.m)]
 
 
 def _read(
-    flags: list[Tensor], suspects: list[Tensor], control_sum: Tensor | None, shards: Shards
-) -> tuple[list[bool] | None, list[bool] | None]:
-    """Everything the host waits for, in one transfer: verdicts (None for a veto), and which gradients exist anywhere."""
-    parts = [torch.stack([~flag.all() for flag in flags])] if flags else []
-    parts += [torch.stack([suspect.reshape(()) for suspect in suspects])] if suspects else []
-    parts += [control_sum] if control_sum is not None else []
+    waiting: Sequence[Decide | Read], suspects: list[Tensor], control_sum: Tensor | None, shards: Shards
+) -> tuple[list[bool | list[float]] | None, list[bool] | None]:
+    """Everything the host waits for, in one transfer: the answers (None for a veto), and which gradients exist anywhere."""
+    parts = [(~one.flag.all()).reshape(1) if isinstance(one, Decide) else one.tensor.reshape(-1) for one in waiting]
+    lengths = [part.numel() for part in parts]
+    if suspects:
+        parts.append(torch.stack([suspect.reshape(()) for suspect in suspects]))
+    if control_sum is not None:
+        parts.append(control_sum)
     home = parts[0].device
     flat = torch.cat([part.to(device=home, dtype=torch.float32) for part in parts])
     shards.sum_([flat], "control")
     numbers = flat.tolist()
-    verdicts = [value == 0 for value in numbers[: len(flags)]]
-    vetoed = any(value != 0 for value in numbers[len(flags) : len(flags) + len(suspects)])
+    answers: list[bool | list[float]] = []
+    for one, length in zip(waiting, lengths, strict=True):
+        answers.append(numbers[0] == 0 if isinstance(one, Decide) else numbers[:length])
+        numbers = numbers[length:]
+    vetoed = any(value != 0 for value in numbers[: len(suspects)])
     known = None
     if control_sum is not None:
-        flag, *mask = numbers[len(flags) + len(suspects) :]
+        flag, *mask = numbers[len(suspects) :]
         vetoed |= flag != 0
         known = [value > 0 for value in mask]
     suspects.clear()
-    return (None if vetoed else verdicts), known
+    return (None if vetoed else answers), known

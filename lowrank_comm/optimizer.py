@@ -36,6 +36,7 @@ from .first_pass import FirstPass
 from .linalg import all_finite
 from .naming import Namer
 from .policy import Rule
+from .quantization import Quantization
 from .transfers import current_stream
 from .wrapping import only_initialises_state, transformers_uses_deepspeed
 
@@ -55,7 +56,8 @@ class CompressedOptimizer(AttachedOptimizer):
             nodes, inside a node), by position, makes a node one worker: the mean inside it is exact.
         min_compression_rate: a matrix is compressed when m n / (elements sent) is above it; 0 compresses every matrix.
         rules: exceptions by parameter name; the first that matches wins.
-        error_feedback: how the error memory is kept.
+        error_feedback: its form (EF14, EF21, none, in rounds), and how the error memory is kept.
+        quantization: what travels as codes of a few bits: factors, restarts, what stays dense.
         wire_dtype: dtype on the wire, or None for the wider of float32 and the parameter's dtype.
         initial_basis: parameter name -> Q (n x r), to be held against a reference.
         named_parameters: names, where the base has none.
@@ -96,6 +98,7 @@ class CompressedOptimizer(AttachedOptimizer):
         min_compression_rate: float = 2.0,
         rules: Sequence[Rule] = (),
         error_feedback: ErrorFeedback | None = None,
+        quantization: Quantization | None = None,
         wire_dtype: str | None = None,
         initial_basis: Mapping[str, Tensor] | None = None,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
@@ -134,6 +137,7 @@ class CompressedOptimizer(AttachedOptimizer):
             "min_compression_rate": min_compression_rate,
             "rules": tuple(rules),
             "error_feedback": error_feedback,
+            "quantization": quantization,
             "wire_dtype": wire_dtype,
             "seed": seed,
             "initial_basis": initial_basis,

@@ -8,7 +8,7 @@ different numbers for one seed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,7 +51,33 @@ def gaussian(
     Returns:
         Tensor of shape (len(names), *shape).
     """
+    return _stacked(torch.randn, seed, names, t, purpose, shape, dtype, device)
+
+
+def uniform(
+    seed: int,
+    names: Sequence[str],
+    t: int,
+    purpose: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Tensors uniform in [0, 1), one for each name; see `gaussian`."""
+    return _stacked(torch.rand, seed, names, t, purpose, shape, dtype, device)
+
+
+def _stacked(
+    draw: Callable[..., Tensor],
+    seed: int,
+    names: Sequence[str],
+    t: int,
+    purpose: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     draws = [  # neither torch's default dtype nor its default device may have a say
-        torch.randn(shape, generator=stream(seed, name, t, purpose), dtype=torch.float32, device="cpu") for name in names
+        draw(shape, generator=stream(seed, name, t, purpose), dtype=torch.float32, device="cpu") for name in names
     ]
     return torch.stack(draws).to(device=device, dtype=dtype)

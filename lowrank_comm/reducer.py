@@ -21,7 +21,7 @@ A worker may be a node whose ranks hold blocks of the parameters (`shards`): the
 inside the node, so that no rank steps if another one's block was vetoed.
 
 All state is keyed by parameter name. Order of batches and requests follows the order of the slots, the same on all
-workers. `exchange` is a generator that yields buffers to be summed, so that a process group and the simulation of N
+workers. `exchange` is a generator that yields what is to be exchanged, so that a process group and the simulation of N
 workers in one process run the same code.
 """
 
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, Slot
+from .communication.exchanges import Exchange
 from .compressors.base import Context, Delta, LowRank, Result, Steps
 from .errors import LowRankCommError
 from .linalg import full_precision
@@ -90,7 +91,7 @@ class _Passed:
 class _Flight:
     """A bucket on its way: its generator, and the collectives that have been started for it."""
 
-    passing: Generator[list[Tensor], int, _Passed]
+    passing: Generator[list[Exchange], int, _Passed]
     works: list[Any]
 
 
@@ -110,7 +111,8 @@ class Reducer(ReducerState):
         compressor: the scheme.
         group: the workers.
         min_compression_rate, rules: see `policy`.
-        error_feedback: how the error memory is kept.
+        error_feedback: its form, and how the error memory is kept.
+        quantization: what travels as codes.
         wire_dtype: "bfloat16", "float16", "float32", "float64", or None for the wider of float32 and the parameter's dtype.
         seed: of all random draws.
         initial_basis: parameter name -> Q (n x r) to start from, instead of a Gaussian one.
@@ -150,7 +152,7 @@ class Reducer(ReducerState):
                 except StopIteration as end:
                     passed.append(end.value)
                     continue
-                flight.works = self.group.start_sum(buffers)
+                flight.works = self.group.start(buffers)
                 going.append(flight)
             return self.finish(grads, scale, passed)
 
@@ -166,7 +168,7 @@ class Reducer(ReducerState):
         self.ensure_agreed()
         with full_precision(self.device):
             passing = self.exchange(self.buckets[k], grads, scale)
-            self._flights.append(_Flight(passing, self.group.start_sum(next(passing))))
+            self._flights.append(_Flight(passing, self.group.start(next(passing))))
 
     @property
     def begun(self) -> int:
@@ -184,8 +186,8 @@ class Reducer(ReducerState):
     @torch.no_grad()
     def exchange(
         self, bucket: Bucket, grads: Sequence[Tensor | None], scale: float
-    ) -> Generator[list[Tensor], int, _Passed]:
-        """The pass of a bucket as a generator: yields buffers to be summed over the workers in place, is sent how many
+    ) -> Generator[list[Exchange], int, _Passed]:
+        """The pass of a bucket as a generator: yields what is to be exchanged between the workers, is sent how many
         collectives that took. `reduce` drives it over the process group; `finish` takes what it returns."""
         self._check(grads, bucket)
         clock = time.perf_counter()
@@ -204,6 +206,8 @@ class Reducer(ReducerState):
             device=self.device,
             account=account,
             shards=self.shards,
+            quantization=self.schemes.quantization,
+            noise=self.schemes.noise(self.buckets.index(bucket), self.step, self.group.rank),
         )
         for job, result in zip(jobs, agreed.results if agreed else (), strict=False):
             job.result = result
@@ -247,6 +251,7 @@ class Reducer(ReducerState):
         for one in passed:
             account.bytes.update(one.account.bytes)
             account.collectives += one.account.collectives
+            account.surplus += one.account.surplus
             for phase, seconds in one.account.seconds.items():
                 account.seconds[phase] += seconds
         self._count_inside(account)
@@ -322,11 +327,11 @@ class Reducer(ReducerState):
     def _steps(self, job: _Job, grads: Sequence[Tensor | None], scale: float) -> Steps:
         """The compressor's generator; Delta is made when it is first advanced, just before it is read."""
         job.delta = job.batch.delta(grads, scale, job.rows)
-        return (yield from self.compressor.step(job.delta, job.batch.rows_of_state(job.rows), job.context))
+        return (yield from job.batch.compressor.step(job.delta, job.batch.rows_of_state(job.rows), job.context))
 
     def _jobs(self, batch: Batch) -> list[_Job]:
         """The batch as one job, or as two where only some of its matrices restart."""
-        due = [bool(self._schedule and self._schedule.due(name, self.step)) for name in batch.names]
+        due = [self._due(name) for name in batch.names]
         jobs = []
         for restart in (False, True):
             rows = [row for row, is_due in enumerate(due) if is_due == restart]
@@ -337,6 +342,8 @@ class Reducer(ReducerState):
                 batch.context.only(rows),
                 t=self.step,
                 restart=restart,
+                worker=self.group.rank,
+                workers=self.group.size,
                 wire_rounds=self._wire_dtype is not None and self._wire_dtype.itemsize < batch.dtype.itemsize,
             )
             jobs.append(_Job(batch, None if whole else rows, context))
@@ -380,7 +387,7 @@ class Reducer(ReducerState):
         restarts = sum(len(job.indices) for job in jobs if job.context.restart)
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
-        self.ledger.enter(account.bytes, account.collectives, full, applied)
+        self.ledger.enter(account.bytes, account.collectives, full, applied, account.surplus)
         self.ledger.clock(account.seconds)
 
 

@@ -23,9 +23,11 @@ from .communication.group import LENGTH_BYTES
 from .compressors.base import Compressor
 from .diagnostics import Plan, StepReport
 from .error_feedback import ErrorFeedback
-from .errors import ConfigError, ConfigMismatchError, LowRankCommError, UnsupportedError
-from .policy import Policy, Rule, Treatment
+from .errors import ConfigError, ConfigMismatchError, LowRankCommError
+from .policy import Rule, Treatment
+from .quantization import Quantization
 from .reporting import LastPass, make_plan
+from .schemes import Schemes
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -59,6 +61,7 @@ class ReducerState:
         min_compression_rate: float = 2.0,
         rules: Sequence[Rule] = (),
         error_feedback: ErrorFeedback | None = None,
+        quantization: Quantization | None = None,
         wire_dtype: str | None = None,
         seed: int = 0,
         initial_basis: Mapping[str, Tensor] | None = None,
@@ -69,15 +72,6 @@ class ReducerState:
             raise ConfigError(f"wire_dtype={wire_dtype!r} is unknown; use null or one of {', '.join(WIRE_DTYPES)}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ConfigError(f"seed must be an integer of 64 bits, got {seed!r}; write for example seed=0.")
-        for rule in rules:
-            if not isinstance(rule, Rule):
-                raise ConfigError(
-                    f'rules must hold Rule objects such as Rule("lm_head.*", treatment="dense"), got {rule!r}.'
-                )
-        if error_feedback is not None and not isinstance(error_feedback, ErrorFeedback):
-            raise ConfigError(
-                f'error_feedback must be None or such as ErrorFeedback(dtype="bfloat16"), got {error_feedback!r}.'
-            )
         for slot in slots:
             if not slot.dtype.is_floating_point:
                 raise ConfigError(
@@ -92,16 +86,10 @@ class ReducerState:
         # Of whoever uses the reducer, compared too: given False between workers, True between the ranks of a node.
         self.further_settings: Callable[[bool], dict[str, Any]] | None = None
         self.ledger = Ledger()
-        self._error_feedback = error_feedback or ErrorFeedback()
         self._wire_name, self._wire_dtype = wire_dtype, WIRE_DTYPES.get(wire_dtype or "")
-        self._policy = Policy(compressor, min_compression_rate, tuple(rules))
         self.shards = shards or Shards()
-        if self.shards.whole_matrices and not compressor.row_blocks:
-            raise UnsupportedError(
-                f'shard_scope="matrix" is not possible with {compressor.json_name}, whose steps need whole matrices; use '
-                'shard_scope="shard".'
-            )
-        self.treatments: list[Treatment] = [self._treat(slot, self.shards.rank) for slot in self.slots]
+        self.schemes = Schemes(compressor, min_compression_rate, rules, error_feedback, quantization, self.shards, seed)
+        self.treatments: list[Treatment] = [self.schemes.treat(slot, self.shards.rank) for slot in self.slots]
         low = {slot.name: t for slot, t in zip(self.slots, self.treatments, strict=True) if t.low_rank}
         self._check_initial_basis(initial_basis or {}, low)
         self._bucket_bytes = bucket_bytes
@@ -109,9 +97,8 @@ class ReducerState:
         self._batches = [batch for bucket in self.buckets for batch in bucket.batches]
         self._initial_basis = {name: _digest(basis) for name, basis in (initial_basis or {}).items()}
         self._place = {name: (batch, row) for batch in self._batches for row, name in enumerate(batch.names)}
-        self._schedule = compressor.schedule(
-            {name: compressor.restart_elements(t.m, t.n, t.rank) for name, t in low.items()}
-        )
+        self._restarting = {name: self.schemes.scheme.restart_elements(t.m, t.n, t.rank) for name, t in low.items()}
+        self._schedule = self.schemes.scheme.schedule(self._restarting)
         self.device = self.slots[0].device if self.slots else torch.device("cpu")
         self._agreed = False
         self._worker: tuple[int, int] | None = None
@@ -120,19 +107,6 @@ class ReducerState:
         self._flights: list[Any] = []  # buckets that have been started; see `reducer`
         self._pending: Any = None  # a pass that waits for commit or rollback; see `reducer`
         self._last: LastPass | None = None
-
-    def _treat(self, slot: Slot, rank: int) -> Treatment:
-        """Treatment of the block of a parameter that rank `rank` of the node holds."""
-        if slot.whole is None:
-            return self._policy.treat(slot.name, slot.shape)
-        if self.shards.whole_matrices:
-            return self._policy.treat(slot.name, slot.whole)
-        return self._policy.treat_block(slot.name, slot.block(self.shards, rank), slot.block(self.shards, 0))
-
-    def _node_treatments(self, slot: Slot) -> list[Treatment]:
-        """Of all blocks of a parameter in this node; one of the whole parameter, where the node computes it together."""
-        ranks = 1 if slot.whole is None or self.shards.whole_matrices else self.shards.size
-        return [self._treat(slot, rank) for rank in range(ranks)]
 
     def _check_initial_basis(self, initial_basis: Mapping[str, Tensor], low: Mapping[str, Treatment]) -> None:
         for name in initial_basis:
@@ -159,35 +133,41 @@ class ReducerState:
         batches = build_batches(
             self.slots,
             self.treatments,
-            self.compressor,
-            self._error_feedback,
+            self.schemes.of,
             self.seed,
             self.group.rank,
             initial_basis,
             self.shards,
             indices,
         )
-        return Bucket(indices, batches, [k for k in indices if not self.treatments[k].low_rank])
+        return Bucket(indices, batches, [k for k in indices if not self.treatments[k].batched])
+
+    def _due(self, name: str) -> bool:
+        """Whether a parameter restarts in this step."""
+        return self._schedule is not None and name in self._restarting and self._schedule.due(name, self.step)
 
     def error_memory(self) -> dict[str, Tensor]:
-        """Parameter name -> this worker's error, a live view in the parameter's shape; dense parameters are absent."""
+        """Parameter name -> this worker's error, a live view in the parameter's shape; what keeps none is absent."""
         return {
             name: batch.memory.view(row, self.slots[batch.slots[row]].shape)
             for batch in self._batches
+            if batch.memory.kept
             for row, name in enumerate(batch.names)
         }
 
-    def error_blocks(self) -> list[tuple[Slot, Treatment, Tensor]]:
-        """Of every parameter that is compressed in this node: the slot, the treatment of its largest block, which decides
-        that, and this rank's error, a live view; empty where other ranks of the node hold all of its rows."""
+    def blocks(self) -> list[tuple[Slot, Treatment, Tensor | None]]:
+        """Of every parameter that is given to a compressor in this node: the slot, the treatment of its largest block, which
+        decides that, and this rank's error, a live view; empty where other ranks of the node hold all of its rows, None
+        where no error is kept."""
         memory, blocks = self.error_memory(), []
         for slot in self.slots:
-            largest = self._treat(slot, 0)
-            if largest.low_rank:
-                error = memory.get(slot.name)
-                if error is None:
-                    error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
-                blocks.append((slot, largest, error))
+            largest = self.schemes.treat(slot, 0)
+            if not largest.batched:
+                continue
+            error = memory.get(slot.name)
+            if error is None and self.schemes.of(largest)[1].keeps_errors:
+                error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
+            blocks.append((slot, largest, error))
         return blocks
 
     def bases_of(self, name: str) -> dict[str, Tensor]:
@@ -245,9 +225,9 @@ class ReducerState:
 
     def take_over(self, old: ReducerState) -> None:
         """Go on with the state of a reducer of fewer parameters, on all workers alike."""
-        bases = old.bases()
-        for name, error in old.error_memory().items():
-            self.set_state(name, error, bases[name])
+        memory = old.error_memory()
+        for name, state in old.bases().items():
+            self.set_state(name, memory.get(name), state)
         old._settle_last_report()
         self.ledger, self._worker, self._last = old.ledger, old._worker, old._last
         consolidated = old.consolidated
@@ -280,13 +260,24 @@ class ReducerState:
         self.mark_consolidated()
 
     def _average_errors(self) -> None:
-        if not self.compressor.linear:
+        if not self.schemes.linear:
             _log.warning("%s is not linear: the mean error is a valid start, not an exact one", self.compressor.json_name)
         for batch in self._batches:
-            total = batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True)
-            self.ledger.collectives += self.group.sum_([total])
-            self.ledger.bytes["consolidation"] += total.nbytes
-            batch.memory.store(total.div_(self.group.size), t=self.step, shared=True)
+            if batch.memory.kept:
+                mean = self._mean(batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True))
+                batch.memory.store(mean, t=self.step, shared=True)
+            for symbol in batch.compressor.private:
+                batch.state[symbol] = self._mean(batch.state[symbol].clone())
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        self.ledger.collectives += self.group.sum_([tensor])
+        self.ledger.bytes["consolidation"] += tensor.nbytes
+        return tensor.div_(self.group.size)
+
+    @property
+    def keeps_private_state(self) -> bool:
+        """Whether something of the state is this worker's own: its errors, or a part of the compressor's state."""
+        return any(batch.memory.kept or batch.compressor.private for batch in self._batches)
 
     def ensure_agreed(self) -> None:
         """`agree`, unless that was done since the state was last changed from outside."""
@@ -345,10 +336,9 @@ class ReducerState:
     def describe(self) -> dict[str, Any]:
         """Everything that must be equal on all workers."""
         return {
-            **self._policy.describe(),
+            **self.schemes.describe(),
             "seed": self.seed,
             "wire_dtype": self._wire_name,
-            "error_feedback": self._error_feedback.describe(),
             "initial_basis": self._initial_basis,
             "step": self.step,
             "shards": f"{self.shards.size} ranks, {self.shards.scope}" if self.shards.size > 1 else None,
@@ -362,17 +352,18 @@ class ReducerState:
     def plan(self) -> Plan:
         """What goes low-rank, how many bytes that is, and what it costs in memory."""
         restart_every = self._schedule.restart_every if self._schedule else None
-        idle = self._policy.idle_rules([slot.name for slot in self.slots])
+        idle = self.schemes.policy.idle_rules([slot.name for slot in self.slots])
         return make_plan(
             self.slots,
             self.treatments,
-            self.compressor,
+            self.schemes.scheme,
             self._batches,
             self.group.size,
             self._wire_dtype,
+            self.schemes.quantization,
             restart_every,
             idle,
-            [self._node_treatments(slot) for slot in self.slots],
+            [self.schemes.of_the_node(slot) for slot in self.slots],
             self.shards,
         )
 

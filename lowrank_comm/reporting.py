@@ -15,6 +15,7 @@ from .compressors.base import Compressor, LowRank, Result
 from .diagnostics import Plan, PlanRow, StepReport
 from .lockstep import Account
 from .policy import Treatment
+from .quantization import FORMATS, Quantization
 
 
 @dataclass
@@ -41,11 +42,12 @@ class LastPass:
     def enter(self, batch: Batch, rows: list[int] | None, delta: Tensor, result: Result) -> None:
         """Keep what norms are computed from, if somebody asks: small factors, or the norm itself of what is large."""
         if isinstance(result.sent, LowRank):
-            in_blocks = batch.context.m != batch.m
-            sent = _norm_of_product(result.sent) if in_blocks else result.sent.q
+            sent = result.sent.q if batch.projects and batch.context.m == batch.m else _norm_of_product(result.sent)
         else:
             sent = _norm_of(result.sent)
-        follows = result.kept is None and batch.context.m == batch.m
+        if batch.tracks:  # what is applied is an estimate, of which only the change was sent
+            return
+        follows = result.kept is None and batch.context.m == batch.m and batch.memory.kept and batch.projects
         self.parts.append(_Part(batch, rows, sent, None if follows else _norm_of(delta)))
 
     def report(self, batches: Sequence[Batch]) -> StepReport:
@@ -63,18 +65,21 @@ class LastPass:
                 norm,
                 dict(self.account.seconds),
                 dict(self.account.inside),
+                self.account.surplus,
             )
         return self._made
 
     def _energy(self, batches: Sequence[Batch]) -> tuple[float | None, float | None]:
         """Captured share of this worker's Delta, and the norm of its error memory.
 
-        What is sent is a projection of Delta, so ||Delta||^2 = ||sent||^2 + ||e||^2, unless what is kept is another thing
-        than Delta - sent; and ||P Q_i^T|| = ||Q_i||. Of a block of rows of a whole matrix's projection neither holds.
+        What is sent by the PowerSGD family is a projection of Delta, so ||Delta||^2 = ||sent||^2 + ||e||^2, unless what is
+        kept is another thing than Delta - sent; and ||P Q_i^T|| = ||Q_i||. Of a block of rows of a whole matrix's
+        projection neither holds, nor of other schemes: there the norms are formed when the step is committed.
         """
+        kept = [batch for batch in batches if batch.memory.kept]
         if not batches:
             return None, None
-        norm = sum(_norm(batch.memory.tensor) ** 2 for batch in batches) ** 0.5
+        norm = sum(_norm(batch.memory.tensor) ** 2 for batch in kept) ** 0.5 if kept else None
         if not self.applied or not self.parts:
             return None, norm
         sent = sum(_norm(part.sent) ** 2 for part in self.parts)
@@ -120,6 +125,7 @@ def make_plan(
     batches: Sequence[Batch],
     workers: int,
     wire_dtype: torch.dtype | None,
+    quantization: Quantization,
     restart_every: int | None,
     idle_rules: tuple[str, ...],
     of_the_node: Sequence[Sequence[Treatment]],
@@ -134,16 +140,30 @@ def make_plan(
 
     def row(slot: Slot, parts: Sequence[Treatment]) -> PlanRow:
         largest, shape = parts[0], slot.whole or slot.shape
+        elements, restart = sum(part.elements for part in parts), sum(in_a_restart(part) for part in parts)
+        wire = (wire_dtype or slot.compute_dtype).itemsize
+        codes = FORMATS.get(largest.scheme)
+        sent, in_restart = float(elements * wire), float(restart * wire)
+        if codes is not None:
+            sent = in_restart = float(sum(codes.bytes(part.elements) for part in parts))
+        elif largest.low_rank:
+            gathered = workers / 2 if compressor.gathers and workers > 1 else 1.0  # see `communication.ledger`
+            factors, of_restarts = quantization.format_of("factors"), quantization.format_of("restart")
+            sent = (factors.bytes(elements) if factors else sent) * gathered  # nearly: P and Q fill blocks of their own
+            in_restart = (of_restarts.bytes(restart) if of_restarts else in_restart) * gathered
         return PlanRow(
             slot.name,
             shape,
-            largest.low_rank,
+            largest.scheme,
             largest.rank,
-            sum(part.elements for part in parts),
-            sum(in_a_restart(part) for part in parts),
+            elements,
+            restart,
             math.prod(shape),
             slot.dtype.itemsize,
-            (wire_dtype or slot.compute_dtype).itemsize,
+            wire,
+            sent,
+            in_restart,
+            float(elements * wire) if codes is not None else sent,
             largest.reason,
         )
 
@@ -164,7 +184,7 @@ def make_plan(
         f"{compressor.json_name} ({settings})",
         workers,
         restart_every,
-        sum(batch.memory.tensor.nbytes for batch in batches),
+        sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept),
         delta + packets(False),
         delta + packets(True),
         idle_rules,

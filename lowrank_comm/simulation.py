@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .batches import Slot
 from .communication.agreement import raise_if_different
+from .communication.exchanges import Exchange, among
 from .communication.group import Group
 from .compressors.base import Compressor
 from .diagnostics import StepReport
@@ -41,7 +42,7 @@ class _SimulatedGroup(Group):
     def rank(self) -> int:
         return self._rank
 
-    def sum_(self, buffers: Sequence[Tensor]) -> int:
+    def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
         raise LowRankCommError("a simulated worker cannot communicate by itself; call Simulation's methods.")
 
 
@@ -119,10 +120,8 @@ class Simulation:
         passes = [r.exchange(r.buckets[0], grads, 1.0) for r, grads in zip(self.reducers, copies, strict=True)]
         asked = [next(one) for one in passes]
         while True:
-            for buffers in zip(*asked, strict=True):
-                total = torch.stack(buffers).sum(dim=0)
-                for buffer in buffers:
-                    buffer.copy_(total)
+            for exchange in zip(*asked, strict=True):
+                among(exchange)
             collectives = len(asked[0])
             asked, passed = [], []
             for one in passes:

@@ -172,10 +172,14 @@ class OptimizerWithReducer(OptimizerAroundAnother):
 
         Returns:
             Parameter name -> error in the parameter's shape and in gradient units, without the loss scale; live views, until
-            parameters are added. What goes dense is absent.
+            parameters are added. What keeps no error is absent: what goes dense, and all of it unless the form of
+            error feedback is "ef14".
         """
-        blocks = self.reducer.error_blocks()
-        return {slot.name: self._engine.error_view(slot, self._by_name[slot.name], error) for slot, _, error in blocks}
+        return {
+            slot.name: self._engine.error_view(slot, self._by_name[slot.name], error)
+            for slot, _, error in self.reducer.blocks()
+            if error is not None
+        }
 
     @property
     def last_report(self) -> StepReport | None:

@@ -7,6 +7,7 @@ applied). And one step of the real optimizer, recorded."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from lowrank_comm.compressors.base import (
     ComputeOnce,
     Context,
     Delta,
+    Gather,
     Mean,
+    Read,
     Request,
     Result,
     State,
@@ -32,7 +35,8 @@ from lowrank_comm.simulation import Simulation
 
 def drive(compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[State], context: Context) -> list[Result]:
     """One step of one batch for every worker. deltas: (B, m, n) for each worker. Returns each worker's result."""
-    runs = [compressor.step(Delta(delta), state, context) for delta, state in zip(deltas, states, strict=True)]
+    contexts = [replace(context, worker=k, workers=len(deltas)) for k in range(len(deltas))]
+    runs = [compressor.step(Delta(d), state, one) for d, state, one in zip(deltas, states, contexts, strict=True)]
     results: list[Result] = []
     asked: list[Request] = [next(run) for run in runs]
     while not results:
@@ -41,7 +45,11 @@ def drive(compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[Sta
             mean = torch.stack([request.tensor for request in asked]).mean(0)
             answers = [(mean, request.tensor) for request in asked]
         elif isinstance(first, ComputeOnce):
-            answers = [first.compute(first.matrices)] * len(runs)
+            answers = [first.of(first.matrices, list(range(len(first.matrices))))] * len(runs)
+        elif isinstance(first, Gather):
+            answers = [torch.stack([request.tensor for request in asked])] * len(runs)
+        elif isinstance(first, Read):
+            answers = [first.tensor.tolist()] * len(runs)
         elif isinstance(first, SumOverRows | WholeRows):
             answers = [request.tensor for request in asked]
         else:

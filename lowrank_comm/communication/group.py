@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError
+from .exchanges import AllGather, AllToAll, Exchange, alone
 
 LENGTH_BYTES = torch.int64.itemsize
 
@@ -67,16 +68,31 @@ class Group:
 
     def sum_(self, buffers: Sequence[Tensor]) -> int:
         """All-reduce every buffer in place, by sum. Returns how many collectives that took."""
-        works = self.start_sum(buffers)
+        works = self.start(buffers)
         for work in works:
             work.wait()
         return len(works)
 
-    def start_sum(self, buffers: Sequence[Tensor]) -> list[Any]:
-        """Start the all-reduce of every buffer that holds something; what is returned has `wait()`."""
+    def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
+        """Start every exchange that moves something; what is returned has `wait()`."""
         if not self.initialised:
+            for exchange in exchanges:
+                alone(exchange)
             return []
-        return [dist.all_reduce(b, group=self.process_group, async_op=True) for b in buffers if b.numel()]
+        works = [self._start(exchange) for exchange in exchanges]
+        return [work for work in works if work is not None]
+
+    def _start(self, exchange: Exchange) -> Any:
+        if isinstance(exchange, AllGather):
+            if not exchange.own.numel():
+                return None
+            parts = list(exchange.everyone.unbind(0))
+            return dist.all_gather(parts, exchange.own, group=self.process_group, async_op=True)
+        if isinstance(exchange, AllToAll):
+            if not exchange.given.numel():
+                return None
+            return dist.all_to_all_single(exchange.received, exchange.given, group=self.process_group, async_op=True)
+        return dist.all_reduce(exchange, group=self.process_group, async_op=True) if exchange.numel() else None
 
     def gather_bytes(self, payload: bytes, device: torch.device) -> list[bytes]:
         """Every worker's payload, in rank order; lengths may differ, so each travels first, in LENGTH_BYTES."""

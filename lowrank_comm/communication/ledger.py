@@ -1,11 +1,14 @@
 """The byte ledger: what a worker handed to the collectives, by kind, counted where the buffers are packed.
 
-Counted is the payload: elements times bytes of the wire dtype. A ring all-reduce carries 2 (N - 1) / N times that over
-each worker's link, compressed or not, so ratios are ratios of traffic too.
+Counted is the payload: elements times bytes of the wire dtype, or the bytes of codes. A ring all-reduce carries
+2 (N - 1) / N times that over each worker's link, compressed or not, and so do the two legs of codes; so ratios are ratios
+of traffic too. A gather carries N - 1 times its payload, N / 2 times what an all-reduce does: its surplus, N / 2 - 1 times
+its payload, is kept apart and counts in the ratios.
 
 Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the factors of a randomized one),
-"broadcast" (singular vectors computed on one worker), "dense" (what is not compressed), "control" (one finite flag and
-the mask of missing gradients), "fingerprint" (once, at the start), "consolidation" (error memory averaged for a checkpoint).
+"broadcast" (singular vectors computed on one worker), "scores" (by which GreedyLore chooses), "gather" (of ATOMO), "rows"
+(which rows of an embedding travel), "dense" (what is not compressed), "control" (one finite flag and the mask of missing
+gradients), "fingerprint" (once, at the start), "consolidation" (error memory averaged for a checkpoint).
 Where ranks of a node share a worker's matrices, what goes between them is counted apart, by its own kinds: "gradients"
 (the exact mean inside the node), "results" (the way back), "sums" (P^T P, Delta^T P), "rows", "shares", "control".
 A process without a process group counts what it would hand over, and no collectives.
@@ -30,6 +33,7 @@ class Ledger:
         vetoed: passes that some worker vetoed.
         restarts: matrices restarted, in steps that were committed.
         inside: kind -> bytes that this rank handed to collectives between the ranks of its node.
+        surplus: bytes that gathers carry beyond an all-reduce of the same payload.
         seconds: phase -> host seconds; see `diagnostics.StepReport`.
     """
 
@@ -40,13 +44,17 @@ class Ledger:
     vetoed: int = 0
     restarts: int = 0
     inside: Counter[str] = field(default_factory=Counter)
+    surplus: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def enter(self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool) -> None:
+    def enter(
+        self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool, surplus: float = 0.0
+    ) -> None:
         """Add one pass."""
         self.bytes.update(sent)
         self.collectives += collectives
         self.uncompressed_bytes += uncompressed_bytes
+        self.surplus += surplus
         self.steps += 1
         self.vetoed += not applied
 
@@ -62,5 +70,5 @@ class Ledger:
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes over bytes sent; 1.0 before the first step."""
-        return self.uncompressed_bytes / self.total_bytes if self.total_bytes else 1.0
+        """Uncompressed bytes over bytes sent, with the surplus of gathers; 1.0 before the first step."""
+        return self.uncompressed_bytes / (self.total_bytes + self.surplus) if self.total_bytes else 1.0

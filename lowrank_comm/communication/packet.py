@@ -4,16 +4,24 @@ A buffer holds the tensors to be averaged first, then those that are only summed
 the others padded with zeros; control numbers). It is summed over the workers in place by whoever drives the pass; then
 `answers` cuts it into pieces again. For float16 wires the division by the number of workers comes before the sum, which
 would overflow otherwise.
+
+What is to be gathered has buffers of its own, and what travels as codes (`coded`) takes two legs: `exchanges` is the first
+leg of all, `second_leg` what comes after it, if anything.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..quantization import Format
+from .coded import CodedMean, Noise
+from .exchanges import AllGather, Exchange
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -25,11 +33,13 @@ def _largest(dtype: torch.dtype) -> float:
 
 @dataclass
 class _Entry:
-    """One tensor of a packet and where its answer goes."""
+    """One tensor of a packet and where its answer goes. `format`: of the codes in which it is averaged."""
 
     tensor: Tensor
     kind: str
     averaged: bool
+    gathered: bool = False
+    format: Format | None = None
 
 
 class Packet:
@@ -38,40 +48,92 @@ class Packet:
     Args:
         workers: number of workers.
         wire_dtype: dtype on the wire, or None for each tensor's own.
+        rank: this worker's number.
+        noise: for stochastic rounding to codes; see `coded`.
     """
 
-    def __init__(self, workers: int, wire_dtype: torch.dtype | None) -> None:
-        self._workers, self._wire_dtype = workers, wire_dtype
+    def __init__(self, workers: int, wire_dtype: torch.dtype | None, rank: int = 0, noise: Noise | None = None) -> None:
+        self._workers, self._wire_dtype, self._rank, self._noise = workers, wire_dtype, rank, noise
         self._entries: list[_Entry] = []
         self._order: list[list[int]] = []
         self._own: list[Tensor | None] = []
+        self._gathers: list[tuple[AllGather, list[int]]] = []
+        self._coded: list[tuple[CodedMean, list[int]]] = []
+        self._to_check: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self.bytes: Counter[str] = Counter()
+        self.surplus = 0.0
 
-    def add(self, tensor: Tensor, kind: str, averaged: bool) -> int:
-        """Put a tensor in; returns its number. `kind` is the ledger's."""
-        self._entries.append(_Entry(tensor, kind, averaged))
+    def add(self, tensor: Tensor, kind: str, averaged: bool, format: Format | None = None) -> int:
+        """Put a tensor in, to be averaged (as codes, if `format` is given) or summed; returns its number. `kind` is the
+        ledger's."""
+        self._entries.append(_Entry(tensor, kind, averaged, format=format))
+        return len(self._entries) - 1
+
+    def add_to_gather(self, tensor: Tensor, kind: str) -> int:
+        """Put a tensor in, of which everyone is to have everyone's; returns its number."""
+        self._entries.append(_Entry(tensor, kind, averaged=False, gathered=True))
         return len(self._entries) - 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensor added first: control numbers that take it need no buffer of their own."""
-        return self._entries[0].tensor.dtype if self._entries else torch.float32
+        """Of the tensor added first that is summed: control numbers that take it need no buffer of their own."""
+        return next((e.tensor.dtype for e in self._entries if not e.gathered and e.format is None), torch.float32)
 
     def seal(self) -> None:
-        """Build the buffers. Afterwards `buffers` may be summed over the workers, in place."""
-        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        """Build the buffers. Afterwards `exchanges` may be carried out."""
+        coded: dict[tuple[Format, torch.dtype, torch.device], list[int]] = {}
         for k, entry in enumerate(self._entries):
-            groups.setdefault((self._wire(entry.tensor), entry.tensor.device), []).append(k)
-        for (wire, _), members in groups.items():
+            if entry.format is not None:
+                coded.setdefault((entry.format, entry.tensor.dtype, entry.tensor.device), []).append(k)
+        for (format, _, _), members in coded.items():
+            mean = CodedMean(format, [self._entries[k].tensor for k in members], self._workers, self._rank, self._noise)
+            self._coded.append((mean, members))
+            self._to_check.append(mean.numbers)
+            for k, sent in zip(members, mean.bytes, strict=True):
+                self.bytes[self._entries[k].kind] += sent
+        for (wire, _), members in self._grouped(gathered=True).items():
+            own = torch.cat([self._entries[k].tensor.reshape(-1).to(wire) for k in members])
+            self._gathers.append((AllGather(own, own.new_empty(self._workers, own.numel())), members))
+            self._to_check.append(own)
+            self._count(members, wire)
+            self.surplus += own.nbytes * (self._workers / 2 - 1) if self._workers > 1 else 0.0
+        for (wire, _), members in self._grouped(gathered=False).items():
             members.sort(key=lambda k: not self._entries[k].averaged)  # stable: the averaged ones come first
             buffer = torch.cat([self._on_wire(self._entries[k], wire) for k in members])
             rounds = any(self._entries[k].tensor.dtype != wire and self._entries[k].averaged for k in members)
             self._order.append(members)
             self._own.append(buffer.clone() if rounds else None)
             self.buffers.append(buffer)
-            for k in members:
-                self.bytes[self._entries[k].kind] += self._entries[k].tensor.numel() * wire.itemsize
+            self._count(members, wire)
+        self._to_check += self.buffers
+
+    def _grouped(self, gathered: bool) -> dict[tuple[torch.dtype, torch.device], list[int]]:
+        """What is gathered, or summed, by dtype on the wire and device."""
+        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for k, entry in enumerate(self._entries):
+            if entry.format is None and entry.gathered == gathered:
+                groups.setdefault((self._wire(entry.tensor), entry.tensor.device), []).append(k)
+        return groups
+
+    def _count(self, members: Sequence[int], wire: torch.dtype) -> None:
+        for k in members:
+            self.bytes[self._entries[k].kind] += self._entries[k].tensor.numel() * wire.itemsize
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """What is to be carried out between the workers: sums, gathers, and the first leg of what travels as codes."""
+        first_leg = [mean.scatter() for mean, _ in self._coded]
+        return [*self.buffers, *(gather for gather, _ in self._gathers), *first_leg]
+
+    def second_leg(self) -> list[Exchange]:
+        """What comes after the first leg, which must have been carried out; empty where nothing travels as codes."""
+        return [mean.gather() for mean, _ in self._coded]
+
+    def arrived(self) -> None:
+        """To be called when everything has been carried out, before `all_sound` and `answers`."""
+        self._to_check = [*self.buffers, *(gather.everyone for gather, _ in self._gathers)]
+        self._to_check += [mean.decode() for mean, _ in self._coded]
 
     def write(self, number: int, values: Tensor) -> None:
         """Overwrite the first numbers of an entry in the sealed buffers."""
@@ -79,22 +141,31 @@ class Packet:
         buffer[start : start + values.numel()] = values.reshape(-1).to(buffer.dtype)
 
     def all_sound(self) -> Tensor:
-        """0-d bool on the first buffer's device: every number in the buffers is finite, and small enough that what is
-        computed from it stays so.
+        """0-d bool on the device of what is looked at first: every number, of what is to be exchanged or has arrived, is
+        finite, and small enough that what is computed from it stays so.
 
         Read off the least and the largest: NaN passes through them, and no overflow spoils them, as it would a sum. After
         the last collective of a step nobody can tell the others of an overflow any more, hence the room above.
         """
+        home = self._to_check[0].device
         flags = [
-            (torch.stack(torch.aminmax(buffer)).abs() <= _largest(buffer.dtype)).all().to(self.buffers[0].device)
-            for buffer in self.buffers
-            if buffer.numel()
+            (torch.stack(torch.aminmax(buffer)).abs() <= _largest(buffer.dtype)).all().to(home)
+            for buffer in self._to_check
+            if buffer.numel() and buffer.is_floating_point()
         ]
-        return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=self.buffers[0].device)
+        return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=home)
 
     def answers(self) -> list[tuple[Tensor, Tensor]]:
-        """(mean or sum, own as sent) for every entry in the order of `add`, after the buffers were summed."""
+        """For every entry in the order in which they were put in: (mean or sum, own as sent), or (everyone's, own)."""
         result: list[tuple[Tensor, Tensor] | None] = [None] * len(self._entries)
+        for mean_of, members in self._coded:
+            for k, pair in zip(members, mean_of.answers(), strict=True):
+                result[k] = pair
+        for gather, members in self._gathers:
+            lengths = [self._entries[k].tensor.numel() for k in members]
+            for k, everyone in zip(members, gather.everyone.split(lengths, dim=1), strict=True):
+                tensor = self._entries[k].tensor
+                result[k] = (everyone.reshape(self._workers, *tensor.shape).to(tensor.dtype), tensor)
         for buffer, own, members in zip(self.buffers, self._own, self._order, strict=True):
             length = self._averaged_length(members)
             divided = self._divides_first(buffer.dtype)
@@ -124,7 +195,7 @@ class Packet:
         return flat.to(wire)
 
     def _wire(self, tensor: Tensor) -> torch.dtype:
-        return self._wire_dtype or tensor.dtype
+        return (self._wire_dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
 
     def _divides_first(self, wire: torch.dtype) -> bool:
         return wire == torch.float16 and self._workers > 1

@@ -5,7 +5,9 @@ gradient plus its error memory, and the state of that batch. It yields requests 
 
     Mean(x)          -> (mean, own)  x averaged over the workers, and this worker's x as it went on the wire
     ComputeOnce(...) -> tensor       each matrix's part is computed by one worker, and everyone gets the same bits
+    Gather(x)        -> tensor       x of every worker, in their order, as it went on the wire
     Decide(flag)     -> bool         a flag on the device is read by the host; it must be equal on all workers
+    Read(x)          -> numbers      the same for numbers
     SumOverRows(x)   -> tensor       x of all blocks of rows of the matrices, where they are held in blocks
     WholeRows(x)     -> tensor       all rows of x, of which this rank holds a block
 
@@ -18,7 +20,7 @@ rank. What contracts over rows (P^T P, Delta^T P) is a part of a sum: ask for `M
 A compressor that does so sets `row_blocks`, and equals its unsharded self. Otherwise both say nothing and cost nothing.
 
 Rules that make this correct:
-- A decision is taken from averaged values, or from (seed, name, t), never from what only this worker knows.
+- A decision is taken from averaged or gathered values, or from (seed, name, t), never from what only this worker knows.
 - `Result.applied` is built from the answers of collectives only, so that it has the same bits on all workers.
 - The state is never changed in place: the result carries the next one, and it takes effect when the step is committed.
 """
@@ -30,10 +32,11 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..randomness import gaussian
+from ..randomness import gaussian, uniform
 from ..restart import RestartSchedule
 
 
@@ -43,12 +46,14 @@ class Mean:
 
     `own` is this worker's contribution as it went on the wire. It equals `tensor` unless the wire dtype is narrower;
     error feedback must subtract `own`, so that what rounding took away stays in the error memory. With `over_rows` the
-    tensor contracts over the rows of the matrices, and both answers are of all rows.
+    tensor contracts over the rows of the matrices, and both answers are of all rows. `codes`: it travels in this format of
+    `quantization`, whatever is set for its kind.
     """
 
     tensor: Tensor
     kind: str = "factors"
     over_rows: bool = False
+    codes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,33 @@ class ComputeOnce:
     and give it to everyone. Answer: (B, rows, columns), the rows of it that this rank holds.
 
     `compute(matrices)` takes (b, m, n) of whole matrices and returns (b, m, columns). It is called with this worker's
-    share only. For results that equal input does not determine bit by bit, such as singular vectors.
+    share only. For results that equal input does not determine bit by bit, such as singular vectors. With `indexed`, it is
+    called as `compute(matrices, indices)`, with their places in the batch, for draws by name.
     """
 
     matrices: Tensor
     m: int
     columns: int
-    compute: Callable[[Tensor], Tensor]
+    compute: Callable[..., Tensor]
     kind: str = "broadcast"
+    indexed: bool = False
+
+    def of(self, matrices: Tensor, indices: list[int]) -> Tensor:
+        """The result for those of the matrices that have these places."""
+        result: Tensor = self.compute(matrices, indices) if self.indexed else self.compute(matrices)
+        return result
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Request: every worker's `tensor`, which has one shape on all of them. Answer: (N, *shape) in the order of the workers,
+    as it went on the wire; this worker's own part is number `Context.worker` of it.
+
+    An all-gather: each worker receives N - 1 of these, where an average costs about two, whatever N.
+    """
+
+    tensor: Tensor
+    kind: str = "gather"
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,14 @@ class Decide:
     """Request: tell the host whether all of `flag` (bool, on the device) is true. Must be equal on all workers."""
 
     flag: Tensor
+
+
+@dataclass(frozen=True)
+class Read:
+    """Request: tell the host the numbers of the 1-D `tensor`, as a list of floats (whole numbers below 2^24 are exact). Must
+    be equal on all workers; not for compressors that are given blocks of rows."""
+
+    tensor: Tensor
 
 
 @dataclass(frozen=True)
@@ -89,7 +121,7 @@ class WholeRows:
     m: int
 
 
-Request = Mean | ComputeOnce | Decide | SumOverRows | WholeRows
+Request = Mean | ComputeOnce | Gather | Decide | Read | SumOverRows | WholeRows
 
 
 @dataclass(frozen=True)
@@ -139,6 +171,16 @@ class Delta:
         """The matrices themselves."""
         return self._tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """(B, m, n), without forming them."""
+        return self._tensor.shape
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of their dtype and device."""
+        return self._tensor.new_empty(0)
+
     def times(self, q: Tensor) -> Tensor:
         """Delta Q, (B, m, r). q: (B, n, r)."""
         return self.tensor @ columns_in_memory(q)
@@ -178,6 +220,9 @@ class Context:
         wire_rounds: whether the wire dtype is narrower than the dtype of the computation.
         m: rows of the whole matrices.
         rows: those of them that this rank holds.
+        round: of several on what is left of the same matrices (`feedback.Rounds`), each with draws of its own.
+        worker: this worker's number, from 0; for private draws and for its own part of a gathered answer only.
+        workers: N.
     """
 
     names: tuple[str, ...]
@@ -188,14 +233,26 @@ class Context:
     wire_rounds: bool = False
     m: int = 0
     rows: slice = field(default_factory=lambda: slice(None))
+    round: int = 0
+    worker: int = 0
+    workers: int = 1
 
     def only(self, rows: Sequence[int]) -> Context:
         """Of some matrices of the batch."""
         return replace(self, names=tuple(self.names[row] for row in rows))
 
-    def draw(self, purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Gaussian (B, *shape) from (seed, name, t, purpose), equal on all workers, in the dtype and device of `like`."""
-        return gaussian(self.seed, self.names, self.t, purpose, shape, like.dtype, like.device)
+    def draw(self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False) -> Tensor:
+        """Gaussian (B, *shape) from (seed, name, t, purpose), equal on all workers, in the dtype and device of `like`;
+        `private`: another draw on each worker."""
+        return gaussian(self.seed, self.names, self.t, self._whose(purpose, private), shape, like.dtype, like.device)
+
+    def uniform(self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False) -> Tensor:
+        """The same, uniform in [0, 1)."""
+        return uniform(self.seed, self.names, self.t, self._whose(purpose, private), shape, like.dtype, like.device)
+
+    def _whose(self, purpose: str, private: bool) -> str:
+        purpose = f"{purpose} of round {self.round}" if self.round else purpose
+        return f"{purpose} of worker {self.worker}" if private else purpose
 
 
 def checked_positive_int(owner: str, key: str, value: object) -> int:
@@ -217,6 +274,14 @@ class Compressor(abc.ABC):
             checkpoint of the mean resumes exactly at any world size.
         low_rank: False for schemes that leave every matrix dense.
         row_blocks: it may be given matrices in blocks of rows; see the module's text.
+        contractive: E||C(Delta) - Delta||^2 <= (1 - delta) ||Delta||^2, delta > 0, at every step or at restarts, and with
+            delta >= 0 in between: what error feedback needs.
+        unbiased: E C(Delta) = Delta: what does without error feedback.
+        feedback: form of error feedback unless another one is asked for; see `error_feedback.FORMS`.
+        private: symbols of the state that differ between workers; all others have the same bits on all.
+        projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T P, in every step, so that norms
+            follow from Q_i and the error.
+        gathers: what it sends is gathered and not averaged: each worker receives N - 1 times as much.
     """
 
     rank: int = field(default=4)
@@ -225,6 +290,12 @@ class Compressor(abc.ABC):
     linear: ClassVar[bool] = True
     low_rank: ClassVar[bool] = True
     row_blocks: ClassVar[bool] = False
+    contractive: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = False
+    feedback: ClassVar[str] = "ef14"
+    private: ClassVar[tuple[str, ...]] = ()
+    projects: ClassVar[bool] = False
+    gathers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checked_positive_int(type(self).__name__, "rank", self.rank)
@@ -242,8 +313,12 @@ class Compressor(abc.ABC):
         """One step of a batch; see the module's text for the protocol."""
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        """Elements of a step with a restart; as an ordinary step where there are none."""
+        """Elements of a step with a restart; as an ordinary step where there are none. The most, where restarts differ."""
         return self.elements(m, n, r)
+
+    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+        """Elements of step t exactly, for schemes whose ordinary steps or restarts are not all alike."""
+        return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
         """When each parameter restarts, or None for schemes without restarts. costs: name -> elements of its restart."""

@@ -17,12 +17,15 @@ are the same in exact arithmetic, but Delta Q has the condition of Delta instead
 whether small singular values are seen at all. And dead columns (zero, or dependent on the others) are replaced by
 random vectors from (seed, name, t): in P, where the mean of Delta Q has less than full rank, and in Q, where a zero
 column would stay zero for ever and cost rank.
+
+With `power_iterations=k` the four lines are repeated k times on the same Delta, each from the last one's mean Q; only the
+last Q_i is sent in the sense of the error memory. An iteration never captures less than the one before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -41,6 +44,7 @@ from .base import (
     Steps,
     SumOverRows,
     WholeRows,
+    checked_positive_int,
 )
 
 
@@ -51,34 +55,47 @@ class PowerSGD(Compressor):
     applied = P~ P~^T mean(Delta_i) with P~ = orth(mean(Delta_i) Q)
 
     Args:
-        rank: r >= 1; cut to min(m, n) matrix by matrix. A matrix costs r (m + n) elements a step.
+        rank: r >= 1; cut to min(m, n) matrix by matrix. A matrix costs k r (m + n) elements a step.
+        power_iterations: k >= 1, iterations in a step, of two collectives each; 1 is the papers' algorithm.
 
     Raises:
-        ConfigError: rank is not an integer of at least 1.
+        ConfigError: a value is not an integer of at least 1.
 
     Example:
         >>> from lowrank_comm import PowerSGD
         >>> PowerSGD(rank=2).elements(m=100, n=50, r=2)
         300
 
-    Source: Algorithm 1 (SSP-Comp) of arXiv 2509.11254.
+    Source: Algorithm 1 (SSP-Comp) of arXiv 2509.11254; several iterations as in section 4.2 of arXiv 1905.13727.
     """
+
+    power_iterations: int = field(default=1, kw_only=True)
 
     json_name: ClassVar[str] = "powersgd"
     row_blocks: ClassVar[bool] = True
+    projects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked_positive_int(type(self).__name__, "power_iterations", self.power_iterations)
 
     def elements(self, m: int, n: int, r: int) -> int:
-        return r * (m + n)
+        return self.power_iterations * r * (m + n)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         return {"Q": context.draw("initial Q", (n, context.rank), like)}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        return (yield from ssp_comp(delta, state["Q"], context))
+        return (yield from ssp_comp(delta, state["Q"], context, iterations=self.power_iterations))
 
 
-def ssp_comp(delta: Delta, q: Tensor, context: Context, kind: str = "factors") -> Steps:
-    """SSP-Comp of Algorithm 1 on a batch. delta: (B, m, n), q: (B, n, r). Two averages, r (m + n) elements a matrix."""
+def ssp_comp(delta: Delta, q: Tensor, context: Context, kind: str = "factors", iterations: int = 1) -> Steps:
+    """SSP-Comp of Algorithm 1 on a batch, `iterations` times on the same Delta. delta: (B, m, n), q: (B, n, r). Two averages
+    and r (m + n) elements a matrix for each iteration."""
+    for k in range(1, iterations):
+        purpose = f" of iteration {k}"
+        _, q_mean, _ = yield from power_iteration(delta, q, context, kind, purpose)
+        q = yield from next_q(q_mean, context, purpose)
     p, q_mean, q_own = yield from power_iteration(delta, q, context, kind)
     return Result(applied=LowRank(p, q_mean), sent=LowRank(p, q_own), state={"Q": (yield from next_q(q_mean, context))})
 

@@ -15,6 +15,16 @@ P~ is broadcast since equal input does not give equal singular vectors bit by bi
 expectation, the constant delta of Lemma 2, so Theorem 2 holds for it (Remark 2); one more power iteration, which never
 captures less, brings it near to the SVD. 2 r (m + n) elements.
 
+`restart="random_projection"`: with s = min(m, n), V = orth(N(0, 1)^{s x r}) on the short side, from (seed, name, t), and
+F = mean of Delta_i V; applied = F V^T, the next Q is V (for m < n: F = mean of Delta_i^T V, applied = V F^T, the next Q is
+orth(F)). delta = r/s; r max(m, n) elements.
+
+`restart="greedy"`, the approximate top-r of Table 2's last row: a basis U of the short side (`greedy_basis`) is found at
+every k-th restart, where D is on the wire and its leading r directions are applied, as by the SVD; the restarts between
+choose the r columns of U with the largest scores, V, and run SSP-Comp from Q = V (for m < n: on Delta^T). That captures at
+least ||mean(Delta) V||^2, so delta >= r/s with a whole basis; a capped one guarantees no more than Lemma 1 at these
+restarts, and tau in Theorem 2 is then the period of the basis. r (m + n) + c elements, and m n + s c with the basis.
+
 Two options of the SVD restart, both free of further bytes because D is on the wire anyway:
 `exact_restart`: apply all of D and clear the error memory, instead of keeping the residual.
 `consensus_restart`: every worker keeps the mean residual D - P~ Q^T. The trajectory stays the same (only the mean error
@@ -25,6 +35,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..linalg import leading_left_singular_vectors, orthonormal_rank_revealing
@@ -43,9 +55,22 @@ from .base import (
     checked_positive_int,
     transposed_product,
 )
-from .powersgd import PowerSGD, next_q, power_iteration, ssp_comp
+from .bases import random_basis
+from .greedy_basis import (
+    basis_columns,
+    basis_of,
+    checked_basis,
+    greedy_choice,
+    initial_basis,
+    on_rows,
+    projected_here,
+    score_elements,
+)
+from .powersgd import PowerSGD, next_q, ssp_comp
 
-RESTARTS = ("svd", "randomized")
+RESTARTS = ("svd", "randomized", "greedy", "random_projection")
+PROBES, BASIS_EVERY = 4, 10
+"""Defaults of restart="greedy"."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +82,16 @@ class PowerSGDPlus(PowerSGD):
     Args:
         rank: r >= 1; cut to min(m, n) matrix by matrix.
         restart_every: tau in steps, >= 1; the first step (t = 0) is a restart.
-        restart: "svd" (the paper's rule, m n + m r elements) or "randomized" (2 r (m + n) elements).
+        restart: "svd" (the paper's rule, m n + m r elements), "randomized" (2 r (m + n) elements), "greedy" (r (m + n) + c,
+            and a new basis now and then) or "random_projection" (r max(m, n)).
         exact_restart: apply the whole mean at an SVD restart and clear the error memory.
         consensus_restart: set every worker's error to the mean residual at an SVD restart.
         stagger: spread the restarts of the matrices over the period (all restart at t = 0).
+        basis_every: greedy only: restarts from one basis to the next, >= 1; None for 10.
+        basis: greedy only: its columns, as of `GreedyLore`.
+        probes: greedy only: Gaussian probes a column, >= 1; None for 4, since a choice lasts for a period and is paid once.
+        power_iterations: see `PowerSGD`; also of the SSP-Comp within a restart, which the extra iteration of "randomized"
+            precedes.
 
     Raises:
         ConfigError: a value is out of range, or options contradict one another.
@@ -78,6 +109,9 @@ class PowerSGDPlus(PowerSGD):
     exact_restart: bool = False
     consensus_restart: bool = False
     stagger: bool = False
+    basis_every: int | None = None
+    basis: str | int | None = None
+    probes: int | None = None
 
     json_name: ClassVar[str] = "powersgd_plus"
 
@@ -102,45 +136,145 @@ class PowerSGDPlus(PowerSGD):
                 "PowerSGDPlus: exact_restart=True clears the error memory on every worker, so consensus_restart=True "
                 "has nothing to do; leave one of the two out."
             )
+        for key in ("basis_every", "basis", "probes"):
+            value = getattr(self, key)
+            if value is not None and self.restart != "greedy":
+                raise ConfigError(
+                    f'PowerSGDPlus: {key}={value!r} has no meaning with restart="{self.restart}"; use restart="greedy", or '
+                    f"leave {key} out."
+                )
+            if value is not None and key != "basis":
+                checked_positive_int("PowerSGDPlus", key, value)
+        checked_basis("PowerSGDPlus", self.basis, self.rank)
+
+    @property
+    def row_blocks(self) -> bool:  # type: ignore[override]
+        """Not with restart="greedy", whose basis may lie along the rows."""
+        return self.restart != "greedy"
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        return m * n + m * r if self.restart == "svd" else 2 * r * (m + n)
+        if self.restart == "svd":
+            return m * n + m * r
+        if self.restart == "random_projection":
+            return r * max(m, n)
+        if self.restart == "greedy":
+            chosen = self.elements(m, n, r) + score_elements(self._columns(m, n, r), r, self.probes or PROBES)
+            return max(m * n + min(m, n) * self._columns(m, n, r), chosen)
+        return r * (m + n) + self.elements(m, n, r)
+
+    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+        if not restart or self.restart != "greedy":
+            return super().elements_at(m, n, r, t, restart)
+        if self._finds_basis(t):
+            return m * n + min(m, n) * self._columns(m, n, r)
+        return self.elements(m, n, r) + score_elements(self._columns(m, n, r), r, self.probes or PROBES)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
         return staggered(self.restart_every, costs) if self.stagger else RestartSchedule(self.restart_every)
 
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        state = super().initial_state(context, m, n, like)
+        if self.restart == "greedy":
+            state["U"] = initial_basis(context, min(m, n), self._columns(m, n, context.rank), like)
+        return state
+
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
+        if self.restart == "greedy":
+            return (yield from self._with_basis(delta, state, context))
         if not context.restart:
-            return (yield from ssp_comp(delta, state["Q"], context))
+            return (yield from ssp_comp(delta, state["Q"], context, iterations=self.power_iterations))
         if self.restart == "svd":
-            return (yield from self._svd_comp(delta, context))
-        return (yield from _randomized_comp(delta, context))
+            return (yield from svd_comp(delta, context, self.exact_restart, self.consensus_restart))
+        if self.restart == "randomized":
+            return (yield from randomized_comp(delta, context, self.power_iterations))
+        return (yield from _random_projection_comp(delta, context))
 
-    def _svd_comp(self, delta: Delta, context: Context) -> Steps:
-        """SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all have."""
-        r = context.rank
-        d, own = yield Mean(delta.tensor, "restart")
-        p = yield ComputeOnce(d, context.m, r, lambda matrices: leading_left_singular_vectors(matrices, r))
-        if context.wire_rounds:  # a basis that was rounded on the wire is orthonormal no more
-            whole = yield WholeRows(p, context.m)
-            fill = context.draw("fill P", (whole.shape[1], r), p)
-            p = orthonormal_rank_revealing(whole, fill)[:, context.rows]
-        q = yield SumOverRows(transposed_product(d, p))
-        q_next = yield from next_q(q, context)
-        applied = LowRank(p, q)
-        if self.exact_restart:
-            return Result(applied=d, sent=own, state={"Q": q_next})
-        sent = LowRank(p, (yield SumOverRows(transposed_product(own, p))))
-        if self.consensus_restart:
-            # delta - own is what the wire's rounding took from this worker alone; it stays with this worker.
-            return Result(applied, sent, {"Q": q_next}, kept=(delta.tensor - own) + (d - applied.dense()))
-        return Result(applied, sent, {"Q": q_next})
+    def _columns(self, m: int, n: int, r: int) -> int:
+        return basis_columns(self.basis, min(m, n), r)
+
+    def _finds_basis(self, t: int) -> bool:
+        """Whether a restart at step t finds a new basis: every k-th does, whatever the offset of staggered ones."""
+        return -(-t // self.restart_every) % (self.basis_every or BASIS_EVERY) == 0
+
+    def _with_basis(self, delta: Delta, state: State, context: Context) -> Steps:
+        """A step of restart="greedy"."""
+        q, u, iterations = state["Q"], state["U"], self.power_iterations
+        if not context.restart:
+            result = yield from ssp_comp(delta, q, context, iterations=iterations)
+        elif self._finds_basis(context.t):
+            d, own = yield Mean(delta.tensor, "restart")
+            u = yield from basis_of(d, context, u.shape[-1])
+            v = u[..., : context.rank]
+            applied = projected_here(d, v)
+            result = Result(applied, projected_here(own, v), {"Q": (yield from next_q(applied.q, context))})
+        else:
+            v = yield from greedy_choice(delta, u, context, self.probes or PROBES)
+            if on_rows(*delta.shape[-2:]):
+                flipped = yield from ssp_comp(_Transposed(delta), v, context, "restart", iterations)
+                result = _transposed(flipped)
+            else:
+                result = yield from ssp_comp(delta, v, context, "restart", iterations)
+        return Result(result.applied, result.sent, {"Q": result.state["Q"], "U": u})
 
 
-def _randomized_comp(delta: Delta, context: Context) -> Steps:
-    """SSP-Comp from a fresh Gaussian Q, with one extra power iteration before it. 2 r (m + n) elements a matrix."""
+def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: bool = False) -> Steps:
+    """SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all have. `exact`, `consensus`: see the
+    options of `PowerSGDPlus`. m n + m r elements a matrix."""
+    r = context.rank
+    d, own = yield Mean(delta.tensor, "restart")
+    p = yield ComputeOnce(d, context.m, r, lambda matrices: leading_left_singular_vectors(matrices, r))
+    if context.wire_rounds:  # a basis that was rounded on the wire is orthonormal no more
+        whole = yield WholeRows(p, context.m)
+        fill = context.draw("fill P", (whole.shape[1], r), p)
+        p = orthonormal_rank_revealing(whole, fill)[:, context.rows]
+    q = yield SumOverRows(transposed_product(d, p))
+    q_next = yield from next_q(q, context)
+    applied = LowRank(p, q)
+    if exact:
+        return Result(applied=d, sent=own, state={"Q": q_next})
+    sent = LowRank(p, (yield SumOverRows(transposed_product(own, p))))
+    if consensus:
+        # delta - own is what the wire's rounding took from this worker alone; it stays with this worker.
+        return Result(applied, sent, {"Q": q_next}, kept=(delta.tensor - own) + (d - applied.dense()))
+    return Result(applied, sent, {"Q": q_next})
+
+
+def randomized_comp(delta: Delta, context: Context, iterations: int = 1) -> Steps:
+    """SSP-Comp from a fresh Gaussian Q, with one extra power iteration before it: (1 + iterations) r (m + n) elements a
+    matrix."""
     fresh = context.draw("restart Q", (delta.tensor.shape[-1], context.rank), delta.tensor)
-    purpose = " of the extra iteration"
-    _, q_mean, _ = yield from power_iteration(delta, fresh, context, "restart", purpose)
-    q = yield from next_q(q_mean, context, purpose)
-    return (yield from ssp_comp(delta, q, context, "restart"))
+    return (yield from ssp_comp(delta, fresh, context, "restart", 1 + iterations))
+
+
+def _random_projection_comp(delta: Delta, context: Context) -> Steps:
+    """Projection on a random subspace of the short side, which is the next step's. r max(m, n) elements a matrix."""
+    m, n = context.m or delta.shape[-2], delta.shape[-1]
+    v = random_basis(context, "restart V", min(m, n), context.rank, delta.tensor)
+    if not on_rows(m, n):
+        mean, own = yield Mean(delta.times(v), "restart")
+        return Result(LowRank(mean, v), LowRank(own, v), {"Q": v})
+    v = v[:, context.rows]
+    mean, own = yield Mean(delta.transposed_times(v), "restart", over_rows=True)
+    return Result(LowRank(v, mean), LowRank(v, own), {"Q": (yield from next_q(mean, context))})
+
+
+class _Transposed(Delta):
+    """Delta^T, whose products are those of Delta."""
+
+    def __init__(self, delta: Delta) -> None:
+        super().__init__(delta.tensor.mT)
+        self._delta = delta
+
+    def times(self, q: Tensor) -> Tensor:
+        return self._delta.transposed_times(q)
+
+    def transposed_times(self, p: Tensor) -> Tensor:
+        return self._delta.times(p)
+
+
+def _transposed(result: Result) -> Result:
+    """SSP-Comp's result for Delta from its result for Delta^T, whose orthonormal P~ is the next basis Q."""
+    applied, sent = result.applied, result.sent
+    assert isinstance(applied, LowRank)
+    assert isinstance(sent, LowRank)
+    return Result(LowRank(applied.q, applied.p), LowRank(sent.q, sent.p), {"Q": applied.p})

@@ -84,7 +84,7 @@ class Traffic(Experiment):
             "m": m, "n": n, "r": min(settings.rank, m, n), "tau": settings.restart_every, "N": settings.workers,
             "s": min(m, n), "l": max(m, n),
         }  # fmt: skip
-        period = method.period or (settings.restart_every if "restart_every" in section else 2)
+        period = method.period or section.get("restart_every") or 2
         steps = 2 * period
         elements = together(settings.backend, settings.workers, elements_sent, section, m, n, steps, settings.seed)
         return {

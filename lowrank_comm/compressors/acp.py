@@ -1,0 +1,112 @@
+"""ACP: PowerSGD with alternating factors, one collective a step.
+
+Source: ACP-SGD (Zhang, Zhang, Shi, Chu, Li: "Evaluation and Optimization of Gradient Compression for Distributed Deep
+Learning", ICDCS 2023), whose text was not at hand; the scheme below is half a power iteration a step, with the error
+memory of PowerSGD+ (arXiv 2509.11254). Steps are counted from the last restart, which is k = 0; a run without restarts
+counts from t = -1, whose Q is Gaussian:
+
+    k odd :  P_i = Delta_i Q~,    P = mean of P_i;  applied = P Q~^T,  sent_i = P_i Q~^T;  P~ <- orth(P)
+    k even:  Q_i = Delta_i^T P~,  Q = mean of Q_i;  applied = P~ Q^T,  sent_i = P~ Q_i^T;  Q~ <- orth(Q)
+
+Half of PowerSGD's elements a step, and a basis that is known before the backward pass begins; the price is that it comes
+from the last step's Delta. Every step is a projection (Lemma 1 of PowerSGD+, for either side). Lemma 2 needs restarts: at
+t mod tau == 0 one of PowerSGD+'s restarts, "randomized" or "svd", gives both factors. Matrices in blocks of rows are
+refused: P is kept from step to step, and a checkpoint would hold one block of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..linalg import orthonormal_rank_revealing
+from ..restart import RestartSchedule
+from .base import Compressor, Context, Delta, LowRank, Mean, Result, State, Steps, checked_positive_int
+from .powersgd import orthonormal
+from .powersgd_plus import randomized_comp, svd_comp
+
+RESTARTS = ("randomized", "svd")
+
+
+@dataclass(frozen=True)
+class Acp(Compressor):
+    """Alternating low-rank compression: P and Q take turns.
+
+    applied = mean(Delta_i) Q~ Q~^T or P~ P~^T mean(Delta_i), with the orthonormal factor of the step before
+
+    Args:
+        rank: r >= 1; cut to min(m, n) matrix by matrix. A matrix costs r m and r n elements in turn.
+        restart_every: tau in steps, >= 1, the first step (t = 0) is a restart; None for no restarts.
+        restart: "randomized" (2 r (m + n) elements) or "svd" (m n + m r).
+
+    Raises:
+        ConfigError: a value is out of range.
+
+    Example:
+        >>> from lowrank_comm import Acp
+        >>> Acp(rank=2).elements_at(m=100, n=50, r=2, t=0, restart=False), Acp(rank=2).elements(m=100, n=50, r=2)
+        (200, 150)
+
+    Source: see the module's text; restarts of arXiv 2509.11254.
+    """
+
+    restart_every: int | None = None
+    restart: str = "randomized"
+
+    json_name: ClassVar[str] = "acp"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restart_every is not None:
+            checked_positive_int("Acp", "restart_every", self.restart_every)
+        if self.restart not in RESTARTS:
+            raise ConfigError(f"Acp: restart={self.restart!r} is unknown; choose one of {', '.join(map(repr, RESTARTS))}.")
+
+    def elements(self, m: int, n: int, r: int) -> int:
+        """The mean of two steps, rounded up; see `elements_at` for each."""
+        return -(-r * (m + n) // 2)
+
+    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+        if restart:
+            return self.restart_elements(m, n, r)
+        return r * m if self._from_q(t) else r * n
+
+    def restart_elements(self, m: int, n: int, r: int) -> int:
+        if self.restart_every is None:
+            return self.elements(m, n, r)
+        return m * n + m * r if self.restart == "svd" else 2 * r * (m + n)
+
+    def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
+        return None if self.restart_every is None else RestartSchedule(self.restart_every)
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        bases = {"P": (m, context.rank), "Q": (n, context.rank)}
+        drawn = {symbol: context.draw(f"initial {symbol}", shape, like) for symbol, shape in bases.items()}
+        return {symbol: orthonormal_rank_revealing(basis, basis) for symbol, basis in drawn.items()}
+
+    def step(self, delta: Delta, state: State, context: Context) -> Steps:
+        if context.restart:
+            return (yield from self._restarted(delta, context))
+        p, q = state["P"], state["Q"]
+        if self._from_q(context.t):
+            mean, own = yield Mean(delta.times(q))
+            following = yield from orthonormal(mean, context, "fill P", in_blocks=False)
+            return Result(LowRank(mean, q), LowRank(own, q), {"P": following, "Q": q})
+        mean, own = yield Mean(delta.transposed_times(p))
+        following = yield from orthonormal(mean, context, "fill Q", in_blocks=False)
+        return Result(LowRank(p, mean), LowRank(p, own), {"P": p, "Q": following})
+
+    def _restarted(self, delta: Delta, context: Context) -> Steps:
+        """A restart of PowerSGD+, and both factors from it."""
+        result = yield from (svd_comp if self.restart == "svd" else randomized_comp)(delta, context)
+        applied = result.applied
+        assert isinstance(applied, LowRank)
+        q = yield from orthonormal(applied.q, context, "fill Q", in_blocks=False)
+        return Result(applied, result.sent, {"P": applied.p, "Q": q})
+
+    def _from_q(self, t: int) -> bool:
+        """Whether the step projects on Q: the first one after a restart does."""
+        return (t % self.restart_every) % 2 == 1 if self.restart_every is not None else t % 2 == 0

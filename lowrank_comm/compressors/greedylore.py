@@ -1,0 +1,140 @@
+"""GreedyLore: a basis that is found anew every tau steps, from which each step takes the r columns that matter most now.
+
+Source: GreedyLore (Chen, He, Li, Jia, Yuan; arXiv 2507.08784): the semi-lazy update of the subspace and the approximate
+global top-r. Only the abstract was at hand; the algorithm is built as `greedy_basis` and this text say. With U on the
+short side, here that of the columns (m >= n, s = n, l = m):
+
+    t mod tau == 0:  D = mean of Delta_i                  the whole matrix is on the wire: m n elements
+                     U = right singular vectors of D      s x c, computed on one worker and broadcast: s c elements
+                     applied = D,  sent_i = Delta_i       all of it: the error memory is empty afterwards
+    else:            V = U[:, J], J by scores             probes * c elements
+                     F = mean of Delta_i V                l r elements
+                     applied = F V^T,  sent_i = Delta_i V V^T
+
+What the refresh applies is the gradient and the error together. An error memory that is cleared without having been sent
+loses what was in it.
+
+With the whole basis, c = s, each step captures at least r / s of the energy in expectation, refresh or not, and however
+old the basis is: its columns span everything, and the choice is better than a uniformly random one. A capped basis
+(`basis`; see `greedy_basis` for what it saves) keeps that bound for what it spans only; the rest waits for the refresh.
+The error is bounded all the same, since the refresh empties it: E||mean error||^2 <= tau^2 G^2, without any delta. That
+is why the cap is the default: the bound does not need the whole basis, and a matrix of 4096 x 4096 would pay 64 MiB and a
+decomposition of that size for it. `explore=k` makes the last k of the c columns random ones from the complement of U,
+drawn anew in each step from (seed, name, t), for no bytes: then every step captures at least (r / c) k / (s - c + k) of
+all there is, in expectation, and what the basis has missed goes out sooner if it is large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..restart import RestartSchedule, staggered
+from .base import Compressor, Context, Delta, Mean, Result, State, Steps, checked_positive_int
+from .greedy_basis import (
+    CAP,
+    basis_columns,
+    basis_of,
+    checked_basis,
+    greedy_choice,
+    initial_basis,
+    projected,
+    score_elements,
+)
+
+
+@dataclass(frozen=True)
+class GreedyLore(Compressor):
+    """Projection on the approximately best r columns of a basis that is refreshed every tau steps.
+
+    applied = mean(Delta_i) V V^T, V = the r columns of U with the largest (averaged) scores; at a refresh mean(Delta_i)
+
+    Args:
+        rank: r >= 1; cut to min(m, n) matrix by matrix.
+        restart_every: tau in steps, >= 1; the first step (t = 0) is a refresh.
+        probes: Gaussian probes a column, >= 1. One is the paper's; four capture most of what the exact top-r would.
+        basis: columns c of the basis, s = min(m, n): None for min(s, 32 r), a number, or "full" for s.
+        explore: how many of them are random ones from the complement of the others, 0 <= explore < c. Without effect
+            where c = s.
+        stagger: spread the refreshes of the matrices over the period (all refresh at t = 0).
+
+    Raises:
+        ConfigError: a value is out of range, or options contradict one another.
+
+    Example:
+        >>> from lowrank_comm import GreedyLore
+        >>> scheme = GreedyLore(rank=4, restart_every=200)
+        >>> scheme.elements(m=1000, n=500, r=4), scheme.restart_elements(m=1000, n=500, r=4)
+        (4128, 564000)
+
+    Source: arXiv 2507.08784.
+    """
+
+    restart_every: int = 200
+    probes: int = 1
+    basis: str | int | None = None
+    explore: int = 0
+    stagger: bool = False
+
+    json_name: ClassVar[str] = "greedylore"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("restart_every", "probes"):
+            checked_positive_int("GreedyLore", key, getattr(self, key))
+        checked_basis("GreedyLore", self.basis, self.rank)
+        if self.explore != 0 or isinstance(self.explore, bool):
+            checked_positive_int("GreedyLore", "explore", self.explore)
+        if self.explore and self.basis == "full":
+            raise ConfigError(
+                f'GreedyLore: explore={self.explore} has no effect with basis="full", which has no complement; leave one of '
+                "the two out."
+            )
+        columns = CAP * self.rank if self.basis is None else self.basis
+        if isinstance(columns, int) and self.explore >= columns:
+            raise ConfigError(
+                f"GreedyLore: explore={self.explore} leaves no column of the basis of {columns}; use less than {columns}."
+            )
+        if not isinstance(self.stagger, bool):
+            raise ConfigError(f"GreedyLore: stagger must be True or False, got {self.stagger!r}.")
+
+    def elements(self, m: int, n: int, r: int) -> int:
+        return r * max(m, n) + score_elements(basis_columns(self.basis, min(m, n), r), r, self.probes)
+
+    def restart_elements(self, m: int, n: int, r: int) -> int:
+        return m * n + min(m, n) * self._kept_columns(min(m, n), r)
+
+    def schedule(self, costs: dict[str, int]) -> RestartSchedule:
+        return staggered(self.restart_every, costs) if self.stagger else RestartSchedule(self.restart_every)
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        return {"U": initial_basis(context, min(m, n), self._kept_columns(min(m, n), context.rank), like)}
+
+    def step(self, delta: Delta, state: State, context: Context) -> Steps:
+        u = state["U"]
+        if context.restart:
+            d, own = yield Mean(delta.tensor, "restart")
+            return Result(applied=d, sent=own, state={"U": (yield from basis_of(d, context, u.shape[-1]))})
+        missing = basis_columns(self.basis, u.shape[1], context.rank) - u.shape[-1]
+        v = yield from greedy_choice(delta, _with_complement(u, context, missing), context, self.probes)
+        applied, sent = yield from projected(delta, v)
+        return Result(applied, sent, {"U": u})
+
+    def _kept_columns(self, s: int, r: int) -> int:
+        """Columns of the basis that come from the refresh."""
+        columns = basis_columns(self.basis, s, r)
+        return columns if columns == s else max(1, columns - self.explore)
+
+
+def _with_complement(u: Tensor, context: Context, count: int) -> Tensor:
+    """U and `count` more orthonormal columns: random ones of its complement, (B, s, c + count)."""
+    if count == 0:
+        return u
+    more = context.draw("explore", (u.shape[1], count), u)
+    for _ in range(2):  # once leaves round-off behind
+        more, _ = torch.linalg.qr(more - u @ (u.mT @ more))
+    return torch.cat([u, more], dim=-1)

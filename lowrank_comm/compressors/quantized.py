@@ -1,0 +1,43 @@
+"""Quantized: what stays dense, as codes of a few bits, with error feedback.
+
+    sent_i = what the codes of Delta_i decode to,  applied = the mean, rounded to codes once more,  e_i <- Delta_i - sent_i
+
+No subspace and no state: one average of the whole matrix, in int8, int4 or signs (`quantization`). It is what keeps
+embeddings and other parameters that do not go low-rank from setting the ceiling of the whole model's ratio.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .base import Compressor, Context, Delta, Mean, Result, State, Steps
+
+
+@dataclass(frozen=True)
+class Quantized(Compressor):
+    """The mean of the matrices as codes.
+
+    sent_i = decode(encode(Delta_i)),  applied = decode(encode(mean(sent_i)))
+
+    Args:
+        rank: has no effect.
+        codes: "int8", "int4" or "sign".
+    """
+
+    codes: str = "int8"
+
+    json_name: ClassVar[str] = "quantized"
+    linear: ClassVar[bool] = False
+
+    def elements(self, m: int, n: int, r: int) -> int:
+        return m * n
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        return {}
+
+    def step(self, delta: Delta, state: State, context: Context) -> Steps:
+        mean, own = yield Mean(delta.tensor, "dense", codes=self.codes)
+        return Result(applied=mean, sent=own, state={})

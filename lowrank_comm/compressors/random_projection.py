@@ -1,0 +1,90 @@
+"""Random projection: a fresh random subspace at every step, known to all workers from the seed.
+
+    P = orth(N(0, 1)^{s x r}) from (seed, name, t)            no bytes
+    R = mean of Delta_i P                                     l r elements
+    form="contractive":  applied = R P^T                      E ||Delta - applied||^2 = (1 - r / s) ||Delta||^2
+    form="unbiased":     applied = (s / r) R P^T              E applied = mean(Delta), omega = s / r - 1
+
+(with the basis on the side of the rows: R = mean of Delta_i^T P, applied = P R^T). The contractive form needs error
+feedback, and what it leaves goes out later, since the next subspace is independent of this one. The unbiased form must
+have none: its residual is longer than Delta whenever r < s / 2, and the memory would grow without bound. Divided by
+1 + omega = s / r it is the contractive one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .base import Compressor, Context, Delta, State, Steps
+from .bases import random_basis
+from .galore import basis_of, check_side, projected, projected_elements
+
+FORMS = ("contractive", "unbiased")
+
+
+@dataclass(frozen=True)
+class RandomProjection(Compressor):
+    """Projection of the mean gradient on a random subspace that is drawn anew at every step.
+
+    applied = mean(Delta_i) P P^T, times s / r in the unbiased form, P = orth(Gaussian) from (seed, name, t)
+
+    Args:
+        rank: r >= 1; cut to min(m, n) matrix by matrix.
+        form: "contractive" (with error feedback) or "unbiased" (without).
+        side: of the basis, "short" (r max(m, n) elements a step) or "long" (r min(m, n), captures r / max(m, n) only).
+
+    Raises:
+        ConfigError: a value is out of range.
+
+    Example:
+        >>> from lowrank_comm import RandomProjection
+        >>> RandomProjection(rank=4).elements(m=100, n=50, r=4)
+        400
+
+    Source: the random-projection row of Table 2 of arXiv 2509.11254; Remark 2 there for the constant r / s.
+    """
+
+    form: str = "contractive"
+    side: str = "short"
+
+    json_name: ClassVar[str] = "random_projection"
+    row_blocks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in FORMS:
+            raise ConfigError(
+                f"RandomProjection: form={self.form!r} is unknown; choose one of {', '.join(map(repr, FORMS))}."
+            )
+        check_side("RandomProjection", self.side)
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]
+        """Only that form is."""
+        return self.form == "unbiased"
+
+    @property
+    def contractive(self) -> bool:  # type: ignore[override]
+        """Only that form is."""
+        return self.form == "contractive"
+
+    @property
+    def feedback(self) -> str:  # type: ignore[override]
+        """ "ef14" for the contractive form, "none" for the unbiased one."""
+        return "ef14" if self.form == "contractive" else "none"
+
+    def elements(self, m: int, n: int, r: int) -> int:
+        return projected_elements(m, n, r, self.side)
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        return {}
+
+    def step(self, delta: Delta, state: State, context: Context) -> Steps:
+        on_rows, s = basis_of(delta, context, self.side)
+        p = random_basis(context, "random P", s, context.rank, delta.like)
+        scale = s / context.rank if self.form == "unbiased" else 1.0
+        return replace((yield from projected(delta, p, context, on_rows, scale)), state={})

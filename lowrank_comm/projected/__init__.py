@@ -1,0 +1,8 @@
+"""Optimizers whose state lives in the projected space of GaLore or GoLore; `optimizer` tells how a step goes."""
+
+from __future__ import annotations
+
+from .adamw import ProjectedAdamW
+from .sgd import ProjectedSGD
+
+__all__ = ["ProjectedAdamW", "ProjectedSGD"]

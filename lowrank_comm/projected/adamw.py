@@ -1,0 +1,161 @@
+"""AdamW whose moments live in the projected space of GaLore or GoLore.
+
+Source: GaLore (Zhao et al.; arXiv 2403.03507), GoLore (He, Li, Hu et al.; arXiv 2410.11289). With P on the side of the
+columns, R the mean over the workers of g_i P (l x r):
+
+    refresh:  T = P_old^T P_new;  M <- M T;  S <- S o T^2 (below)
+    M <- b1 M + (1 - b1) R;       S <- b2 S + (1 - b2) R^2
+    W <- W - lr alpha [ M^ / (sqrt(S^) + eps) ] P^T - lr wd W,    M^ = M / (1 - b1^k), S^ = S / (1 - b2^k)
+
+M are coordinates of a matrix in the full space, M P_old^T, and M T is the nearest that the new subspace has. S is no such
+thing. `second_moment` says what becomes of it:
+
+    "rotate"  S_j <- sum_i S_i T_ij^2 + (1 - sum_i T_ij^2) mean_i S_i: exact if coordinates are uncorrelated; what a new
+              direction has outside of the old subspace gets the row's mean. It stays >= 0.
+    "keep"    as it is, by position, as in GaLore's published code.
+    "reset"   0, with its own count of steps for the bias correction, and updates that grow to full size over WARM_UP steps,
+              since a quotient by a single R^2 is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .optimizer import ProjectedOptimizer, check_number
+
+SECOND_MOMENTS = ("rotate", "keep", "reset")
+WARM_UP = 10
+
+
+class ProjectedAdamW(ProjectedOptimizer):
+    """AdamW with state in the projected space, data-parallel by averaging projected gradients.
+
+    W <- W - lr scale [ M^ / (sqrt(S^) + eps) ] P^T - lr weight_decay W, M and S of size l x r
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of them; a group may have its own lr, betas, eps,
+            weight_decay, rank and scale. `rank=None` in a group is plain AdamW for it.
+        lr: learning rate.
+        rank: r >= 1. A 2-D parameter with min(m, n) > r is projected; all others have plain AdamW.
+        restart_every: tau in steps; the first step is a refresh.
+        projection: "galore" (singular vectors of the mean gradient) or "golore" (random, no bytes).
+        galore_until: for "golore", in steps: refreshes before it are GaLore's.
+        second_moment: "rotate", "keep" or "reset"; see the module's text.
+        scale: alpha, of projected updates; GaLore's recipes have 0.25.
+        side: of P, "short" (the papers' code) or "long" (fewer bytes, less state, a smaller share for random subspaces).
+        betas, eps, weight_decay: as in torch's AdamW; the decay is decoupled and of the weights before the step.
+        max_grad_norm: clip the averaged gradients, projected where they are, to this norm.
+        free_gradients: add a gradient to R as soon as it is there and drop it, in steps without a refresh.
+        process_group: the workers, None for the default group.
+        wire_dtype: on the wire, such as "bfloat16"; None for the wider of float32 and the parameter's.
+        named_parameters: names, where `params` has none; random subspaces depend on them.
+        seed: of random subspaces, equal on all workers.
+
+    Raises:
+        ConfigError: a value is out of range.
+        UnsupportedError: sharded parameters.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_comm import ProjectedAdamW
+        >>> model = torch.nn.Linear(64, 32)
+        >>> optimizer = ProjectedAdamW(model.named_parameters(), lr=1e-3, rank=4, projection="golore")
+        >>> model(torch.ones(2, 64)).sum().backward()
+        >>> optimizer.step()
+        >>> tuple(optimizer.state[model.weight]["exp_avg"].shape)
+        (64, 4)
+
+    Source: arXiv 2403.03507, arXiv 2410.11289.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        rank: int | None = 128,
+        restart_every: int = 200,
+        *,
+        projection: str = "galore",
+        galore_until: int = 0,
+        second_moment: str = "rotate",
+        scale: float = 1.0,
+        side: str = "short",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = None,
+        free_gradients: bool = False,
+        process_group: Any = None,
+        wire_dtype: str | None = None,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if second_moment not in SECOND_MOMENTS:
+            known = ", ".join(map(repr, SECOND_MOMENTS))
+            raise ConfigError(f"ProjectedAdamW: second_moment={second_moment!r} is unknown; choose one of {known}.")
+        self.second_moment = second_moment
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale},
+            restart_every=restart_every,
+            projection=projection,
+            galore_until=galore_until,
+            side=side,
+            max_grad_norm=max_grad_norm,
+            free_gradients=free_gradients,
+            process_group=process_group,
+            wire_dtype=wire_dtype,
+            named_parameters=named_parameters,
+            seed=seed,
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Also the keys of this rule."""
+        super().check_group(group)
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ConfigError(f"ProjectedAdamW: betas must be two numbers such as (0.9, 0.999), got {betas!r}.")
+        for beta in betas:
+            check_number("ProjectedAdamW", "betas", beta, below=1.0)
+        check_number("ProjectedAdamW", "eps", group["eps"])
+
+    def settings(self) -> dict[str, Any]:
+        """Also what becomes of the second moment."""
+        return {**super().settings(), "second_moment": self.second_moment}
+
+    def initial_state(self, like: Tensor) -> dict[str, Any]:
+        """Zero moments."""
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "second_step": torch.zeros((), dtype=torch.float32, device="cpu"),  # since the last reset of exp_avg_sq
+            "exp_avg": torch.zeros_like(like),
+            "exp_avg_sq": torch.zeros_like(like),
+        }
+
+    def move(self, state: dict[str, Any], overlap: Tensor) -> None:
+        """See the module's text."""
+        state["exp_avg"] = state["exp_avg"] @ overlap
+        if self.second_moment == "rotate":
+            shares, old = overlap.square(), state["exp_avg_sq"]
+            outside = (1.0 - shares.sum(dim=0)).clamp_(min=0.0)
+            state["exp_avg_sq"] = old @ shares + old.mean(dim=1, keepdim=True) * outside
+        elif self.second_moment == "reset":
+            state["exp_avg_sq"].zero_()
+            state["second_step"].zero_()
+
+    def direction(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """See the module's text."""
+        b1, b2 = map(float, group["betas"])
+        state["step"] += 1
+        state["second_step"] += 1
+        step, second_step = float(state["step"]), float(state["second_step"])
+        first = state["exp_avg"].mul_(b1).add_(gradient, alpha=1 - b1)
+        second = state["exp_avg_sq"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+        warm_up = min(1.0, second_step / WARM_UP) if second_step < step else 1.0
+        divisor = (second / (1 - b2**second_step)).sqrt_().add_(group["eps"])
+        return (first * (warm_up / (1 - b1**step))).div_(divisor)

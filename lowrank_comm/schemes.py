@@ -1,0 +1,135 @@
+"""Which compressor serves which parameter, with what around it: the policy's decision, put together with the form of error
+feedback, the codes on the wire, and the blocks of rows that a node's ranks hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Slot
+from .communication import Shards
+from .communication.coded import Noise
+from .compressors.base import Compressor, Context
+from .error_feedback import ErrorFeedback
+from .errors import ConfigError, UnsupportedError
+from .feedback import with_feedback
+from .policy import Policy, Rule, Treatment
+from .quantization import Quantization
+from .randomness import uniform
+
+
+class Schemes:
+    """The treatment of every parameter, and the compressor that carries it out.
+
+    Args:
+        compressor: of the low-rank parameters.
+        min_compression_rate, rules: see `policy`.
+        error_feedback: its form, and how errors are kept.
+        quantization: what travels as codes.
+        shards: the ranks of this node.
+        seed: of the draws.
+
+    Attributes:
+        linear: whether only the mean error matters: the compressor is linear, and nothing that it averages has codes.
+        scheme: the compressor, with its rounds and EF21 around it.
+
+    Raises:
+        ConfigError: an argument is of the wrong kind, or does not suit the compressor.
+        UnsupportedError: it cannot be carried out on blocks of whole matrices, and it is to be.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        min_compression_rate: float,
+        rules: Sequence[Rule],
+        error_feedback: ErrorFeedback | None,
+        quantization: Quantization | None,
+        shards: Shards,
+        seed: int,
+    ) -> None:
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ConfigError(
+                    f'rules must hold Rule objects such as Rule("lm_head.*", treatment="dense"), got {rule!r}.'
+                )
+        if error_feedback is not None and not isinstance(error_feedback, ErrorFeedback):
+            raise ConfigError(
+                f'error_feedback must be None or such as ErrorFeedback(dtype="bfloat16"), got {error_feedback!r}.'
+            )
+        if quantization is not None and not isinstance(quantization, Quantization):
+            raise ConfigError(f'quantization must be None or such as Quantization(dense="int8"), got {quantization!r}.')
+        self.quantization = quantization or Quantization()
+        self.error_feedback = (error_feedback or ErrorFeedback()).for_compressor(compressor)
+        self.linear = compressor.linear and not self.quantization.of_compressors
+        self.compressor, self.scheme = compressor, with_feedback(compressor, self.error_feedback, self.linear)
+        self.policy = Policy(compressor, min_compression_rate, tuple(rules), self.quantization.dense)
+        self._shards, self._seed = shards, seed
+        if shards.whole_matrices:
+            self._check_whole_matrices()
+
+    def _check_whole_matrices(self) -> None:
+        what = None
+        if not self.compressor.row_blocks:
+            what = f"{self.compressor.json_name}, whose steps need whole matrices"
+        elif self.scheme is not self.compressor:
+            what = f"error_feedback {self.error_feedback.describe()}, which is formed around whole matrices"
+        elif any(rule.treatment == "row_sparse" for rule in self.policy.rules):
+            what = 'treatment "row_sparse", since each rank of a node would touch other rows'
+        if what:
+            raise UnsupportedError(f'shard_scope="matrix" is not possible with {what}; use shard_scope="shard".')
+
+    def treat(self, slot: Slot, rank: int) -> Treatment:
+        """Treatment of the block of a parameter that rank `rank` of the node holds."""
+        if slot.whole is None:
+            return self.policy.treat(slot.name, slot.shape)
+        if self._shards.whole_matrices:
+            whole = self.policy.treat(slot.name, slot.whole)
+            if whole.low_rank or not whole.batched:
+                return whole  # codes are of blocks, whatever the scope
+        return self.policy.treat_block(slot.name, slot.block(self._shards, rank), slot.block(self._shards, 0))
+
+    def of_the_node(self, slot: Slot) -> list[Treatment]:
+        """Of all blocks of a parameter in this node; one of the whole parameter, where the node computes it together."""
+        ranks = 1 if slot.whole is None or self._shards.whole_matrices else self._shards.size
+        return [self.treat(slot, rank) for rank in range(ranks)]
+
+    def of(self, treatment: Treatment) -> tuple[Compressor, ErrorFeedback]:
+        """What carries a treatment out: the compressor with all that is around it, and how its errors are kept."""
+        if treatment.low_rank:
+            return self.scheme, self.error_feedback
+        compressor = self.policy.scheme_of(treatment)
+        keeps = self.error_feedback.keeps_errors and compressor.feedback == "ef14"
+        return compressor, self.error_feedback if keeps else ErrorFeedback(form=compressor.feedback)
+
+    def initial_state(self, slot: Slot, treatment: Treatment) -> dict[str, Tensor]:
+        """Symbol -> the state of a parameter before the first step."""
+        context = Context((slot.name,), 0, self._seed, treatment.rank, m=treatment.m)
+        like = torch.empty(0, dtype=slot.compute_dtype, device=slot.device)
+        state = self.of(treatment)[0].initial_state(context, treatment.m, treatment.n, like)
+        return {symbol: tensor[0] for symbol, tensor in state.items()}
+
+    def noise(self, bucket: int, t: int, worker: int) -> Callable[[int], Noise] | None:
+        """Number of a packet -> its draws for stochastic rounding to codes; None for the nearest codes."""
+        if self.quantization.rounding == "nearest":
+            return None
+
+        def of_packet(number: int) -> Noise:
+            def draw(purpose: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+                whose = f"{purpose} of packet {number} of worker {worker}"
+                return uniform(self._seed, (f"bucket {bucket}",), t, whose, shape, torch.float32, device)[0]
+
+            return draw
+
+        return of_packet
+
+    def describe(self) -> dict[str, Any]:
+        """Plain settings by name, which must be equal on all workers."""
+        return {
+            **self.policy.describe(),
+            "error_feedback": self.error_feedback.describe(),
+            "quantization": self.quantization.describe(),
+        }
