@@ -103,9 +103,7 @@ class SimulatedWorkers:
 class ProcessWorkers:
     """This process is one of N workers. Arguments as of `SimulatedWorkers`, without N: the default process group's size."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], optimizer: Optimizer, section: Section, clip: float | None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], optimizer: Optimizer, section: Section, clip: float | None) -> None:
         rank = dist.get_rank()
         self.here = range(rank, rank + 1)
         self._optimizer = CompressedOptimizer(
@@ -187,4 +185,3 @@ def averaged(sent: Sent, steps: int) -> dict[str, Any]:
         "ratio": sent.uncompressed / total if total else 1.0,
         "skipped_steps": sent.vetoed,
     }
-
