@@ -129,6 +129,11 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
 
 
+def listed(lines: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines) if lines else "Nothing to compare."
+
+
 def magnitude(number: float) -> str:
     """Bytes with a unit, three digits."""
     for unit in ("B", "kB", "MB"):

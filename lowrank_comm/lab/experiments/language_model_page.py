@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..comparison import Spread, difference, magnitude, ratio, table, verdict
+from ..comparison import Spread, difference, listed, magnitude, ratio, table, verdict
 from ..experiment import Row
 
 if TYPE_CHECKING:
@@ -175,9 +175,9 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
         "relative differences ± half of the 95 % confidence interval (Student's t); where that holds zero, the difference "
         "is inside the spread. Sent a step: the ledger's count of a worker; times less: than uncompressed.",
         "## The paper's order",
-        _listed([claim for rank in final.ranks for claim in final.claims(rank)]),
+        listed([claim for rank in final.ranks for claim in final.claims(rank)]),
         "## Does the gap shrink with the rank?",
-        _listed(final.shrinking()),
+        listed(final.shrinking()),
         "![Training loss of every method](curves.png)",
         "## Learning rates",
         _tuning_table(settings, rows),
@@ -234,16 +234,12 @@ def _larger(settings: Any, rows: Sequence[Row]) -> list[str]:
         f"{settings.training.model}; seeds {_list(settings.larger.seeds)}."
     ]
     for rank in part.ranks:
-        parts += [table(HEADS, part.lines(rank)), _listed(part.claims(rank))]
+        parts += [table(HEADS, part.lines(rank)), listed(part.claims(rank))]
     return parts
 
 
 def _list(values: Iterable[Any]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _listed(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines) if lines else "Nothing to compare."
 
 
 def figures(settings: Any, rows: Sequence[Row]) -> dict[str, Figure]:
