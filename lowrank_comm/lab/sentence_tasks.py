@@ -125,8 +125,8 @@ def _from_hub(source: str, name: str, part: str) -> Any:
         import datasets
     except ImportError:
         raise ConfigError(
-            f"{source!r} is no folder, and the package datasets, which would ask a hub, is missing: pip install datasets, or "
-            "give a folder."
+            f"{source!r} is no folder, and the package datasets, which would ask a hub, is missing: pip install datasets, "
+            "or give a folder."
         ) from None
     return datasets.load_dataset(source, name, split=part)
 

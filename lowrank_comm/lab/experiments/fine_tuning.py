@@ -125,7 +125,8 @@ class FineTuning(Experiment):
     def run(self, settings: FineTuningSettings, case: Case, progress: Progress) -> dict[str, Any]:
         """Fine-tune one model and judge it."""
         seed, plan = case.params["seed"], settings.tasks[case.params["task"]]
-        section = with_tau(settings.methods[case.params["method"]], plan.restart_every).checked(settings.rank, seed)
+        method = with_tau(settings.methods[case.params["method"]], plan.restart_every)
+        section = method.checked(settings.rank if method.has_rank else None, seed)
         device = join_processes(settings.device)
         task, tokenizer = load_task(settings.source, case.params["task"]), load_tokenizer(settings.encoder)
         steps = plan.steps or plan.epochs * max(1, len(task.training) // plan.batch)  # type: ignore[operator]

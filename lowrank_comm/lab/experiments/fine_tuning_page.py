@@ -22,7 +22,7 @@ PAPER = {
         "powersgd_plus": (62.85, 90.67, 92.54, 79.42, 94.38, 87.08, 91.14, 92.13),
     }.items()
 }
-"""Scores on GLUE, RoBERTa-base, rank 4: Table 1 of arXiv 2509.11254. One seed; averages are computed from the columns here."""
+"""Scores on GLUE, RoBERTa-base, rank 4: Table 1 of arXiv 2509.11254. One seed; averages are computed from these columns."""
 
 ORDER = (("powersgd_plus", "powersgd"), ("powersgd_plus", "galore"), ("full", "powersgd_plus"), ("full", "powersgd"))
 """Pairs whose order the paper's averages state."""
@@ -58,13 +58,13 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
         "![Scores of every task and method](scores.png)",
         "## Scores",
         _score_table(settings, rows),
-        "Mean ± standard deviation over the seeds, in per cent, after the last step. Average: of the tasks, seed by seed. Ratio: "
-        "of the averages, beside that of the paper's Table 1 (RoBERTa-base on GLUE, one seed). Times less: bytes of a worker "
-        "than uncompressed, by the ledger, over all runs.",
+        "Mean ± standard deviation over the seeds, in per cent, after the last step. Average: of the tasks, seed by seed. "
+        "Ratio: of the averages, beside that of the paper's Table 1 (RoBERTa-base on GLUE, one seed). Times less: bytes of "
+        "a worker than uncompressed, by the ledger, over all runs.",
         "## Against full precision",
         _difference_table(settings, rows),
-        "Mean of the seeds' differences in points ± half of the 95 % confidence interval (Student's t); where that holds zero, "
-        "the difference is inside the spread.",
+        "Mean of the seeds' differences in points ± half of the 95 % confidence interval (Student's t); where that holds "
+        "zero, the difference is inside the spread.",
         "## The paper's order of averages",
         listed(_claims(settings, rows)),
         "## Hyper-parameters",
@@ -82,7 +82,7 @@ def _about(settings: Any, rows: Sequence[Row]) -> str:
     return (
         f"{settings.encoder or 'all-MiniLM-L6-v2'}{size} with a new head, on {source}: {settings.workers} workers, rank "
         f"{settings.rank}, AdamW, linear schedule with {100 * settings.warmup_share:g} % warm-up, at most {settings.length} "
-        f"tokens, seeds {', '.join(map(str, settings.seeds))}. Hyper-parameters are one set a task, the same for all methods."
+        f"tokens, seeds {', '.join(map(str, settings.seeds))}. Hyper-parameters are one set a task, equal for all methods."
     )
 
 

@@ -137,8 +137,10 @@ class _Part:
         """What the paper's table says of the order, and what came out."""
         said = []
         for left, right in ORDER:
+            if left not in self.methods or right not in self.methods:
+                continue
             a, b = self.paper(left, rank), self.paper(right, rank)
-            if left not in self.methods or right not in self.methods or a is None or b is None:
+            if a is None or b is None:
                 continue
             sign = "<" if a < b else ">"
             claim = f"rank {rank}, {self.label(left)} {sign} {self.label(right)} (paper: {a:.2f} {sign} {b:.2f})"
