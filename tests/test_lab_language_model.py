@@ -256,7 +256,7 @@ def test_processes_and_the_simulation_train_the_same_model(text_file: Path, gloo
     ranks = gloo.run(as_process, 2, settings.model_dump(mode="json"), 1, timeout=IMPORTS)
     assert ranks[0]["loss"] == ranks[1]["loss"] == pytest.approx(simulated["loss"], rel=1e-5)
     own, counted = ranks[0]["sent"]["bytes"], simulated["sent"]["bytes"]
-    assert own == counted
+    assert {kind: count for kind, count in own.items() if kind != "fingerprint"} == counted  # workers compare settings once
     assert ranks[0]["curve"][0][1] != ranks[1]["curve"][0][1]  # each has batches of its own
     other = gloo.run(as_process, 2, settings.model_dump(mode="json"), 2, timeout=IMPORTS)
     assert other[0]["loss"] != pytest.approx(simulated["loss"], rel=1e-5)
