@@ -152,6 +152,11 @@ def make_workers(model: nn.Module, optimizer: Optimizer, section: Section, worke
     return ProcessWorkers(named, optimizer, section, clip)
 
 
+def process_rank() -> int:
+    """Which worker this process is; 0 where all are simulated in one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def join_processes(device: str) -> torch.device:
     """Join the processes that torchrun has started, if it has, and tell this one's device.
 
