@@ -27,8 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    "test_deepspeed", "test_slurm", "test_trainer", "test_quickstarts", "test_deepspeed_levels", "test_configs", "test_engines",
-    "test_engine_runs", "test_examples_engines", "test_demo_cluster", "test_lightning",
+    "test_deepspeed", "test_slurm", "test_trainer", "test_quickstarts", "test_deepspeed_levels", "test_engines",
+    "test_engine_runs", "test_configs", "test_examples_engines", "test_demo_cluster", "test_lightning",
 )  # fmt: skip
 """Files that take minutes, the longest first."""
 
