@@ -10,7 +10,7 @@ from driver import drive
 from reference import gradient
 from torch import Tensor
 
-from lowrank_comm.compressors import REGISTRY, Compressor, Context, Result
+from lowrank_comm.compressors import Compressor, Context, Result
 from lowrank_comm.config import Section
 from lowrank_comm.feedback import dense
 from lowrank_comm.reducer import Reducer
@@ -128,6 +128,3 @@ def applied_of(result: Result) -> Tensor:
 
 def sent_of(result: Result) -> Tensor:
     return dense(result.sent)[0]
-
-
-assert set(SETTINGS) <= set(REGISTRY) | {"identity"}

@@ -1,5 +1,5 @@
-"""What every registered compressor must keep, whichever it is, with whatever is around it. A new one is here as soon as it is
-registered: it fails until `conformance.SETTINGS` names it."""
+"""What every registered compressor must keep, whichever it is, with whatever is around it. A new one is here as soon as it
+is registered: it fails until `conformance.SETTINGS` names it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-def keeps_errors(section: Given) -> bool:
-    return Section.parse(section).reducer_options()["error_feedback"].for_compressor(compressor_of(section)).keeps_errors
+def feedback_of(section: Given) -> str:
+    """The form that the section comes to."""
+    return str(Section.parse(section).reducer_options()["error_feedback"].for_compressor(compressor_of(section)).form)
 
 
 def test_no_compressor_is_forgotten() -> None:
@@ -68,12 +69,15 @@ def test_what_was_sent_and_kept_is_what_was_given(section: Given) -> None:
             applied[name] += value
     errors = [sim.error_memory(worker) for worker in range(3)]
     coded = "dense" in section.get("quantization", {})
-    assert set(errors[0]) >= (set(MATRICES) if keeps_errors(section) and section["compressor"] != "identity" else set())
+    assert set(errors[0]) >= (
+        set(MATRICES) if feedback_of(section) == "ef14" and section["compressor"] != "identity" else set()
+    )
     for name in SHAPES:
         if name in errors[0]:
             mean_error = sum(e[name] for e in errors) / 3
             assert relative(applied[name] + mean_error, given[name]) < 1e-10
-            assert float(mean_error.norm()) > 1e-3 or coded or section["compressor"] == "greedylore"
+            sends_all = coded or section["compressor"] == "greedylore" or "rounds" in section.get("error_feedback", {})
+            assert sends_all or float(mean_error.norm()) > 1e-3
         elif name not in MATRICES or section["compressor"] == "identity":
             assert relative(applied[name], given[name]) < 1e-12
 
@@ -133,7 +137,8 @@ def test_contractive_where_claimed(section: Given, spectrum: str) -> None:
             slack = 1.5 if section["compressor"] == "atomo" else 1e-12  # a single draw of ATOMO may be longer
             assert float((x - later).norm()) <= float(x.norm()) * (1 + slack)
     standard_error = np.std(kept) / np.sqrt(len(kept))
-    side = 8 if section.get("side") == "long" else 6
+    # Without restarts, ACP's basis is on one side and then on the other.
+    side = 8 if section.get("side") == "long" or (section["compressor"] == "acp" and not restarts) else 6
     assert np.mean(kept) <= 1 - 2 / side + 3 * standard_error + 1e-12
 
 
@@ -159,7 +164,9 @@ def test_unbiased_where_claimed_and_only_there(section: Given) -> None:
 
 @every_combination
 def test_full_rank_is_dense(section: Given) -> None:
-    """rank = min(m, n) and above, 1 x n, m x 1: the exact mean, from the first step on; with codes, nearly that."""
+    """rank = min(m, n) and above, 1 x n, m x 1: the exact mean, from the first step on; with int8, nearly that."""
+    if section.get("side") == "long" or isinstance(section.get("basis"), int):
+        pytest.skip("its subspace is not the whole space at full rank: a basis on the long side, or of few columns")
     shapes = {"tall": (9, 4), "wide": (4, 9), "square": (5, 5), "row": (1, 6), "column": (6, 1), "one": (1, 1)}
     tracking = section.get("error_feedback", {}).get("form", "").startswith("ef21_")
     coded = section.get("quantization", {}).get("factors")
@@ -180,7 +187,7 @@ def test_full_rank_is_dense(section: Given) -> None:
 @every_combination
 def test_zero_gradients_then_progress(section: Given) -> None:
     """Three steps without any gradient leave nothing broken: then a constant rank-2 gradient is followed; with error
-    feedback the sum of what is applied catches up with what was given."""
+    feedback of any form the mean of what is applied comes near to what was given."""
     x = {"w": torch.from_numpy(spectrum_matrix(8, 6, np.array([3.0, 2.0])))}
     sim = simulated(section, {"w": (8, 6)}, 2)
     for _ in range(3):
@@ -191,15 +198,16 @@ def test_zero_gradients_then_progress(section: Given) -> None:
         out = sim.reduce([x, x])["w"]
         assert bool(torch.isfinite(out).all())
         total += out
-    if section["compressor"] == "galore" or section.get("galore_until"):
-        return  # without feedback, a subspace of the zero gradient may miss it until the next refresh
+    assert float(total.norm()) > 0
+    if feedback_of(section) == "none":
+        return  # a subspace may miss it for a period, and an unbiased scheme is right on average only
     assert relative(total / 60, x["w"]) < 0.35
 
 
 @every_combination
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [2.0**-90, 2.0**90])
 def test_rank_deficient_and_extreme_scales(section: Given, scale: float) -> None:
-    """Rank 1 at rank 2, huge and tiny in float32: finite, and as right as at scale 1."""
+    """Rank 1 at rank 2, huge and tiny in float32: what comes out at scale 1 (a power of two moves no rounding)."""
     x = torch.from_numpy(spectrum_matrix(8, 6, np.array([1.0]))).float()
     outs = []
     for factor in (1.0, scale):
@@ -208,13 +216,13 @@ def test_rank_deficient_and_extreme_scales(section: Given, scale: float) -> None
             out = sim.reduce([{"w": x * factor}, {"w": x * factor}])["w"]
             assert bool(torch.isfinite(out).all())
         outs.append(out / factor)
-    assert relative(outs[1].double(), outs[0].double()) < 1e-2
+    assert relative(outs[1].double(), outs[0].double()) < 1e-5
 
 
 @every_combination
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types(section: Given, dtype: torch.dtype) -> None:
-    """Gradients of half types, on a wire of the same: finite, of their own dtype, and the memory holds what rounding took."""
+    """Gradients of half types, on a wire of the same: finite, of their own dtype, and a memory in float32."""
     sim = simulated({**section, "wire_dtype": str(dtype).removeprefix("torch.")}, SHAPES, 2, dtype)
     for t in range(6):
         out = sim.reduce([drawn(t, k, dtype=dtype) for k in range(2)])
@@ -247,12 +255,14 @@ def test_determinism_and_the_global_generator(section: Given) -> None:
 
 @every_combination
 def test_a_batch_gives_what_its_members_give_alone(section: Given) -> None:
+    """With codes, in the first step: which worker books what the second rounding took depends on the others in the packet,
+    and later codes on that."""
     shapes = {f"w{k}": (9, 6) for k in range(3)}
     together = simulated(section, shapes, 2)
     alone = {name: simulated(section, {name: (9, 6)}, 2) for name in shapes}
     if section.get("stagger"):
         pytest.skip("staggering is about the company that a matrix keeps")
-    for t in range(5):
+    for t in range(1 if "quantization" in section else 5):
         gradients = [drawn(t, k, shapes) for k in range(2)]
         out = together.reduce(gradients)
         for name, sim in alone.items():
@@ -303,7 +313,6 @@ def over_gloo(rank: int, chosen: list[Given]) -> list[tuple[dict[str, Any], dict
     results = []
     for section in chosen:
         parameters = {name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()}
-        base = torch.optim.SGD([{"params": list(parameters.values()), "param_names": list(parameters)}], lr=0.0)
         base = torch.optim.SGD(parameters.items(), lr=0.0)
         optimizer = CompressedOptimizer.from_config(base, {"min_compression_rate": 0, **section})
         for t in range(6):
@@ -345,7 +354,7 @@ def test_state_goes_round_at_another_world_size(section: Given, workers: int) ->
         mean = {name: (drawn(t, 0)[name] + drawn(t, 1)[name]) / 2 for name in SHAPES}
         expected, actual = old.reduce([mean] * 2), new.reduce([mean] * workers)
         for name in SHAPES:
-            if linear and not section["compressor"] == "atomo":
+            if linear:
                 torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-11)
         if t == 5:
             after = sum_of_errors(new)
@@ -404,10 +413,6 @@ def test_bytes_are_the_formula(section: Given) -> None:
         restart = every is not None and t % every == 0
         if section["compressor"] == "identity":
             expected = 12 * 7
-        elif hasattr(compressor, "elements_at"):
-            expected = compressor.elements_at(12, 7, 2, t, restart)
         else:
-            expected = (compressor.restart_elements if restart else compressor.elements)(12, 7, 2)
-        if section.get("galore_until") and t >= section["galore_until"]:
-            expected = compressor.elements(12, 7, 2)
+            expected = compressor.elements_at(12, 7, 2, t, restart)
         assert sum(sent.values()) == 8 * expected, (t, sent)
