@@ -170,7 +170,8 @@ def test_full_rank_is_dense(section: Given) -> None:
     shapes = {"tall": (9, 4), "wide": (4, 9), "square": (5, 5), "row": (1, 6), "column": (6, 1), "one": (1, 1)}
     tracking = section.get("error_feedback", {}).get("form", "").startswith("ef21_")
     coded = section.get("quantization", {}).get("factors")
-    sim = simulated({**section, "rank": 7}, shapes, 2)
+    wide_enough = {"basis": 8} if "basis" in section else {}  # a basis holds at least r columns
+    sim = simulated({**section, "rank": 7, **wide_enough}, shapes, 2)
     for t in range(5):
         gradients = [drawn(t, k, shapes) for k in range(2)]
         out = sim.reduce(gradients)

@@ -75,6 +75,8 @@ MATRIX_SCOPE = {name: setup for name, setup in ENGINES.items() if setup.scope ==
 VARIANTS = {
     "svd": (PowerSGDPlus(2, 3), {}),
     "randomized": (PowerSGDPlus(2, 3, restart="randomized"), {}),
+    "random projection": (PowerSGDPlus(2, 3, restart="random_projection"), {}),
+    "power iterations": (PowerSGDPlus(2, 3, power_iterations=2), {}),
     "exact restart": (PowerSGDPlus(2, 3, exact_restart=True), {}),
     "consensus restart": (PowerSGDPlus(2, 3, consensus_restart=True), {}),
     "stagger": (PowerSGDPlus(2, 3, stagger=True), {}),
