@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,6 +207,24 @@ def test_a_grad_scaler_waits_for_nobody(gloo: GlooPool) -> None:
             assert all(torch.equal(histories[0][t][name], histories[1][t][name]) for t in range(5))
         assert torch.equal(overflowed[0][2][name], overflowed[0][1][name])
         assert not torch.equal(plain[0][2][name], plain[0][1][name])
+
+
+def the_page(rank: int) -> float:
+    """The example of docs/memory_efficient.md, in a group that is there already; the sum of the trained weights."""
+    torch.manual_seed(0)
+    page = (Path(__file__).resolve().parent.parent / "docs" / "memory_efficient.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert code.count("torch.distributed.init_process_group") == 1
+    names: dict[str, Any] = {}
+    exec(code.replace('torch.distributed.init_process_group("gloo")', ""), names)
+    assert names["optimizer"].state_bytes() == 8 * 512 * 16 + 4 * 256 * 16 + 8 * 512 + 4 * 4  # and a bias, four counters
+    return float(names["model"].weight.detach().sum())
+
+
+def test_the_pages_example_trains(gloo: GlooPool) -> None:
+    sums = gloo.run(the_page, 2)
+    torch.manual_seed(0)
+    assert sums[0] == sums[1] != float(nn.Linear(256, 512).weight.detach().sum())
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from ..loss_scaling import LossScaling
 from ..naming import Namer
 from ..wrapping import only_initialises_state, transformers_uses_deepspeed
 from .averaging import Averaged, Averaging, Entry
-from .checks import check_number, check_parameter, check_saved
+from .checks import check_number, check_parameter, check_saved, described
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -292,7 +292,7 @@ class ProjectedOptimizer(Optimizer):
                 raise LowRankCommError(f"{entry.name}: sparse gradients cannot be averaged here; use sparse=False.")
         if not self._agreed:
             self.ledger.bytes["fingerprint"] += check_same(
-                self._described(entries), self._averaging.group, self._averaging.device
+                described(self, entries, not self._compared), self._averaging.group, self._averaging.device
             )
             self._agreed = self._compared = True
         if not self._checked:
