@@ -131,13 +131,16 @@ class Ablations(Experiment):
     def page(self, settings: AblationSettings, rows: Sequence[Row]) -> str:
         """A table for each group, and the drift."""
         p = settings.problem
+        comparisons = sum(len(group.variants) - 1 for group in settings.groups)
         about = (
             f"A student {p.inputs}-{p.hidden}-{p.outputs} learns from a noisy teacher of the same shape: N = {p.workers}, "
             f"{p.batch} samples a worker and step, {p.steps} steps of momentum SGD, inputs of each worker around a centre "
             "of its own. Held-out loss over the last tenth of the steps, mean ± standard deviation over "
             f"{len(settings.seeds)} seeds, at the rate of {', '.join(f'{rate:g}' for rate in settings.rates)} that is best "
-            "on another seed. `against the first`: geometric mean of the ratios seed by seed; inside the spread where its "
-            "95 % interval holds 1. Elements are what one worker sends in a step for both matrices "
+            "on another seed (* the least or the largest of them). `against the first`: geometric mean of the ratios seed by "
+            "seed; inside the spread where its 95 % interval holds 1. "
+            f"Of {comparisons} such intervals about {0.05 * comparisons:.0f} would miss 1 by chance alone. "
+            "Elements are what one worker sends in a step for both matrices "
             f"({p.hidden * p.inputs + p.outputs * p.hidden} uncompressed); peak: the most in one step after the first.\n\n"
             "![Final loss by variant](losses.png)"
         )
@@ -209,7 +212,8 @@ def _group_text(settings: AblationSettings, group: Group, rows: Sequence[Row]) -
         loss = (spread.text(4) if spread else "") + (f" ({diverged} of {len(settings.seeds)} diverged)" if diverged else "")
         result = row["result"]
         counts = [f"{result['elements']:.0f}", f"{result['peak_elements']:.0f}"]
-        lines.append([variant.name, f"{result['rate']:g}", loss, _against(finals, reference), *counts])
+        edge = "*" if result["rate"] in (min(settings.rates), max(settings.rates)) else ""
+        lines.append([variant.name, f"{result['rate']:g}{edge}", loss, _against(finals, reference), *counts])
     if not lines:
         return ""
     heads = ["variant", "rate", "final loss", "against the first", "elements a step", "peak"]
