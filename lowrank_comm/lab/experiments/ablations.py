@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from pydantic import Field, field_validator
 
 from .. import drift, teacher
@@ -137,9 +138,9 @@ class Ablations(Experiment):
             f"{p.batch} samples a worker and step, {p.steps} steps of momentum SGD, inputs of each worker around a centre "
             "of its own. Held-out loss over the last tenth of the steps, mean ± standard deviation over "
             f"{len(settings.seeds)} seeds, at the rate of {', '.join(f'{rate:g}' for rate in settings.rates)} that is best "
-            "on another seed (* the least or the largest of them). `against the first`: geometric mean of the ratios seed by "
-            "seed; inside the spread where its 95 % interval holds 1. "
-            f"Of {comparisons} such intervals about {0.05 * comparisons:.0f} would miss 1 by chance alone. "
+            "on another seed (* the least or the largest of them). `against the first`: geometric mean of the ratios seed "
+            "by seed; inside the spread where its 95 % interval holds 1. "
+            f"Of {comparisons} such intervals about {0.05 * comparisons:.0f} would miss it by chance. "
             "Elements are what one worker sends in a step for both matrices "
             f"({p.hidden * p.inputs + p.outputs * p.hidden} uncompressed); peak: the most in one step after the first.\n\n"
             "![Final loss by variant](losses.png)"
@@ -248,8 +249,10 @@ def _draw_losses(settings: AblationSettings, rows: Sequence[Row]) -> Figure:
         panel.set_yticks(range(len(group.variants)), [variant.name for variant in group.variants], fontsize=8)
         panel.set_ylim(len(group.variants) - 0.4, -0.6)
         panel.set_title(group.name, fontsize=9, loc="left")
-        panel.grid(alpha=0.3, axis="x")
+        panel.grid(alpha=0.3, axis="x", which="both")
     panels[-1].set(xscale="log", xlabel="final held-out loss: seeds (grey), mean (red: the reference)")
+    for choose in (panels[-1].xaxis.set_major_formatter, panels[-1].xaxis.set_minor_formatter):
+        choose(ScalarFormatter())
     return figure
 
 

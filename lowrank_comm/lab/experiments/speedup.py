@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from pydantic import Field
 
 from ...randomness import stream
@@ -103,7 +103,9 @@ class Speedup(Experiment):
         axes.set(xscale="log", yscale="log", xlabel="workers N", ylabel="mean over steps of ||grad f||²")
         axes.set_xticks(settings.workers, [str(workers) for workers in settings.workers])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 4, 6)))
+        for choose in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            choose(ScalarFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
         return {"speedup": figure}
