@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUNS   ?= runs
 STEPS  ?= 300
+# Test files side by side; 0: one after the other, in one process.
+TEST_JOBS ?= 2
 # Worker processes of `make train`. On a CPU the launcher starts one unless told.
 WORKERS ?= 2
 PORT   ?= 29531
@@ -47,7 +49,7 @@ train: $(STAMP)
 	$(TRAIN) --deepspeed configs/ds_powersgd_plus.json --output_dir $(RUNS)/ds_powersgd_plus
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

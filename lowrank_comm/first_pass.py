@@ -58,6 +58,11 @@ class FirstPass:
         self._pass: int | None = None
         self._happened = self._checked = False
 
+    @property
+    def collectives_happened(self) -> bool:
+        """Whether there were collectives, of anybody, during those passes."""
+        return self._happened
+
     def gradient(self) -> None:
         """A gradient has arrived, in a backward pass."""
         if self._checked or self._pass == torch._C._current_graph_task_id():

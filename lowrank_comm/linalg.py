@@ -144,9 +144,9 @@ def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         r: number of vectors, r <= min(m, n).
 
     Returns:
-        (U[:, :r], S, V[:, :r]): (B, m, r), (B, min(m, n)) descending, (B, n, r). NaN if the decomposition does not converge
-        (or d is not finite), which vetoes the step on all workers, where an exception on this one alone would leave the
-        others waiting.
+        (U[:, :r], S, V[:, :r]): (B, m, r), (B, min(m, n)) descending, (B, n, r). NaN if the decomposition does not converge,
+        which vetoes the step on all workers, where an exception on this one alone would leave the others waiting. Of a d
+        that is not finite at least S is NaN.
     """
     together = max(1, _SVD_ELEMENTS // max(1, d[0].numel()))  # a decomposition is as large as what is decomposed
     parts = []

@@ -3,7 +3,10 @@
 A *case* is a module-level function `case(rank, *arguments)`. `GlooPool.run(case, world, *arguments)` calls it on
 `world` processes at once, each of them a member of a new default group of that size, and returns the values by rank. An
 exception on any rank comes back as `CaseFailed` with every rank's traceback. Nothing hangs: a case that is not done in
-time, or that left a rank waiting for a dead one, costs the processes their life; the next case starts new ones."""
+time, or that left a rank waiting for a dead one, costs the processes their life; the next case starts new ones.
+
+Processes are forked from one that has imported what takes seconds (torch, and of the engines' libraries those that the tests
+have imported, too) and has done nothing else: no thread runs in it, and no group was ever made."""
 
 from __future__ import annotations
 
@@ -24,14 +27,22 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=30)
 """How long one collective may wait for a rank that never comes."""
 GRACE = 5.0
 """Seconds the other ranks get to end by themselves once one of them has raised."""
+CORE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "numpy", "pydantic", "safetensors.torch")
+LIBRARIES = {
+    "transformers": ("transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft"),
+    "deepspeed": ("deepspeed",),
+}
+"""What is imported before processes are forked: always, and once the tests have imported the library."""
 
 
 class CaseFailed(AssertionError):
     """A case raised on some rank, or did not end in time; carries the tracebacks."""
 
 
-def _serve(rank: int, connection: Connection) -> None:
+def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> None:
     """The life of one process: receive a case, join the group, run it, answer, leave the group."""
+    os.environ.clear()
+    os.environ.update(environment)  # of now; that of the process which was forked is older
     import torch
     import torch.distributed as dist
 
@@ -108,10 +119,12 @@ class GlooPool:
     def _start(self) -> None:
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        wanted = [*CORE, *(name for library, names in LIBRARIES.items() if library in sys.modules for name in names)]
+        context.set_forkserver_preload(wanted)  # of effect before the first start only
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, there, dict(os.environ)), daemon=True)
             process.start()
             there.close()
             self._workers.append((process, here))

@@ -1,4 +1,7 @@
-"""Every file in configs/ trains: the real launcher, the real Trainer, two workers, a few steps of the example."""
+"""Every file in configs/ trains: the real launcher, the real Trainer, two workers, a few steps of the example.
+
+The configuration of `make train` has a start of its own, by the README's command; the others follow each other in one start.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from in_turn import BETWEEN
 
 from lowrank_comm.config import SECTION, Section
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("ds_*.json"))
 STEPS = 3
+STARTED_ALONE = "ds_powersgd_plus"
 
 
 def test_there_is_a_file_for_each_variant() -> None:
@@ -44,30 +49,57 @@ def test_section_is_valid(path: Path) -> None:
     assert settings["gradient_clipping"] == 1.0
 
 
-def launch(config: Path, output: Path, *flags: str) -> str:
-    """`deepspeed --num_gpus 2 examples/train.py ...` as in the README; returns what it printed."""
+def launch(script: str, *words: str) -> str:
+    """`deepspeed --num_gpus 2 <script> ...` as in the README; returns what it printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), "examples/train.py"]
-    command += ["--deepspeed", str(config), "--output_dir", str(output), "--max_steps", str(STEPS), *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), script, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
 
 
+def flags(config: Path, output: Path) -> list[str]:
+    more = ["--max_steps", str(STEPS), "--held_out_tokens", "4000"]
+    return ["--deepspeed", str(config), "--output_dir", str(output), *more]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each file's run has a folder of its name."""
+    return tmp_path_factory.mktemp("configs")
+
+
+@pytest.fixture(scope="module")
+def in_turn(folder: Path) -> dict[str, str]:
+    """What the runs printed that have no start of their own, by the file's name."""
+    files = [path for path in CONFIGS if path.stem != STARTED_ALONE]
+    runs = [" ".join(flags(path, folder / path.stem)) for path in files]
+    _, *printed = launch("tests/in_turn.py", "train", *runs).split(BETWEEN)
+    return {path.stem: part for path, part in zip(files, printed, strict=True)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_trains(path: Path, tmp_path: Path) -> None:
-    printed = launch(path, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+def test_trains(path: Path, folder: Path, request: pytest.FixtureRequest) -> None:
+    if path.stem == STARTED_ALONE:
+        printed = launch("examples/train.py", *flags(path, folder / path.stem))
+    else:
+        printed = request.getfixturevalue("in_turn")[path.stem]
+    assert_trained(path, folder / path.stem, printed)
+
+
+def assert_trained(path: Path, output: Path, printed: str) -> None:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == STEPS
     assert all(math.isfinite(loss) for loss in losses)
-    assert (tmp_path / "loss_vs_bytes.png").stat().st_size > 10_000
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (output / "loss_vs_bytes.png").stat().st_size > 10_000
+    summary = json.loads((output / "summary.json").read_text())
     if path.stem == "ds_uncompressed":
         assert "nothing is compressed" in printed
         return

@@ -64,17 +64,6 @@ def assert_complete(slurm: SlurmLab, job: str, folder: Path, steps: int, restart
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("file", ["deepspeed.sbatch", "torchrun.sbatch", "accelerate.sbatch"])
-def test_runs_on_two_nodes(slurm: SlurmLab, submit: Callable[..., str], tmp_path: Path, file: str) -> None:
-    printed = assert_complete(slurm, submit(file, "--max_steps", "6"), tmp_path, steps=6)
-    assert "2 nodes of 1 processes" in printed
-    # Accelerate makes DDP of FSDP2 where there is no accelerator.
-    assert f"over 2 workers, {'DeepSpeed' if file == 'deepspeed.sbatch' else 'DDP'}" in printed
-    assert "powersgd_plus rank 4" in printed and "factors" in printed
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_as_many_processes_as_gpus_and_two_levels(slurm: SlurmLab, submit: Callable[..., str], tmp_path: Path) -> None:
     """SLURM grants two GPUs a node (that nobody uses), and the model is sharded in the nodes: HSDP on 2 x 2 processes."""
     sharding = ("--fsdp_size", "2", "--dp_replicate_size", "2")
@@ -107,7 +96,7 @@ def preempt(slurm: SlurmLab, job: str) -> None:
     [("deepspeed.sbatch", requeue), ("torchrun.sbatch", time_is_nearly_up), ("accelerate.sbatch", preempt)],
     ids=lambda one: getattr(one, "__name__", one),
 )
-def test_goes_on_after_an_interruption(
+def test_runs_on_two_nodes_and_goes_on_after_an_interruption(
     slurm: SlurmLab,
     submit: Callable[..., str],
     tmp_path: Path,
@@ -123,6 +112,13 @@ def test_goes_on_after_an_interruption(
     interrupt(slurm, job)
 
     printed = assert_complete(slurm, job, tmp_path, steps=40, restarts=1)
+    starts = printed.split(f"job {job}, start ")[1:]
+    assert [start[:1] for start in starts] == ["1", "2"], printed[-6000:]
+    for start in starts:
+        assert "2 nodes of 1 processes" in start
+        # Accelerate makes DDP of FSDP2 where there is no accelerator.
+        assert f"over 2 workers, {'DeepSpeed' if file == 'deepspeed.sbatch' else 'DDP'}" in start
+    assert "powersgd_plus rank 4" in starts[1] and "factors" in starts[1]
     found = re.search(r"start 2: .* going on from \S+/checkpoint-(\d+)\n", printed)
     assert found, printed[-6000:]
     assert 5 <= int(found[1]) < 40

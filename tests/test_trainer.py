@@ -1,4 +1,5 @@
-"""Hugging Face Trainer, really trained for fifty steps under each engine, with clipping, accumulation and checkpoints.
+"""Hugging Face Trainer, really trained for fifty steps under each engine, with clipping, accumulation and checkpoints; where
+compression at full rank is held against none, number by number, for half as many.
 
 Losses of ranks differ in nothing here: every comparison is between runs of the same engine, with and without compression,
 or interrupted and not.
@@ -82,7 +83,7 @@ def look(zero: Found) -> Look:
 
 
 def same_training(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """Fifty steps of AdamW, in which a last bit may grow by itself."""
+    """Steps of AdamW, in which a last bit may grow by itself."""
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["losses"] == pytest.approx(other["losses"], abs=1e-4)
         assert mine["norms"] == pytest.approx(other["norms"], rel=1e-3, abs=1e-5)
@@ -92,7 +93,8 @@ def same_training(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> N
 
 def clips(found: dict[str, Any], engine: str) -> None:
     """Whoever compares must know that there was something to clip."""
-    assert sum(norm > trainers.CLIP.get(engine, 0.5) for norm in found["norms"]) > 20
+    norms = found["norms"]
+    assert sum(norm > trainers.CLIP.get(engine, 0.5) for norm in norms) > 0.4 * len(norms)
 
 
 def compressed_training(ranks: list[dict[str, Any]], engine: str, name: str) -> None:
@@ -116,10 +118,11 @@ def compressed_training(ranks: list[dict[str, Any]], engine: str, name: str) -> 
 
 @pytest.mark.parametrize("engine", WRAPPED)
 def test_full_rank_is_uncompressed(run: Run, engine: str) -> None:
-    theirs = run(engine)
+    theirs = run(engine, steps=trainers.FULL_STEPS)
     form = "section" if FORM.get(engine) == "compressor" else FORM.get(engine, "section")  # it cannot say 'compress all'
-    ours = run(engine, trainers.FULL, form)
+    ours = run(engine, trainers.FULL, form, steps=trainers.FULL_STEPS)
     for found in (*theirs, *ours):
+        assert len(found["losses"]) == trainers.FULL_STEPS
         assert found["wrapped"] == WRAPPED[engine][1]
         clips(found, engine)
     assert all(found["error"] >= 0 and found["engine"] == WRAPPED[engine][2] for found in ours)
@@ -200,6 +203,7 @@ def test_adapters_are_saved_by_save_pretrained(run: Run, folder: Path) -> None:
 def test_full_rank_is_uncompressed_zero(look: Look, engine: str) -> None:
     theirs, ours = look(f"{engine} uncompressed"), look(f"{engine} full rank")
     for found in (*theirs, *ours):
+        assert len(found["losses"]) == trainers.FULL_STEPS
         assert found["wrapped"] == "DeepSpeedEngine"
         clips(found, engine)
     same_training(ours, theirs)

@@ -39,9 +39,11 @@ from lowrank_comm.integrations.accelerate import get
 from lowrank_comm.integrations.transformers import CompressionCallback
 
 STEPS = 50
+FULL_STEPS = 24
+"""Of the runs that are compared number by number with the uncompressed ones."""
 CLIP = {"lora": 0.04, "dora": 0.02}
 """Norm to which gradients are clipped, where it is not 0.5; adapters' are small."""
-FULL = {"compressor": "powersgd_plus", "rank": 64, "restart_every": 25, "min_compression_rate": 0}
+FULL = {"compressor": "powersgd_plus", "rank": 64, "restart_every": 10, "min_compression_rate": 0}
 RANK_2 = {"compressor": "powersgd_plus", "rank": 2, "restart_every": 20, "restart": "randomized"}
 
 
@@ -219,8 +221,8 @@ def zero_cases(folder: str) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, A
     for engine, form in (("zero1", "section"), ("zero2", "json"), ("zero3", "compressor")):
         own = f"{folder}/{engine}"
         saving = {"save_strategy": "steps", "save_steps": 25}
-        listed[f"{engine} uncompressed"] = (case, (engine, own), {})
-        listed[f"{engine} full rank"] = (case, (engine, own, FULL, "section"), {})
+        listed[f"{engine} uncompressed"] = (case, (engine, own), {"steps": FULL_STEPS})
+        listed[f"{engine} full rank"] = (case, (engine, own, FULL, "section"), {"steps": FULL_STEPS})
         listed[f"{engine} rank 2"] = (case, (engine, own, RANK_2, form), saving)
         listed[f"{engine} resumed"] = (case, (engine, own, RANK_2, form), {"resume": f"{own}/checkpoint-25"})
     listed["wrong use"] = (wrong_use_of_deepspeed, (f"{folder}/wrong",), {})

@@ -10,7 +10,9 @@ counts from t = -1, whose Q is Gaussian:
 
 Half of PowerSGD's elements a step, and a basis that is known before the backward pass begins; the price is that it comes
 from the last step's Delta. Every step is a projection (Lemma 1 of PowerSGD+, for either side). Lemma 2 needs restarts: at
-t mod tau == 0 one of PowerSGD+'s restarts, "randomized" or "svd", gives both factors. Matrices in blocks of rows are
+t mod tau == 0 one of PowerSGD+'s restarts, "randomized" or "svd", gives both factors. Where r = min(m, n), all steps are
+those that project on the short side, on which the basis is the whole space: exact, as every scheme is at full rank.
+Matrices in blocks of rows are
 refused: P is kept from step to step, and a checkpoint would hold one block of it.
 """
 
@@ -67,12 +69,12 @@ class Acp(Compressor):
 
     def elements(self, m: int, n: int, r: int) -> int:
         """The mean of two steps, rounded up; see `elements_at` for each."""
-        return -(-r * (m + n) // 2)
+        return r * max(m, n) if r == min(m, n) else -(-r * (m + n) // 2)
 
     def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
         if restart:
             return self.restart_elements(m, n, r)
-        return r * m if self._from_q(t) else r * n
+        return r * m if self._projects_on_q(m, n, r, t) else r * n
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         if self.restart_every is None:
@@ -91,7 +93,8 @@ class Acp(Compressor):
         if context.restart:
             return (yield from self._restarted(delta, context))
         p, q = state["P"], state["Q"]
-        if self._from_q(context.t):
+        _, m, n = delta.shape
+        if self._projects_on_q(m, n, context.rank, context.t):
             mean, own = yield Mean(delta.times(q))
             following = yield from orthonormal(mean, context, "fill P", in_blocks=False)
             return Result(LowRank(mean, q), LowRank(own, q), {"P": following, "Q": q})
@@ -107,6 +110,8 @@ class Acp(Compressor):
         q = yield from orthonormal(applied.q, context, "fill Q", in_blocks=False)
         return Result(applied, result.sent, {"P": applied.p, "Q": q})
 
-    def _from_q(self, t: int) -> bool:
-        """Whether the step projects on Q: the first one after a restart does."""
+    def _projects_on_q(self, m: int, n: int, r: int, t: int) -> bool:
+        """Whether the step uses Q: the first one after a restart does, and every one if Q is the whole space."""
+        if r == min(m, n):
+            return n <= m
         return (t % self.restart_every) % 2 == 1 if self.restart_every is not None else t % 2 == 0

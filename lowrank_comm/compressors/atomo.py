@@ -65,6 +65,7 @@ class Atomo(Compressor):
 
     json_name: ClassVar[str] = "atomo"
     linear: ClassVar[bool] = False
+    gathers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,8 +108,9 @@ class Atomo(Compressor):
             everyones = yield Gather(chosen.sum(-1).to(torch.int32), "counts")
             counts = [max(1, int(count)) for count in (yield Read(everyones.amax(dim=0)))]
         first = torch.sort(chosen.to(torch.uint8), dim=-1, descending=True, stable=True).indices[:, : max(counts)]
-        kept = torch.where(chosen, weights, torch.zeros_like(weights)).gather(1, first).sqrt().to(matrices.dtype)
-        atoms = torch.cat([_columns(u, first), _columns(v, first)], dim=1) * kept[:, None, :]
+        # Of a matrix that is not finite nothing may be chosen, and its vectors may be finite: s vetoes the step.
+        kept = torch.where(chosen, weights, torch.zeros_like(weights)).gather(1, first).sqrt() + 0 * s.sum(-1, keepdim=True)
+        atoms = torch.cat([_columns(u, first), _columns(v, first)], dim=1) * kept[:, None, :].to(matrices.dtype)
         everyone = yield from _gathered(atoms, counts)
         own, m = everyone[context.worker], matrices.shape[1]
         together = everyone.permute(1, 2, 0, 3).flatten(2)

@@ -302,7 +302,9 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def elements(self, m: int, n: int, r: int) -> int:
-        """Elements that a worker hands to the collectives in an ordinary step for one m x n matrix at rank r."""
+        """Elements that a worker hands to the collectives in an ordinary step for one m x n matrix at rank r.
+
+        The mean, where these steps differ."""
 
     @abc.abstractmethod
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
@@ -313,7 +315,7 @@ class Compressor(abc.ABC):
         """One step of a batch; see the module's text for the protocol."""
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        """Elements of a step with a restart; as an ordinary step where there are none. The most, where restarts differ."""
+        """Elements of a step with a restart; as an ordinary step where there are none. The mean, where restarts differ."""
         return self.elements(m, n, r)
 
     def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:

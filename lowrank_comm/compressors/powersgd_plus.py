@@ -152,22 +152,25 @@ class PowerSGDPlus(PowerSGD):
         """Not with restart="greedy", whose basis may lie along the rows."""
         return self.restart != "greedy"
 
+    @property
+    def projects(self) -> bool:  # type: ignore[override]
+        """Not where a restart's orthonormal factor is Q."""
+        return self.restart in ("svd", "randomized")
+
     def restart_elements(self, m: int, n: int, r: int) -> int:
         if self.restart == "svd":
             return m * n + m * r
         if self.restart == "random_projection":
             return r * max(m, n)
         if self.restart == "greedy":
-            chosen = self.elements(m, n, r) + score_elements(self._columns(m, n, r), r, self.probes or PROBES)
-            return max(m * n + min(m, n) * self._columns(m, n, r), chosen)
+            every = self.basis_every or BASIS_EVERY
+            return -(-(self._found(m, n, r) + (every - 1) * self._chosen(m, n, r)) // every)
         return r * (m + n) + self.elements(m, n, r)
 
     def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
         if not restart or self.restart != "greedy":
             return super().elements_at(m, n, r, t, restart)
-        if self._finds_basis(t):
-            return m * n + min(m, n) * self._columns(m, n, r)
-        return self.elements(m, n, r) + score_elements(self._columns(m, n, r), r, self.probes or PROBES)
+        return self._found(m, n, r) if self._finds_basis(t) else self._chosen(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
         return staggered(self.restart_every, costs) if self.stagger else RestartSchedule(self.restart_every)
@@ -191,6 +194,14 @@ class PowerSGDPlus(PowerSGD):
 
     def _columns(self, m: int, n: int, r: int) -> int:
         return basis_columns(self.basis, min(m, n), r)
+
+    def _found(self, m: int, n: int, r: int) -> int:
+        """Elements of a greedy restart that finds a basis."""
+        return m * n + min(m, n) * self._columns(m, n, r)
+
+    def _chosen(self, m: int, n: int, r: int) -> int:
+        """Elements of a greedy restart that chooses from the basis."""
+        return self.elements(m, n, r) + score_elements(self._columns(m, n, r), r, self.probes or PROBES)
 
     def _finds_basis(self, t: int) -> bool:
         """Whether a restart at step t finds a new basis: every k-th does, whatever the offset of staggered ones."""

@@ -19,7 +19,7 @@ except ModuleNotFoundError as missing:
 from ..errors import ConfigError, LowRankCommError
 from . import pages
 from .preset import Preset, checked, load, names
-from .running import RUN_FILE, ordered_rows, run_preset
+from .running import RUN_FILE, first_process, ordered_rows, run_preset
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Experiments that show what each algorithm does.")
 console = Console()
@@ -50,8 +50,9 @@ def run(
     ended = run_preset(chosen, folder, only=only, jobs=jobs, console=console)
     for key, text in ended.failed.items():
         console.print(f"--- {key}\n{text}", markup=False, highlight=False)
-    console.print(f"{ended.finished} of {ended.total} cases are finished in {folder}", markup=False, highlight=False)
-    if ended.finished:
+    if first_process():
+        console.print(f"{ended.finished} of {ended.total} cases are finished in {folder}", markup=False, highlight=False)
+    if ended.finished and first_process():
         report(folder)
     if ended.failed:
         raise typer.Exit(1)

@@ -37,8 +37,8 @@ def student_t(degrees: int, probability: float = 0.975) -> float:
 
     def above_half(angle: float, pieces: int = 400) -> float:
         width = angle / pieces
-        terms = [math.cos(width * i) ** (degrees - 1) * (1 if i in (0, pieces) else 4 if i % 2 else 2) for i in range(pieces + 1)]
-        return scale * sum(terms) * width / 3
+        weights = [1 if i in (0, pieces) else 4 if i % 2 else 2 for i in range(pieces + 1)]
+        return scale * sum(w * math.cos(width * i) ** (degrees - 1) for i, w in enumerate(weights)) * width / 3
 
     low, high = 0.0, math.pi / 2
     for _ in range(60):
@@ -127,6 +127,11 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are aligned to the right."""
     rule = ["---"] + ["---:"] * (len(heads) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
+
+
+def listed(lines: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines) if lines else "Nothing to compare."
 
 
 def magnitude(number: float) -> str:

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One run of an experiment that does not depend on the others.
+    """One run of an experiment that does not depend on the others, except on cases of an earlier stage (`prepared`).
 
     Attributes:
         key: unique in the experiment; `run --only` selects by it.
@@ -73,3 +73,17 @@ class Experiment(abc.ABC):
         All settings, unless an experiment knows better (a grid that may grow without being run anew).
         """
         return settings.model_dump(mode="json")
+
+    def stage(self, settings: Any, case: Case) -> int:
+        """Cases of a stage start when those of lower stages have ended; all are of one, unless an experiment says so."""
+        return 0
+
+    def prepared(self, settings: Any, case: Case, rows: Sequence[Row]) -> Case:
+        """The case with what it takes from finished rows added to its params, e.g. a learning rate that was tuned.
+
+        Its params go into its row; `depends_on` is asked of the case as `cases` gave it.
+
+        Raises:
+            ConfigError: rows that it needs are missing.
+        """
+        return case

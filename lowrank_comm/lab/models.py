@@ -59,8 +59,13 @@ def new_llama(size: str, vocabulary: int, sequence_length: int, token: int | Non
 
 
 @contextmanager
-def random_state(seed: int) -> Iterator[None]:
-    """Torch's random state from `seed` inside, as it was before afterwards; for code that draws from nothing else."""
-    with torch.random.fork_rng():
+def random_state(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Torch's random state from `seed` inside, as it was before afterwards; for code that draws from nothing else.
+
+    Args:
+        seed: of the state.
+        device: a GPU whose state is kept too.
+    """
+    with torch.random.fork_rng([] if device is None or device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         yield

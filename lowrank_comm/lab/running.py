@@ -101,17 +101,40 @@ def run_preset(
     rows = Rows(folder)
     done = rows.of(kind, settings, every)
     todo = [case for case in selected(every, only) if case.key not in done]
-    _note(preset, folder)
+    first = first_process()
+    if first:
+        _note(preset, folder)
     ended = Ended(finished=len(done), total=len(every))
-    with _bars(console, preset.name, len(every), len(done)) as bars:
-        for case, outcome in _outcomes(preset, todo, jobs, bars):
-            if isinstance(outcome, str):
-                ended.failed[case.key] = outcome
-            else:
-                rows.append(outcome | {"made_for": made_for(kind, settings, case)})
-                ended.finished += 1
-            bars.case_ended(case.key, isinstance(outcome, str))
+    with _bars(console if first else None, preset.name, len(every), len(done)) as bars:
+        for stage in sorted({kind.stage(settings, case) for case in todo}):
+            given = {case.key: case for case in todo if kind.stage(settings, case) == stage}
+            ready = _prepared(preset, list(given.values()), list(done.values()), ended)
+            for case, outcome in _outcomes(preset, ready, jobs, bars):
+                if isinstance(outcome, str):
+                    ended.failed[case.key] = outcome
+                else:
+                    if first:
+                        rows.append(outcome | {"made_for": made_for(kind, settings, given[case.key])})
+                    done[case.key] = outcome
+                    ended.finished += 1
+                bars.case_ended(case.key, isinstance(outcome, str))
     return ended
+
+
+def first_process() -> bool:
+    """Whether this process is to write: under torchrun all processes run every case together, and the first one writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _prepared(preset: Preset, cases: Sequence[Case], rows: Sequence[Row], ended: Ended) -> list[Case]:
+    """The cases of a stage as they are to be run; those that cannot be are entered as failed."""
+    ready = []
+    for case in cases:
+        try:
+            ready.append(preset.experiment.prepared(preset.settings, case, rows))
+        except ConfigError:
+            ended.failed[case.key] = traceback.format_exc()
+    return ready
 
 
 def ordered_rows(preset: Preset, folder: Path) -> list[Row]:

@@ -11,12 +11,10 @@ What is held out falls into two parts of one size: learning rates are chosen on 
 
 from __future__ import annotations
 
-import glob
 import gzip
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +36,8 @@ class TextSettings(LabSettings):
     Attributes:
         file: a text file.
         hub, config: name of a data set with a field "text", and which of its configurations, for `datasets`.
-        documents, held_out_documents: patterns of JSON-lines files (.gz or not) with a field "text".
+        documents, held_out_documents: JSON-lines files (.gz or not) with a field "text"; the last part of
+            the path may be a pattern.
         tokenizer: name or folder of a tokenizer for `transformers`; without one, a byte-level BPE is trained on the text.
         vocabulary: of the trained one.
         sequence_length: tokens of a block.
@@ -168,9 +167,12 @@ class DocumentText:
         if self._settings.hub is not None:
             return lambda: (row["text"] for row in _from_hub(str(self._settings.hub), self._settings.config, split))
         pattern = str(self._settings.documents if split == "train" else self._settings.held_out_documents)
-        files = sorted(glob.glob(os.path.expanduser(pattern)))
+        path = Path(pattern).expanduser()
+        files = sorted(path.parent.glob(path.name))
         if not files:
-            raise ConfigError(f"no file fits the pattern {pattern!r}; it is one of JSON lines, e.g. c4/en/c4-train.*.json.gz.")
+            raise ConfigError(
+                f"no file fits the pattern {pattern!r}; it is one of JSON lines, e.g. c4/en/c4-train.*.json.gz."
+            )
         return lambda: (row["text"] for row in json_lines(files))
 
 
@@ -184,14 +186,14 @@ def load_text(settings: TextSettings) -> Text:
     return DocumentText(settings) if settings.hub or settings.documents else BlockText(settings)
 
 
-def json_lines(files: list[str]) -> Iterator[dict[str, Any]]:
+def json_lines(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """The objects of JSON-lines files, gzip where the name ends in .gz.
 
     Raises:
         ConfigError: a line is no JSON.
     """
     for name in files:
-        with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
+        with gzip.open(name, "rt", encoding="utf-8") if name.suffix == ".gz" else name.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:

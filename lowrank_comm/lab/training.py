@@ -113,9 +113,7 @@ def train(
     Returns:
         What came out, and the workers, by whom an evaluation may be shared.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
     team = make_workers(model, optimizer, section, workers, recipe.clip)
     every = max(1, recipe.steps // CURVE_POINTS)
     curve: list[tuple[int, float | None]] = []

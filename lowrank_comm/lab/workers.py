@@ -103,9 +103,7 @@ class SimulatedWorkers:
 class ProcessWorkers:
     """This process is one of N workers. Arguments as of `SimulatedWorkers`, without N: the default process group's size."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], optimizer: Optimizer, section: Section, clip: float | None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], optimizer: Optimizer, section: Section, clip: float | None) -> None:
         rank = dist.get_rank()
         self.here = range(rank, rank + 1)
         self._optimizer = CompressedOptimizer(
@@ -154,6 +152,11 @@ def make_workers(model: nn.Module, optimizer: Optimizer, section: Section, worke
     return ProcessWorkers(named, optimizer, section, clip)
 
 
+def process_rank() -> int:
+    """Which worker this process is; 0 where all are simulated in one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def join_processes(device: str) -> torch.device:
     """Join the processes that torchrun has started, if it has, and tell this one's device.
 
@@ -187,4 +190,3 @@ def averaged(sent: Sent, steps: int) -> dict[str, Any]:
         "ratio": sent.uncompressed / total if total else 1.0,
         "skipped_steps": sent.vetoed,
     }
-

@@ -1,0 +1,303 @@
+"""What a bidirectional method is: pure maths that asks for messages between workers and a server, written as a generator.
+
+The server holds x, worker i a point w_i of its own; all are vectors of d numbers. Every step has one order:
+
+    workers   gradients at their own points                                    (whoever drives the method supplies them)
+    uplink    Up(vectors, compressor) -> Sent                                  the server gets mean_i C_i(v_i)
+    server    Descend(estimate)       -> x+                                    any optimizer's step on x
+    downlink  Down(change, blocks)    -> Q_i(x+ - x) for this party's workers  or  Broadcast(x+) -> x+, on a shared coin
+
+A *party* is what runs in one place: `W` workers, numbered in `Context.workers`, and perhaps the server. Over a process
+group a party is one rank with one worker, and rank 0 serves too; the simulation is a single party of all n workers and the
+server, so that the same lines of a method work on (n, d) tensors there. Where there is no server, its tensors (x, the
+estimate, the change) are None. A method never sees a process, nor which kind of party it runs in.
+
+Rules that make this correct:
+- A coin, a permutation, a subset of coordinates is drawn from (seed, t, purpose[, worker]); no index ever travels.
+- There is one `Up` in a step. With it every worker tells whether its numbers are finite; if they are not, the step ends
+  there on all parties, the server has not moved, and the state is the one from before.
+- The state is never changed in place: a step returns the next one.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..randomness import stream
+from .permk import Blocks, PermK
+from .randk import RandK
+
+State = dict[str, Tensor]
+"""x and others of the server: (d,), where the party has the server; w and others of the workers: (W, d)."""
+
+
+@dataclass(frozen=True)
+class Up:
+    """Request: workers send C_i(vectors_i) to the server. vectors: (W, d). Answer: `Sent`."""
+
+    vectors: Tensor
+    compressor: RandK
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Answer to `Up`.
+
+    Attributes:
+        own: C_i(v_i) of this party's workers, (W, d).
+        mean: mean of C_i(v_i) over all n workers, (d,); None where there is no server.
+    """
+
+    own: Tensor
+    mean: Tensor | None
+
+
+@dataclass(frozen=True)
+class Descend:
+    """Request: the server's optimizer steps from x along the estimate of the gradient, (d,). Answer: x+, None without."""
+
+    estimate: Tensor | None
+
+
+@dataclass(frozen=True)
+class Down:
+    """Request: the server sends Q_i(change) to worker i. change: (d,), None without server. Answer: (W, d)."""
+
+    change: Tensor | None
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Request: the server sends a vector whole to everyone. vector: (d,), None without server. Answer: (d,)."""
+
+    vector: Tensor | None
+
+
+Request = Up | Descend | Down | Broadcast
+Steps = Generator[Request, Any, State]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know beside its numbers.
+
+    Attributes:
+        seed: of the run, equal everywhere.
+        t: step, from 0.
+        n: number of workers in all.
+        d: length of the vectors.
+        workers: numbers of this party's workers, in the order of the rows of its (W, d) tensors.
+        serves: whether the server is here.
+        device: of the vectors.
+    """
+
+    seed: int
+    t: int
+    n: int
+    d: int
+    workers: tuple[int, ...]
+    serves: bool
+    device: torch.device
+
+    def coin(self, purpose: str, p: float) -> bool:
+        """True with probability p; the same on all parties."""
+        if p >= 1.0:
+            return True
+        return bool(torch.rand((), generator=stream(self.seed, "bidirectional", self.t, purpose), device="cpu") < p)
+
+
+@dataclass(frozen=True)
+class Method(abc.ABC):
+    """A bidirectional method. Immutable: the state lives with who drives it.
+
+    Q_i: grouped PermK with G blocks. With probability p the server sends x+ whole, w_i+ = x+; else w_i+ = w_i + Q_i(x+ - x)
+
+    Args:
+        downlink_groups: G, 1 for a dense downlink; None for the largest divisor of n that is at most 8.
+        sync_probability: p in (0, 1]; None for 1/G, with which a step sends at most 2 d/G coordinates in the mean.
+
+    Class attributes:
+        json_name: name in configuration files.
+        server_state: names of what the server alone holds, x first.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+
+    downlink_groups: int | None = None
+    sync_probability: float | None = None
+
+    json_name: ClassVar[str]
+    server_state: ClassVar[tuple[str, ...]] = ("x",)
+
+    def __post_init__(self) -> None:
+        groups = self.downlink_groups
+        if groups is not None and (isinstance(groups, bool) or not isinstance(groups, int) or groups < 1):
+            raise ConfigError(
+                f"{type(self).__name__}: downlink_groups={groups!r} must be an integer from 1 to the number of workers, or "
+                "None; write for example downlink_groups=4."
+            )
+        if self.sync_probability is not None:
+            check_share(self, "sync_probability", self.sync_probability, "without dense rounds the workers' points drift")
+
+    def groups(self, n: int) -> int:
+        """G for n workers.
+
+        Raises:
+            ConfigError: G is larger than n.
+        """
+        if self.downlink_groups is None:
+            return max(g for g in range(1, min(n, 8) + 1) if n % g == 0)
+        if self.downlink_groups > n:
+            raise ConfigError(
+                f"{type(self).__name__}: downlink_groups={self.downlink_groups} is more than the {n} worker(s) there are, "
+                f"and some block would reach nobody; use downlink_groups of at most {n}, or None."
+            )
+        return self.downlink_groups
+
+    def probability(self, n: int) -> float:
+        """p for n workers."""
+        return 1.0 / self.groups(n) if self.sync_probability is None else self.sync_probability
+
+    def downlink_omega(self, n: int) -> float:
+        """omega of Q_i: G - 1 where G divides n."""
+        return PermK(self.groups(n)).omega(n)
+
+    def start(self, x: Tensor, context: Context) -> State:
+        """State before the first step: every worker at x, (d,)."""
+        state = {"w": x.expand(len(context.workers), -1).clone()}
+        return {"x": x.clone(), **state} if context.serves else state
+
+    def rejoin(self, server: State, context: Context) -> State:
+        """A valid state from what the server holds, for any number of workers: every worker at x.
+
+        Args:
+            server: the tensors named by `server_state`, on every party.
+            context: of the party.
+        """
+        return self.start(server["x"], context)
+
+    def points(self, state: State) -> Tensor:
+        """Where the workers of this party compute their next gradients, (W, d)."""
+        return state["w"]
+
+    @abc.abstractmethod
+    def estimate(
+        self, state: State, gradients: Tensor, context: Context
+    ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
+        """The uplink: from gradients at `points`, (W, d), to the server's estimate (d,) and what is remembered of it."""
+
+    def moved(self, state: State) -> State:
+        """What else follows from new w_i."""
+        return state
+
+    def step(self, state: State, gradients: Tensor, context: Context) -> Steps:
+        """One step; see the module's text.
+
+        Args:
+            state: of this party.
+            gradients: at `points(state)`, (W, d).
+            context: of the step.
+
+        Returns:
+            The next state.
+        """
+        estimate, remembered = yield from self.estimate(state, gradients, context)
+        x = state.get("x")
+        x_next: Tensor | None = yield Descend(estimate)
+        if context.coin("downlink coin", self.probability(context.n)):
+            whole: Tensor = yield Broadcast(x_next)
+            w = whole.expand_as(state["w"]).clone()
+        else:
+            change = None if x is None or x_next is None else x_next - x
+            blocks = PermK(self.groups(context.n)).draw(context.seed, context.t, context.n, context.d)
+            received: Tensor = yield Down(change, blocks)
+            w = state["w"] + received
+        server = {} if x_next is None else {"x": x_next}
+        return self.moved({**state, **remembered, **server, "w": w})
+
+    def describe(self) -> dict[str, Any]:
+        """Plain settings by name, compared between workers at the first step and written into checkpoints."""
+        return {"compressor": self.json_name} | {key: getattr(self, key) for key in self.options()}
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the settings, as the constructor and configuration files know them."""
+        return [option.name for option in fields(cls)]
+
+
+def check_share(owner: object, key: str, value: object, why_above_0: str) -> None:
+    """ConfigError unless 0 < value <= 1."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0.0 < value <= 1.0:  # type: ignore[operator]
+        raise ConfigError(
+            f"{type(owner).__name__}: {key}={value!r} must be a number above 0 and at most 1 ({why_above_0}); write for "
+            f"example {key}=0.25."
+        )
+
+
+class Transport(abc.ABC):
+    """Carries the messages of a step between parties."""
+
+    @abc.abstractmethod
+    def up(self, request: Up, context: Context, finite: bool) -> Sent | None:
+        """Answer `Up`; None on all parties, if some worker's numbers or the mean are not finite."""
+
+    @abc.abstractmethod
+    def down(self, request: Down, context: Context, like: Tensor) -> Tensor:
+        """Answer `Down`; `like` has dtype and device of the vectors."""
+
+    @abc.abstractmethod
+    def broadcast(self, vector: Tensor | None, like: Tensor) -> Tensor:
+        """The server's vector, on every party; `like` has its shape, dtype and device."""
+
+
+def drive(
+    method: Method,
+    state: State,
+    gradients: Tensor,
+    context: Context,
+    transport: Transport,
+    descend: Callable[[Tensor], Tensor],
+) -> State | None:
+    """Carry out one step of this party.
+
+    Args:
+        method: whose step.
+        state: of this party.
+        gradients: at `method.points(state)`, (W, d).
+        context: of the step.
+        transport: answers requests.
+        descend: the server's optimizer: estimate (d,) -> x+ (d,); called where the server is, in steps that nobody vetoed.
+
+    Returns:
+        The next state; None, if the step was vetoed on all parties.
+    """
+    finite = bool(torch.isfinite(gradients).all())
+    steps = method.step(state, gradients, context)
+    answer: Any = None
+    try:
+        while True:
+            request = steps.send(answer)
+            if isinstance(request, Up):
+                answer = transport.up(request, context, finite)
+                if answer is None:
+                    steps.close()
+                    return None
+            elif isinstance(request, Descend):
+                answer = None if request.estimate is None else descend(request.estimate)
+            elif isinstance(request, Down):
+                answer = transport.down(request, context, gradients[0])
+            else:
+                answer = transport.broadcast(request.vector, gradients[0])
+    except StopIteration as end:
+        result: State = end.value
+        return result

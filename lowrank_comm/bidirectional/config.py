@@ -1,0 +1,73 @@
+"""The `lowrank_comm` section of a bidirectional method.
+
+Example:
+    {"compressor": "inkheart", "uplink_fraction": 0.25, "downlink_groups": 8, "sync_probability": null, "mask": "window",
+     "seed": 0}
+
+Every key but "compressor" and "seed" is an option of the method's constructor, whose defaults hold for what is absent.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConfigError
+from .base import Method
+from .inkheart import InkheartSGD
+from .m3 import M3
+from .m4 import M4
+from .marina_p import MarinaP
+
+METHODS: dict[str, type[Method]] = {cls.json_name: cls for cls in (InkheartSGD, M4, MarinaP, M3)}
+"""Method by the name that configuration files use."""
+
+
+def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
+    """The method and the seed of a section.
+
+    Args:
+        section: see the module's text.
+
+    Returns:
+        (method, seed).
+
+    Raises:
+        ConfigError: an unknown key, with the nearest valid one, or a value that cannot work.
+
+    Example:
+        >>> parse({"compressor": "marina_p", "downlink_groups": 4})
+        (MarinaP(downlink_groups=4, sync_probability=None), 0)
+    """
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"lowrank_comm must be an object with keys such as 'compressor', got {section!r}.")
+    options = dict(section)
+    name, seed = options.pop("compressor", None), options.pop("seed", 0)
+    if name not in METHODS:
+        raise ConfigError(
+            f"lowrank_comm.compressor={name!r} is no bidirectional method{_nearest(str(name), METHODS)} "
+            f"Known: {', '.join(sorted(METHODS))}."
+        )
+    check_seed(seed)
+    kind = METHODS[name]
+    for key, value in options.items():
+        if key not in kind.options():
+            owners = [other for other, cls in METHODS.items() if key in cls.options()]
+            known = f" (it is one of {', '.join(owners)})" if owners else ""
+            raise ConfigError(
+                f"lowrank_comm.{key}={value!r} has no meaning for {name!r}{known}; remove it"
+                f"{_nearest(key, kind.options())} Its keys: {', '.join(kind.options())}, seed."
+            )
+    return kind(**options), seed
+
+
+def check_seed(seed: object) -> None:
+    """ConfigError for what is no integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed={seed!r} must be an integer, the same on all workers; write for example seed=0.")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."

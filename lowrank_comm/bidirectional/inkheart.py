@@ -1,0 +1,187 @@
+"""Inkheart SGD, as reconstructed here: RandK up, grouped PermK down, plain SGD in between.
+
+This is OUR RECONSTRUCTION and not the authors' algorithm. Inkheart SGD is known to us by the abstract of its paper alone
+("Scalable Distributed Stochastic Optimization via Bidirectional Compression: Beyond Pessimistic Limits", May 2026), whose
+full text was not available. What the abstract says holds of it: both the communication and the noise term of the time
+to an eps-stationary point fall with n, under a structural assumption (`Problem.structure` here, a guess at the paper's).
+
+    worker i   a_i = mean of B stochastic gradients at w_i;  sends RandK_i(a_i)
+    server     g = mean of messages;  x+ = x - gamma g
+    downlink   with probability p: w_i+ = x+;  else w_i+ = w_i + Q_i(x+ - x)          mean of w_i = x at all times
+
+Theorem (derived here; homogeneous data, f_i = f; omega of RandK, G - 1 of the downlink, p of the coin,
+V = mean ||w_i - x||^2). If gamma <= min { 1/(2L), n/(12 L omega), sqrt(p/(8 (G-1)))/L_A, L p/(2 (G-1) L_A^2),
+sqrt(n p/(8 omega (G-1)))/L }, where terms with a zero in the denominator drop, then
+
+    mean over t < T of E ||grad f(x_t)||^2  <=  4 D/(gamma T) + 6 L gamma (omega + 1) sigma^2/(n B)
+
+Proof. E g = q, the mean of grad f(w_i), and Var g <= (1/n) (omega mean ||grad f(w_i)||^2 + (omega + 1) sigma^2/B) with
+||grad f(w_i)||^2 <= 2 ||grad f(x)||^2 + 2 L^2 ||w_i - x||^2. Smoothness with gamma <= 1/(2L) gives f+ <= f - (gamma/2)
+||grad f||^2 - (gamma/4) ||q||^2 + (gamma/2) ||q - grad f||^2 + (L gamma^2/2) Var g, and ||q - grad f||^2 <= L_A^2 V since
+the mean of w_i is x. E V+ = (1-p) (V + (G-1) gamma^2 E ||g||^2), as Q_i is unbiased and independent of the rest. Add c V
+with c = gamma L_A^2/p + 2 L^3 gamma^2 omega/(n p): conditions 3 to 5 close the terms in V, keep c (G-1) gamma <= 1/4, which
+absorbs ||q||^2, and the factor of Var below (3/2) L gamma^2; condition 2 absorbs omega ||grad f||^2/n into a gamma/4. Sum
+over t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .base import Context, Method, Request, Sent, State, Up
+from .problem import Problem
+from .randk import RandK
+
+
+@dataclass(frozen=True)
+class InkheartSGD(Method):
+    """Inkheart SGD (our reconstruction): RandK uplink, grouped PermK downlink, no memory but each worker's point.
+
+    g = (1/n) sum RandK_i(gradient_i at w_i);  x+ = x - gamma g;  w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
+
+    Args:
+        downlink_groups, sync_probability: see `Method`.
+        uplink_fraction: K/d in (0, 1]; omega = d/K - 1.
+        mask: how RandK draws, "window" or "independent"; see `randk`.
+
+    Raises:
+        ConfigError: a value that cannot work.
+
+    Example:
+        >>> InkheartSGD(downlink_groups=4, uplink_fraction=0.5).probability(n=8)
+        0.25
+
+    Source: reconstructed from the abstract of the paper named in this file's text; theorem and proof there.
+    """
+
+    uplink_fraction: float = 0.25
+    mask: str = "window"
+
+    json_name: ClassVar[str] = "inkheart"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        RandK(self.uplink_fraction, self.mask)  # bad values fail here
+
+    @property
+    def uplink(self) -> RandK:
+        """The compressor of the uplink."""
+        return RandK(self.uplink_fraction, self.mask)
+
+    def estimate(
+        self, state: State, gradients: Tensor, context: Context
+    ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
+        """The mean of what RandK lets through."""
+        sent: Sent = yield Up(gradients, self.uplink)
+        return sent.mean, {}
+
+    def largest_step_size(self, problem: Problem, n: int, d: int) -> float:
+        """The largest gamma that the theorem allows.
+
+        Args:
+            problem: constants of the objective.
+            n: workers.
+            d: coordinates.
+        """
+        return _largest(problem, n, self.uplink.omega(d), self.downlink_omega(n), self.probability(n))
+
+    def step_size(self, problem: Problem, n: int, d: int, batch: int, steps: int) -> float:
+        """gamma that makes the theorem's bound smallest.
+
+        gamma = min { largest_step_size, sqrt(2 D n B/(3 L (omega+1) sigma^2 T)) }
+
+        Args:
+            problem, n, d: see `largest_step_size`.
+            batch: B, stochastic gradients that a worker averages.
+            steps: T.
+        """
+        largest, noise = self.largest_step_size(problem, n, d), (self.uplink.omega(d) + 1) * problem.variance
+        if noise == 0:
+            return largest
+        return min(largest, math.sqrt(2 * problem.gap * n * batch / (3 * problem.smoothness * noise * steps)))
+
+    def bound(self, problem: Problem, n: int, d: int, batch: int, steps: int, gamma: float) -> float:
+        """4 D/(gamma T) + 6 L gamma (omega+1) sigma^2/(n B), which bounds the mean over t < T of E ||grad f(x_t)||^2 for
+        gamma <= largest_step_size."""
+        noise = (self.uplink.omega(d) + 1) * problem.variance / (n * batch)
+        return 4 * problem.gap / (gamma * steps) + 6 * problem.smoothness * gamma * noise
+
+
+def _largest(problem: Problem, n: int, omega: float, down: float, p: float) -> float:
+    """The minimum of the theorem's five conditions; down: G - 1, the downlink's omega."""
+    smooth, l_a = problem.smoothness, problem.l_a
+    conditions = [1 / (2 * smooth)]
+    if omega > 0:
+        conditions.append(n / (12 * smooth * omega))
+    if down > 0 and l_a > 0:
+        conditions.append(math.sqrt(p / (8 * down)) / l_a)
+        conditions.append(smooth * p / (2 * down * l_a**2))
+    if down > 0 and omega > 0:
+        conditions.append(math.sqrt(n * p / (8 * omega * down)) / smooth)
+    return min(conditions)
+
+
+@dataclass(frozen=True)
+class InkheartPlan:
+    """What `plan` chose.
+
+    Attributes:
+        method: with K/d, G and p.
+        batch: B.
+        gamma: step size.
+        steps: T after which the bound is eps.
+        seconds: of T steps on the clock: T (h B + kappa (K + expected downlink)).
+    """
+
+    method: InkheartSGD
+    batch: int
+    gamma: float
+    steps: int
+    seconds: float
+
+
+def plan(problem: Problem, n: int, d: int, h: float, kappa: float, eps: float) -> InkheartPlan:
+    """Choose K, G, B, gamma and T for a clock, by the orders of magnitude of the theory.
+
+    1 + omega = clip(sqrt(kappa d n eps/(h sigma^2)), 1, min(n, d));  B = ceil(sigma^2 (1+omega)/(n eps));
+    G = largest divisor of n with G^2 omega <= n/2;  p = 1/G;  gamma and T from the bound
+
+    The order of the time is then (L D/eps) (h + 2 sqrt(h sigma^2 kappa d/(n eps)) + 2 kappa d/G): the noise and the
+    communication fall with n. In practice larger G and gamma are faster; tune them upwards from here.
+
+    Args:
+        problem: constants of the objective.
+        n: workers.
+        d: coordinates.
+        h: seconds for one stochastic gradient.
+        kappa: seconds for one coordinate on a link.
+        eps: the mean squared gradient norm to be reached.
+
+    Returns:
+        The plan.
+
+    Example:
+        >>> chosen = plan(Problem(1.0, gap=1.0, variance=4.0, structure=0.0), n=64, d=128, h=1.0, kappa=1.5, eps=0.01)
+        >>> chosen.method.downlink_groups, chosen.method.uplink_fraction < 1
+        (2, True)
+    """
+    ratio = kappa * d * n * eps / (h * problem.variance) if problem.variance * h > 0 else math.inf
+    compression = min(max(math.sqrt(ratio), 1.0), float(min(n, d)))
+    kept = max(1, min(d, round(d / compression)))
+    omega = d / kept - 1
+    batch = max(1, math.ceil(problem.variance * (1 + omega) / (n * eps)))
+    groups = max(g for g in range(1, n + 1) if n % g == 0 and (omega == 0 or g * g * omega <= n / 2 or g == 1))
+    method = InkheartSGD(downlink_groups=groups, uplink_fraction=kept / d)
+    gamma = method.largest_step_size(problem, n, d)
+    noise = (1 + omega) * problem.variance / (n * batch)
+    if noise > 0:
+        gamma = min(gamma, eps / (12 * problem.smoothness * noise))  # the noise takes half of eps
+    steps = max(1, math.ceil(4 * problem.gap / (gamma * (eps - 6 * problem.smoothness * gamma * noise))))
+    p = method.probability(n)
+    down = d if groups == 1 else p * d + (1 - p) * math.ceil(d / groups)
+    return InkheartPlan(method, batch, gamma, steps, steps * (h * batch + kappa * (kept + down)))

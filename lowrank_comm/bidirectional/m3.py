@@ -1,0 +1,96 @@
+"""M3: MARINA-P down, MARINA up, and momentum between the points where the workers are told to be and where they compute.
+
+    server     x+ = x - gamma g_bar
+    downlink   with probability p: w_i+ = x+;  else w_i+ = w_i + Q_i(x+ - x)
+    worker i   z_i+ = (1-beta) z_i + beta w_i+
+    uplink     with probability q: grad f_i(z_i+) is sent whole, g_i+ = grad f_i(z_i+)
+               else: RandK_i(grad f_i(z_i+) - grad f_i(z_i)) is sent and added to g_i
+
+The server keeps only g_bar, the mean of g_i. M3 is made for exact gradients: grad f_i(z_i) is the one of the last step. With
+stochastic ones, RandK multiplies the noise of both by omega and nothing damps it; use `m4` there. No step-size rule is
+given: the original's constants are its authors', and those are not quoted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .base import Context, Method, Request, Sent, State, Up, check_share
+from .randk import RandK
+
+
+@dataclass(frozen=True)
+class M3(Method):
+    """M3 with grouped PermK and RandK.
+
+    z_i+ = (1-beta) z_i + beta w_i+;  g_i+ = h_i+ := grad f_i(z_i+) with probability q, else g_i + RandK_i(h_i+ - h_i)
+
+    Args:
+        downlink_groups, sync_probability: see `Method`.
+        uplink_fraction: K/d in (0, 1].
+        model_weight: beta in (0, 1], the weight of a new w_i in z_i.
+        uplink_sync_probability: q in (0, 1]; None for K/d.
+        mask: how RandK draws; see `randk`.
+
+    Raises:
+        ConfigError: a value that cannot work.
+
+    Example:
+        >>> M3(uplink_fraction=0.5).uplink_probability(d=8)
+        0.5
+
+    Source: M3 of arXiv 2402.06412, with PermK in groups.
+    """
+
+    uplink_fraction: float = 0.25
+    model_weight: float = 0.5
+    uplink_sync_probability: float | None = None
+    mask: str = "window"
+
+    json_name: ClassVar[str] = "m3"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        RandK(self.uplink_fraction, self.mask)  # bad values fail here
+        check_share(self, "model_weight", self.model_weight, "at 0 no worker would ever move")
+        if self.uplink_sync_probability is not None:
+            why = "without dense rounds the compression error stays"
+            check_share(self, "uplink_sync_probability", self.uplink_sync_probability, why)
+
+    @property
+    def uplink(self) -> RandK:
+        """The compressor of the uplink's ordinary steps."""
+        return RandK(self.uplink_fraction, self.mask)
+
+    def uplink_probability(self, d: int) -> float:
+        """q for d coordinates."""
+        return self.uplink.kept(d) / d if self.uplink_sync_probability is None else self.uplink_sync_probability
+
+    def start(self, x: Tensor, context: Context) -> State:
+        """z_i = w_i = x."""
+        state = super().start(x, context)
+        return {**state, "z": state["w"].clone()}
+
+    def points(self, state: State) -> Tensor:
+        """z_i."""
+        return state["z"]
+
+    def estimate(
+        self, state: State, gradients: Tensor, context: Context
+    ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
+        """MARINA. The first step sends everything."""
+        if "last" not in state or context.coin("uplink coin", self.uplink_probability(context.d)):
+            sent: Sent = yield Up(gradients, RandK(1.0))
+            g_bar = sent.mean
+        else:
+            sent = yield Up(gradients - state["last"], self.uplink)
+            g_bar = None if sent.mean is None else state["g_bar"] + sent.mean
+        return g_bar, {"last": gradients.clone(), **({} if g_bar is None else {"g_bar": g_bar})}
+
+    def moved(self, state: State) -> State:
+        """z_i follows w_i."""
+        return {**state, "z": (1 - self.model_weight) * state["z"] + self.model_weight * state["w"]}

@@ -1,0 +1,186 @@
+"""M4, as reconstructed here: MARINA-P down, momentum and a MARINA-like uplink with mini-batches up. Heterogeneous data.
+
+This is OUR RECONSTRUCTION and not the authors' algorithm: M4 is known to us by the abstract of its paper alone (see
+`inkheart`), whose full text was not available.
+
+    start      w_i = x_0;  v_i = mean of B0 gradients at x_0, sent whole;  y_i = v_i
+    server     x+ = x - gamma y_bar                                          y_bar = mean of y_i is all that it keeps
+    downlink   as Inkheart SGD: coin p, grouped PermK(G)
+    worker i   v_i+ = (1-a) v_i + a (mean of B stochastic gradients of f_i at w_i+)
+    uplink     with probability q: v_i+ is sent whole, y_i+ = v_i+
+               else: RandK_i(v_i+ - v_i) is sent, y_i+ = y_i + RandK_i(v_i+ - v_i)
+
+Theorem (derived here; L_m = max_i L_i; omega of RandK). With gamma = 1/(2L + 2 sqrt(X)),
+X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n), and
+Phi_0 = D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0):
+
+    mean over t < T of E ||grad f(x_t)||^2  <=  2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q)
+
+Proof (sketch). y_bar - grad f(x) is the compression error U plus the momentum error P plus mean grad f_i(w_i) - grad f(x),
+whose squares weigh 3 each. P+ <= (1-a) P + (1/a) ||change of the mean gradient||^2 + a^2 sigma^2/(n B), and S, the mean of
+the workers' own momentum errors, likewise with L_m and sigma^2/B. U+ <= (1-q) (U + (omega/n) a^2 (2 S +
+2 L_m^2 mean ||w_i+ - w_i||^2 + sigma^2/B)); V = mean ||w_i - x||^2 as in `inkheart`; E mean ||w_i+ - w_i||^2 <=
+(G + 2p) gamma^2 ||y_bar||^2 + 2 p V. Lyapunov weights: U 3 gamma/(2q), P 3 gamma/(2a), S 3 gamma omega a/(q n),
+V (gamma/p) (1.5 + 9/a^2) L_A^2 + 12 gamma omega L_m^2/(q n). The terms in ||y_bar||^2 sum to at most gamma^3 X <= gamma/4.
+Nothing is assumed of how much the f_i differ, and the noise of the compression is damped by a^2.
+With sigma = 0 and a = 1 it is MARINA-P with MARINA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .base import Context, Method, Request, Sent, State, Up, check_share
+from .problem import Problem
+from .randk import RandK
+
+
+@dataclass(frozen=True)
+class M4(Method):
+    """M4 (our reconstruction): momentum on the workers, differences through RandK, grouped PermK downlink.
+
+    v_i+ = (1-a) v_i + a gradient_i;  y_i+ = v_i+ with probability q, else y_i + RandK_i(v_i+ - v_i);  x+ = x - gamma y_bar+
+
+    Args:
+        downlink_groups, sync_probability: see `Method`.
+        uplink_fraction: K/d in (0, 1]; omega = d/K - 1.
+        gradient_weight: a in (0, 1], the weight of a new gradient in the momentum.
+        uplink_sync_probability: q in (0, 1]; None for K/d, with which a step sends at most 2 K coordinates in the mean.
+        mask: how RandK draws; see `randk`.
+
+    Raises:
+        ConfigError: a value that cannot work.
+
+    Example:
+        >>> M4(uplink_fraction=0.25).uplink_probability(d=64)
+        0.25
+
+    Source: reconstructed from the abstract of the paper named in `inkheart`; theorem and proof in this file's text.
+    """
+
+    uplink_fraction: float = 0.25
+    gradient_weight: float = 0.3
+    uplink_sync_probability: float | None = None
+    mask: str = "window"
+
+    json_name: ClassVar[str] = "m4"
+    server_state: ClassVar[tuple[str, ...]] = ("x", "y_bar")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        RandK(self.uplink_fraction, self.mask)  # bad values fail here
+        check_share(self, "gradient_weight", self.gradient_weight, "at 0 no gradient would ever count")
+        if self.uplink_sync_probability is not None:
+            why = "without dense rounds the compression error stays"
+            check_share(self, "uplink_sync_probability", self.uplink_sync_probability, why)
+
+    @property
+    def uplink(self) -> RandK:
+        """The compressor of the uplink's ordinary steps."""
+        return RandK(self.uplink_fraction, self.mask)
+
+    def uplink_probability(self, d: int) -> float:
+        """q for d coordinates."""
+        return self.uplink.kept(d) / d if self.uplink_sync_probability is None else self.uplink_sync_probability
+
+    def estimate(
+        self, state: State, gradients: Tensor, context: Context
+    ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
+        """Momentum, and MARINA's uplink of its differences. The first step sends everything."""
+        a = self.gradient_weight
+        first = "v" not in state
+        v = gradients.clone() if first else (1 - a) * state["v"] + a * gradients
+        if first or context.coin("uplink coin", self.uplink_probability(context.d)):
+            sent: Sent = yield Up(v, RandK(1.0))
+            y, y_bar = v, sent.mean
+        else:
+            sent = yield Up(v - state["v"], self.uplink)
+            y, y_bar = state["y"] + sent.own, None if sent.mean is None else state["y_bar"] + sent.mean
+        return y_bar, {"v": v, "y": y, **({} if y_bar is None else {"y_bar": y_bar})}
+
+    def rejoin(self, server: State, context: Context) -> State:
+        """Every worker at x with v_i = y_i = y_bar: a valid start, though not what the run would have gone on with."""
+        state = super().rejoin(server, context)
+        if "y_bar" not in server:  # before the first step
+            return state
+        rows = server["y_bar"].expand_as(state["w"])
+        return {**state, "v": rows.clone(), "y": rows.clone(), **({"y_bar": server["y_bar"]} if context.serves else {})}
+
+    def step_size(self, problem: Problem, n: int, d: int) -> float:
+        """gamma = 1/(2L + 2 sqrt(X)), X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n).
+
+        Args:
+            problem: constants of the objective.
+            n: workers.
+            d: coordinates.
+        """
+        a, down = self.gradient_weight, self.downlink_omega(n)
+        x = 4.5 * problem.smoothness**2 / a**2
+        x += 15 * down * problem.l_a**2 / (self.probability(n) * a**2)
+        x += 18 * self.uplink.omega(d) * (down + 1) * problem.l_max**2 / (self.uplink_probability(d) * n)
+        return 1 / (2 * problem.smoothness + 2 * math.sqrt(x))
+
+    def initial_potential(self, problem: Problem, n: int, d: int, first_batch: int) -> float:
+        """Phi_0 = D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0); first_batch: B0."""
+        a, gamma, noise = self.gradient_weight, self.step_size(problem, n, d), problem.variance / (n * first_batch)
+        return problem.gap + gamma * noise * (1.5 / a + 3 * self.uplink.omega(d) * a / self.uplink_probability(d))
+
+    def bound(self, problem: Problem, n: int, d: int, batch: int, first_batch: int, steps: int) -> float:
+        """2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q), which bounds the mean over t < T of
+        E ||grad f(x_t)||^2 with gamma = step_size.
+
+        Args:
+            problem, n, d: see `step_size`.
+            batch, first_batch: B and B0.
+            steps: T.
+        """
+        a, omega = self.gradient_weight, self.uplink.omega(d)
+        descent = 2 * self.initial_potential(problem, n, d, first_batch) / (self.step_size(problem, n, d) * steps)
+        return descent + problem.variance / (n * batch) * (3 * a + 9 * omega * a**2 / self.uplink_probability(d))
+
+
+@dataclass(frozen=True)
+class M4Plan:
+    """What `plan` chose: the method with its a, B0, gamma, and T after which the bound is eps."""
+
+    method: M4
+    first_batch: int
+    gamma: float
+    steps: int
+
+
+def plan(problem: Problem, method: M4, n: int, d: int, batch: int, eps: float) -> M4Plan:
+    """a, B0, gamma and T of a method for a target.
+
+    a = min { 1, n B eps/(12 sigma^2), sqrt(q n B eps/(36 omega sigma^2)) };  B0 = ceil(B/a);  T = 4 Phi_0/(gamma eps)
+
+    Args:
+        problem: constants of the objective.
+        method: whose G, p, K and q are kept.
+        n: workers.
+        d: coordinates.
+        batch: B.
+        eps: the mean squared gradient norm to be reached.
+
+    Returns:
+        The plan.
+
+    Example:
+        >>> chosen = plan(Problem(1.0, gap=1.0, variance=4.0), M4(downlink_groups=4), n=16, d=64, batch=4, eps=0.05)
+        >>> round(chosen.method.gradient_weight, 4), chosen.first_batch
+        (0.043, 93)
+    """
+    a, omega, q = 1.0, method.uplink.omega(d), method.uplink_probability(d)
+    if problem.variance > 0:
+        a = min(a, n * batch * eps / (12 * problem.variance))
+        if omega > 0:
+            a = min(a, math.sqrt(q * n * batch * eps / (36 * omega * problem.variance)))
+    chosen = replace(method, gradient_weight=a)
+    first_batch, gamma = math.ceil(batch / a), chosen.step_size(problem, n, d)
+    steps = math.ceil(4 * chosen.initial_potential(problem, n, d, first_batch) / (gamma * eps))
+    return M4Plan(chosen, first_batch, gamma, steps)

@@ -1,0 +1,102 @@
+"""RandK: of d coordinates, K are sent, scaled up so that the mean is right. The uplink's compressor.
+
+Which K is drawn from (seed, t, worker) by whoever needs to know, so a message is K numbers and no indices. There are two
+ways to draw, and per coordinate they are the same: a coordinate is kept with probability K/d, independently for each worker.
+
+    independent   K of d without replacement, for each worker by itself
+    window        one permutation, shared by all workers of a step; worker i keeps the K neighbours on its circle that begin
+                  at a private, uniform place. One permutation a step serves all workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..randomness import stream
+
+MASKS = ("window", "independent")
+
+
+@dataclass(frozen=True)
+class RandK:
+    """Unbiased sparsification of vectors.
+
+    C(v) = (d/K) v on K random coordinates, 0 elsewhere;   E C(v) = v,  E ||C(v) - v||^2 = omega ||v||^2,  omega = d/K - 1
+
+    Args:
+        fraction: K/d in (0, 1]; K is rounded to an integer of at least 1. 1 sends v itself.
+        mask: "window" or "independent"; see the module's text.
+
+    Raises:
+        ConfigError: a value that cannot work.
+
+    Example:
+        >>> import torch
+        >>> randk = RandK(0.5)
+        >>> indices = randk.indices(seed=0, t=0, n=1, workers=[0], d=4)
+        >>> randk.decompress(randk.compress(torch.ones(1, 4), indices), indices, 4).sum().item()
+        4.0
+
+    Source: Rand-K as in arXiv 2102.07845 (MARINA).
+    """
+
+    fraction: float = 1.0
+    mask: str = "window"
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.fraction, int | float) and not isinstance(self.fraction, bool)
+        if not number or not 0.0 < self.fraction <= 1.0:
+            raise ConfigError(
+                f"uplink_fraction={self.fraction!r} must be a number above 0 and at most 1 (1: dense); for example 0.25."
+            )
+        if self.mask not in MASKS:
+            raise ConfigError(f'mask={self.mask!r} is unknown; use "window" or "independent".')
+
+    def kept(self, d: int) -> int:
+        """K."""
+        return max(1, min(d, round(self.fraction * d)))
+
+    def omega(self, d: int) -> float:
+        """d/K - 1."""
+        return d / self.kept(d) - 1.0
+
+    def indices(self, seed: int, t: int, n: int, workers: Sequence[int], d: int) -> Tensor | None:
+        """Coordinates that these of n workers keep at step t.
+
+        Returns:
+            (W, K) int64 on the CPU; None where all are kept.
+        """
+        k = self.kept(d)
+        if k == d:
+            return None
+        if self.mask == "independent":
+            draws = [torch.randperm(d, generator=stream(seed, f"worker {i}", t, "RandK"), device="cpu")[:k] for i in workers]
+            return torch.stack(draws)
+        permutation = torch.randperm(d, generator=stream(seed, "bidirectional", t, "RandK permutation"), device="cpu")
+        offsets = torch.randint(d, (n,), generator=stream(seed, "bidirectional", t, "RandK offsets"), device="cpu")
+        own = offsets if len(workers) == n else offsets[list(workers)]
+        return permutation[(own[:, None] + torch.arange(k, device="cpu")) % d]
+
+    def compress(self, vectors: Tensor, indices: Tensor | None) -> Tensor:
+        """What travels: (W, d) -> (W, K)."""
+        if indices is None:
+            return vectors
+        return vectors.gather(1, indices.to(vectors.device)) * (vectors.shape[1] / indices.shape[1])
+
+    def decompress(self, values: Tensor, indices: Tensor | None, d: int) -> Tensor:
+        """C_i(v_i): (W, K) -> (W, d)."""
+        if indices is None:
+            return values
+        return values.new_zeros(len(values), d).scatter_(1, indices.to(values.device), values)
+
+    def mean(self, values: Tensor, indices: Tensor | None, d: int) -> Tensor:
+        """(1/n) sum of C_i(v_i) from the messages of all n workers: (n, K) -> (d,)."""
+        if indices is None:
+            return values.mean(dim=0)
+        total = values.new_zeros(d).index_add_(0, indices.flatten().to(values.device), values.flatten())
+        return total / len(values)

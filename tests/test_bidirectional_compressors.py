@@ -1,0 +1,147 @@
+"""RandK and grouped PermK: unbiased for every worker, with the omega they say, no indices sent; and controls that are not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_comm import ConfigError
+from lowrank_comm.bidirectional import PermK, RandK
+from lowrank_comm.bidirectional.permk import Blocks
+
+DRAWS = 20_000
+V = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 0.25, 2.0, -0.5, 1.5, -3.0], dtype=torch.float64)
+D = len(V)
+
+
+def moments(draws: Tensor) -> tuple[float, float]:
+    """Largest deviation of the mean from V in standard errors, and the measured omega. draws: (DRAWS, D)."""
+    error = (draws.std(dim=0) / len(draws) ** 0.5).clamp_min(1e-12)
+    deviation = ((draws.mean(dim=0) - V).abs() / error).max()
+    return float(deviation), float((draws - V).square().sum(dim=1).mean() / V.square().sum())
+
+
+def randk_draws(randk: RandK, worker: int) -> Tensor:
+    found = [randk.indices(5, t, 3, [worker], D) for t in range(DRAWS)]
+    indices = torch.cat([one for one in found if one is not None])
+    rows = V.expand(DRAWS, D)
+    return randk.decompress(randk.compress(rows, indices), indices, D)
+
+
+@pytest.mark.parametrize("mask", ["window", "independent"])
+def test_randk_is_unbiased_with_its_omega(mask: str) -> None:
+    """omega = d/K - 1 = 10/3 - 1 with K = 3, within 4 standard errors."""
+    randk = RandK(0.3, mask)
+    draws = randk_draws(randk, worker=2)
+    deviation, omega = moments(draws)
+    assert (draws != 0).sum(dim=1).eq(3).all()
+    assert deviation < 4
+    spread = (draws - V).square().sum(dim=1).std() / DRAWS**0.5 / V.square().sum()
+    assert abs(omega - randk.omega(D)) < 4 * float(spread)
+    biased, _ = moments(draws * 3 / D)  # the control: not scaled up
+    assert biased > 100
+
+
+@pytest.mark.parametrize("mask", ["window", "independent"])
+def test_masks_of_workers_are_independent_per_coordinate(mask: str) -> None:
+    """Two workers keep one coordinate together with probability (K/d)^2."""
+    randk = RandK(0.3, mask)
+    both = torch.zeros(D)
+    for t in range(DRAWS):
+        indices = randk.indices(5, t, 2, [0, 1], D)
+        assert indices is not None
+        kept = torch.zeros(2, D).scatter_(1, indices, 1.0)
+        both += kept.prod(dim=0)
+    p = 0.09
+    assert ((both / DRAWS - p).abs() < 4.5 * (p * (1 - p) / DRAWS) ** 0.5).all()  # ten coordinates at once
+
+
+@pytest.mark.parametrize("mask", ["window", "independent"])
+def test_a_worker_draws_what_the_server_draws_for_it(mask: str) -> None:
+    randk = RandK(0.3, mask)
+    everyones = randk.indices(7, 3, 5, range(5), D)
+    assert everyones is not None
+    for i in range(5):
+        own = randk.indices(7, 3, 5, [i], D)
+        assert own is not None and torch.equal(own[0], everyones[i])
+    again = randk.indices(7, 4, 5, range(5), D)
+    assert again is not None and not torch.equal(again, everyones)
+
+
+def test_mean_of_messages_is_mean_of_what_they_stand_for() -> None:
+    randk, vectors = RandK(0.4), torch.randn(6, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    indices = randk.indices(0, 0, 6, range(6), D)
+    values = randk.compress(vectors, indices)
+    assert values.shape == (6, 4)
+    whole = randk.decompress(values, indices, D).mean(dim=0)
+    torch.testing.assert_close(randk.mean(values, indices, D), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.99])
+def test_full_rank_is_dense(fraction: float) -> None:
+    randk = RandK(fraction)
+    assert randk.indices(0, 0, 2, range(2), D) is None and randk.omega(D) == 0
+    assert torch.equal(randk.mean(V.expand(2, D), None, D), V)
+
+
+GROUPINGS = [(4, 4), (2, 4), (1, 4), (4, 8), (3, 7), (4, 6), (10, 10), (12, 12), (7, 12)]
+"""(G, n): G divides n or not, d or not, and more blocks than coordinates."""
+
+
+@pytest.mark.parametrize(("groups", "n"), GROUPINGS)
+def test_the_workers_parts_make_up_the_vector(groups: int, n: int) -> None:
+    for t in range(50):
+        blocks = PermK(groups).draw(3, t, n, D)
+        parts = blocks.restrict(V, range(n))
+        torch.testing.assert_close(parts.mean(dim=0), V, rtol=1e-12, atol=1e-12)
+        assert int((parts != 0).sum(dim=1).max()) <= blocks.length() == -(-D // groups)
+        for i in range(n):
+            group = int(blocks.group[i])
+            assert torch.equal(blocks.place(V[blocks.coordinates(group)], i), parts[i])
+            assert torch.equal(blocks.restrict(V, [i])[0], parts[i])
+
+
+@pytest.mark.parametrize(("groups", "n"), [(4, 4), (4, 6), (12, 12)])
+def test_permk_is_unbiased_for_every_worker_with_its_omega(groups: int, n: int) -> None:
+    permk = PermK(groups)
+    draws = torch.stack([permk.draw(1, t, n, D).restrict(V, range(n)) for t in range(DRAWS)])
+    for i in range(n):
+        deviation, omega = moments(draws[:, i])
+        assert deviation < 4.5, f"worker {i}"  # ten coordinates of n workers at once
+        spread = (draws[:, i] - V).square().sum(dim=1).std() / DRAWS**0.5 / V.square().sum()
+        assert abs(omega - permk.omega(n)) < 4.5 * float(spread)
+    if n % groups == 0:
+        assert permk.omega(n) == groups - 1
+
+
+def biased(blocks: Blocks, t: int, how: str) -> Blocks:
+    if how == "permutation":  # every worker hears of its own coordinates only
+        return replace(blocks, permutation=PermK(blocks.count).draw(1, 0, len(blocks.group), D).permutation, shift=0)
+    return replace(blocks, shift=0)  # the first groups always have the longer blocks
+
+
+@pytest.mark.parametrize("how", ["permutation", "shift"])
+def test_controls_a_fixed_permutation_or_fixed_long_blocks_are_biased(how: str) -> None:
+    draws = [biased(PermK(4).draw(1, t, 4, D), t, how).restrict(V, range(4)) for t in range(DRAWS // 5)]
+    stacked = torch.stack(draws)
+    assert torch.allclose(stacked.mean(dim=(0, 1)), V)  # the mean over the workers does not show it
+    assert max(moments(stacked[:, i])[0] for i in range(4)) > 10
+
+
+def test_draws_leave_the_global_state_alone_and_do_not_depend_on_it() -> None:
+    state = torch.get_rng_state()
+    first = (PermK(3).draw(0, 1, 7, D).permutation, RandK(0.3, "independent").indices(0, 1, 2, [0, 1], D))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    second = (PermK(3).draw(0, 1, 7, D).permutation, RandK(0.3, "independent").indices(0, 1, 2, [0, 1], D))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
+    torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize(("fraction", "mask", "named"), [(0, "window", "0"), (1.5, "window", "1.5"), (0.5, "hash", "hash")])
+def test_bad_values_are_named(fraction: float, mask: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        RandK(fraction, mask)
