@@ -140,6 +140,7 @@ class Ablations(Experiment):
             f"{len(settings.seeds)} seeds, at the rate of {', '.join(f'{rate:g}' for rate in settings.rates)} that is best "
             "on another seed (* the least or the largest of them). `against the first`: geometric mean of the ratios seed "
             "by seed; inside the spread where its 95 % interval holds 1. "
+            "Where the rates differ, the coarse grid is a part of the difference. "
             f"Of {comparisons} such intervals about {0.05 * comparisons:.0f} would miss it by chance. "
             "Elements are what one worker sends in a step for both matrices "
             f"({p.hidden * p.inputs + p.outputs * p.hidden} uncompressed); peak: the most in one step after the first.\n\n"
