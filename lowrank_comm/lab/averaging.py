@@ -25,6 +25,7 @@ from torch import Tensor
 from ..communication.group import Group
 from ..communication.ledger import Ledger
 from ..compressors.base import Compressor
+from ..compressors.powersgd import PowerSGD
 from ..config import Section
 from ..errors import LowRankCommError
 from ..linalg import full_precision
@@ -47,7 +48,7 @@ class Averager:
         workers: N.
         rank: of the worker that this process plays; None if it plays all.
         dtype: of the parameters.
-        initial_basis: parameter name -> Q to start from.
+        initial_basis: parameter name -> Q to start from; for PowerSGD and PowerSGD+, others have none.
         wrap: another compressor in the place of the section's, for controls.
     """
 
@@ -64,7 +65,7 @@ class Averager:
         parsed = parsed_section(section)
         compressor, options = parsed.make_compressor(), parsed.reducer_options()
         compressor = wrap(compressor) if wrap else compressor
-        options["initial_basis"] = initial_basis if compressor.low_rank else None
+        options["initial_basis"] = initial_basis if isinstance(compressor, PowerSGD) else None
         self._names = list(shapes)
         self.simulation: Simulation | None = None
         if rank is None:

@@ -42,6 +42,10 @@ class WithMethods(LabSettings):
         names_differ(methods)
         return methods
 
+    def method(self, name: str) -> Any:
+        """The method with that name."""
+        return next(method for method in self.methods if method.name == name)
+
     def section(self, name: str) -> dict[str, Any]:
-        """The section of the method with that name."""
-        return next(method.section for method in self.methods if method.name == name)
+        """Its section."""
+        return dict(self.method(name).section)

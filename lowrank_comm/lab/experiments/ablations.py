@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from pydantic import Field, field_validator
 
 from .. import drift, teacher
@@ -131,13 +132,17 @@ class Ablations(Experiment):
     def page(self, settings: AblationSettings, rows: Sequence[Row]) -> str:
         """A table for each group, and the drift."""
         p = settings.problem
+        comparisons = sum(len(group.variants) - 1 for group in settings.groups)
         about = (
             f"A student {p.inputs}-{p.hidden}-{p.outputs} learns from a noisy teacher of the same shape: N = {p.workers}, "
             f"{p.batch} samples a worker and step, {p.steps} steps of momentum SGD, inputs of each worker around a centre "
             "of its own. Held-out loss over the last tenth of the steps, mean ± standard deviation over "
             f"{len(settings.seeds)} seeds, at the rate of {', '.join(f'{rate:g}' for rate in settings.rates)} that is best "
-            "on another seed. `against the first`: geometric mean of the ratios seed by seed; inside the spread where its "
-            "95 % interval holds 1. Elements are what one worker sends in a step for both matrices "
+            "on another seed (* the least or the largest of them). `against the first`: geometric mean of the ratios seed "
+            "by seed; inside the spread where its 95 % interval holds 1. "
+            "Where the rates differ, the coarse grid is a part of the difference. "
+            f"Of {comparisons} such intervals about {0.05 * comparisons:.0f} would miss it by chance. "
+            "Elements are what one worker sends in a step for both matrices "
             f"({p.hidden * p.inputs + p.outputs * p.hidden} uncompressed); peak: the most in one step after the first.\n\n"
             "![Final loss by variant](losses.png)"
         )
@@ -209,7 +214,8 @@ def _group_text(settings: AblationSettings, group: Group, rows: Sequence[Row]) -
         loss = (spread.text(4) if spread else "") + (f" ({diverged} of {len(settings.seeds)} diverged)" if diverged else "")
         result = row["result"]
         counts = [f"{result['elements']:.0f}", f"{result['peak_elements']:.0f}"]
-        lines.append([variant.name, f"{result['rate']:g}", loss, _against(finals, reference), *counts])
+        edge = "*" if result["rate"] in (min(settings.rates), max(settings.rates)) else ""
+        lines.append([variant.name, f"{result['rate']:g}{edge}", loss, _against(finals, reference), *counts])
     if not lines:
         return ""
     heads = ["variant", "rate", "final loss", "against the first", "elements a step", "peak"]
@@ -244,8 +250,10 @@ def _draw_losses(settings: AblationSettings, rows: Sequence[Row]) -> Figure:
         panel.set_yticks(range(len(group.variants)), [variant.name for variant in group.variants], fontsize=8)
         panel.set_ylim(len(group.variants) - 0.4, -0.6)
         panel.set_title(group.name, fontsize=9, loc="left")
-        panel.grid(alpha=0.3, axis="x")
+        panel.grid(alpha=0.3, axis="x", which="both")
     panels[-1].set(xscale="log", xlabel="final held-out loss: seeds (grey), mean (red: the reference)")
+    for choose in (panels[-1].xaxis.set_major_formatter, panels[-1].xaxis.set_minor_formatter):
+        choose(ScalarFormatter())
     return figure
 
 

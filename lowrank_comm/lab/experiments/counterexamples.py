@@ -189,12 +189,14 @@ def _of(rows: Sequence[Row], **params: Any) -> list[Row]:
     return [row for row in rows if all(row["params"].get(key) == value for key, value in params.items())]
 
 
-def _curves(axes: Axes, rows: Sequence[Row], curve: str, last: str | None = None) -> None:
-    for row in rows:
+def _curves(axes: Axes, rows: Sequence[Row], curve: str) -> None:
+    """One line for each row; below the panel's lower end it leaves the panel."""
+    for number, row in enumerate(rows):
         values = row["result"][curve]
         axes.semilogy(
             [row["result"]["every"] * k for k in range(len(values))],
-            [max(value, 1e-10) for value in values],
+            [max(value, 1e-30) for value in values],
+            ("-", "--", ":")[number % 3],  # some lie on one another
             label=row["params"]["method"],
             linewidth=1.3,
         )
@@ -225,7 +227,7 @@ def _draw_galore(part: GaloreTrap, rows: Sequence[Row]) -> Figure:
     figure, panels = _panels(len(part.sigmas))
     for panel, sigma in zip(panels, part.sigmas, strict=True):
         _curves(panel, _of(rows, part="galore", sigma=sigma), "curve")
-        panel.set_title(f"noise {sigma:g}, gradient 0.5")
+        panel.set(title=f"noise {sigma:g}, gradient 0.5", ylim=(1e-8, 5))
     panels[0].set_ylabel("||grad f(X)||², mean over seeds")
     _legend(figure, panels)
     return figure

@@ -73,11 +73,11 @@ class Traffic(Experiment):
     def depends_on(self, settings: TrafficSettings, case: Case) -> Any:
         """The method and what is common, without the other methods and shapes."""
         common = settings.model_dump(mode="json", exclude={"methods", "shapes"})
-        return common | {"method": _method(settings, case.params["method"]).model_dump(mode="json")}
+        return common | {"method": settings.method(case.params["method"]).model_dump(mode="json")}
 
     def run(self, settings: TrafficSettings, case: Case, progress: Progress) -> dict[str, Any]:
         """Elements by kind over whole periods."""
-        method = _method(settings, case.params["method"])
+        method = settings.method(case.params["method"])
         m, n = case.params["m"], case.params["n"]
         section = _section(settings, method)
         names = {
@@ -162,10 +162,6 @@ def elements_sent(crew: Crew, section: dict[str, Any], m: int, n: int, steps: in
     return {kind: sent // torch.float64.itemsize for kind, sent in sorted(counted.items())}
 
 
-def _method(settings: TrafficSettings, name: str) -> TrafficMethod:
-    return next(method for method in settings.methods if method.name == name)
-
-
 def _section(settings: TrafficSettings, method: TrafficMethod) -> dict[str, Any]:
     """The method's section with the common rank and period, where its compressor has them."""
     kind = parsed_section({"compressor": method.section["compressor"]}).make_compressor()
@@ -174,7 +170,7 @@ def _section(settings: TrafficSettings, method: TrafficMethod) -> dict[str, Any]
 
 
 def _line(settings: TrafficSettings, row: Row) -> list[str]:
-    method, result = _method(settings, row["params"]["method"]), row["result"]
+    method, result = settings.method(row["params"]["method"]), row["result"]
     paper = result["paper"]
     return [
         method.name,
