@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Iterator[Found]:
     """Everything that the two processes found."""
-    with everything_found(worker.run, toy.WORLD, folder, 400) as found:
+    with everything_found(worker.run, toy.WORLD, folder, 700) as found:
         yield found
 
 
@@ -46,7 +46,7 @@ def look(results: Found) -> Look:
     return looking_into(results)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(720)
 def test_the_processes_ran_every_case(results: dict[int, dict[str, Any]], tmp_path: Path) -> None:
     for found in results.values():
         assert list(found) == list(worker.cases(str(tmp_path)))
