@@ -20,9 +20,12 @@ from .compressors import (
     PowerSGDPlus,
     RandomProjection,
 )
+from .error_feedback import ErrorFeedback
 from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
 from .optimizer import CompressedOptimizer
+from .policy import Rule
 from .projected import ProjectedAdamW, ProjectedSGD
+from .quantization import Quantization
 from .watching import Figures, StepLog
 
 # In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside this one.
@@ -38,6 +41,7 @@ __all__ = [
     "Compressor",
     "ConfigError",
     "ConfigMismatchError",
+    "ErrorFeedback",
     "Figures",
     "GaLore",
     "GoLore",
@@ -48,7 +52,9 @@ __all__ = [
     "PowerSGDPlus",
     "ProjectedAdamW",
     "ProjectedSGD",
+    "Quantization",
     "RandomProjection",
+    "Rule",
     "StateMismatchError",
     "StepLog",
     "UnsupportedError",

@@ -19,11 +19,12 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from .bidirectional.config import METHODS
 from .communication import Group
 from .communication.shards import SCOPES
 from .compressors import REGISTRY, Compressor
 from .error_feedback import ErrorFeedback
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .policy import Rule
 from .quantization import Quantization
 from .reducer import Reducer
@@ -123,6 +124,8 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
         """
         if not isinstance(section, Mapping):
             raise ConfigError(f"{SECTION} must be an object with keys such as 'compressor', got {section!r}.")
+        if section.get("compressor") in METHODS:  # their keys are others
+            section = {"compressor": section["compressor"]}
         try:
             parsed = cls.model_validate(dict(section))
         except ValidationError as error:
@@ -142,10 +145,17 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
 
     def make_compressor(self) -> Compressor:
         """The compressor that the section names, with its options."""
+        if self.compressor in METHODS:
+            raise UnsupportedError(
+                f"{SECTION}.compressor={self.compressor!r} cannot be used here: in the bidirectional methods "
+                f"({', '.join(sorted(METHODS))}) every worker has weights of its own, while this engine needs the "
+                "same weights on all ranks. Use a plain training loop with CompressedOptimizer.from_config(base, section), or "
+                "lowrank_comm.bidirectional.BidirectionalOptimizer."
+            )
         if self.compressor not in REGISTRY:
             raise ConfigError(
-                f"{SECTION}.compressor={self.compressor!r} is unknown{_nearest(self.compressor, REGISTRY)} "
-                f"Known: {', '.join(sorted(REGISTRY))}."
+                f"{SECTION}.compressor={self.compressor!r} is unknown{_nearest(self.compressor, [*REGISTRY, *METHODS])} "
+                f"Known: {', '.join(sorted([*REGISTRY, *METHODS]))}."
             )
         kind = REGISTRY[self.compressor]
         options = {key: getattr(self, key) for key in _OPTIONS if getattr(self, key) is not None}

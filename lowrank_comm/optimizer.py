@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from .arrivals import Arrivals
 from .attaching import AttachedOptimizer
+from .bidirectional import METHODS, BidirectionalOptimizer
 from .communication.topology import grid
 from .compressors.base import Compressor
 from .config import Section
@@ -172,7 +173,7 @@ class CompressedOptimizer(AttachedOptimizer):
         return self._told_last is None or self._told_last()
 
     @classmethod
-    def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> CompressedOptimizer:
+    def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> Any:
         """From a `lowrank_comm` section, as in a JSON file.
 
         Args:
@@ -181,7 +182,8 @@ class CompressedOptimizer(AttachedOptimizer):
             keywords: of the constructor, for what JSON cannot hold; they win over the section.
 
         Returns:
-            The optimizer.
+            The optimizer; a `BidirectionalOptimizer` where the section names a bidirectional method, whose workers each
+            have weights of their own.
 
         Raises:
             ConfigError: an unknown key, with the nearest valid one, or a value that cannot work.
@@ -192,6 +194,8 @@ class CompressedOptimizer(AttachedOptimizer):
             >>> CompressedOptimizer.from_config(base, {"compressor": "powersgd", "rank": 2}).compressor
             PowerSGD(rank=2)
         """
+        if isinstance(section, Mapping) and section.get("compressor") in METHODS:
+            return BidirectionalOptimizer.from_config(base, section, **keywords)
         parsed = Section.parse(section)
         options = {**parsed.reducer_options(), "shard_scope": parsed.topology.shard_scope, **keywords}
         if parsed.topology.shard_size != 1 and options.get("process_group") is None:
