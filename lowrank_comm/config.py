@@ -148,8 +148,8 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
         if self.compressor in METHODS:
             raise UnsupportedError(
                 f"{SECTION}.compressor={self.compressor!r} cannot be used here: in the bidirectional methods "
-                f"({', '.join(sorted(METHODS))}) every worker has weights of its own, while this engine needs the "
-                "same weights on all ranks. Use a plain training loop with CompressedOptimizer.from_config(base, section), or "
+                f"({', '.join(sorted(METHODS))}) every worker has weights of its own, while this engine needs the same on "
+                "all ranks. In a plain training loop use CompressedOptimizer.from_config(base, section), or "
                 "lowrank_comm.bidirectional.BidirectionalOptimizer."
             )
         if self.compressor not in REGISTRY:
