@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank_comm import CompressedOptimizer, ConfigError, GaLore, GoLore
 from lowrank_comm.communication.topology import grid
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.config import Section
 from lowrank_comm.linalg import leading_left_singular_vectors
 from lowrank_comm.simulation import Simulation
 
@@ -42,6 +43,29 @@ def test_fifteen_steps_as_numpy(rule: str, until: int, side: str, ef: bool) -> N
             for worker, result in enumerate(results):
                 np.testing.assert_allclose(dense(result.applied)[0], applied, rtol=1e-9, atol=1e-9, err_msg=f"{name} {t}")
                 np.testing.assert_allclose(ours.errors[worker][0], paper.errors[worker], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", [None, "ef14"])
+@pytest.mark.parametrize("rule", ["galore", "golore"])
+def test_the_reducer_has_no_error_feedback_unless_asked(rule: str, form: str | None) -> None:
+    """Named in JSON; the papers' schemes have none, and then no memory either."""
+    section = {"compressor": rule, "rank": 3, "restart_every": 4, "error_feedback": {"form": form}}
+    parsed = Section.parse(section)
+    sim = simulation(parsed.make_compressor(), SHAPES, 2, **parsed.reducer_options() | {"min_compression_rate": 0})
+    papers = {name: Projection(name, shape, 2, 3, 4, rule, feedback=form == "ef14") for name, shape in SHAPES.items()}
+    for t in range(9):
+        applied = sim.reduce([{name: given(shape, t, 2)[w] for name, shape in SHAPES.items()} for w in range(2)])
+        for name, paper in papers.items():
+            expected = paper.step([gradient(SHAPES[name], t, worker) for worker in range(2)])
+            np.testing.assert_allclose(applied[name].numpy(), expected, rtol=1e-9, atol=1e-9)
+    assert set(sim.error_memory(0)) == (set(SHAPES) if form else set())
+
+
+def test_the_scaled_form_with_error_feedback_is_refused() -> None:
+    for section in ({"compressor": "golore", "scaled": True}, {"compressor": "random_projection", "form": "unbiased"}):
+        Section.parse(section)
+        with pytest.raises(ConfigError, match="ef14"):
+            Section.parse(section | {"error_feedback": {"form": "ef14"}})
 
 
 def test_the_hybrid_switches_at_the_first_refresh_after_its_step() -> None:
@@ -312,7 +336,7 @@ def test_galore_of_rows_in_blocks_is_refused(gloo: GlooPool) -> None:
 # --- GaLore's trap ---------------------------------------------------------------------------------------------------
 
 
-def squared_gradient(compressor: Compressor | None, sigma: float, steps: int = 4_000, rate: float = 0.01) -> float:
+def squared_gradient(compressor: Compressor | None, sigma: float, steps: int = 2_000, rate: float = 0.02) -> float:
     """Of f(X) = ||A X||^2 / 2, n = 10, r = 4, A = [I_6, 0], from X = I / 2 on the first six; the noise is +-sigma times the
     identity on the last 4 x 4 block, which f does not see. SGD without error feedback; the mean over the last tenth."""
     n, r = 10, 4
@@ -336,7 +360,7 @@ def test_galore_is_trapped_by_noise_and_golore_escapes() -> None:
     the gradient, 1.5 at first, stays what it was. GoLore and the hybrid leave; with less noise GaLore does too."""
     assert squared_gradient(GaLore(4, 20), sigma=1.0) == pytest.approx(1.5, abs=1e-12)
     assert squared_gradient(GoLore(4, 20), sigma=1.0) < 0.01
-    assert squared_gradient(GoLore(4, 20, galore_until=1_000), sigma=1.0) < 0.01
+    assert squared_gradient(GoLore(4, 20, galore_until=500), sigma=1.0) < 0.01
     assert squared_gradient(GaLore(4, 20), sigma=0.4) < 1.2
     assert squared_gradient(None, sigma=1.0) < 1e-6
 
