@@ -310,7 +310,9 @@ def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Calla
         return _mean
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     options = {"min_compression_rate": 0, "seed": 3} | {
-        k: v for k, v in setup.options.items() if k in ("min_compression_rate", "rules", "wire_dtype", "error_feedback")
+        k: v
+        for k, v in setup.options.items()
+        if k in ("min_compression_rate", "rules", "wire_dtype", "error_feedback", "quantization")
     }
     if ranks == 1 or setup.scope == "matrix":
         return Simulation(shapes, setup.compressor, workers, **options).reduce
