@@ -1,4 +1,4 @@
-"""RandK and grouped PermK: unbiased for every worker, with the omega they say, no indices sent; and controls that are not."""
+"""RandK and grouped PermK: unbiased for every worker, with the omega they say, no indices sent; and controls that fail."""
 
 from __future__ import annotations
 
