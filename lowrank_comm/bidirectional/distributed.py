@@ -2,8 +2,8 @@
 
     uplink     gather on rank 0: K numbers and one flag from each rank; the server draws the same coordinates again
     verdict    broadcast of one number: 1, or 0 where some rank's numbers or the mean are not finite, and the step ends
-    downlink   where G divides n and G < n: in each of G fixed process groups, a broadcast of the group's block from rank 0
-               else: scatter of the ranks' blocks
+    downlink   where G divides n, G < n, and the workers are all ranks of the default group: in each of G fixed process
+               groups, a broadcast of the group's block from rank 0;  else: scatter of the ranks' blocks
     coin       broadcast of x+ to all
 
 Rank 0's own message does not leave the process. The groups are made once, by all ranks, at the first step.
@@ -65,9 +65,9 @@ class ProcessGroupTransport(Transport):
         if not self.group.initialised or context.n == 1:
             assert change is not None
             received[: len(own)] = change[own]
-        elif blocks.count < context.n and context.n % blocks.count == 0:
+        elif self._has_process_groups(context.n, blocks.count):
             for number, part in enumerate(self._process_groups(context.n, blocks.count)):
-                if part is None or not (context.serves or group == number):
+                if not (context.serves or group == number):
                     continue
                 there = blocks.coordinates(number).to(like.device)
                 buffer = like.new_zeros(len(there)) if change is None else change[there]
@@ -108,14 +108,16 @@ class ProcessGroupTransport(Transport):
         dist.gather(message, messages, dst=self._server, group=self.group.process_group)
         return torch.stack(messages) if messages is not None else None
 
+    def _has_process_groups(self, n: int, count: int) -> bool:
+        """Whether the groups' members are fixed, and can be made process groups of: all ranks of the default group must take
+        part in that. (use_local_synchronization hangs on gloo where groups overlap, as they do in rank 0; torch 2.13.)"""
+        return count < n and n % count == 0 and dist.get_world_size() == n
+
     def _process_groups(self, n: int, count: int) -> list[Any]:
-        """Rank 0 with the members of each of the groups; None where rank 0 is the only member. A collective, once."""
+        """Rank 0 with the members of each of the groups; a collective of all ranks, once."""
         if (n, count) not in self._parts:
             parent = self.group.process_group
             ranks = dist.get_process_group_ranks(parent) if parent is not None else list(range(n))
             members = [[0, *(i for i in range(number, n, count) if i)] for number in range(count)]
-            self._parts[n, count] = [
-                dist.new_group([ranks[i] for i in m], use_local_synchronization=True) if self.group.rank in m else None
-                for m in members
-            ]
+            self._parts[n, count] = [dist.new_group([ranks[i] for i in m]) for m in members]
         return self._parts[n, count]
