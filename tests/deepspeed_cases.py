@@ -66,18 +66,42 @@ def rank_2(rank: int, stage: int, gas: int) -> list[float]:
         return train(engine, range(20), rank)
 
 
-def simulated(gas: int) -> list[list[float]]:
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "acp": {"compressor": "acp", "restart_every": 4},
+    "greedylore": {"compressor": "greedylore", "restart_every": 3},
+    "galore": {"compressor": "galore", "restart_every": 3},
+    "golore": {"compressor": "golore", "restart_every": 3, "galore_until": 3},
+    "atomo": {"compressor": "atomo"},
+    "random_projection": {"compressor": "random_projection"},
+    "ef21": {"compressor": "powersgd_plus", "restart_every": 3, "error_feedback": {"form": "ef21"}},
+    "rounds": {"compressor": "powersgd", "error_feedback": {"rounds": 2}},
+    "row_sparse": {"compressor": "powersgd", "rules": [{"match": "first.weight", "treatment": "row_sparse"}]},
+}
+"""Sections by what they show; of rank 2, and with every matrix compressed."""
+
+
+def algorithms(rank: int, stage: int) -> dict[str, list[float]]:
+    """Eight steps of each, one engine after the other."""
+    losses = {}
+    for name, section in ALGORITHMS.items():
+        with engines(engine_of(config(stage, section={**RANK_2, **section}))) as engine:
+            losses[name] = train(engine, range(8), rank)
+    return losses
+
+
+def simulated(gas: int, section: dict[str, Any] = RESTARTS, steps: int = 20) -> list[list[float]]:
     """The same training without DeepSpeed and without processes: losses of every worker's micro-batches."""
-    from lowrank_comm import PowerSGDPlus
+    from lowrank_comm.config import Section
     from lowrank_comm.simulation import Simulation
 
     model = seeded_toy()
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    compressor = PowerSGDPlus(rank=2, restart_every=3)
-    simulation = Simulation({n: p.detach() for n, p in named.items()}, compressor, WORLD, min_compression_rate=0)
+    parsed = Section.parse(section)
+    shapes = {n: p.detach() for n, p in named.items()}
+    simulation = Simulation(shapes, parsed.make_compressor(), WORLD, **parsed.reducer_options())
     losses: list[list[float]] = [[] for _ in range(WORLD)]
-    for step in range(20):
+    for step in range(steps):
         gradients: list[dict[str, Tensor | None]] = []
         for worker in range(WORLD):
             model.zero_grad()

@@ -184,6 +184,7 @@ def cases(folder: str) -> dict[str, Case]:
         for gas in (1, 3):
             add(f"parity {stage} {gas}", training.parity, stage, gas)
             add(f"rank 2 {stage} {gas}", training.rank_2, stage, gas)
+        add(f"algorithms {stage}", training.algorithms, stage)
         for dtype in DTYPES:
             add(f"veto {stage} {dtype}", training.veto, stage, dtype)
             if stage > 0 and dtype == "bf16":

@@ -304,14 +304,15 @@ def _mean(gradients: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]
     return {name: mean(name) for name in gradients[0]}
 
 
+OF_THE_REDUCER = ("min_compression_rate", "rules", "wire_dtype", "error_feedback", "quantization")
+
+
 def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """node gradients -> what all apply: exact without a compressor, else by the simulation, perhaps block by block."""
     if setup.compressor is None:
         return _mean
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    options = {"min_compression_rate": 0, "seed": 3} | {
-        k: v for k, v in setup.options.items() if k in ("min_compression_rate", "rules", "wire_dtype", "error_feedback")
-    }
+    options = {"min_compression_rate": 0, "seed": 3} | {k: v for k, v in setup.options.items() if k in OF_THE_REDUCER}
     if ranks == 1 or setup.scope == "matrix":
         return Simulation(shapes, setup.compressor, workers, **options).reduce
     blocks = [

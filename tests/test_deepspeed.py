@@ -83,6 +83,21 @@ def test_rank_2_gives_the_losses_of_the_simulation(look: Look, stage: int, gas: 
         assert toy.gap(losses, of_worker) < 1e-4
 
 
+@functools.cache
+def simulated_algorithm(name: str) -> list[list[float]]:
+    section = {**toy.RANK_2, **deepspeed_cases.ALGORITHMS[name]}
+    return deepspeed_cases.simulated(1, section, steps=8)
+
+
+@pytest.mark.parametrize("name", deepspeed_cases.ALGORITHMS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_algorithm_gives_the_losses_of_the_simulation(look: Look, stage: int, name: str) -> None:
+    for losses, of_worker in zip(look(f"algorithms {stage}"), simulated_algorithm(name), strict=True):
+        assert toy.gap(losses[name], of_worker) < 1e-4
+    others = [simulated_algorithm(other) for other in deepspeed_cases.ALGORITHMS if other not in (name, "row_sparse")]
+    assert all(toy.gap(other[0], simulated_algorithm(name)[0]) > 1e-4 for other in others)  # the comparison can fail
+
+
 @pytest.mark.shows("bf16", when="bf16", engine="DeepSpeed ZeRO-{stage}")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)

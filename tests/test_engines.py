@@ -12,7 +12,18 @@ import torch
 from engines import Setup, simulated, train, worst
 from gloo import GlooPool
 
-from lowrank_comm import PowerSGD, PowerSGDPlus
+from lowrank_comm import (
+    Acp,
+    Atomo,
+    ErrorFeedback,
+    GaLore,
+    GoLore,
+    GreedyLore,
+    PowerSGD,
+    PowerSGDPlus,
+    Quantization,
+    RandomProjection,
+)
 
 WORLD = 4
 FULL, RANK_2 = PowerSGD(99), PowerSGD(2)
@@ -69,6 +80,44 @@ def test_low_rank_is_the_simulation(gloo: GlooPool, engine: Setup) -> None:
         assert one["losses"] == pytest.approx(losses, abs=1e-4)
     without = simulated(replace(setup, compressor=None), WORLD)
     assert worst(without["parameters"], expected["parameters"]) > 1e-2  # the comparison can fail
+
+
+ALGORITHMS = [
+    (Acp(2, restart_every=4), {}),
+    (GreedyLore(2, restart_every=3), {}),
+    (GaLore(2, restart_every=3), {}),
+    (GoLore(2, restart_every=3, galore_until=3), {}),
+    (Atomo(2), {}),
+    (Atomo(2, sampling="bernoulli", contractive=True), {}),
+    (RandomProjection(2), {}),
+    (PowerSGDPlus(2, 3, restart="greedy"), {}),
+    (RESTARTS, {"error_feedback": ErrorFeedback(form="ef21_sgdm", momentum=0.5)}),
+    (PowerSGD(1), {"error_feedback": ErrorFeedback(rounds=2)}),
+    (PowerSGD(2), {"quantization": Quantization(factors="int8", dense="int8")}),
+]
+ONE_LEVEL_OR_SHARDS = {name: setup for name, setup in ENGINES.items() if setup.scope != "matrix"}
+
+
+@pytest.mark.parametrize("engine", ONE_LEVEL_OR_SHARDS.values(), ids=ONE_LEVEL_OR_SHARDS.keys())
+def test_every_algorithm_is_the_simulation(gloo: GlooPool, engine: Setup) -> None:
+    """All of them one after the other in one start of the processes. Codes: a number next to the middle between two codes
+    may fall to the other side by a last bit, hence the wide comparison."""
+    setups = [
+        replace(engine, compressor=compressor, steps=7, options={**engine.options, **options})
+        for compressor, options in ALGORITHMS
+    ]
+    by_rank = gloo.run(train_each, WORLD, setups)
+    without = simulated(replace(engine, compressor=None, steps=7), WORLD)["parameters"]
+    for k, setup in enumerate(setups):
+        alike([results[k] for results in by_rank])
+        expected = simulated(setup, WORLD)["parameters"]
+        coded = "quantization" in setup.options
+        assert worst(by_rank[0][k]["parameters"], expected) < (0.05 if coded else 1e-4), setup
+        assert worst(without, expected) > 1e-2  # the comparison can fail
+
+
+def train_each(rank: int, setups: list[Setup]) -> list[dict]:
+    return [train(rank, setup) for setup in setups]
 
 
 MATRIX_SCOPE = {name: setup for name, setup in ENGINES.items() if setup.scope == "matrix"}
