@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from lowrank_comm import ConfigError
 from lowrank_comm.config import Section
 from lowrank_comm.lab import pages
+from lowrank_comm.lab.__main__ import main
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings
 from lowrank_comm.lab.experiments import EXPERIMENTS
 from lowrank_comm.lab.formulas import evaluate
@@ -272,6 +273,14 @@ def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command line in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lab", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
 TINY = """
 experiment: speedup
 description: Tiny.
@@ -286,7 +295,7 @@ settings:
 
 
 @pytest.mark.slow
-def test_from_the_command_line(tmp_path: Path) -> None:
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Two processes side by side, then nothing left to do, then published; errors are one line and exit code 2."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     done = command("run", "tiny.yaml", "--output-dir", "out", "--jobs", "2", folder=tmp_path)
@@ -295,10 +304,12 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "speedup.md").is_file()
     assert (tmp_path / "out" / "speedup" / "speedup.png").read_bytes().startswith(b"\x89PNG")
     rows = (tmp_path / "out" / "rows.jsonl").read_text()
-    done = command("publish", "out", "results", folder=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert here(monkeypatch, "publish", "out", "results") == 0
     assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
     assert "tiny.yaml" in (tmp_path / "results" / "README.md").read_text()
-    done = command("run", "speedap", folder=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: experiment 'speedap' is unknown; did you mean 'speedup'")
+    capsys.readouterr()
+    assert here(monkeypatch, "run", "speedap") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: experiment 'speedap' is unknown; did you mean 'speedup'")

@@ -10,7 +10,7 @@ import torch
 from lowrank_comm import ConfigError, LowRankCommError
 from lowrank_comm.compressors import REGISTRY
 from lowrank_comm.lab import drift, galore_trap, teacher
-from lowrank_comm.lab.averaging import Crew, silent, together
+from lowrank_comm.lab.averaging import Crew, agreed, silent
 from lowrank_comm.lab.experiment import Case
 from lowrank_comm.lab.experiments.speedup import Speedup, SpeedupSettings, _slope
 from lowrank_comm.lab.experiments.traffic import Traffic
@@ -95,14 +95,10 @@ def test_gloo_processes_measure_what_the_simulation_does() -> None:
     assert Traffic().run(settings, case, silent)["agrees"]
 
 
-def of_rank(crew: Crew) -> int | None:
-    return crew.rank
-
-
-@pytest.mark.slow
 def test_processes_that_disagree_are_noticed() -> None:
+    assert agreed([{"a": 1.0}] * 3) == {"a": 1.0}
     with pytest.raises(LowRankCommError, match="different results"):
-        together("gloo", 2, of_rank)
+        agreed([1.0, 1.0, 1.0 + 1e-15])
 
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:

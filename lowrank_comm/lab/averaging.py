@@ -152,7 +152,15 @@ def together(backend: Backend, workers: int, loop: Callable[..., Any], *argument
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers, mp_context=context) as pool:
         store = str(Path(folder) / "store")
         futures = [pool.submit(_one_process, rank, workers, store, loop, arguments) for rank in range(workers)]
-        values = [future.result() for future in futures]
+        return agreed([future.result() for future in futures])
+
+
+def agreed(values: Sequence[Any]) -> Any:
+    """The value that all processes have come to.
+
+    Raises:
+        LowRankCommError: they have not.
+    """
     if any(value != values[0] for value in values[1:]):
         raise LowRankCommError("the processes have come to different results; the compressor is not consistent.")
     return values[0]
