@@ -145,15 +145,24 @@ class _GroupWatch(BackwardWatch):
         at_end: Callable[[], None] | None,
     ) -> None:
         super().__init__(parameters, on_gradient, at_end)
-        self._undo = list(seams.after_each_group(model, self._group_is_done))
+        me = weakref.ref(self)
+
+        def group_is_done(group: Any) -> None:
+            watch = me()
+            if watch is not None:
+                watch._group_is_done(group)
+
+        self._giving_back = [weakref.finalize(self, undo) for undo in seams.after_each_group(model, group_is_done)]
+        for finalizer in self._giving_back:
+            finalizer.atexit = False
 
     def _group_is_done(self, group: Any) -> None:
         for parameter in group.fsdp_params:
-            if id(parameter.sharded_param) in self._watched and seams.has_unsharded_gradient(parameter):
+            if self._watches(parameter.sharded_param) and seams.has_unsharded_gradient(parameter):
                 self._gradient_is_there(parameter.sharded_param)
 
     @override
     def remove(self) -> None:
         super().remove()
-        for undo in self._undo:
-            undo()
+        for finalizer in self._giving_back:
+            finalizer()

@@ -21,6 +21,9 @@ from .with_reducer import OptimizerWithReducer
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedOptimizer]] = weakref.WeakKeyDictionary()
 """Wrapped model -> the optimizer that it is attached to."""
+AVERAGES = "_lowrank_comm_averages"
+"""Attribute of the base: the optimizer that averages its gradients at the end of backward. Whoever holds the base alone, as
+some engines do, keeps both, or the workers would drift apart without a word; and who holds neither, keeps nothing."""
 
 
 class AttachedOptimizer(OptimizerWithReducer):
@@ -130,6 +133,8 @@ class AttachedOptimizer(OptimizerWithReducer):
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+        if vars(self.base).get(AVERAGES) is self:
+            del vars(self.base)[AVERAGES]
 
     def is_attached_to(self, model: nn.Module) -> bool:
         """Whether `attach` was called with this very model, and `detach` not since."""

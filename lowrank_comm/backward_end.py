@@ -28,8 +28,8 @@ _BACKWARD_OF_A_FUNCTION = torch.autograd.function.BackwardCFunction.apply.__code
 class BackwardWatch:
     """Calls `on_gradient(parameter)` for each gradient, and `at_end()` once at the end of each backward pass.
 
-    The object whose methods they are is kept alive by `at_end` only: without it nothing is lost when the object is gone,
-    with it a reduction would be.
+    Nobody is kept alive: autograd holds hooks where Python's garbage collector does not look, so a hook that held the object
+    whose methods they are, and by it the parameters, would hold both for ever. When the watch is gone, so are its hooks.
 
     Args:
         parameters: whose gradients count.
@@ -41,34 +41,40 @@ class BackwardWatch:
         self, parameters: Iterable[Tensor], on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None = None
     ) -> None:
         self._on_gradient = weakref.WeakMethod(on_gradient)
-        self._at_end = at_end
+        self._at_end = weakref.WeakMethod(at_end) if at_end is not None else None
         self._queued_in: int | None = None
-        self._watched: set[int] = set()
-        self._handles: list[Any] = []
+        self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+        self._finalizer = weakref.finalize(self, _take_off, self._handles, marked=at_end is not None)
+        self._finalizer.atexit = False
         self.add(parameters)
 
     def add(self, parameters: Iterable[Tensor]) -> None:
         """Watch further parameters; those that are watched already stay as they are."""
-        fresh = [p for p in parameters if p.requires_grad and id(p) not in self._watched]
+        fresh = [p for p in parameters if p.requires_grad and not self._watches(p)]
         if self._at_end is not None and any(getattr(parameter, _WATCHED, False) for parameter in fresh):
             raise ConfigError(
                 'reduce_at="backward": another optimizer with reduce_at="backward" holds the same parameters, and both '
                 "would average their gradients. Call detach() on the other one first."
             )
+        me = weakref.ref(self)
+
+        def hook(parameter: Tensor) -> None:
+            watch = me()
+            if watch is not None:
+                watch._gradient_is_there(parameter)
+
         for parameter in fresh:
             if self._at_end is not None:
                 setattr(parameter, _WATCHED, True)
-            self._watched.add(id(parameter))
-            self._handles.append((parameter, parameter.register_post_accumulate_grad_hook(self._gradient_is_there)))
+            self._handles[id(parameter)] = weakref.ref(parameter), parameter.register_post_accumulate_grad_hook(hook)
+
+    def _watches(self, parameter: Tensor) -> bool:
+        known = self._handles.get(id(parameter))
+        return known is not None and known[0]() is parameter  # else it is gone, and another has its place in memory
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for parameter, handle in self._handles:
-            handle.remove()
-            if self._at_end is not None:
-                setattr(parameter, _WATCHED, False)
-        self._handles.clear()
-        self._watched.clear()
+        _take_off(self._handles, self._at_end is not None)
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
         on_gradient = self._on_gradient()
@@ -91,7 +97,18 @@ class BackwardWatch:
                 "of its own, and gradients would be averaged at the end of each. Use checkpoint(..., use_reentrant=False) "
                 '(Trainer: gradient_checkpointing_kwargs={"use_reentrant": False}), or reduce_at="step".'
             )
-        self._at_end()
+        at_end = self._at_end()
+        if at_end is not None:
+            at_end()
+
+
+def _take_off(handles: dict[int, tuple[weakref.ref[Tensor], Any]], marked: bool) -> None:
+    for there, handle in handles.values():
+        handle.remove()
+        parameter = there()
+        if marked and parameter is not None:
+            setattr(parameter, _WATCHED, False)
+    handles.clear()
 
 
 def _within_another_pass() -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .arrivals import Arrivals
-from .attaching import AttachedOptimizer
+from .attaching import AVERAGES, AttachedOptimizer
 from .bidirectional import METHODS, BidirectionalOptimizer
 from .communication.topology import grid
 from .compressors.base import Compressor
@@ -342,6 +342,8 @@ class CompressedOptimizer(AttachedOptimizer):
         if self._watch is None:
             at_end = self._reduce_after_backward if self._reduces_at == "backward" else None
             self._watch = self._engine.watch(trainable, self._new_gradient, at_end)
+            if at_end is not None:
+                vars(self.base)[AVERAGES] = self
         else:
             self._watch.add(trainable)
 

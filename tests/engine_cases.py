@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -337,8 +338,10 @@ def gone_without_detach(rank: int, setup: Setup) -> list[float]:
     """The optimizer is dropped; the engine averages by itself again. The sum of the parameters before and after a step."""
     model, optimizer = built(setup)
     run(rank, model, optimizer, 0, 1, setup)
+    there = weakref.ref(optimizer)
     del optimizer
     gc.collect()
+    assert there() is None
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     sums = []
     for step in range(2):

@@ -157,9 +157,10 @@ def test_a_backward_pass_that_failed_leaves_nothing_begun(gloo: GlooPool) -> Non
         assert worst(one, without[0]) < 1e-6
 
 
+@pytest.mark.parametrize("reduce_at", ["step", "backward"])
 @pytest.mark.parametrize("name", ["DDP", "FSDP2, flat", "FSDP2, HSDP 2-D mesh, shard"])
-def test_an_optimizer_that_is_gone_leaves_the_model_to_its_engine(gloo: GlooPool, name: str) -> None:
-    setup = replace(ENGINES[name], compressor=RANK_2, options={"reduce_at": "step"})
+def test_an_optimizer_that_is_gone_leaves_the_model_to_its_engine(gloo: GlooPool, name: str, reduce_at: str) -> None:
+    setup = replace(ENGINES[name], compressor=RANK_2, options={"reduce_at": reduce_at})
     results = gloo.run(cases.gone_without_detach, WORLD, setup)
     assert all(one == results[0] for one in results)
     assert results[0][0] != results[0][1]

@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -871,11 +872,10 @@ def test_reduction_at_backward_and_activation_checkpointing() -> None:
 
 
 def test_two_optimizers_that_reduce_at_backward_cannot_hold_the_same_parameters() -> None:
-    """The first one's hooks stay on them, whatever becomes of it, since a reduction that is lost would be worse."""
+    """The first one stays on them as long as somebody holds its base, since a reduction that is lost would be worse."""
     model = network()
     first = compressed(model, reduce_at="backward")
     ledger, base = first.ledger, first.base
-    watch = first._watch
     del first
     gc.collect()
     loss_of(model, 0).backward()
@@ -883,12 +883,33 @@ def test_two_optimizers_that_reduce_at_backward_cannot_hold_the_same_parameters(
     assert ledger.steps == 1
     with pytest.raises(ConfigError, match=r"detach\(\)"):
         compressed(model, reduce_at="backward")
-    watch.remove()
+    base.zero_grad()
+    del base
+    gc.collect()
     second = compressed(model, reduce_at="backward")
-    second.zero_grad()
     loss_of(model, 1).backward()
     second.step()
     assert ledger.steps == second.ledger.steps == 1
+
+
+@pytest.mark.parametrize("reduce_at", ["step", "backward"])
+def test_an_optimizer_that_nobody_holds_is_gone_and_so_are_its_parameters(reduce_at: str) -> None:
+    """Autograd holds hooks where the garbage collector does not look: what a hook held would never go."""
+    model = network()
+    optimizer = compressed(model, reduce_at=reduce_at)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    held = [weakref.ref(optimizer), weakref.ref(optimizer.base), weakref.ref(optimizer.reducer)]
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    hooks = next(model.parameters())._post_accumulate_grad_hooks
+    assert len(hooks) == 1
+    del optimizer
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3
+    assert len(hooks) == 0
+    del model, hooks
+    gc.collect()
+    assert {ref() for ref in parameters} == {None}
 
 
 @pytest.mark.parametrize("poisoned", [None, 1])
