@@ -217,7 +217,8 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
             anew.append(name)
             saved = {"error": saved["error"].clone()} if "error" in saved else {}
             reducer.reset([name])
-        reducer.set_state(name, saved.get("error") if "error" in known[name] else None, fits)
+        error = saved.get("error", torch.zeros(known[name]["error"].shape)) if "error" in known[name] else None
+        reducer.set_state(name, error, fits)
     if unused:
         _log.warning("the saved run had another scheme: its %s is not used here", ", ".join(unused))
     if anew:

@@ -101,7 +101,7 @@ class Plan:
         compressor: its settings as text.
         workers: number of workers.
         restart_every: tau, or None.
-        error_bytes: of the error memory on this worker.
+        error_bytes: of the error memory on this worker, and of what EF21 keeps in its place.
         workspace_bytes: of Delta and of the packets, held from the pass to its commit, in an ordinary step.
         restart_workspace_bytes: the same where all matrices restart.
         idle_rules: patterns that match no parameter.

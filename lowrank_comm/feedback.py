@@ -24,7 +24,7 @@ arXiv 2305.15155 (EF21-SGDM); Huang et al., arXiv 2206.03665 (NEOLITHIC).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class _Around(Compressor):
         return self.inner.json_name
 
     @property
+    def low_rank(self) -> bool:  # type: ignore[override]
+        return self.inner.low_rank
+
+    @property
     def gathers(self) -> bool:  # type: ignore[override]
         return self.inner.gathers
 
@@ -77,6 +81,9 @@ class _Around(Compressor):
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         return self.inner.restart_elements(m, n, r)
+
+    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+        return self.inner.elements_at(m, n, r, t, restart)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
         return self.inner.schedule(costs)
@@ -105,6 +112,9 @@ class Rounds(_Around):
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         return self.rounds * self.inner.restart_elements(m, n, r)
+
+    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+        return self.rounds * self.inner.elements_at(m, n, r, t, restart)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         state: State = {}
@@ -167,6 +177,7 @@ class EF21(_Around):
 
     momentum: float | None
     shared: bool
+    symbols: ClassVar[tuple[str, ...]] = ("y", "y_mean", "v", "v_started")
 
     @property
     def private(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -183,7 +194,7 @@ class EF21(_Around):
         return own | self.inner.initial_state(context, m, n, like)
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        own = {symbol: state[symbol] for symbol in ("y", "y_mean", "v", "v_started") if symbol in state}
+        own = {symbol: state[symbol] for symbol in self.symbols if symbol in state}
         inner = {symbol: tensor for symbol, tensor in state.items() if symbol not in own}
         after: State = {}
         x = delta.tensor

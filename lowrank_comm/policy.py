@@ -135,6 +135,8 @@ class Policy:
         def dense(reason: str) -> Treatment:
             if self.codes is None or not numel:
                 return Treatment("dense", numel, 1, 0, numel, reason)
+            if FORMATS[self.codes].bytes(numel) >= 4 * numel:  # a block is longer than these few numbers in float32
+                return Treatment("dense", numel, 1, 0, numel, f"{reason}, shorter than as {self.codes}")
             return coded(self.codes, f"{reason}, as {self.codes}")
 
         def coded(codes: str, reason: str) -> Treatment:

@@ -85,7 +85,8 @@ class Format:
 
     def decode(self, written: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers (k, block) of bytes (k, block_bytes)."""
-        codes, scale = written[:, :-_SCALE_BYTES], written[:, -_SCALE_BYTES:].contiguous().view(torch.float32).to(dtype)
+        codes, last = written[:, :-_SCALE_BYTES], written[:, -_SCALE_BYTES:]
+        scale = last.clone(memory_format=torch.contiguous_format).view(torch.float32).to(dtype)  # at no odd place in memory
         numbers = _unpacked(codes, self.bits).to(dtype)
         if not self.top:
             return (2 * numbers - 1) * scale
@@ -97,14 +98,14 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (codes.view(codes.shape[0], -1, 8 // bits) << shifts).sum(dim=2, dtype=torch.uint8)
+    return (codes.view(codes.shape[0], codes.shape[1] * bits // 8, 8 // bits) << shifts).sum(dim=2, dtype=torch.uint8)
 
 
 def _unpacked(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return ((codes.unsqueeze(2) >> shifts) & ((1 << bits) - 1)).view(codes.shape[0], -1)
+    return ((codes.unsqueeze(2) >> shifts) & ((1 << bits) - 1)).view(codes.shape[0], codes.shape[1] * 8 // bits)
 
 
 FORMATS = {one.name: one for one in (Format("int8", 8, 256, 127), Format("int4", 4, 64, 7), Format("sign", 1, 1024, 0))}
@@ -127,7 +128,7 @@ class Quantization:
     Args:
         factors: "int8", "int4" or "sign" for what compressors average in ordinary steps (P and Q).
         restart: the same for what restarts average (a whole matrix, or factors).
-        dense: the same for parameters that are not compressed; they then have an error memory.
+        dense: the same for parameters that are not compressed, where it is shorter; they then have an error memory.
         rounding: "nearest", or "stochastic" (int8 and int4).
 
     Raises:

@@ -13,6 +13,7 @@ from .batches import Batch, Slot
 from .communication import Shards
 from .compressors.base import Compressor, LowRank, Result
 from .diagnostics import Plan, PlanRow, StepReport
+from .feedback import EF21
 from .lockstep import Account
 from .policy import Treatment
 from .quantization import FORMATS, Quantization
@@ -144,6 +145,7 @@ def make_plan(
         wire = (wire_dtype or slot.compute_dtype).itemsize
         codes = FORMATS.get(largest.scheme)
         sent, in_restart = float(elements * wire), float(restart * wire)
+        plain = sent
         if codes is not None:
             sent = in_restart = float(sum(codes.bytes(part.elements) for part in parts))
         elif largest.low_rank:
@@ -151,6 +153,7 @@ def make_plan(
             factors, of_restarts = quantization.format_of("factors"), quantization.format_of("restart")
             sent = (factors.bytes(elements) if factors else sent) * gathered  # nearly: P and Q fill blocks of their own
             in_restart = (of_restarts.bytes(restart) if of_restarts else in_restart) * gathered
+            plain *= gathered
         return PlanRow(
             slot.name,
             shape,
@@ -163,13 +166,16 @@ def make_plan(
             wire,
             sent,
             in_restart,
-            float(elements * wire) if codes is not None else sent,
+            plain,
             largest.reason,
         )
 
     rows = tuple(row(slot, parts) for slot, parts in zip(slots, of_the_node, strict=True))
     settings = ", ".join(f"{key}={value}" for key, value in compressor.describe().items() if key != "compressor")
     delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
+
+    kept = sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept)
+    estimates = (t for batch in batches if batch.tracks for symbol, t in batch.state.items() if symbol in EF21.symbols)
 
     def packets(restart: bool) -> int:
         """Held at most: the buffer on the wire; if it is narrower, also the own part of it, and both again at full width."""
@@ -184,7 +190,7 @@ def make_plan(
         f"{compressor.json_name} ({settings})",
         workers,
         restart_every,
-        sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept),
+        kept + sum(tensor.nbytes for tensor in estimates),
         delta + packets(False),
         delta + packets(True),
         idle_rules,

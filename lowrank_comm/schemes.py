@@ -66,7 +66,7 @@ class Schemes:
         self.error_feedback = (error_feedback or ErrorFeedback()).for_compressor(compressor)
         self.linear = compressor.linear and not self.quantization.of_compressors
         self.compressor, self.scheme = compressor, with_feedback(compressor, self.error_feedback, self.linear)
-        self.policy = Policy(compressor, min_compression_rate, tuple(rules), self.quantization.dense)
+        self.policy = Policy(self.scheme, min_compression_rate, tuple(rules), self.quantization.dense)
         self._shards, self._seed = shards, seed
         if shards.whole_matrices:
             self._check_whole_matrices()

@@ -66,7 +66,7 @@ class CodedMean:
         dtype, mine = self._blocks.dtype, slice(self._rank * self._share, (self._rank + 1) * self._share)
         mean = torch.zeros(self._share, self._format.block, dtype=dtype, device=self._blocks.device)
         for codes in self._received:  # one after the other: as much room as one share
-            mean += self._format.decode(codes.view(self._share, -1), dtype)
+            mean += self._format.decode(codes.view(self._share, self._format.block_bytes), dtype)
         mean /= self._workers
         inside = torch.arange(self._format.block, device=mean.device) < self._counts[mine].unsqueeze(1)
         mean = torch.where(inside, mean, torch.zeros_like(mean))
@@ -109,4 +109,7 @@ class CodedMean:
         return padded.view(-1, size), counts
 
     def _draw(self, purpose: str, like: Tensor) -> Tensor | None:
-        return None if self._noise is None else self._noise(purpose, tuple(like.shape), like.device)
+        if self._noise is None:
+            return None
+        whose = f"{purpose} in {self._format.name} of {like.dtype}"  # a packet may hold codes of several kinds
+        return self._noise(whose, tuple(like.shape), like.device)
