@@ -4,7 +4,8 @@
 - `topic`: the class of a document (5) from its headline, a short sentence, as in SST-2.
 - `same_document`: whether two sentences are of one document, as in MRPC; the other document is one of the same class.
 - `headline`: whether a headline belongs to a sentence of a document's body, as in QNLI; the other is of the same class.
-The documents, doubles removed, are split before anything is made of them: no document is in both parts.
+Doubles go, and documents that share a sentence with an earlier one (revisions). What is left is split before anything is
+made of it: no document, and no sentence that is used, is in both parts.
 
 `glue`: the training and validation parts of the benchmark by the names of its fields on the hub. From files: a folder with
 <task>/train.jsonl and <task>/validation.jsonl (for mnli validation_matched.jsonl), a JSON object a line, as
@@ -161,11 +162,13 @@ def bbc_documents() -> list[_Document]:
     for topic, name in enumerate(topics):
         for file in sorted((root / name).glob("*.txt")):
             texts.setdefault(file.read_text(encoding="utf-8", errors="replace"), topic)
-    documents = []
+    documents: list[_Document] = []
+    seen: set[str] = set()
     for text, topic in texts.items():
         headline, _, body = text.strip().partition("\n")
         sentences = [s.strip() for s in re.split(r"(?<=[.?!])\s+", body) if 30 <= len(s.strip()) <= 250]
-        if len(sentences) >= 2:
+        if len(sentences) >= 2 and seen.isdisjoint(sentences):  # else a revision of an article that is there already
+            seen.update(sentences)
             documents.append(_Document(topic, headline.strip(), tuple(sentences)))
     return documents
 

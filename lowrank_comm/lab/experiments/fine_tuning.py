@@ -144,7 +144,7 @@ class FineTuning(Experiment):
             def backward(worker: int) -> float:
                 loss = model(**_encoded(next(streams[worker]), task, tokenizer, settings.length, device)).loss
                 loss.backward()
-                return float(loss)
+                return float(loss.detach())
 
             trained, workers = train(model, section, recipe, plan.learning_rate, settings.workers, backward, progress)
         examples = task.held_out[: settings.held_out_examples]
