@@ -192,9 +192,9 @@ def test_errors_are_not_lost_without_a_word(form: str) -> None:
 
 
 def test_each_round_takes_its_share_of_what_is_left() -> None:
-    """E||R_p||^2 / ||Delta||^2 = (1 - r/s)^p for a random subspace of r of s dimensions, drawn anew in each round, and below
-    that for a sketch, whose subspace is of the matrix; within 4.5 standard errors of 200 draws. With one draw for all rounds,
-    the second would find nothing."""
+    """E||R_p||^2 / ||Delta||^2 = (1 - r/s)^p for a random subspace of r of s dimensions, drawn anew in each round, and
+    below that for a sketch, whose subspace is of the matrix; within 4.5 standard errors of 200 draws. With one draw for all
+    rounds, the second would find nothing."""
     x = torch.from_numpy(spectrum_matrix(M, N_COLUMNS, 1.0 / np.arange(1, 11)))
     for compressor in (RandomProjection(rank=2), PowerSGD(rank=2)):
         for p in (1, 2, 3):
