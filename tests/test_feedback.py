@@ -124,14 +124,14 @@ def test_the_noise_floor_falls_with_the_workers() -> None:
     """f(X) = ||X||^2 / 2 with noise in every gradient: after the start, E||X||^2 is a fourth with four workers."""
     floors = {}
     for workers in (1, 4):
-        sim = simulation(RandomProjection(rank=2), {"w": (6, 4)}, workers, error_feedback=ErrorFeedback(form="ef21"))
-        x, squares = torch.zeros(6, 4, dtype=torch.float64), []
-        for t in range(700):
-            noise = torch.randn(workers, 6, 4, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
-            x = x - 0.1 * sim.reduce([{"w": x + one} for one in noise])["w"]
+        run = Run(EF21(RandomProjection(rank=4), None, shared=True), workers)
+        x, squares = torch.zeros(M, N_COLUMNS, dtype=torch.float64), []
+        for t in range(500):
+            noise = torch.randn(4, M, N_COLUMNS, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+            x = x - 0.1 * dense(run.step([x + one for one in noise[:workers]]).applied)[0]
             squares.append(float((x**2).sum()))
         floors[workers] = float(np.mean(squares[100:]))
-    assert 2.8 < floors[1] / floors[4] < 5.6
+    assert 3 < floors[1] / floors[4] < 5.3
 
 
 # --- none ------------------------------------------------------------------------------------------------------------
@@ -199,14 +199,14 @@ def test_each_round_takes_its_share_of_what_is_left() -> None:
     for compressor in (RandomProjection(rank=2), PowerSGD(rank=2)):
         for p in (1, 2, 3):
             left = []
-            for seed in range(200):
+            for seed in range(120):
                 context = Context(("w",), 0, seed, 2, m=M)
                 scheme = with_feedback(compressor, ErrorFeedback(rounds=p), linear=True)
                 state = scheme.initial_state(context, M, N_COLUMNS, torch.empty(0, dtype=torch.float64))
                 (result,) = drive(scheme, [x[None]], [state], context)
                 torch.testing.assert_close(dense(result.applied), dense(result.sent))
                 left.append(float((x - dense(result.sent)[0]).norm() / x.norm()) ** 2)
-            bound, error = 0.8**p, float(np.std(left)) / 200**0.5
+            bound, error = 0.8**p, float(np.std(left)) / 120**0.5
             assert np.mean(left) < bound + 4.5 * error
             assert (np.mean(left) > bound - 4.5 * error) == isinstance(compressor, RandomProjection)
 
@@ -223,8 +223,6 @@ def test_every_round_counts(p: int, form: str) -> None:
     assert plan.rows[0].elements == p * 2 * (M + N_COLUMNS)
     strict = Simulation({"w": (M, N_COLUMNS)}, PowerSGD(rank=2), 2, min_compression_rate=2.0, **options)
     assert strict.reducers[0].plan.rows[0].scheme == ("low_rank" if p == 1 else "dense")  # 200 / 60, / 120, / 180
-    restarting = Simulation({"w": (M, N_COLUMNS)}, PowerSGDPlus(rank=2, restart_every=2), 2, **options)
-    restarting.reducers[0].plan  # noqa: B018 - what it says of restarts is asked below
     scheme = with_feedback(PowerSGDPlus(rank=2, restart_every=2), options["error_feedback"], linear=True)
     for t, restart in ((0, True), (1, False)):
         alone = PowerSGDPlus(rank=2, restart_every=2).elements_at(M, N_COLUMNS, 2, t, restart)
@@ -267,7 +265,7 @@ def test_each_round_follows_a_subspace_of_its_own() -> None:
     ],
 )
 def test_what_has_no_meaning_is_refused(key: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"error_feedback\.{key}="):
+    with pytest.raises(ConfigError, match=rf"error_feedback\.{key}\b"):
         ErrorFeedback(**options)
 
 
