@@ -1,11 +1,14 @@
-"""Bases that need no gradient: what the schemes that draw their subspace share."""
+"""Bases on one side of a matrix: drawn without a gradient, and what the projection on one sends."""
 
 from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Context
+from .base import Context, Delta, LowRank, Mean, Request
 
 
 def random_basis(context: Context, purpose: str, rows: int, r: int, like: Tensor) -> Tensor:
@@ -24,3 +27,24 @@ def random_basis(context: Context, purpose: str, rows: int, r: int, like: Tensor
     """
     drawn = context.draw(purpose, (rows, r), torch.empty(0, dtype=torch.float64, device="cpu"))
     return torch.linalg.qr(drawn).Q.to(like)
+
+
+def project(
+    delta: Delta, v: Tensor, on_rows: bool, rows: slice = slice(None), kind: str = "factors"
+) -> Generator[Request, Any, tuple[LowRank, LowRank]]:
+    """The projection of the mean of Delta on V's range, F V^T with F = mean of Delta_i V, and this worker's own as sent;
+    V F^T with F = mean of Delta_i^T V where V is on the side of the rows. One average.
+
+    Args:
+        delta: (B, m, n), or the rows of it that this rank holds.
+        v: (B, s, r), all of it on every rank.
+        on_rows: V is on the side of the rows, s = m; else s = n.
+        rows: those that this rank holds.
+        kind: of the ledger.
+    """
+    if on_rows:
+        part = v[:, rows]
+        mean, own = yield Mean(delta.transposed_times(part), kind, over_rows=True)
+        return LowRank(part, mean), LowRank(part, own)
+    mean, own = yield Mean(delta.times(v), kind)
+    return LowRank(mean, v), LowRank(own, v)

@@ -46,7 +46,7 @@ from .base import (
     checked_positive_int,
     transposed_product,
 )
-from .bases import random_basis
+from .bases import project, random_basis
 
 SIDES = ("short", "long")
 
@@ -148,14 +148,10 @@ def projected(delta: Delta, p: Tensor, context: Context, on_rows: bool, scale: f
         on_rows: the basis is on the side of the rows.
         scale: of what is applied, 1 for a projection.
     """
-    if on_rows:
-        rows = p[:, context.rows]
-        mean, own = yield Mean(delta.transposed_times(rows), over_rows=True)
-        scaled = rows * scale
-        return Result(LowRank(scaled, mean), LowRank(scaled, own), {"P": p})
-    mean, own = yield Mean(delta.times(p))
-    scaled = p * scale
-    return Result(LowRank(mean, scaled), LowRank(own, scaled), {"P": p})
+    applied, sent = yield from project(delta, p, on_rows, context.rows)
+    if scale != 1.0:
+        applied, sent = (LowRank(part.p * scale, part.q) for part in (applied, sent))
+    return Result(applied, sent, {"P": p})
 
 
 def refreshed(delta: Delta, context: Context, on_rows: bool, apply_full: bool) -> Steps:

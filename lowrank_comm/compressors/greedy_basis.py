@@ -106,11 +106,6 @@ def times_basis(delta: Delta, u: Tensor) -> Tensor:
     return delta.transposed_times(u) if on_rows(*delta.shape[-2:]) else delta.times(u)
 
 
-def in_factors(v: Tensor, f: Tensor, rows: bool) -> LowRank:
-    """F V^T, or V F^T where V is on the side of the rows. v: (B, s, r), f: (B, l, r)."""
-    return LowRank(v, f) if rows else LowRank(f, v)
-
-
 def score_elements(columns: int, r: int, probes: int) -> int:
     """Elements of the scores of one matrix; none where there is nothing to choose."""
     return probes * columns if columns > r else 0
@@ -139,14 +134,7 @@ def greedy_choice(delta: Delta, u: Tensor, context: Context, probes: int) -> Gen
     return torch.gather(u, 2, best[:, None, :].expand(-1, u.shape[1], -1))
 
 
-def projected(delta: Delta, v: Tensor, kind: str = "factors") -> Generator[Request, Any, tuple[LowRank, LowRank]]:
-    """What V V^T leaves of the mean of Delta on the short side, and of this worker's own as sent. r l elements."""
-    rows = on_rows(*delta.shape[-2:])
-    mean, own = yield Mean(times_basis(delta, v), kind)
-    return in_factors(v, mean, rows), in_factors(v, own, rows)
-
-
 def projected_here(d: Tensor, v: Tensor) -> LowRank:
-    """The same of one matrix that is known here, without a collective. d: (B, m, n)."""
+    """What V V^T leaves, on the short side, of matrices that are known here: no collective. d: (B, m, n)."""
     rows = on_rows(*d.shape[-2:])
-    return in_factors(v, transposed_product(d, v) if rows else d @ v, rows)
+    return LowRank(v, transposed_product(d, v)) if rows else LowRank(d @ v, v)

@@ -35,6 +35,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..restart import RestartSchedule, staggered
 from .base import Compressor, Context, Delta, Mean, Result, State, Steps, checked_positive_int
+from .bases import project
 from .greedy_basis import (
     CAP,
     basis_columns,
@@ -42,7 +43,7 @@ from .greedy_basis import (
     checked_basis,
     greedy_choice,
     initial_basis,
-    projected,
+    on_rows,
     score_elements,
 )
 
@@ -121,7 +122,7 @@ class GreedyLore(Compressor):
             return Result(applied=d, sent=own, state={"U": (yield from basis_of(d, context, u.shape[-1]))})
         missing = basis_columns(self.basis, u.shape[1], context.rank) - u.shape[-1]
         v = yield from greedy_choice(delta, _with_complement(u, context, missing), context, self.probes)
-        applied, sent = yield from projected(delta, v)
+        applied, sent = yield from project(delta, v, on_rows(*delta.shape[-2:]))
         return Result(applied, sent, {"U": u})
 
     def _kept_columns(self, s: int, r: int) -> int:
