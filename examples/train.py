@@ -113,7 +113,10 @@ class ExampleTrainingArguments(TrainingArguments):
     """TrainingArguments with defaults for a short run of a small model. A CPU is chosen where there is nothing else."""
 
     use_cpu: bool = field(default=ON_CPU, metadata={"help": "Train on the CPU."})
-    ddp_backend: str | None = field(default="gloo" if ON_CPU else None, metadata={"help": "Backend of the process group."})
+    # Accelerate takes a backend for a promise that there is a group, which only a launcher's processes have.
+    ddp_backend: str | None = field(
+        default="gloo" if ON_CPU and "RANK" in os.environ else None, metadata={"help": "Backend of the process group."}
+    )
     max_steps: int = field(default=-1, metadata={"help": f"Optimizer steps. Default: {STEPS}, unless epochs are given."})
     num_train_epochs: float | None = field(default=None, metadata={"help": "Passes over the text, instead of --max_steps."})  # type: ignore[assignment]
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples per worker and micro-step."})

@@ -110,3 +110,17 @@ def assert_trained(path: Path, output: Path, printed: str) -> None:
     saves = 2 if path.stem.endswith("zero3") else 1  # of the last checkpoint: at ZeRO-3, Trainer saves the model by another
     assert summary["bytes"]["consolidation"] < saves * summary["uncompressed_bytes"] / STEPS
     assert ratio > (15 if path.stem == "ds_powersgd" else 2)
+
+
+@pytest.mark.slow
+def test_the_example_alone_without_a_launcher(tmp_path: Path) -> None:
+    """One process and no process group: as an IDE or a debugger starts it."""
+    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in launchers} | {"PYTHONPATH": str(ROOT)}
+    words = ["--compression", "configs/powersgd_plus.json", "--output_dir", str(tmp_path), "--max_steps", str(STEPS)]
+    command = [sys.executable, "examples/train.py", *words, "--held_out_tokens", "4000", "--eval_on_start", "False"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "over 1 worker" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))

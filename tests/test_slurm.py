@@ -150,3 +150,22 @@ def test_wrong_places_are_told(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "OUTPUT_DIR=" in done.stdout
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
+    """A job may be killed while trainer_state.json is written; the checkpoint before it is whole."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho NodeName=n0 NodeAddr=127.0.0.1 x\n")
+    scontrol.chmod(0o755)
+    state = json.dumps({"global_step": 5, "log_history": [{"loss": 1.0}]})
+    for name, text in (("checkpoint-5", state), ("checkpoint-10", state[:-3]), ("checkpoint-15", None)):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        if text is not None:
+            (tmp_path / "run" / name / "trainer_state.json").write_text(text)
+    environment = {"PATH": f"{scontrol.parent}:/usr/bin:/bin", "VENV": sys.prefix, "OUTPUT_DIR": str(tmp_path / "run")}
+    environment |= {"SLURM_JOB_NAME": "a", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n0"}
+    words = ["bash", "-c", f'source "{FOLDER / "job.sh"}"; echo "$CHECKPOINT"']
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "run" / "checkpoint-5")

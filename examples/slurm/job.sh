@@ -31,11 +31,12 @@ export MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # below the
 # Since SLURM 22.05 srun does not take this over from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
-# The newest checkpoint that is complete: trainer_state.json is written last, and a job may be killed while it saves.
+# The newest checkpoint that is complete: trainer_state.json is written last, and a job may be killed while it saves, even
+# in the middle of that file.
 last_checkpoint() {
     local folder
     for folder in $(ls -d "$OUTPUT_DIR"/checkpoint-* 2>/dev/null | sort -rV); do
-        if [[ -f $folder/trainer_state.json ]]; then
+        if python -m json.tool "$folder/trainer_state.json" >/dev/null 2>&1; then
             echo "$folder"
             return
         fi
