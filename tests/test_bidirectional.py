@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 from pathlib import Path
@@ -11,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gloo import CaseFailed, GlooPool
+from gloo import GlooPool
 from torch import Tensor, nn
 
-from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD, StateMismatchError, UnsupportedError
+from lowrank_comm import (
+    CompressedOptimizer,
+    ConfigError,
+    ConfigMismatchError,
+    PowerSGD,
+    StateMismatchError,
+    UnsupportedError,
+)
 from lowrank_comm.bidirectional import M3, M4, BidirectionalOptimizer, BidirectionalSimulation, InkheartSGD, MarinaP, Method
 from lowrank_comm.randomness import stream
 
@@ -141,8 +147,7 @@ def real_loop(rank: int) -> tuple[list[float], bool, bool]:
         inputs = torch.randn(16, 6, generator=draws)
         loss = (model(inputs).squeeze(1) - inputs.sum(dim=1)).square().mean() / 2
         loss.backward()
-        with contextlib.suppress(ConfigError):
-            optimizer.step()
+        optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if t % 40 == 0 or t == 119:
@@ -191,11 +196,12 @@ def vetoed(rank: int, method: Method, at: str) -> tuple[bool, bool, int]:
     return skipped, len(before) == len(after) and all(map(torch.equal, before, after)), optimizer.t
 
 
-@pytest.mark.parametrize("at", ["rank 2", "sum"])
-@pytest.mark.parametrize("method", [METHODS_RUN[0], METHODS_RUN[4], METHODS_RUN[5]], ids=repr)
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [(METHODS_RUN[0], "rank 2"), (METHODS_RUN[4], "rank 2"), (METHODS_RUN[5], "rank 2"), (METHODS_RUN[0], "sum")],
+    ids=repr,
+)
 def test_a_vetoed_step_leaves_all_state_as_it_was(gloo: GlooPool, method: Method, at: str) -> None:
-    if at == "sum" and not isinstance(method, InkheartSGD):
-        pytest.skip("differences of gradients this large overflow on the worker itself")
     assert gloo.run(vetoed, 4, method, at) == [(True, True, 5)] * 4
 
 
@@ -230,14 +236,14 @@ def test_a_grad_scaler_is_lowered_on_all_workers(gloo: GlooPool) -> None:
 # ---------------------------------------------------------------- resume
 
 
-def interrupted(rank: int, method: Method, folder: str, dtype: torch.dtype) -> tuple[bool, bool]:
+def interrupted(rank: int, method: Method, folder: str, dtype: torch.dtype, kind: str = "adamw") -> tuple[bool, bool]:
     named = parameters(dtype)
-    optimizer = build(named, method, "adamw", seed=5)
+    optimizer = build(named, method, kind, seed=5)
     train(optimizer, named, rank, range(6))
     torch.save(optimizer.state_dict(), Path(folder) / f"{rank}.pt")
     train(optimizer, named, rank, range(6, 12))
     again = parameters(dtype)
-    resumed = build(again, method, "adamw", seed=0)  # the seed is the run's, from the file
+    resumed = build(again, method, kind, seed=0)  # the seed is the run's, from the file
     resumed.load_state_dict(torch.load(Path(folder) / f"{rank}.pt", weights_only=True))
     train(resumed, again, rank, range(6, 12))
     one, two = everything(optimizer, named), everything(resumed, again)
@@ -267,7 +273,7 @@ def elsewhere(rank: int, method: Method, folder: str) -> tuple[Tensor, Tensor, T
 
 @pytest.mark.parametrize("method", [METHODS_RUN[0], M3(2, 0.3, uplink_fraction=0.4), METHODS_RUN[5]], ids=repr)
 def test_another_number_of_workers_starts_at_x(gloo: GlooPool, method: Method, tmp_path: Path) -> None:
-    gloo.run(interrupted, 4, method, str(tmp_path), torch.float64)
+    gloo.run(interrupted, 4, method, str(tmp_path), torch.float64, "sgd")
     for rank, (x, start, end, names) in enumerate(gloo.run(elsewhere, 2, method, str(tmp_path))):
         assert torch.equal(start, x) and ("x" in names) == (rank == 0)
         assert float((end - 1.5).norm()) < 1.0  # the mean of the two targets; noise stays
@@ -291,7 +297,7 @@ def misfit(rank: int, folder: str) -> str:
 
 
 def test_a_state_that_fits_not_everywhere_is_refused_everywhere(gloo: GlooPool, tmp_path: Path) -> None:
-    gloo.run(interrupted, 2, METHODS_RUN[5], str(tmp_path), torch.float64)
+    gloo.run(interrupted, 2, METHODS_RUN[5], str(tmp_path), torch.float64, "sgd")
     for told in gloo.run(misfit, 2, str(tmp_path)):
         assert told.startswith("rank 1: ") and "'matrix' is [3, 5] there and [5, 3] here" in told
 
@@ -362,7 +368,10 @@ def differing(rank: int, what: str) -> str:
         named["vector"].data += 1
     method = InkheartSGD(2, uplink_fraction=0.5 if what == "method" and rank else 0.25)
     optimizer = build(named, method, seed=rank if what == "seed" else 0)
-    train(optimizer, named, rank, range(1))
+    try:
+        train(optimizer, named, rank, range(1))
+    except ConfigMismatchError as error:
+        return str(error)
     return "stepped"
 
 
@@ -370,9 +379,7 @@ def differing(rank: int, what: str) -> str:
     ("what", "named"), [("values", "values of the parameters"), ("method", "uplink_fraction"), ("seed", "seed")]
 )
 def test_workers_must_agree(gloo: GlooPool, what: str, named: str) -> None:
-    with pytest.raises(CaseFailed) as caught:
-        gloo.run(differing, 2, what)
-    assert str(caught.value).count("ConfigMismatchError") >= 2 and named in str(caught.value)
+    assert all(named in told for told in gloo.run(differing, 2, what))
 
 
 def test_bad_arguments_are_named() -> None:

@@ -238,9 +238,11 @@ def _found(problem: str, method: str, n: int, rows: Sequence[Row]) -> dict[str, 
 
 
 def _mean(problem: str, method: str, n: int, rows: Sequence[Row]) -> float | None:
-    """Mean seconds; None where the case is missing, or some seed did not arrive."""
+    """Mean seconds, infinite where some seed did not arrive; None where the case is missing."""
     found = _found(problem, method, n, rows)
-    return None if found is None or None in found["seconds"] else mean(found["seconds"])
+    if found is None:
+        return None
+    return math.inf if None in found["seconds"] else mean(found["seconds"])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -284,12 +286,22 @@ def _ratios(problem: str, rows: Sequence[Row]) -> str:
     lines = [_line(["expected", "ratio", "bound", "measured", "holds"]), _line(["---"] * 5)]
     for problems, claim, above, below, relation, bound in EXPECTED:
         a, b = _mean(problem, *above, rows), _mean(problem, *below, rows)
-        if problem not in problems or a is None or b is None:
+        if problem not in problems or a is None or b is None or math.isinf(b):
             continue
         ratio = a / b
         holds = {">": ratio > bound, "<": ratio < bound, "<=": ratio <= bound}[relation]
         of = f"{CONTENDERS[above[0]].label}, n = {above[1]}, over {CONTENDERS[below[0]].label}, n = {below[1]}"
-        lines.append(_line([claim, of, f"{relation} {bound:g}", f"{ratio:.3f}", "yes" if holds else "**no**"]))
+        lines.append(
+            _line(
+                [
+                    claim,
+                    of,
+                    f"{relation} {bound:g}",
+                    "not reached" if math.isinf(ratio) else f"{ratio:.3f}",
+                    "yes" if holds else "**no**",
+                ]
+            )
+        )
     return "\n".join(lines)
 
 
