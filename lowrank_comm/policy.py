@@ -149,7 +149,11 @@ class Policy:
             return Treatment("dense", numel, 1, 0, numel, because)
         if asked in FORMATS:
             return coded(asked, f"{because}: {asked}")
-        if asked == "row_sparse" and len(shape) == 2:
+        if asked == "row_sparse" and len(shape) != 2:
+            raise ConfigError(
+                f"{because} asks for row_sparse, but {name} has the shape {tuple(shape)} and no rows; match matrices only."
+            )
+        if asked == "row_sparse":
             return Treatment("row_sparse", shape[0], shape[1], 0, numel, f"{because}: row_sparse")
         if not self.compressor.low_rank:
             return dense(f"{self.compressor.json_name} compresses nothing")

@@ -68,8 +68,25 @@ class Schemes:
         self.compressor, self.scheme = compressor, with_feedback(compressor, self.error_feedback, self.linear)
         self.policy = Policy(self.scheme, min_compression_rate, tuple(rules), self.quantization.dense)
         self._shards, self._seed = shards, seed
+        self._check_codes()
         if shards.whole_matrices:
             self._check_whole_matrices()
+
+    def _check_codes(self) -> None:
+        """ConfigError for codes that would have no effect, or a bias that nothing takes back."""
+        codes, name = self.quantization, self.compressor.json_name
+        if codes.of_compressors and self.compressor.gathers:
+            key = "factors" if codes.factors else "restart"
+            raise ConfigError(
+                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, whose factors are gathered and not "
+                "averaged; leave it out (quantization.dense is possible), or use another compressor."
+            )
+        alone = self.compressor.unbiased and self.error_feedback.form == "none"
+        if codes.of_compressors and alone and codes.rounding == "nearest":
+            raise ConfigError(
+                f'quantization.rounding="nearest" is biased, and {name} without error feedback relies on being unbiased; '
+                'use quantization.rounding="stochastic".'
+            )
 
     def _check_whole_matrices(self) -> None:
         what = None

@@ -65,12 +65,15 @@ def sections(around: bool = False) -> list[dict[str, Any]]:
         return plain
     first = {name: {"compressor": name, "rank": 2, **many[0]} for name, many in SETTINGS.items()}
     return plain + [
-        {**section, **one}
-        for one in AROUND
-        for section in first.values()
-        if section["compressor"] != "identity"
-        and ("error_feedback" not in one or Section.parse(section).make_compressor().contractive)
+        {**section, **one} for one in AROUND for section in first.values() if goes_with(compressor_of(section), one)
     ]
+
+
+def goes_with(compressor: Compressor, around: Mapping[str, Any]) -> bool:
+    """Error feedback needs a contractive compressor; codes, something that is averaged."""
+    if not compressor.low_rank:
+        return False
+    return compressor.contractive if "error_feedback" in around else not compressor.gathers
 
 
 def label(section: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from gloo import GlooPool
 from torch import Tensor
 
-from lowrank_comm import CompressedOptimizer, PowerSGD, Rule
+from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD, Rule
 from lowrank_comm.communication import Group
 from lowrank_comm.quantization import FORMATS, Quantization
 from lowrank_comm.reducer import Reducer, Slot
@@ -184,3 +184,8 @@ def test_row_by_row_over_gloo(gloo: GlooPool) -> None:
     for applied, sent in gloo.run(rows_over_gloo, 3):
         assert abs(applied - out).max() < 1e-15
         assert {kind: n for kind, n in sent.items() if kind != "fingerprint"} == dict(sim.reducers[0].ledger.bytes)
+
+
+def test_row_by_row_needs_rows() -> None:
+    with pytest.raises(ConfigError, match=r"rule 'b'.*row_sparse.*shape \(5,\)"):
+        Simulation({"b": (5,)}, PowerSGD(2), 2, rules=[Rule("b", treatment="row_sparse")])

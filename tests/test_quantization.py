@@ -13,7 +13,7 @@ import torch
 from gloo import GlooPool
 from torch import Tensor
 
-from lowrank_comm import PowerSGD
+from lowrank_comm import Atomo, Compressor, PowerSGD, RandomProjection
 from lowrank_comm.communication import Group
 from lowrank_comm.communication.coded import CodedMean, Noise
 from lowrank_comm.communication.exchanges import among
@@ -258,3 +258,20 @@ def test_bad_settings_are_refused() -> None:
     for bad in ({"dense": "int2"}, {"factors": 8}, {"rounding": "up"}, {"dense": "sign", "rounding": "stochastic"}):
         with pytest.raises(ConfigError, match=re.escape("quantization.")):
             Quantization(**bad)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "quantization", "words"),
+    [
+        (Atomo(2), Quantization(factors="int8"), "quantization.factors='int8'.*atomo.*gathered"),
+        (Atomo(2), Quantization(restart="int4"), "quantization.restart='int4'.*atomo.*gathered"),
+        (RandomProjection(2, form="unbiased"), Quantization(factors="int8"), "nearest.*random_projection.*stochastic"),
+    ],
+    ids=["gathered factors", "gathered restarts", "a bias that nothing takes back"],
+)
+def test_codes_that_do_not_suit_the_compressor_are_refused(
+    compressor: Compressor, quantization: Quantization, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Simulation({"w": (8, 6)}, compressor, 2, quantization=quantization)
+    Simulation({"w": (8, 6)}, compressor, 2, quantization=Quantization(dense="int8"))
