@@ -224,7 +224,7 @@ class Levels:
         held = f"until then every rank holds all of its local gradients ({human_bytes(local)})"
         if self._scatter is None:
             return [
-                f"{held} and the whole error memory",
+                f"{held}, and the whole error memory where one is kept",
                 '("error_feedback": {"offload": true} moves that to the CPU); a checkpoint sends the error memory once',
             ]
         size, gradients, results = self.shards.size, 0, 0

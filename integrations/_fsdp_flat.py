@@ -110,7 +110,7 @@ class FlatEngine(FSDPEngine):
         return [
             "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which each rank keeps its rows",
             f"until the end of backward every rank holds its own whole gradients ({human_bytes(whole)}), and the "
-            "whole error memory; HSDP (a 2-D mesh) divides both by the ranks in a node",
+            "whole error memory where one is kept; HSDP (a 2-D mesh) divides both by the ranks in a node",
         ]
 
 
