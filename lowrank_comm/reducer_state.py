@@ -191,7 +191,7 @@ class ReducerState:
         self._settle_last_report()
         self._consolidated_at = None
         batch, row = self._place[name]
-        if error is not None:
+        if error is not None and batch.memory.kept:
             memory = batch.memory.tensor
             memory[row] = error.to(memory).view(batch.m, batch.n)
         for symbol, value in state.items():

@@ -81,11 +81,10 @@ class Schemes:
                 f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, whose factors are gathered and not "
                 "averaged; leave it out (quantization.dense is possible), or use another compressor."
             )
-        alone = self.compressor.unbiased and self.error_feedback.form == "none"
-        if codes.of_compressors and alone and codes.rounding == "nearest":
+        if codes.of_compressors and self.error_feedback.form == "none" and codes.rounding == "nearest":
             raise ConfigError(
-                f'quantization.rounding="nearest" is biased, and {name} without error feedback relies on being unbiased; '
-                'use quantization.rounding="stochastic".'
+                f'quantization.rounding="nearest" is biased, and {name} without error feedback would never make up for it; '
+                'use quantization.rounding="stochastic", or error_feedback.form="ef14".'
             )
 
     def _check_whole_matrices(self) -> None:

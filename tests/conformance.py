@@ -64,16 +64,17 @@ def sections(around: bool = False) -> list[dict[str, Any]]:
     if not around:
         return plain
     first = {name: {"compressor": name, "rank": 2, **many[0]} for name, many in SETTINGS.items()}
-    return plain + [
-        {**section, **one} for one in AROUND for section in first.values() if goes_with(compressor_of(section), one)
-    ]
+    return plain + [{**section, **one} for one in AROUND for section in first.values() if goes_with(section, one)]
 
 
-def goes_with(compressor: Compressor, around: Mapping[str, Any]) -> bool:
-    """Error feedback needs a contractive compressor; codes, something that is averaged."""
+def goes_with(section: Mapping[str, Any], around: Mapping[str, Any]) -> bool:
+    """Error feedback needs a contractive compressor; codes, something that is averaged, and error feedback."""
+    compressor = compressor_of(section)
     if not compressor.low_rank:
         return False
-    return compressor.contractive if "error_feedback" in around else not compressor.gathers
+    if "error_feedback" in around:
+        return compressor.contractive
+    return not compressor.gathers and section.get("error_feedback", {}).get("form", compressor.feedback) == "ef14"
 
 
 def label(section: Mapping[str, Any]) -> str:

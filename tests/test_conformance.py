@@ -399,6 +399,22 @@ def test_resume_of_the_same_run_is_bit_equal(section: Given) -> None:
         assert all(torch.equal(expected[name], actual[name]) for name in SHAPES)
 
 
+@every_combination
+def test_reset_is_a_fresh_start(section: Given) -> None:
+    """Back to the first step, with every symbol of the state, whether there is an error memory or none."""
+    used, fresh = (simulated(section, SHAPES, 2) for _ in range(2))
+    for t in range(4):
+        used.reduce([drawn(t, k) for k in range(2)])
+    for reducer, other in zip(used.reducers, fresh.reducers, strict=True):
+        reducer.reset()
+        state, expected = state_of(reducer), state_of(other)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+    gradients = [drawn(9, k) for k in range(2)]
+    one, other = used.reduce(gradients), fresh.reduce(gradients)
+    assert all(torch.equal(one[name], other[name]) for name in SHAPES)
+
+
 @every_variant
 def test_bytes_are_the_formula(section: Given) -> None:
     """Over two periods, kind by kind added up: what the ledger counted is elements x 8 bytes, restarts included, and the
