@@ -51,7 +51,7 @@ def gaussian(
     Returns:
         Tensor of shape (len(names), *shape).
     """
-    return _stacked(torch.randn, seed, names, t, purpose, shape, dtype, device)
+    return _stacked(torch.randn, [stream(seed, name, t, purpose) for name in names], shape, dtype, device)
 
 
 def uniform(
@@ -64,20 +64,16 @@ def uniform(
     device: torch.device,
 ) -> Tensor:
     """Tensors uniform in [0, 1), one for each name; see `gaussian`."""
-    return _stacked(torch.rand, seed, names, t, purpose, shape, dtype, device)
+    return _stacked(torch.rand, [stream(seed, name, t, purpose) for name in names], shape, dtype, device)
 
 
 def _stacked(
     draw: Callable[..., Tensor],
-    seed: int,
-    names: Sequence[str],
-    t: int,
-    purpose: str,
+    streams: Sequence[torch.Generator],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    draws = [  # neither torch's default dtype nor its default device may have a say
-        draw(shape, generator=stream(seed, name, t, purpose), dtype=torch.float32, device="cpu") for name in names
-    ]
+    # Neither torch's default dtype nor its default device may have a say.
+    draws = [draw(shape, generator=one, dtype=torch.float32, device="cpu") for one in streams]
     return torch.stack(draws).to(device=device, dtype=dtype)

@@ -42,12 +42,12 @@ class LastPass:
 
     def enter(self, batch: Batch, rows: list[int] | None, delta: Tensor, result: Result) -> None:
         """Keep what norms are computed from, if somebody asks: small factors, or the norm itself of what is large."""
+        if batch.tracks:  # what is applied is an estimate, of which only the change was sent
+            return
         if isinstance(result.sent, LowRank):
             sent = result.sent.q if batch.projects and batch.context.m == batch.m else _norm_of_product(result.sent)
         else:
             sent = _norm_of(result.sent)
-        if batch.tracks:  # what is applied is an estimate, of which only the change was sent
-            return
         follows = result.kept is None and batch.context.m == batch.m and batch.memory.kept and batch.projects
         self.parts.append(_Part(batch, rows, sent, None if follows else _norm_of(delta)))
 
