@@ -171,7 +171,8 @@ def make_plan(
         )
 
     rows = tuple(row(slot, parts) for slot, parts in zip(slots, of_the_node, strict=True))
-    settings = ", ".join(f"{key}={value}" for key, value in compressor.describe().items() if key != "compressor")
+    described = {key: value for key, value in compressor.describe().items() if key != "compressor" and value is not None}
+    settings = ", ".join(f"{key}={value}" for key, value in described.items())
     delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
 
     kept = sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept)
