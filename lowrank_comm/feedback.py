@@ -15,7 +15,7 @@ C is not linear (ATOMO, quantised factors), each worker keeps its own y_i beside
 
 `rounds` = p repeats the compressor on what it left, R_0 = Delta, R_{k+1} = R_k - C_k(R_k), each round with draws and a
 state of its own, and sends all parts: the rest is (1 - delta)^p of Delta. NEOLITHIC calls that fast compressed
-communication.
+communication. A restart that sends the whole matrix (GreedyLore's) leaves nothing to repeat, and serves all rounds.
 
 Sources: Seide et al. 2014 (EF14); Richtarik, Sokolov, Fatkhullin, arXiv 2106.05203 (EF21); Fatkhullin, Tyurin, Richtarik,
 arXiv 2305.15155 (EF21-SGDM); Huang et al., arXiv 2206.03665 (NEOLITHIC).
@@ -111,10 +111,13 @@ class Rounds(_Around):
         return self.rounds * self.inner.elements(m, n, r)
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        return self.rounds * self.inner.restart_elements(m, n, r)
+        return self._rounds_of(True) * self.inner.restart_elements(m, n, r)
 
     def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
-        return self.rounds * self.inner.elements_at(m, n, r, t, restart)
+        return self._rounds_of(restart) * self.inner.elements_at(m, n, r, t, restart)
+
+    def _rounds_of(self, restart: bool) -> int:
+        return 1 if restart and self.inner.whole_restarts else self.rounds
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         state: State = {}
@@ -126,24 +129,34 @@ class Rounds(_Around):
         parts: list[Result] = []
         state_after: State = {}
         rest, kept = delta.tensor, False
-        for k in range(self.rounds):
-            names = _of_round(k, {symbol: symbol for symbol in self._symbols(state)})
-            own = {symbol: state[name] for name, symbol in names.items()}
+        for k in range(self._rounds_of(context.restart)):
+            own = _own_of_round(k, state)
             result: Result = yield from self.inner.step(Delta(rest), own, replace(context, round=k))
             kept |= result.kept is not None
             rest = rest - dense(result.sent) if result.kept is None else result.kept
             state_after |= _of_round(k, result.state)
             parts.append(result)
+        for k in range(len(parts), self.rounds):
+            state_after |= _of_round(k, parts[0].state)
         applied, sent = _sum([part.applied for part in parts]), _sum([part.sent for part in parts])
         return Result(applied, sent, state_after, kept=rest if kept else None)
 
-    def _symbols(self, state: State) -> list[str]:
-        return [symbol for symbol in state if "_round" not in symbol]
+
+ROUND = "_round"
+"""Between a symbol and the number of its round, from the second round (1) on; no compressor's own symbol has it."""
 
 
-def _of_round(k: int, entries: dict[str, Any]) -> dict[str, Any]:
-    """Entries under the names that they have in round k."""
-    return entries if k == 0 else {f"{symbol}_round{k}": entry for symbol, entry in entries.items()}
+def _of_round(k: int, state: State) -> State:
+    """The state of round k under the names that it has beside the others'."""
+    return state if k == 0 else {f"{symbol}{ROUND}{k}": tensor for symbol, tensor in state.items()}
+
+
+def _own_of_round(k: int, state: State) -> State:
+    """Its inverse: what round k finds among the states of all rounds, under its own names."""
+    if k == 0:
+        return {symbol: tensor for symbol, tensor in state.items() if ROUND not in symbol}
+    end = f"{ROUND}{k}"
+    return {symbol.removesuffix(end): tensor for symbol, tensor in state.items() if symbol.endswith(end)}
 
 
 def _sum(parts: list[LowRank | Tensor]) -> LowRank | Tensor:

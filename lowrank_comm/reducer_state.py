@@ -260,8 +260,10 @@ class ReducerState:
         self.mark_consolidated()
 
     def _average_errors(self) -> None:
-        if not self.schemes.linear:
-            _log.warning("%s is not linear: the mean error is a valid start, not an exact one", self.compressor.json_name)
+        rounded = [batch.compressor.json_name for batch in self._batches if not batch.compressor.linear]
+        if not self.schemes.linear or rounded:
+            which = dict.fromkeys([] if self.schemes.linear else [self.compressor.json_name]) | dict.fromkeys(rounded)
+            _log.warning("%s: not linear; the mean error is a valid start, not an exact one", ", ".join(which))
         for batch in self._batches:
             if batch.memory.kept:
                 mean = self._mean(batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True))

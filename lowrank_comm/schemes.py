@@ -33,7 +33,8 @@ class Schemes:
         seed: of the draws.
 
     Attributes:
-        linear: whether only the mean error matters: the compressor is linear, and nothing that it averages has codes.
+        linear: whether only the mean error of low-rank parameters matters: the compressor is linear, and nothing that it
+            averages has codes.
         scheme: the compressor, with its rounds and EF21 around it.
 
     Raises:
@@ -69,12 +70,39 @@ class Schemes:
         self.policy = Policy(self.scheme, min_compression_rate, tuple(rules), self.quantization.dense)
         self._shards, self._seed = shards, seed
         self._check_codes()
+        self._check_effect()
         if shards.whole_matrices:
             self._check_whole_matrices()
+
+    def _check_effect(self) -> None:
+        """ConfigError for an option of the compressor to which the form of error feedback leaves nothing to do."""
+        form, rounds, options = self.error_feedback.form, self.error_feedback.rounds, self.compressor.describe()
+        if options.get("consensus_restart") and form != "ef14":
+            raise ConfigError(
+                f'consensus_restart=True is about the error memory, which error_feedback.form="{form}" does not have; leave '
+                'consensus_restart out, or use error_feedback.form="ef14".'
+            )
+        for key in ("exact_restart", "apply_full"):
+            if options.get(key) and rounds > 1:
+                raise ConfigError(
+                    f"{key}=True sends the whole matrix at a restart, and leaves nothing to error_feedback.rounds={rounds}, "
+                    f"whose further rounds would find no subspace; leave {key} out, or use rounds=1."
+                )
 
     def _check_codes(self) -> None:
         """ConfigError for codes that would have no effect, or a bias that nothing takes back."""
         codes, name = self.quantization, self.compressor.json_name
+        if codes.of_compressors and not self.compressor.low_rank:
+            key = "factors" if codes.factors else "restart"
+            raise ConfigError(
+                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, which leaves every matrix dense; use "
+                f"quantization.dense={getattr(codes, key)!r}."
+            )
+        if codes.restart and not (self.compressor.averages_restarts or self.compressor.gathers):
+            raise ConfigError(
+                f"quantization.restart={codes.restart!r} has no meaning for {name} as it is set, whose restarts send nothing "
+                "of their own; leave it out."
+            )
         if codes.of_compressors and self.compressor.gathers:
             key = "factors" if codes.factors else "restart"
             raise ConfigError(

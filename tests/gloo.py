@@ -55,17 +55,30 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
         try:
             store, world, case, arguments = pickle.loads(message)
             torch.manual_seed(0)
-            dist.init_process_group(
-                "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
-            )
+            shared = dist.FileStore(store, world)
+            dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
             dist.barrier()  # all are connected before one may end
             answer = pickle.dumps((True, case(rank, *arguments)))
+            _wait_for_all(shared, world)
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
         connection.send_bytes(answer)
+
+
+def _wait_for_all(store: Any, world: int) -> None:
+    """Until all ranks have done the case, or for GRACE if some never do.
+
+    A rank that leaves closes its connections, also those of a subgroup to which a slower rank is still connecting; that one
+    would fail with "connectFullMesh failed ... Connection closed by peer".
+    """
+    deadline = time.monotonic() + GRACE
+    done = store.add("done", 1)
+    while done < world and time.monotonic() < deadline:
+        time.sleep(0.002)
+        done = store.add("done", 0)
 
 
 class GlooPool:

@@ -16,7 +16,7 @@ from driver import drive, simulation
 from reference import gradient, spectrum_matrix
 from torch import Tensor
 
-from lowrank_comm import Atomo, CompressedOptimizer, Identity, PowerSGD, PowerSGDPlus, RandomProjection
+from lowrank_comm import Atomo, CompressedOptimizer, GaLore, GreedyLore, Identity, PowerSGD, PowerSGDPlus, RandomProjection
 from lowrank_comm.checkpoint import load, restore, save, tag_of, tensors_of
 from lowrank_comm.compressors.base import Compressor, Context, Result
 from lowrank_comm.error_feedback import ErrorFeedback
@@ -246,6 +246,29 @@ def test_each_round_follows_a_subspace_of_its_own() -> None:
     assert float((x - dense(result.sent)[0]).norm()) == pytest.approx(float(np.linalg.norm(values[6:])), rel=1e-6)
 
 
+def test_a_restart_that_sends_everything_serves_all_rounds() -> None:
+    """GreedyLore's refresh is on the wire once, whatever the rounds; its basis is every round's, and later rounds choose
+    other columns of it than the first."""
+    options: dict[str, Any] = {"min_compression_rate": 1.0, "dtype": torch.float64}
+    sim = Simulation(
+        {"w": (M, N_COLUMNS)}, GreedyLore(rank=2, restart_every=4), 2, error_feedback=ErrorFeedback(rounds=2), **options
+    )
+    alone = Simulation({"w": (M, N_COLUMNS)}, GreedyLore(rank=2, restart_every=4), 2, **options)
+    gradients = [{"w": drawn(0, k)} for k in range(2)]
+    for t in range(3):
+        for each in (sim, alone):
+            each.reduce(gradients)
+        counted = [dict(each.last_reports[0].bytes) for each in (sim, alone)]
+        if t == 0:
+            assert counted[0] == counted[1]
+            state = sim.reducers[0].bases()["w"]
+            assert torch.equal(state["U"], state["U_round1"])
+        else:
+            assert counted[0]["factors"] == 2 * counted[1]["factors"]
+    error, error_alone = (sum(each.error_memory(k)["w"] for k in range(2)).norm() for each in (sim, alone))
+    assert float(error) < 0.8 * float(error_alone)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +290,22 @@ def test_each_round_follows_a_subspace_of_its_own() -> None:
 def test_what_has_no_meaning_is_refused(key: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"error_feedback\.{key}\b"):
         ErrorFeedback(**options)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "options", "words"),
+    [
+        (PowerSGDPlus(2, consensus_restart=True), {"form": "ef21"}, "consensus_restart=True.*ef21"),
+        (PowerSGDPlus(2, consensus_restart=True), {"form": "none"}, "consensus_restart=True.*none"),
+        (PowerSGDPlus(2, exact_restart=True), {"rounds": 2}, "exact_restart=True.*rounds=2"),
+        (GaLore(2, apply_full=True), {"rounds": 3}, "apply_full=True.*rounds=3"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_refused(compressor: Compressor, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Simulation({"w": (8, 6)}, compressor, 2, error_feedback=ErrorFeedback(**options))
+    Simulation({"w": (8, 6)}, compressor, 2)
 
 
 @pytest.mark.parametrize("options", [{"form": "ef14"}, {"form": "ef21"}, {"form": "ef21_sgdm"}, {"rounds": 2}], ids=str)

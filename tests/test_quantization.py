@@ -13,7 +13,7 @@ import torch
 from gloo import GlooPool
 from torch import Tensor
 
-from lowrank_comm import Atomo, Compressor, PowerSGD, RandomProjection
+from lowrank_comm import Acp, Atomo, Compressor, GoLore, Identity, PowerSGD, RandomProjection
 from lowrank_comm.communication import Group
 from lowrank_comm.communication.coded import CodedMean, Noise
 from lowrank_comm.communication.exchanges import among
@@ -266,8 +266,20 @@ def test_bad_settings_are_refused() -> None:
         (Atomo(2), Quantization(factors="int8"), "quantization.factors='int8'.*atomo.*gathered"),
         (Atomo(2), Quantization(restart="int4"), "quantization.restart='int4'.*atomo.*gathered"),
         (RandomProjection(2, form="unbiased"), Quantization(factors="int8"), "nearest.*random_projection.*stochastic"),
+        (PowerSGD(2), Quantization(restart="int8"), "quantization.restart='int8'.*powersgd.*leave it out"),
+        (Acp(2), Quantization(restart="int8"), "quantization.restart='int8'.*acp.*leave it out"),
+        (GoLore(2), Quantization(restart="int4"), "quantization.restart='int4'.*golore.*leave it out"),
+        (Identity(), Quantization(factors="int8"), "quantization.factors='int8'.*identity.*quantization.dense='int8'"),
     ],
-    ids=["gathered factors", "gathered restarts", "a bias that nothing takes back"],
+    ids=[
+        "gathered factors",
+        "gathered restarts",
+        "a bias that nothing takes back",
+        "no restarts",
+        "no restarts asked for",
+        "restarts that send nothing",
+        "nothing low-rank",
+    ],
 )
 def test_codes_that_do_not_suit_the_compressor_are_refused(
     compressor: Compressor, quantization: Quantization, words: str

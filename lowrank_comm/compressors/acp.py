@@ -67,6 +67,11 @@ class Acp(Compressor):
         if self.restart not in RESTARTS:
             raise ConfigError(f"Acp: restart={self.restart!r} is unknown; choose one of {', '.join(map(repr, RESTARTS))}.")
 
+    @property
+    def averages_restarts(self) -> bool:  # type: ignore[override]
+        """Where there are restarts."""
+        return self.restart_every is not None
+
     def elements(self, m: int, n: int, r: int) -> int:
         """The mean of two steps, rounded up; see `elements_at` for each."""
         return r * max(m, n) if r == min(m, n) else -(-r * (m + n) // 2)

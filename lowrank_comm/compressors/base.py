@@ -282,6 +282,8 @@ class Compressor(abc.ABC):
         projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T P, in every step, so that norms
             follow from Q_i and the error.
         gathers: what it sends is gathered and not averaged: each worker receives N - 1 times as much.
+        averages_restarts: a restart puts something of its own on the wire, an average of the kind "restart".
+        whole_restarts: a restart sends the whole matrix, and its state serves every one of `feedback.Rounds`.
     """
 
     rank: int = field(default=4)
@@ -296,6 +298,8 @@ class Compressor(abc.ABC):
     private: ClassVar[tuple[str, ...]] = ()
     projects: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
+    averages_restarts: ClassVar[bool] = False
+    whole_restarts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checked_positive_int(type(self).__name__, "rank", self.rank)

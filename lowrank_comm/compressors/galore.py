@@ -93,6 +93,7 @@ class GaLore(Compressor):
 
     json_name: ClassVar[str] = "galore"
     feedback: ClassVar[str] = "none"
+    averages_restarts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

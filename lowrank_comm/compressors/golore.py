@@ -92,6 +92,11 @@ class GoLore(GaLore):
         """A drawn basis needs no whole matrix, a decomposition does."""
         return self.galore_until == 0
 
+    @property
+    def averages_restarts(self) -> bool:  # type: ignore[override]
+        """GaLore's refreshes do; with a drawn subspace, a refresh is an ordinary step on the wire."""
+        return self.galore_until > 0
+
     def restart_elements(self, m: int, n: int, r: int) -> int:
         """Of the dearest refresh: GaLore's, where there are such; the others send nothing more than an ordinary step."""
         return super().restart_elements(m, n, r) if self.galore_until else self.elements(m, n, r)

@@ -82,6 +82,8 @@ class GreedyLore(Compressor):
     stagger: bool = False
 
     json_name: ClassVar[str] = "greedylore"
+    averages_restarts: ClassVar[bool] = True
+    whole_restarts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

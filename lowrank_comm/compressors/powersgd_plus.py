@@ -114,6 +114,7 @@ class PowerSGDPlus(PowerSGD):
     probes: int | None = None
 
     json_name: ClassVar[str] = "powersgd_plus"
+    averages_restarts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
