@@ -129,7 +129,8 @@ class Quantization:
         factors: "int8", "int4" or "sign" for what compressors average in ordinary steps (P and Q).
         restart: the same for what restarts average (a whole matrix, or factors).
         dense: the same for parameters that are not compressed, where it is shorter; they then have an error memory.
-        rounding: "nearest", or "stochastic" (int8 and int4).
+        rounding: "nearest", or "stochastic" (int8 and int4). Its draws follow from the seed, the step and the place in a
+            packet, so that another bucket size draws others.
 
     Raises:
         ConfigError: an unknown format or rounding, or stochastic rounding of signs.

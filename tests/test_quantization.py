@@ -254,6 +254,16 @@ def test_draws_differ_by_worker_step_and_kind_of_codes() -> None:
     assert off["nearest"] > 6 * error
 
 
+@pytest.mark.parametrize(("workers", "filling"), [(1, 0), (2, 1), (3, 0), (4, 1)])
+def test_what_fills_up_the_shares_is_counted_apart(workers: int, filling: int) -> None:
+    """700 numbers are 3 blocks of 256: shares of 3, 2, 1 and 1 blocks. The payload does not depend on the workers."""
+    sim = Simulation({"w": (700,)}, PowerSGD(2), workers, quantization=Quantization(dense="int8"))
+    sim.reduce([{"w": normal(700, seed=k)} for k in range(workers)])
+    report = sim.last_reports[0]
+    assert (report.bytes["dense"], report.surplus_bytes) == (3 * 260, filling * 260)
+    assert report.ratio == report.uncompressed_bytes / (report.total_bytes + filling * 260)
+
+
 def test_bad_settings_are_refused() -> None:
     for bad in ({"dense": "int2"}, {"factors": 8}, {"rounding": "up"}, {"dense": "sign", "rounding": "stochastic"}):
         with pytest.raises(ConfigError, match=re.escape("quantization.")):

@@ -30,6 +30,9 @@ class CodedMean:
         tensors: each (B, ...): B matrices, each with blocks of its own; or 1-D, one matrix.
         workers, rank: of the group.
         noise: (purpose, shape, device) -> uniform draws for stochastic rounding, or None for the nearest code.
+
+    Attributes:
+        filling: bytes of the empty blocks (fewer than N) that make all shares alike.
     """
 
     def __init__(self, format: Format, tensors: list[Tensor], workers: int, rank: int, noise: Noise | None) -> None:
@@ -38,6 +41,7 @@ class CodedMean:
         parts, counts = zip(*(self._in_blocks(tensor) for tensor in tensors), strict=True)
         self._share = -(-sum(part.shape[0] for part in parts) // workers)
         empty = self._share * workers - sum(part.shape[0] for part in parts)
+        self.filling = empty * format.block_bytes
         like = parts[0]
         self._blocks = torch.cat([*parts, like.new_zeros(empty, format.block)])
         self._counts = torch.cat([*counts, like.new_zeros(empty)])

@@ -3,7 +3,7 @@
 Counted is the payload: elements times bytes of the wire dtype, or the bytes of codes. A ring all-reduce carries
 2 (N - 1) / N times that over each worker's link, compressed or not, and so do the two legs of codes; so ratios are ratios
 of traffic too. A gather carries N - 1 times its payload, N / 2 times what an all-reduce does: its surplus, N / 2 - 1 times
-its payload, is kept apart and counts in the ratios.
+its payload, is kept apart and counts in the ratios. So is what fills up the shares of codes, less than a block a worker.
 
 Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the factors of a randomized one),
 "broadcast" (singular vectors computed on one worker), "scores" (by which GreedyLore chooses), "gather" (of ATOMO), "rows"
@@ -33,7 +33,7 @@ class Ledger:
         vetoed: passes that some worker vetoed.
         restarts: matrices restarted, in steps that were committed.
         inside: kind -> bytes that this rank handed to collectives between the ranks of its node.
-        surplus: bytes that gathers carry beyond an all-reduce of the same payload.
+        surplus: bytes that gathers carry beyond an all-reduce of the same payload, and the filling of coded shares.
         seconds: phase -> host seconds; see `diagnostics.StepReport`.
     """
 

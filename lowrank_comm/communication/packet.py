@@ -90,6 +90,7 @@ class Packet:
             mean = CodedMean(format, [self._entries[k].tensor for k in members], self._workers, self._rank, self._noise)
             self._coded.append((mean, members))
             self._to_check.append(mean.numbers)
+            self.surplus += mean.filling
             for k, sent in zip(members, mean.bytes, strict=True):
                 self.bytes[self._entries[k].kind] += sent
         for (wire, _), members in self._grouped(gathered=True).items():
