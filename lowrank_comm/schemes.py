@@ -95,13 +95,13 @@ class Schemes:
         if codes.of_compressors and not self.compressor.low_rank:
             key = "factors" if codes.factors else "restart"
             raise ConfigError(
-                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, which leaves every matrix dense; use "
-                f"quantization.dense={getattr(codes, key)!r}."
+                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, which leaves every matrix dense; "
+                f"use quantization.dense={getattr(codes, key)!r}."
             )
         if codes.restart and not (self.compressor.averages_restarts or self.compressor.gathers):
             raise ConfigError(
-                f"quantization.restart={codes.restart!r} has no meaning for {name} as it is set, whose restarts send nothing "
-                "of their own; leave it out."
+                f"quantization.restart={codes.restart!r} has no meaning for {name} as it is set, whose restarts send "
+                "nothing of their own; leave it out."
             )
         if codes.of_compressors and self.compressor.gathers:
             key = "factors" if codes.factors else "restart"
