@@ -91,7 +91,14 @@ def test_control_a_fixed_permutation_per_worker_pulls_the_points_away_from_x(mon
 
 
 @pytest.mark.parametrize(
-    "method", [InkheartSGD(1, uplink_fraction=1.0), MarinaP(1), M4(1, None, 1.0, 1.0), M3(1, None, 1.0, 1.0)], ids=repr
+    "method",
+    [
+        InkheartSGD(1, uplink_fraction=1.0),
+        MarinaP(1),
+        M4(1, uplink_fraction=1.0, gradient_weight=1.0),
+        M3(1, uplink_fraction=1.0, model_weight=1.0),
+    ],
+    ids=repr,
 )
 def test_uncompressed_it_is_plain_sgd_exactly(method: Method) -> None:
     """K = d, G = 1 (for M4 with a = 1, for M3 with beta = 1)."""

@@ -19,22 +19,20 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Context, Method, Request, Sent, State, Up, check_share
-from .randk import RandK
+from .base import Context, Request, State, check_share
+from .marina_uplink import MarinaUplink
 
 
 @dataclass(frozen=True)
-class M3(Method):
+class M3(MarinaUplink):
     """M3 with grouped PermK and RandK.
 
     z_i+ = (1-beta) z_i + beta w_i+;  g_i+ = h_i+ := grad f_i(z_i+) with probability q, else g_i + RandK_i(h_i+ - h_i)
 
     Args:
         downlink_groups, sync_probability: see `Method`.
-        uplink_fraction: K/d in (0, 1].
+        uplink_fraction, uplink_sync_probability, mask: see `MarinaUplink`.
         model_weight: beta in (0, 1], the weight of a new w_i in z_i.
-        uplink_sync_probability: q in (0, 1]; None for K/d.
-        mask: how RandK draws; see `randk`.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -46,29 +44,13 @@ class M3(Method):
     Source: M3 of arXiv 2402.06412, with PermK in groups.
     """
 
-    uplink_fraction: float = 0.25
     model_weight: float = 0.5
-    uplink_sync_probability: float | None = None
-    mask: str = "window"
 
     json_name: ClassVar[str] = "m3"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        RandK(self.uplink_fraction, self.mask)  # bad values fail here
         check_share(self, "model_weight", self.model_weight, "at 0 no worker would ever move")
-        if self.uplink_sync_probability is not None:
-            why = "without dense rounds the compression error stays"
-            check_share(self, "uplink_sync_probability", self.uplink_sync_probability, why)
-
-    @property
-    def uplink(self) -> RandK:
-        """The compressor of the uplink's ordinary steps."""
-        return RandK(self.uplink_fraction, self.mask)
-
-    def uplink_probability(self, d: int) -> float:
-        """q for d coordinates."""
-        return self.uplink.kept(d) / d if self.uplink_sync_probability is None else self.uplink_sync_probability
 
     def start(self, x: Tensor, context: Context) -> State:
         """z_i = w_i = x."""
@@ -83,12 +65,7 @@ class M3(Method):
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
         """MARINA. The first step sends everything."""
-        if "last" not in state or context.coin("uplink coin", self.uplink_probability(context.d)):
-            sent: Sent = yield Up(gradients, RandK(1.0))
-            g_bar = sent.mean
-        else:
-            sent = yield Up(gradients - state["last"], self.uplink)
-            g_bar = None if sent.mean is None else state["g_bar"] + sent.mean
+        _, g_bar = yield from self.send(gradients, state.get("last"), state.get("g_bar"), context)
         return g_bar, {"last": gradients.clone(), **({} if g_bar is None else {"g_bar": g_bar})}
 
     def moved(self, state: State) -> State:

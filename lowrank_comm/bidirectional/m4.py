@@ -35,23 +35,21 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Context, Method, Request, Sent, State, Up, check_share
+from .base import Context, Request, State, check_share
+from .marina_uplink import MarinaUplink
 from .problem import Problem
-from .randk import RandK
 
 
 @dataclass(frozen=True)
-class M4(Method):
+class M4(MarinaUplink):
     """M4 (our reconstruction): momentum on the workers, differences through RandK, grouped PermK downlink.
 
     v_i+ = (1-a) v_i + a gradient_i;  y_i+ = v_i+ with probability q, else y_i + RandK_i(v_i+ - v_i);  x+ = x - gamma y_bar+
 
     Args:
         downlink_groups, sync_probability: see `Method`.
-        uplink_fraction: K/d in (0, 1]; omega = d/K - 1.
+        uplink_fraction, uplink_sync_probability, mask: see `MarinaUplink`.
         gradient_weight: a in (0, 1], the weight of a new gradient in the momentum.
-        uplink_sync_probability: q in (0, 1]; None for K/d, with which a step sends at most 2 K coordinates in the mean.
-        mask: how RandK draws; see `randk`.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -63,44 +61,24 @@ class M4(Method):
     Source: reconstructed from the abstract of the paper named in `inkheart`; theorem and proof in this file's text.
     """
 
-    uplink_fraction: float = 0.25
     gradient_weight: float = 0.3
-    uplink_sync_probability: float | None = None
-    mask: str = "window"
 
     json_name: ClassVar[str] = "m4"
     server_state: ClassVar[tuple[str, ...]] = ("x", "y_bar")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        RandK(self.uplink_fraction, self.mask)  # bad values fail here
         check_share(self, "gradient_weight", self.gradient_weight, "at 0 no gradient would ever count")
-        if self.uplink_sync_probability is not None:
-            why = "without dense rounds the compression error stays"
-            check_share(self, "uplink_sync_probability", self.uplink_sync_probability, why)
-
-    @property
-    def uplink(self) -> RandK:
-        """The compressor of the uplink's ordinary steps."""
-        return RandK(self.uplink_fraction, self.mask)
-
-    def uplink_probability(self, d: int) -> float:
-        """q for d coordinates."""
-        return self.uplink.kept(d) / d if self.uplink_sync_probability is None else self.uplink_sync_probability
 
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
         """Momentum, and MARINA's uplink of its differences. The first step sends everything."""
         a = self.gradient_weight
-        first = "v" not in state
-        v = gradients.clone() if first else (1 - a) * state["v"] + a * gradients
-        if first or context.coin("uplink coin", self.uplink_probability(context.d)):
-            sent: Sent = yield Up(v, RandK(1.0))
-            y, y_bar = v, sent.mean
-        else:
-            sent = yield Up(v - state["v"], self.uplink)
-            y, y_bar = state["y"] + sent.own, None if sent.mean is None else state["y_bar"] + sent.mean
+        last = state.get("v")
+        v = gradients.clone() if last is None else (1 - a) * last + a * gradients
+        change, y_bar = yield from self.send(v, last, state.get("y_bar"), context)
+        y = v if change is None else state["y"] + change
         return y_bar, {"v": v, "y": y, **({} if y_bar is None else {"y_bar": y_bar})}
 
     def rejoin(self, server: State, context: Context) -> State:
