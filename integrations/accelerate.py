@@ -37,6 +37,8 @@ from ._compression import around, check, put_into_deepspeed
 __all__ = ["connect", "get", "prepare"]
 
 _OURS = "_lowrank_comm"
+_told: weakref.WeakKeyDictionary[CompressedOptimizer, tuple[weakref.ref[Any], Any]] = weakref.WeakKeyDictionary()
+"""Optimizer -> the `AcceleratedOptimizer` around it that is told of its steps, and the hook that tells it."""
 _WHO = "lowrank_comm.integrations.accelerate.prepare"
 
 
@@ -123,7 +125,8 @@ def connect(accelerator: Accelerator, prepared: Sequence[Any], is_training: Call
                     "no prepared model holds the parameters of the CompressedOptimizer; build it from this model, and "
                     "prepare both in one call."
                 )
-            if not optimizer.is_attached_to(fitting[0]):
+            told = _told[optimizer][0]() if optimizer in _told else None
+            if told is not one or not optimizer.is_attached_to(fitting[0]):  # another accelerator's, or none yet
                 _connect(accelerator, one, optimizer, fitting[0], is_training)
 
 
@@ -134,23 +137,28 @@ def _connect(
     model: nn.Module,
     is_training: Callable[[], bool] | None,
 ) -> None:
-    state, theirs = accelerator.gradient_state, weakref.ref(accelerator)
+    state, theirs, around = accelerator.gradient_state, weakref.ref(accelerator), weakref.ref(outer)
 
     def is_last_backward() -> bool:
         # The state is the process's, and says yes outside of a loop, too; the optimizer is this accelerator's until it is
         # freed (free_memory).
         there = theirs()
-        held = there is not None and any(one is outer for one in there._optimizers)
+        held = there is not None and any(one is around() for one in there._optimizers)
         return bool(state.sync_gradients) and held and (is_training is None or is_training())
 
     optimizer.attach(model, scaler=accelerator.scaler, is_last_backward=is_last_backward)
 
     def after_step(*_: Any) -> None:
         # What AcceleratedOptimizer.step looks at afterwards, with a scaler and without.
+        outer = around()
+        if outer is None:
+            return
         outer._is_overflow = optimizer.step_was_skipped
         outer._accelerate_step_called = not optimizer.step_was_skipped
 
-    optimizer.register_step_post_hook(after_step)
+    if optimizer in _told:
+        _told[optimizer][1].remove()
+    _told[optimizer] = (weakref.ref(outer), optimizer.register_step_post_hook(after_step))
     if not hasattr(accelerator.save_state, _OURS):
         accelerator.save_state = _consolidating(accelerator)  # type: ignore[method-assign]
 

@@ -7,6 +7,10 @@
 The tag stands twice because torch.distributed.checkpoint drops top-level keys that it does not know, without a word,
 and keeps what is in `state[parameter]`. Every trainable parameter has one, compressed or not, because it refuses a state
 dict in which some parameters have a state and others have none. No key has a dot, at which it splits flattened names.
+A plain optimizer that loads such a dict keeps the entries that it does not know, and saves them again after steps of its
+own. So the tag as numbers has the base's own count of steps beside it: where that has moved on, the errors are of another
+time, and are left out with a warning. (SGD counts no steps; there it cannot be told.)
+
 The entries are added to the dict only and never to the optimizer's live state: Adam takes a non-empty state for one
 that it has initialised. They are taken out before the base loads, because `Optimizer.load_state_dict` would cast a
 float32 error to a bfloat16 parameter's dtype.
@@ -14,6 +18,7 @@ float32 error to a bfloat16 parameter's dtype.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +28,8 @@ from torch import Tensor
 
 from .checkpoint import Tag
 from .reducer import Reducer
+
+_log = logging.getLogger(__name__)
 
 PREFIX = "lowrank_comm_"
 KEY = "lowrank_comm"
@@ -50,9 +57,16 @@ def add(
     for name, number in numbered:
         if name in devices:
             ours = {PREFIX + symbol: tensor for symbol, tensor in tensors.get(name, {}).items()}
-            ours[PREFIX + "tag"] = torch.tensor(numbers, device=devices[name])
-            state_dict["state"][number] = {**state_dict["state"].get(number, {}), **ours}
+            theirs = state_dict["state"].get(number, {})
+            ours[PREFIX + "tag"] = torch.tensor([*numbers, _steps_of(theirs)], device=devices[name])
+            state_dict["state"][number] = {**theirs, **ours}
     state_dict[KEY] = asdict(tag)
+
+
+def _steps_of(base_state: Mapping[str, Any]) -> int:
+    """How many steps a parameter's state in the base counts; -1 if it counts none."""
+    steps = base_state.get("step")
+    return -1 if steps is None else int(steps)
 
 
 def split(
@@ -74,15 +88,26 @@ def split(
         kept = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
         if kept:  # an empty state would look initialised to nobody, but SGD without momentum has none at all
             base_state[number] = kept
-    tag = Tag(**state_dict[KEY]) if KEY in state_dict else None
+    tag, stale = Tag(**state_dict[KEY]) if KEY in state_dict else None, ""
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, number in numbered:
         found = dict(ours.get(number, {}))
         numbers = found.pop("tag", None)
         if found:
             tensors[name] = found
-        if tag is None and numbers is not None:
-            layout, kind, rank, world, step, seed = (int(value) for value in numbers.tolist())
-            tag = Tag(_KINDS[kind], rank, world, step, seed, layout)
+        if KEY in state_dict or numbers is None:
+            continue
+        layout, kind, rank, world, step, seed, *counted = (int(value) for value in numbers.tolist())
+        now = _steps_of(base_state.get(number, {}))
+        if counted and counted[0] != now:  # an earlier version did not count
+            stale = f"{name}, which went on from step {counted[0]} to {now}"
+        tag = Tag(_KINDS[kind], rank, world, step, seed, layout)
+    if stale:
+        _log.warning(
+            "the state dict was saved by an optimizer without compression (%s): the compressor state in it is of an earlier "
+            "time, and is left out",
+            stale,
+        )
+        tag, tensors = None, {}
     plain = {key: value for key, value in state_dict.items() if key != KEY}
     return {**plain, "state": base_state}, tag, tensors

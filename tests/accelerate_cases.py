@@ -98,6 +98,29 @@ def resumed(rank: int, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return ways[0], ways[1]
 
 
+def in_two_accelerators(rank: int, second: bool) -> dict[str, Any]:
+    """Two epochs of one optimizer, the second one in an accelerator of its own; then a step that is not finite."""
+    with environment("plain"):
+        model, loader = model_and_data()
+        optimizer: Any = CompressedOptimizer.from_config(torch.optim.SGD(model.parameters(), lr=0.3), RANK_2)
+        ways: list[dict[str, Any]] = []
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        prepared = prepare(accelerator, model, optimizer, loader)
+        for epoch in range(2):
+            if epoch and second:
+                accelerator.free_memory()
+                accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+                prepared = prepare(accelerator, model, optimizer, loader)
+            scheduler = accelerator.prepare(torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.95))
+            ways.append(loop(accelerator, *prepared[:2], scheduler, prepared[2], epochs=1))
+        overflow = torch.full_like(model[0].weight, float("inf"))  # type: ignore[arg-type, index]
+        model[0].weight.grad = None  # type: ignore[index]
+        accelerator.gradient_state._set_sync_gradients(True)
+        accelerator.backward((model[0].weight * overflow).sum())  # type: ignore[index]
+        prepared[1].step()
+        return {**ways[1], "skipped": accelerator.optimizer_step_was_skipped}
+
+
 def overflow_on_one_rank(rank: int, scaled: bool) -> dict[str, Any]:
     """Rank 1 has an inf in the gradient of the second step."""
     with environment("ddp"):

@@ -58,6 +58,16 @@ def test_a_step_that_one_rank_cannot_make_is_skipped_by_all(gloo: GlooPool, scal
     torch.testing.assert_close(ranks[0]["parameters"], ranks[1]["parameters"], rtol=0, atol=0)
 
 
+def test_one_optimizer_in_two_accelerators_one_after_the_other(gloo: GlooPool) -> None:
+    """As in one: gradients are averaged at the end of backward, so that clipping acts on what was decoded, and the second
+    accelerator is told of a step that was skipped."""
+    (whole,), (parted,) = gloo.run(cases.in_two_accelerators, 1, False), gloo.run(cases.in_two_accelerators, 1, True)
+    assert parted["losses"] == whole["losses"]
+    assert parted["norms"] == whole["norms"]
+    assert parted["steps"] == whole["steps"]
+    assert parted["skipped"] and whole["skipped"]
+
+
 def test_wrong_use(gloo: GlooPool) -> None:
     for said in gloo.run(cases.wrong_use, 2):
         assert "nothing to compress with" in said["nothing"]

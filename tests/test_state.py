@@ -126,6 +126,23 @@ def test_a_plain_optimizers_state_is_accepted_with_a_warning(caplog: pytest.LogC
     assert "zero" in caplog.text
 
 
+@pytest.mark.parametrize("between", [0, 2])
+def test_errors_of_an_earlier_time_do_not_come_back(between: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Compressed, plain for some steps, compressed again: a plain Adam hands on the entries that it does not know."""
+    one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
+    one.train(0, FIRST, 0)
+    plain = torch.optim.Adam(one.model.named_parameters(), lr=0.01)
+    plain.load_state_dict(read(saved(one.optimizer.state_dict())))
+    for _ in range(between):
+        plain.step()  # with the gradients that are there
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        other.optimizer.load_state_dict(read(saved(plain.state_dict())))
+    assert ("without compression" in caplog.text) == (between > 0)
+    if between:
+        assert f"0.weight, which went on from step {FIRST} to {FIRST + between}" in caplog.text or "1.bias" in caplog.text
+    assert all(bool(error.any()) == (not between) for error in other.optimizer.error_memory().values())
+
+
 def test_state_dict_before_the_first_step() -> None:
     """Accelerate calls it in prepare(): nothing to say yet, nothing raised, nothing warned; what it gives can be
     loaded."""
