@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from lowrank_comm.bidirectional import (
 )
 from lowrank_comm.bidirectional import inkheart as inkheart_module
 from lowrank_comm.bidirectional import m4 as m4_module
+from lowrank_comm.bidirectional.base import Context
 from lowrank_comm.bidirectional.permk import Blocks
 from lowrank_comm.randomness import stream
 
@@ -88,6 +90,26 @@ def test_control_a_fixed_permutation_per_worker_pulls_the_points_away_from_x(mon
 
     monkeypatch.setattr(PermK, "draw", fixed)
     assert drift() > 10 * fresh
+
+
+def test_draws_do_not_depend_on_torchs_default_dtype_or_device() -> None:
+    """Ranks that differed in a coin would wait for each other in different collectives."""
+
+    def drawn() -> list[Any]:
+        context = [Context(3, t, 5, 8, (0,), True, torch.device("cpu")) for t in range(100)]
+        blocks = [PermK(groups).draw(3, 1, 5, 8) for groups in (2, 5)]  # of changing and of fixed members
+        whole = torch.arange(1.0, 9.0, dtype=torch.float32, device="cpu")
+        return [[one.coin("downlink coin", 0.3) for one in context], *(b.restrict(whole, range(5)).tolist() for b in blocks)]
+
+    expected = drawn()
+    assert 10 < sum(expected[0]) < 50
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert drawn() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert drawn() == expected
 
 
 @pytest.mark.parametrize(

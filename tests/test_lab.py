@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import yaml
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from lowrank_comm import ConfigError
+from lowrank_comm import ConfigError, LowRankCommError
 from lowrank_comm.config import Section
-from lowrank_comm.lab import pages
+from lowrank_comm.lab import pages, running
 from lowrank_comm.lab.__main__ import main
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings
 from lowrank_comm.lab.experiments import EXPERIMENTS
@@ -120,6 +121,41 @@ def test_rows_of_other_settings_are_refused_with_the_fix(toy: type[Toy], tmp_pat
     run_preset(toy_preset(), tmp_path)
     with pytest.raises(ConfigError, match=r"3 rows that were made for other settings.*--output-dir.*delete that file"):
         run_preset(toy_preset(scale=2.0), tmp_path)
+
+
+def test_rows_of_another_version_are_kept_and_named(toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_preset(toy_preset(), tmp_path, only="case[01]")
+    monkeypatch.setattr(running, "code", lambda: "another")
+    console = Console(record=True, width=300)
+    toy.ran.clear()
+    run_preset(toy_preset(), tmp_path, console=console)
+    assert toy.ran == ["case2"]
+    assert "2 of 2 finished cases were run by another version of the sources (the first: case0)" in console.export_text()
+    assert len({row["code"] for row in read_lines(tmp_path / "rows.jsonl")}) == 2
+
+
+def test_under_torchrun_a_case_that_fails_ends_the_call(
+    toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that went on to the next case would meet the others in another collective."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LowRankCommError, match=r"case1 failed(.|\n)*broken on purpose"):
+        run_preset(toy_preset(broken=1), tmp_path)
+    assert toy.ran == ["case0", "case1"]
+    assert [row["key"] for row in read_lines(tmp_path / "rows.jsonl")] == ["case0"]
+    with pytest.raises(ConfigError, match="--jobs 2 under torchrun"):
+        run_preset(toy_preset(), tmp_path, jobs=2)
+
+
+def test_a_note_that_was_cut_off_is_named(toy: type[Toy], tmp_path: Path) -> None:
+    run_preset(toy_preset(), tmp_path)
+    note = tmp_path / "run.json"
+    note.write_text(note.read_text()[:40])
+    with pytest.raises(ConfigError, match=r"run\.json is no JSON.*delete it"):
+        run_preset(toy_preset(), tmp_path)
+    note.unlink()
+    assert run_preset(toy_preset(), tmp_path).finished == 3
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from lowrank_comm.lab import pages
 from lowrank_comm.lab.experiments import EXPERIMENTS
+from lowrank_comm.lab.preset import load
+from lowrank_comm.lab.rows import plain
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 FILES = pages.published_files(RESULTS)
@@ -39,3 +41,19 @@ def test_the_rows_are_of_the_preset_that_is_named(file: Path) -> None:
     keys = [row["key"] for row in published.rows]
     assert len(keys) == len(set(keys)) > 0
     assert set(keys) <= {case.key for case in published.preset.experiment.cases(published.preset.settings)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_preset_is_still_the_one_that_was_run(file: Path) -> None:
+    published = pages.read_published(file)
+    now = load(published.meta["preset"])
+    assert now.settings.model_dump(mode="json") == published.meta["settings"], f"run {published.meta['command']} anew"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem == "traffic"], ids=lambda file: file.stem)
+def test_what_can_be_run_again_in_seconds_still_comes_out(file: Path) -> None:
+    published = pages.read_published(file)
+    kind, settings = published.preset.experiment, published.preset.settings
+    rows = {row["key"]: row["result"] for row in published.rows}
+    for case in kind.cases(settings):
+        assert plain(kind.run(settings, case, lambda share, text: None), pages.DIGITS) == rows[case.key], case.key

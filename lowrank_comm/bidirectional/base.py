@@ -111,7 +111,8 @@ class Context:
         """True with probability p; the same on all parties."""
         if p >= 1.0:
             return True
-        return bool(torch.rand((), generator=stream(self.seed, "bidirectional", self.t, purpose), device="cpu") < p)
+        drawn = stream(self.seed, "bidirectional", self.t, purpose)
+        return bool(torch.rand((), generator=drawn, dtype=torch.float32, device="cpu") < p)
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,11 @@ class Blocks:
     def restrict(self, vector: Tensor, workers: Sequence[int]) -> Tensor:
         """Q_i(vector) of several workers at once: (d,) -> (W, d)."""
         size, longer = divmod(len(self.permutation), self.count)
-        lengths = torch.full((self.count,), size)
+        lengths = torch.full((self.count,), size, device="cpu")
         lengths[:longer] += 1
         owner = torch.empty_like(self.permutation)
-        owner[self.permutation] = (torch.arange(self.count) - self.shift).remainder(self.count).repeat_interleave(lengths)
+        groups = (torch.arange(self.count, device="cpu") - self.shift).remainder(self.count)
+        owner[self.permutation] = groups.repeat_interleave(lengths)
         rows, scale = self.group, self.scale
         if len(workers) < len(rows):
             rows, scale = rows[list(workers)], scale[list(workers)]
@@ -110,7 +111,8 @@ class PermK:
         permutation = torch.randperm(d, generator=stream(seed, "bidirectional", t, "PermK coordinates"), device="cpu")
         numbers = stream(seed, "bidirectional", t, "PermK workers")
         shift = int(torch.randint(self.groups, (), generator=numbers, device="cpu"))
-        places = torch.arange(n) if self.fixed(n) else torch.randperm(n, generator=numbers, device="cpu")
+        in_order = torch.arange(n, device="cpu")
+        places = in_order if self.fixed(n) else torch.randperm(n, generator=numbers, device="cpu")
         group = places % self.groups
         sizes = torch.bincount(group, minlength=self.groups)
         return Blocks(permutation, group, (n / sizes.double())[group], shift, self.groups)

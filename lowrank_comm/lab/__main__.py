@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ except ModuleNotFoundError as missing:
 from ..errors import ConfigError, LowRankCommError
 from . import pages
 from .preset import Preset, checked, load, names
-from .running import RUN_FILE, first_process, ordered_rows, run_preset
+from .running import RUN_FILE, first_process, ordered_rows, read_note, run_preset
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Experiments that show what each algorithm does.")
 console = Console()
@@ -100,7 +99,7 @@ def _run_of(folder: Path) -> tuple[Preset, dict[str, Any]]:
     path = folder / RUN_FILE
     if not path.is_file():
         raise ConfigError(f"{folder} holds no {RUN_FILE}; give the --output-dir of a run.")
-    meta = json.loads(path.read_text(encoding="utf-8"))
+    meta = read_note(path)
     content = {key: meta[key] for key in ("experiment", "description", "settings")}
     return checked(content, meta["preset"], meta["command"].rpartition(" run ")[2]), meta
 

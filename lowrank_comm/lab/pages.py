@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,11 +185,24 @@ def source_of(picture: Path) -> str | None:
 
 
 def _seeds(settings: Mapping[str, Any]) -> str:
-    """The settings' seeds as a sentence, where they have some."""
-    seeds = settings.get("seeds", settings.get("seed"))
-    if seeds is None:
-        return ""
-    return f"Seeds {', '.join(map(str, seeds))}. " if isinstance(seeds, list) else f"Seed {seeds}. "
+    """The settings' seeds as a sentence, where they have some, each with the parts of the settings that it stands in."""
+    found: dict[str, list[str]] = {}
+    for where, seeds in _seeds_in(settings):
+        found.setdefault(seeds, []).append(where)
+    if list(found.values()) == [[""]]:
+        seeds = next(iter(found))
+        return f"Seed{'s' if ',' in seeds else ''} {seeds}. "
+    told = [f"{seeds} ({', '.join(where or 'all else' for where in parts)})" for seeds, parts in found.items()]
+    return f"Seeds {'; '.join(told)}. " if told else ""
+
+
+def _seeds_in(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
+    """(path of the part, its seeds)."""
+    for key, value in settings.items():
+        if key in ("seed", "seeds"):
+            yield where, ", ".join(map(str, value if isinstance(value, list) else [value]))
+        elif isinstance(value, Mapping):
+            yield from _seeds_in(value, f"{where} {key}".strip())
 
 
 def _time(seconds: float) -> str:

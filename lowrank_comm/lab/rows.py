@@ -1,15 +1,18 @@
 """The rows of a run: one JSON line a finished case, in a file that only grows, so that a run can be killed at any time.
 
-A line: {"key", "params", "result", "seconds", "made_for"}. `made_for` is a hash of all that the result depends on; a row
-that was made for other settings is never mixed with new ones. A last line without its end, which a kill leaves, does not
-count and is cut off before the next row is written.
+A line: {"key", "params", "result", "seconds", "made_for", "code"}. `made_for` is a hash of all settings that the result
+depends on; a row that was made for other settings is never mixed with new ones. `code` is one of the package's sources; rows
+of another version are kept, and that is said, since most changes touch no result. A last line without its end, which a kill
+leaves, does not count and is cut off before the next row is written.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,14 @@ def fingerprint(value: Any) -> str:
 def made_for(experiment: Experiment, settings: Any, case: Case) -> str:
     """Fingerprint of all that the case's result depends on."""
     return fingerprint([experiment.name, experiment.depends_on(settings, case), case.params])
+
+
+@functools.cache
+def code() -> str:
+    """Fingerprint of the package's Python files."""
+    package = Path(__file__).parents[1]
+    files = sorted(package.rglob("*.py"))
+    return fingerprint([[path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")] for path in files])
 
 
 def plain(value: Any, digits: int | None = None) -> Any:
@@ -107,3 +118,4 @@ class Rows:
             file.truncate(whole)
             file.write(line(row).encode())
             file.flush()
+            os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """Running a preset: the cases that are not finished, one after the other or in processes side by side, with a progress bar.
 
-A case that raises does not stop the others. It leaves no row, so the next call runs it again.
+A case that raises does not stop the others. It leaves no row, so the next call runs it again. Under torchrun, where all
+processes run every case together, it ends the call: a process that went on would meet the others in the wrong collective.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from .. import __version__
-from ..errors import ConfigError
+from ..errors import ConfigError, LowRankCommError
 from .experiment import Case, Row
 from .experiments import experiment
 from .preset import Preset
-from .rows import Rows, fingerprint, made_for, plain
+from .rows import Rows, code, fingerprint, made_for, plain
 
 RUN_FILE = "run.json"
 
@@ -86,10 +87,14 @@ def run_preset(
         console: where progress is shown; nowhere if None.
 
     Raises:
-        ConfigError: the folder holds rows of other settings, no case fits `only`, or jobs < 1.
+        ConfigError: the folder holds rows of other settings, no case fits `only`, jobs < 1, or jobs > 1 under torchrun.
+        LowRankCommError: a case failed under torchrun.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs} must be at least 1.")
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if jobs > 1 and together:
+        raise ConfigError(f"--jobs {jobs} under torchrun: its processes run every case together; leave --jobs out.")
     kind, settings = preset.experiment, preset.settings
     every = kind.cases(settings)
     keys = [case.key for case in every]
@@ -104,6 +109,13 @@ def run_preset(
     first = first_process()
     if first:
         _note(preset, folder)
+        older = [key for key, row in done.items() if row.get("code", code()) != code()]
+        if older and console is not None:
+            console.print(
+                f"{len(older)} of {len(done)} finished cases were run by another version of the sources (the first: "
+                f"{older[0]}); delete {rows.path} to run them again.",
+                markup=False, highlight=False,
+            )  # fmt: skip
     ended = Ended(finished=len(done), total=len(every))
     with _bars(console if first else None, preset.name, len(every), len(done)) as bars:
         for stage in sorted({kind.stage(settings, case) for case in todo}):
@@ -112,9 +124,12 @@ def run_preset(
             for case, outcome in _outcomes(preset, ready, jobs, bars):
                 if isinstance(outcome, str):
                     ended.failed[case.key] = outcome
+                    if together:
+                        raise LowRankCommError(f"{case.key} failed; the finished cases stay. {outcome}")
                 else:
                     if first:
-                        rows.append(outcome | {"made_for": made_for(kind, settings, given[case.key])})
+                        made = {"made_for": made_for(kind, settings, given[case.key]), "code": code()}
+                        rows.append(outcome | made)
                     done[case.key] = outcome
                     ended.finished += 1
                 bars.case_ended(case.key, isinstance(outcome, str))
@@ -200,7 +215,7 @@ def _note(preset: Preset, folder: Path) -> None:
     """Write what this folder is for, once for each version of the settings."""
     settings = preset.settings.model_dump(mode="json")
     path = folder / RUN_FILE
-    if path.is_file() and json.loads(path.read_text())["settings_hash"] == fingerprint(settings):
+    if path.is_file() and read_note(path)["settings_hash"] == fingerprint(settings):
         return
     folder.mkdir(parents=True, exist_ok=True)
     note = {
@@ -213,7 +228,22 @@ def _note(preset: Preset, folder: Path) -> None:
         "settings_hash": fingerprint(settings),
         "settings": settings,
     }
-    path.write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside = path.with_suffix(".new")  # a kill leaves the old note or the new one, never half of one
+    beside.write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What a folder's run.json says.
+
+    Raises:
+        ConfigError: it is no whole JSON.
+    """
+    try:
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); delete it, and `run` writes it again; the rows stay.") from None
+    return note
 
 
 class _Bars:

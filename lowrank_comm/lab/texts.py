@@ -12,6 +12,7 @@ What is held out falls into two parts of one size: learning rates are chosen on 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,11 @@ class TextSettings(LabSettings):
         if self.held_out_tokens < 2 * self.sequence_length:
             raise ValueError("held_out_tokens must hold two blocks of sequence_length at least")
         return self
+
+    def what_it_says(self) -> dict[str, Any]:
+        """All that the blocks depend on: the settings without the cache, and of a file what is in it."""
+        content = {} if self.file is None else {"sha256": hashlib.sha256(Path(self.file).read_bytes()).hexdigest()}
+        return self.model_dump(mode="json", exclude={"cache"}) | content
 
 
 class Text(Protocol):

@@ -9,9 +9,10 @@ taken seed by seed (`comparison`), and one inside its 95 % interval is called so
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
@@ -141,12 +142,14 @@ class Ablations(Experiment):
             "on another seed (* the least or the largest of them). `against the first`: geometric mean of the ratios seed "
             "by seed; inside the spread where its 95 % interval holds 1. "
             "Where the rates differ, the coarse grid is a part of the difference. "
+            f"{_floor_text(settings, rows)}"
             f"Of {comparisons} such intervals about {0.05 * comparisons:.0f} would miss it by chance. "
             "Elements are what one worker sends in a step for both matrices "
             f"({p.hidden * p.inputs + p.outputs * p.hidden} uncompressed); peak: the most in one step after the first.\n\n"
             "![Final loss by variant](losses.png)"
         )
-        groups = [text for group in settings.groups if (text := _group_text(settings, group, rows))]
+        floor = _floor(settings, rows)
+        groups = [text for group in settings.groups if (text := _group_text(settings, group, rows, floor))]
         return "\n\n".join([about, *groups, _drift_text(settings, rows)])
 
 
@@ -203,7 +206,36 @@ def _finals(rows: Sequence[Row], group: str, variant: str) -> tuple[Row | None, 
     return None, {}
 
 
-def _group_text(settings: AblationSettings, group: Group, rows: Sequence[Row]) -> str:
+def _twins(settings: AblationSettings) -> Iterator[tuple[Group, Variant, Variant]]:
+    """Variants that differ in `consensus_restart` alone: one algorithm in exact arithmetic."""
+    for group in settings.groups:
+        plain = [(variant, variant.section | {"consensus_restart": False}) for variant in group.variants]
+        for (one, section), (other, same) in itertools.combinations(plain, 2):
+            if section == same and one.momentum == other.momentum:
+                yield group, one, other
+
+
+def _floor(settings: AblationSettings, rows: Sequence[Row]) -> float:
+    """The largest relative difference of a seed between twins; 0 without any."""
+    found = [0.0]
+    for group, *pair in _twins(settings):
+        (_, one), (_, other) = (_finals(rows, group.name, variant.name) for variant in pair)
+        found += [abs(one[seed] / other[seed] - 1) for seed in one if seed in other]
+    return max(found)
+
+
+def _floor_text(settings: AblationSettings, rows: Sequence[Row]) -> str:
+    names = [f"{one.name} and {other.name}" for _, one, other in _twins(settings)]
+    if not names:
+        return ""
+    return (
+        f"{'; '.join(names)} are one algorithm in exact arithmetic, since only the mean error counts, and differ by up to "
+        f"{100 * _floor(settings, rows):.1f} % in a seed: that is what round-off grows to, and a mean ratio nearer to 1 "
+        "than that is called so, whatever its interval says. "
+    )
+
+
+def _group_text(settings: AblationSettings, group: Group, rows: Sequence[Row], floor: float) -> str:
     reference = _finals(rows, group.name, group.variants[0].name)[1]
     lines = []
     for variant in group.variants:
@@ -215,15 +247,15 @@ def _group_text(settings: AblationSettings, group: Group, rows: Sequence[Row]) -
         result = row["result"]
         counts = [f"{result['elements']:.0f}", f"{result['peak_elements']:.0f}"]
         edge = "*" if result["rate"] in (min(settings.rates), max(settings.rates)) else ""
-        lines.append([variant.name, f"{result['rate']:g}{edge}", loss, _against(finals, reference), *counts])
+        lines.append([variant.name, f"{result['rate']:g}{edge}", loss, _against(finals, reference, floor), *counts])
     if not lines:
         return ""
     heads = ["variant", "rate", "final loss", "against the first", "elements a step", "peak"]
     return f"## {group.question}\n\n" + table(heads, lines)
 
 
-def _against(finals: dict[int, float], reference: dict[int, float]) -> str:
-    """The ratio to the reference with its verdict."""
+def _against(finals: dict[int, float], reference: dict[int, float], floor: float) -> str:
+    """The ratio to the reference with its verdict; floor: what round-off alone makes of it."""
     if finals == reference:
         return "equal" if finals else ""
     # Logarithms, so that a variant against another is the inverse of the other against it.
@@ -232,6 +264,8 @@ def _against(finals: dict[int, float], reference: dict[int, float]) -> str:
         return ""
     low, high = math.exp(found.mean - found.half_width), math.exp(found.mean + found.half_width)
     word = {0: "inside the spread", 1: "worse", -1: "better"}[found.sign or 0]
+    if found.sign and abs(math.exp(found.mean) - 1) <= floor:
+        word = "no more than round-off"
     return f"{math.exp(found.mean):.3f} ({low:.3f} to {high:.3f}), {word}"
 
 

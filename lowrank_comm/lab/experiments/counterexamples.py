@@ -269,9 +269,10 @@ def _window_text(settings: CounterexampleSettings, rows: Sequence[Row]) -> str:
     return (
         "## The same at the paper's size, and round-off\n\n"
         f"X is 2 x 2, SGD with rate {part.rate:g}. The first step at which D^T X D has moved by more than {part.change:g}, "
-        f"within {part.steps} steps. Theorem 1 holds in exact arithmetic. In floating point the error memory grows "
-        "without bound in the hidden direction, and with it the round-off in the subspace. In the paper's coordinates both "
-        "entries of the basis are rounded alike; in rotated ones, which change nothing in the theorem, they are not.\n\n"
+        f"within {part.steps} steps. Theorem 1 holds in exact arithmetic. In floating point every power iteration "
+        "multiplies what round-off has brought into the subspace; with error feedback the memory grows in the hidden "
+        "direction besides, and its round-off with it. In the paper's coordinates both entries of the basis are rounded "
+        "alike; in rotated ones, which change nothing in the theorem, they are not.\n\n"
         + table(["coordinates", "number type", "method"] + [f"N = {n}" for n in part.workers], lines)
     )
 

@@ -138,7 +138,7 @@ class LanguageModel(Experiment):
         """All but the lists that say which other cases there are."""
         part, method = case.params["part"], settings.methods[case.params["method"]]
         common = {
-            "text": settings.text.model_dump(mode="json", exclude={"cache"}),
+            "text": settings.text.what_it_says(),
             "workers": settings.workers,
             "dtype": settings.dtype,
         }
@@ -174,7 +174,8 @@ class LanguageModel(Experiment):
             model, section, training.recipe, params["learning_rate"], settings.workers, backward, progress
         )
         held_out = text.held_out(0 if params["part"] == "tune" else 1)
-        loss = math.nan if trained.diverged else held_out_loss(model, held_out, workers, training.batch, device)
+        at_once = training.micro_batch or training.batch  # what fits into the memory in training
+        loss = math.nan if trained.diverged else held_out_loss(model, held_out, workers, at_once, device)
         perplexity = math.exp(loss) if loss < 50 else math.inf
         return {
             "loss": loss,
@@ -220,8 +221,8 @@ def held_out_loss(model: nn.Module, blocks: Sequence[Tensor], workers: Workers, 
     model.eval()
     own = workers.share(blocks)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for start in range(0, len(own), 4 * batch):
-        ids = torch.stack(list(own[start : start + 4 * batch])).to(device)
+    for start in range(0, len(own), batch):
+        ids = torch.stack(list(own[start : start + batch])).to(device)
         loss = model(input_ids=ids, labels=ids).loss
         sums += torch.stack([loss.double() * len(ids), torch.full_like(loss, len(ids), dtype=torch.float64)])
     total, count = workers.total(sums).tolist()

@@ -175,7 +175,8 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
         "Perplexity: mean ± standard deviation over the seeds. Ratio: of each seed's perplexities, in the same way; beside "
         f"it that of the paper's Table 3 (LLaMA {settings.paper} on C4, one seed). Against PowerSGD: mean of the seeds' "
         "relative differences ± half of the 95 % confidence interval (Student's t); where that holds zero, the difference "
-        "is inside the spread. Sent a step: the ledger's count of a worker; times less: than uncompressed.",
+        "is inside the spread. Sent a step: the ledger's count of a worker; times less: than uncompressed, both "
+        "as handed to the collectives." + _gathered(settings, rows),
         "## The paper's order",
         listed([claim for rank in final.ranks for claim in final.claims(rank)]),
         "## Does the gap shrink with the rank?",
@@ -187,6 +188,21 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
     if settings.larger is not None:
         parts += _larger(settings, rows)
     return "\n\n".join(parts)
+
+
+def _gathered(settings: Any, rows: Sequence[Row]) -> str:
+    """That a gather's bytes weigh more."""
+    names = [
+        name
+        for name in settings.methods
+        if any("gather" in row["result"]["sent"]["bytes"] for row in rows if row["params"]["method"] == name)
+    ]
+    if not names:
+        return ""
+    return (
+        f" What {', '.join(settings.methods[name].label for name in names)} sends is gathered: over each link go "
+        f"N / 2 = {settings.workers / 2:g} times as many bytes as in an all-reduce of the same number."
+    )
 
 
 def _about(settings: Any, rows: Sequence[Row]) -> str:
