@@ -216,7 +216,7 @@ class Levels:
 
     def error_memory(self, reducer: Reducer) -> dict[str, Tensor]:
         """Parameter name -> this rank's block of its error, a live view; empty where it holds no row, dense ones absent."""
-        return {slot.name: error for slot, _, error in reducer.blocks() if error is not None}
+        return {slot.name: shaped["error"] for slot, _, shaped in reducer.blocks() if "error" in shaped}
 
     def notes(self) -> list[str]:
         """Lines of the plan: what every rank holds until the boundary, and what goes inside a node."""

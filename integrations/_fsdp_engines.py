@@ -146,18 +146,23 @@ class HSDPEngine(FSDPEngine):
 
     @override
     def saved(self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
-        """DTensors, which torch.distributed.checkpoint reshards: errors like their parameters; bases of blocks as blocks."""
+        """DTensors, which torch.distributed.checkpoint reshards: errors, and what else has a parameter's shape, like their
+        parameters; bases of blocks as blocks."""
         named, whole_bases = dict(self._named), self.shards.size == 1 or self.shards.whole_matrices
         result: dict[str, dict[str, Tensor]] = {}
-        for slot, largest, error in reducer.blocks():
+        for slot, largest, shaped in reducer.blocks():
             parameter, bases = named[slot.name], block_bases(reducer, slot, largest)
             if not whole_bases:
-                mesh = self._shard_mesh(parameter)
+                mesh, once = self._shard_mesh(parameter), reducer.schemes.of(largest)[0].once
+                # Checkpoints take what is plain from any rank, so a rank without rows, which has seen nothing, has none.
+                plain = {symbol: bases.pop(symbol) for symbol in once if symbol in bases}
                 bases = {
                     of_blocks(symbol, self.shards.size): DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)
                     for symbol, basis in bases.items()
-                }
-            result[slot.name] = bases if error is None else {"error": self.error_view(slot, parameter, error), **bases}
+                } | (plain if slot.numel else {})
+            copies = {symbol: tensor if symbol == "error" else tensor.clone() for symbol, tensor in shaped.items()}
+            views = {symbol: self.error_view(slot, parameter, tensor) for symbol, tensor in copies.items()}
+            result[slot.name] = views | bases
         return result
 
     def _shard_mesh(self, parameter: Tensor) -> DeviceMesh:

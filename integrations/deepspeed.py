@@ -266,7 +266,8 @@ class DeepSpeedAdapter:
             return
         if (folder / checkpoint.FILE_NAME).is_file():
             _log.warning("%s was left there by another run, and is ignored", folder / checkpoint.FILE_NAME)
-        _log.warning("%s was saved without compression: the error memory starts from zero", folder)
+        memory = self.reducer.schemes.error_feedback.memory
+        _log.warning("%s was saved without compression: the %s starts from zero", folder, memory)
         self.reducer.reset()
 
 

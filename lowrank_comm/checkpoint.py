@@ -1,6 +1,7 @@
 """The compressor's state on disk and in state dicts, keyed by parameter name; safetensors, no pickle.
 
-What is saved: for each compressed parameter its error and its basis Q; the step; the seed; and what kind of error it is:
+What is saved: for each compressed parameter its error and its basis Q; the step; the seed; and what kind of error it is
+(or of EF21's y and v, which are saved as errors are: in the parameter's shape, whatever blocks of it a rank holds):
 
     "mean"  the mean of all workers' errors. Linear compressors use nothing else, so every worker of a run of any size
             may start from it, and the run goes on as if it had not been interrupted.
@@ -18,7 +19,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,11 +70,11 @@ class Tag:
             StateMismatchError: kind "own" from another rank or world size, or an unknown format.
         """
         check_format(self.format, "the saved state")
-        here = reducer.here
+        here, memory = reducer.here, reducer.schemes.error_feedback.memory
         if self.kind == "own" and (self.rank, self.world) != here:
             raise StateMismatchError(
-                f"the saved error memory is {self.whose} own of {self.world} ranks; this is rank {here[0]} of "
-                f"{here[1]}. Loading it here would lose the other workers' errors. Call "
+                f"the saved {memory} is {self.whose} own of {self.world} ranks; this is rank {here[0]} of "
+                f"{here[1]}. Loading it here would lose that of the other workers. Call "
                 "optimizer.consolidate_error_memory() on all ranks before state_dict(), then it fits any worker."
             )
 
@@ -101,14 +102,16 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     if shards.size == 1:
         return {name: {k: t.detach().cpu() for k, t in parts.items()} for name, parts in tensors_of(reducer).items()}
     result: dict[str, dict[str, Tensor]] = {}
-    for slot, largest, error in reducer.blocks():
-        entry = {}
-        if error is not None:
-            entry["error"] = shards.whole(error.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint")
+    for slot, largest, shaped in reducer.blocks():
+        entry = {
+            symbol: shards.whole(tensor.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint")
+            for symbol, tensor in shaped.items()
+        }
         bases = block_bases(reducer, slot, largest)
         if not shards.whole_matrices:
             gathered = {symbol: shards.gather(basis.reshape(-1), "checkpoint") for symbol, basis in bases.items()}
-            bases = {of_blocks(symbol, shards.size): gathered[symbol].view(-1, *bases[symbol].shape) for symbol in bases}
+            stacked = {symbol: gathered[symbol].view(-1, *bases[symbol].shape) for symbol in bases}
+            bases = _by_blocks(stacked, reducer.schemes.of(largest)[0].once)
         result[slot.name] = {k: t.detach().cpu() for k, t in (entry | bases).items()}
     return result
 
@@ -117,13 +120,19 @@ def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     """`whole_tensors_of` before the first step, without communication: zero errors, and bases that nobody has used."""
     shards = reducer.shards
     result: dict[str, dict[str, Tensor]] = {}
-    for slot, largest, error in reducer.blocks():
+    for slot, largest, shaped in reducer.blocks():
         bases = block_bases(reducer, slot, largest)
         if not shards.whole_matrices:  # copies, since DCP loads in place
-            bases = {of_blocks(k, shards.size): torch.stack([basis] * shards.size) for k, basis in bases.items()}
-        zero = {} if error is None else {"error": torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)}
-        result[slot.name] = zero | bases
+            stacked = {symbol: torch.stack([basis] * shards.size) for symbol, basis in bases.items()}
+            bases = _by_blocks(stacked, reducer.schemes.of(largest)[0].once)
+        zeros = {symbol: torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype) for symbol in shaped}
+        result[slot.name] = zeros | bases
     return result
+
+
+def _by_blocks(stacked: Mapping[str, Tensor], once: Sequence[str]) -> dict[str, Tensor]:
+    """Of the bases of all blocks, (F, ...): by a symbol that tells F, and of the first block what is equal for all."""
+    return {k if k in once else of_blocks(k, len(t)): t[0] if k in once else t for k, t in stacked.items()}
 
 
 def of_blocks(symbol: str, count: int) -> str:
@@ -132,24 +141,34 @@ def of_blocks(symbol: str, count: int) -> str:
 
 
 def block_bases(reducer: Reducer, slot: Slot, largest: Treatment) -> dict[str, Tensor]:
-    """symbol -> this rank's basis (n, r) in the room of that of the largest block; zero where it has no column."""
-    rooms = {symbol: torch.zeros_like(tensor) for symbol, tensor in reducer.schemes.initial_state(slot, largest).items()}
-    for symbol, basis in reducer.bases_of(slot.name).items():
-        rooms[symbol][tuple(slice(0, size) for size in basis.shape)] = basis
+    """symbol -> this rank's basis (n, r) in the room of that of the largest block; zero where it has no column. Of all that
+    is not in the shape of the block."""
+    initial, shaped = reducer.schemes.initial_state(slot, largest), reducer.schemes.of(largest)[0].model_shaped
+    rooms = {symbol: torch.zeros_like(tensor) for symbol, tensor in initial.items() if symbol not in shaped}
+    held = reducer.bases_of(slot.name)
+    for symbol in rooms.keys() & held.keys():
+        rooms[symbol][tuple(slice(0, size) for size in held[symbol].shape)] = held[symbol]
     return rooms
 
 
+def _in_memory(reducer: Reducer, name: str) -> tuple[str, ...]:
+    """Symbols of what is kept of one parameter's earlier gradients: right for any rank and any blocks, unlike a basis."""
+    scheme = reducer.scheme_of(name)
+    return ("error", *((*scheme.model_shaped, *scheme.once) if scheme else ()))
+
+
 def _cut_to(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """What this rank holds of saved tensors: its block of a whole error, its basis of those of all blocks."""
+    """What this rank holds of saved tensors: its block of a whole error or the like, its basis of those of all blocks."""
     slots = {slot.name: slot for slot in reducer.slots}
     own_basis = f"{_OF}{reducer.shards.size}"
     result: dict[str, dict[str, Tensor]] = {}
     for name, saved in tensors.items():
         slot = slots.get(name)
         parts: dict[str, Tensor] = {}
+        memory = _in_memory(reducer, name)
         for symbol, given in saved.items():
             tensor = given.to_local() if isinstance(given, DTensor) else given
-            if symbol == "error" and slot is not None and slot.whole is not None and tensor.shape == slot.whole:
+            if symbol in memory and slot is not None and slot.whole is not None and tensor.shape == slot.whole:
                 tensor = reducer.shards.own(tensor, slot.dim)
             elif symbol.endswith(own_basis) and reducer.shards.size > 1:
                 symbol, tensor = symbol.removesuffix(own_basis), tensor[reducer.shards.rank] if tensor.dim() == 3 else tensor
@@ -176,21 +195,20 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
     tag.check_usable_by(reducer)
     known = tensors_of(reducer)
     for name, saved in _cut_to(reducer, tensors).items():
-        if "error" not in saved:
-            continue
-        if "error" not in known.get(name, {}):
-            if float(torch.linalg.vector_norm(saved["error"].float())) == 0.0:
-                continue
+        here = known.get(name, {})
+        if "error" in saved and "error" not in here and float(torch.linalg.vector_norm(saved["error"].float())) != 0.0:
             raise StateMismatchError(
                 f"{name!r} has a saved error memory but is not a compressed parameter of this run with one; it would be "
                 "lost. Resume with the same model, names, rank, min_compression_rate, rules and error_feedback; to give it "
                 "up on purpose, take the compressor's state out of the checkpoint."
             )
-        if saved["error"].numel() != known[name]["error"].numel():
-            raise StateMismatchError(
-                f"{name!r}: the saved error memory is {tuple(saved['error'].shape)}, the parameter "
-                f"{tuple(known[name]['error'].shape)}; resume with the same model."
-            )
+        for symbol in saved.keys() & here.keys() & set(_in_memory(reducer, name)):
+            if saved[symbol].numel() != here[symbol].numel():
+                what = "error memory" if symbol == "error" else symbol
+                raise StateMismatchError(
+                    f"{name!r}: the saved {what} is {tuple(saved[symbol].shape)}, the parameter "
+                    f"{tuple(here[symbol].shape)}; resume with the same model."
+                )
 
 
 def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -204,27 +222,33 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     """
     check_fits(reducer, tag, tensors)
     known, tensors = tensors_of(reducer), _cut_to(reducer, tensors)
-    fresh = sorted(name for name, parts in known.items() if parts and name not in tensors)
-    if fresh:
-        _log.warning("no saved error memory for %d parameters (first: %s): they start from zero", len(fresh), fresh[0])
-    reducer.reset(fresh)  # and no others: the saved tensors may be this reducer's own, as in load_state_dict(state_dict())
+    empty = sorted(name for name, parts in known.items() if parts and name not in tensors)
+    reducer.reset(empty)  # and no others: the saved tensors may be this reducer's own, as in load_state_dict(state_dict())
     anew: list[str] = []
-    unused = sorted({k for name, saved in tensors.items() for k in saved.keys() - known.get(name, {}).keys() - {"error"}})
+    symbols = {(name, k.split(_OF)[0]) for name, saved in tensors.items() for k in saved}
+    unused = sorted({k for name, k in symbols if k not in known.get(name, {}) and k != "error"})
     for name in sorted(known.keys() & tensors.keys()):
-        saved = tensors[name]
-        fits = {k: v for k, v in saved.items() if k != "error" and k in known[name] and v.shape == known[name][k].shape}
-        if len(fits) < len(known[name].keys() - {"error"}):
-            anew.append(name)
-            saved = {"error": saved["error"].clone()} if "error" in saved else {}
+        saved, here = tensors[name], known[name]
+        memory = here.keys() & set(_in_memory(reducer, name))
+        fits = {k: saved[k] for k in here if k in saved and (k in memory or saved[k].shape == here[k].shape)}
+        # Each is kept or starts anew as one: y_mean would not be the mean of y's that started from zero.
+        for group, those in ((memory, empty), (here.keys() - memory, anew)):
+            if not group <= fits.keys():
+                those.append(name)
+                fits = {k: tensor.clone() for k, tensor in fits.items() if k not in group}
+        if name in empty or name in anew:
             reducer.reset([name])
-        error = saved.get("error", torch.zeros(known[name]["error"].shape)) if "error" in known[name] else None
-        reducer.set_state(name, error, fits)
+        reducer.set_state(name, fits.pop("error", None), fits)
+    words = reducer.schemes.error_feedback.memory
     if unused:
         _log.warning("the saved run had another scheme: its %s is not used here", ", ".join(unused))
+    if empty:
+        _log.warning("no saved %s for %d parameters (first: %s): they start from zero", words, len(empty), empty[0])
     if anew:
+        kept = "" if set(anew) <= set(empty) or reducer.schemes.error_feedback.form == "none" else f", the {words} is kept"
         _log.warning(
-            "the saved bases of %d parameters (first: %s) are of another rank, or of other blocks of rows: they start anew, "
-            "the error memory is kept",
+            "the saved bases of %d parameters (first: %s) are of another rank, or of other blocks of rows: they start "
+            f"anew{kept}",
             len(anew),
             anew[0],
         )
@@ -290,7 +314,7 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
         name: what `save` returned, if the caller knows: any other file is refused.
 
     Returns:
-        False, after a warning, where there is no file: the error memory then starts from zero.
+        False, after a warning, where there is no file: all then starts from zero.
 
     Raises:
         StateMismatchError: on every worker, if the file does not fit this run, cannot be read, is another one than `name`
@@ -314,12 +338,13 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
         seen = ", ".join(f"{one['found']} on rank {rank}" for rank, one in enumerate(told))
         raise StateMismatchError(f"{path} is {seen}; all workers must see the same files.")
     if found is None:
+        memory = reducer.schemes.error_feedback.memory
         if name is not None:
             raise StateMismatchError(
-                f"{path} is missing, and with it the error memory that this checkpoint was saved with. Copy it from the "
+                f"{path} is missing, and with it the {memory} that this checkpoint was saved with. Copy it from the "
                 "checkpoint's original folder, or load without the optimizer's state."
             )
-        _log.warning("%s is missing: the checkpoint was saved without compression; error memory starts from zero", path)
+        _log.warning("%s is missing: the checkpoint was saved without compression; the %s starts from zero", path, memory)
         reducer.reset()
         return False
     restore(reducer, *found)

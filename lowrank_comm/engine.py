@@ -120,7 +120,7 @@ class Engine:
         return tensor
 
     def error_view(self, slot: Slot, parameter: Tensor, error: Tensor) -> Tensor:
-        """An error memory as the user sees it."""
+        """An error memory, or what else has a parameter's shape, as the user sees it."""
         return error
 
     def saved(self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:

@@ -122,6 +122,12 @@ class ErrorFeedback:
         """Whether there is an error memory, as there is unless another form is asked for."""
         return self.form in (None, "ef14")
 
+    @property
+    def memory(self) -> str:
+        """What is kept of earlier gradients, in words."""
+        kept = {"ef21": "EF21 memory (y)", "ef21_sgdm": "EF21 memory (y, v)", "none": "state of the compressor"}
+        return kept.get(self.form or "", "error memory")
+
 
 class ErrorMemory:
     """Errors of one batch of matrices, (B, m, n), zero at the start (e_0 = 0 in Algorithm 2 of arXiv 2509.11254).

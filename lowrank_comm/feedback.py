@@ -7,7 +7,8 @@
     ef21_sgdm    v - y, v <- (1-a) v + a g     y_bar <- y_bar + mean C         contractive C     v, and y <- y + C(v - y)
 
 `ef14` is the papers' form (7a of arXiv 2509.11254), and lives in the reducer, where Delta is formed (`error_feedback`). The
-others need no error memory: they are compressors around a compressor, and what they keep is state like any other.
+others need no error memory: they are compressors around a compressor, and y and v are their state. Checkpoints keep these as
+they keep errors: whole, and each worker's own as the mean, of which y_bar is the mean again.
 
 EF21 with one y. Where C is linear and its subspace shared, mean C(g_i - y_i) = C(g_bar - y_bar), so that all workers may
 keep the same y = y_bar: c_i = C(g_i - y). The trajectory is the same, and y is right for any worker at any world size. Where
@@ -191,10 +192,15 @@ class EF21(_Around):
     momentum: float | None
     shared: bool
     symbols: ClassVar[tuple[str, ...]] = ("y", "y_mean", "v", "v_started")
+    once: ClassVar[tuple[str, ...]] = ("v_started",)
 
     @property
     def private(self) -> tuple[str, ...]:  # type: ignore[override]
         return (() if self.shared else ("y",)) + (() if self.momentum is None else ("v",))
+
+    @property
+    def model_shaped(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("y",) + (() if self.shared else ("y_mean",)) + (() if self.momentum is None else ("v",))
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         rows = len(range(m)[context.rows])

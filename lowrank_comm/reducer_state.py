@@ -155,34 +155,42 @@ class ReducerState:
             for row, name in enumerate(batch.names)
         }
 
-    def blocks(self) -> list[tuple[Slot, Treatment, Tensor | None]]:
+    def blocks(self) -> list[tuple[Slot, Treatment, dict[str, Tensor]]]:
         """Of every parameter that is given to a compressor in this node: the slot, the treatment of its largest block, which
-        decides that, and this rank's error, a live view; empty where other ranks of the node hold all of its rows, None
-        where no error is kept."""
+        decides that, and by symbol what this rank keeps in its shape: the error, a live view, where one is kept, and the
+        compressor's `model_shaped` state as it is now. Tensors are empty where other ranks of the node hold all rows."""
         memory, blocks = self.error_memory(), []
         for slot in self.slots:
             largest = self.schemes.treat(slot, 0)
             if not largest.batched:
                 continue
-            error = memory.get(slot.name)
-            if error is None and self.schemes.of(largest)[1].keeps_errors:
-                error = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
-            blocks.append((slot, largest, error))
+            compressor, error_feedback = self.schemes.of(largest)
+            held = self.bases_of(slot.name) | ({"error": memory[slot.name]} if slot.name in memory else {})
+            symbols = (("error",) if error_feedback.keeps_errors else ()) + compressor.model_shaped
+            if not held:
+                held = {symbol: torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device) for symbol in symbols}
+            blocks.append((slot, largest, {symbol: held[symbol] for symbol in symbols}))
         return blocks
 
+    def scheme_of(self, name: str) -> Compressor | None:
+        """What serves one parameter, with all that is around it; None where it is not compressed on this rank."""
+        return self._place[name][0].compressor if name in self._place else None
+
     def bases_of(self, name: str) -> dict[str, Tensor]:
-        """State of the compressor of one parameter, live; {} where it is not compressed on this rank."""
+        """State of the compressor of one parameter, live, in the parameter's shape what is `model_shaped`; {} where the
+        parameter is not compressed on this rank."""
         if name not in self._place:
             return {}
         batch, row = self._place[name]
-        return {symbol: tensor[row] for symbol, tensor in batch.state.items()}
+        shape, shaped = self.slots[batch.slots[row]].shape, batch.compressor.model_shaped
+        return {k: tensor[row].reshape(shape) if k in shaped else tensor[row] for k, tensor in batch.state.items()}
 
     def bases(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> state of the compressor by its symbol (Q), a copy as it is now."""
+        """Parameter name -> state of the compressor by its symbol (Q), as in `bases_of`, a copy as it is now."""
         return {
-            name: {symbol: tensor[row].clone() for symbol, tensor in batch.state.items()}
+            name: {symbol: tensor.clone() for symbol, tensor in self.bases_of(name).items()}
             for batch in self._batches
-            for row, name in enumerate(batch.names)
+            for name in batch.names
         }
 
     @torch.no_grad()
@@ -195,7 +203,8 @@ class ReducerState:
             memory = batch.memory.tensor
             memory[row] = error.to(memory).view(batch.m, batch.n)
         for symbol, value in state.items():
-            batch.state[symbol][row] = value.to(batch.state[symbol])
+            here = batch.state[symbol]
+            here[row] = value.to(here).reshape(here[row].shape)
 
     @torch.no_grad()
     def reset(self, names: Sequence[str] | None = None) -> None:
@@ -261,9 +270,10 @@ class ReducerState:
 
     def _average_errors(self) -> None:
         rounded = [batch.compressor.json_name for batch in self._batches if not batch.compressor.linear]
-        if not self.schemes.linear or rounded:
+        if self.keeps_private_state and (rounded or not self.schemes.linear):
             which = dict.fromkeys([] if self.schemes.linear else [self.compressor.json_name]) | dict.fromkeys(rounded)
-            _log.warning("%s: not linear; the mean error is a valid start, not an exact one", ", ".join(which))
+            words = "%s: not linear; the workers' mean %s is a valid start, not an exact one"
+            _log.warning(words, ", ".join(which), self.schemes.error_feedback.memory)
         for batch in self._batches:
             if batch.memory.kept:
                 mean = self._mean(batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True))

@@ -69,7 +69,8 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         # Gathered for a state dict, with the consolidation that it is of.
         self._whole_state: tuple[object, dict[str, dict[str, Tensor]]] | None = None
         # bad values fail here
-        Reducer([], compressor, engine.group, **{**options, "initial_basis": None}, bucket_bytes=bucket_bytes)
+        empty = Reducer([], compressor, engine.group, **{**options, "initial_basis": None}, bucket_bytes=bucket_bytes)
+        self._memory = empty.schemes.error_feedback.memory  # for messages
 
     @abstractmethod
     def _watch_backward(self) -> None:
@@ -176,9 +177,9 @@ class OptimizerWithReducer(OptimizerAroundAnother):
             error feedback is "ef14".
         """
         return {
-            slot.name: self._engine.error_view(slot, self._by_name[slot.name], error)
-            for slot, _, error in self.reducer.blocks()
-            if error is not None
+            slot.name: self._engine.error_view(slot, self._by_name[slot.name], shaped["error"])
+            for slot, _, shaped in self.reducer.blocks()
+            if "error" in shaped
         }
 
     @property
@@ -232,7 +233,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
             if tag.kind == "own" and tag.step > 0 and not self._warned_own:
                 self._warned_own = True
                 warnings.warn(
-                    f"state_dict() holds {tag.whose} own error memory only. Call consolidate_error_memory() on all "
+                    f"state_dict() holds {tag.whose} own {self._memory} only. Call consolidate_error_memory() on all "
                     "ranks before saving; then it fits every worker, at any world size.",
                     stacklevel=2,
                 )
@@ -270,7 +271,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
                 self._whole_state = (self.reducer.consolidation, copy.deepcopy(tensors)) if tag.kind == "mean" else None
         else:
             if state_dict["state"] or (self._reducer is not None and self._reducer.step > 0):
-                _log.warning("the state dict holds no compressor state: the error memory starts from zero")
+                _log.warning("the state dict holds no compressor state: the %s starts from zero", self._memory)
             if self._reducer is not None:
                 self._reducer.reset()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

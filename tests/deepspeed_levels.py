@@ -305,6 +305,23 @@ def checkpoints(rank: int, folder: str, stage: int, scope: str) -> dict[str, Any
     return found
 
 
+def ef21_in_other_blocks(rank: int, folder: str) -> dict[int, dict[str, Tensor]]:
+    """What EF21 keeps of this rank's blocks: before two ranks of a node save it, and where one or four load it."""
+    section = RESTARTS | {"error_feedback": {"form": "ef21_sgdm"}}
+    found = {}
+    for size in (F, 1, WORLD):
+        with engines(engine_of(config(1, section=two_levels(section, size=size)))) as engine:
+            if size == F:
+                train(engine, range(4), rank)
+            else:
+                engine.load_checkpoint(folder)
+            bases = adapter_of(engine).reducer.bases()
+            if size == F:  # which averages
+                engine.save_checkpoint(folder)
+            found[size] = {f"{name}/{k}": tensor for name, kept in bases.items() for k, tensor in kept.items() if k != "Q"}
+    return found
+
+
 def cases(folder: str) -> dict[str, Case]:
     """Every case by name."""
     listed: dict[str, Case] = {}
@@ -337,6 +354,7 @@ def cases(folder: str) -> dict[str, Case]:
     add("one node", parity, 2, 1, two_levels(FULL_RANK, size=WORLD))
     for stage in (1, 3):
         add(f"dropped pass {stage}", mishaps.dropped_pass, stage, "engine", two_levels(RESTARTS))
+    add("EF21 in other blocks", ef21_in_other_blocks, f"{folder}/ef21")
     add("other models", other_models)
     add("part of the world", part_of_the_world)
     add("mesh", mesh)

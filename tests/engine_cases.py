@@ -253,6 +253,37 @@ def second_part(rank: int, setup: Setup, stop: int, more: int, folder: str, way:
     return {name: full(p) for name, p in plain_names(model).items()}
 
 
+def in_other_blocks(
+    rank: int, first: Setup, second: Setup, stop: int, more: int, folder: str
+) -> dict[str, dict[str, Tensor]]:
+    """What a run ends with that is saved in the blocks of `first` and goes on in those of `second`, by way of saving."""
+    model, optimizer = built(first)
+    run(rank, model, optimizer, 0, stop, first)
+    checkpoint.save(optimizer.reducer, folder)
+    saved_state(model, optimizer, "dcp", folder)
+    flags = [entry.get("lowrank_comm_v_started") for entry in optimizer.state_dict()["state"].values()]
+    assert all(flag is None or bool(flag.all()) for flag in flags)  # whichever rank's torch.distributed.checkpoint takes
+    dcp.save({"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    optimizer.detach()
+    found = {}
+    for way in ("file", "whole", "disk"):
+        model, optimizer = built(second)
+        if way == "disk":
+            state = {"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer)}
+            dcp.load(state, checkpoint_id=folder, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+            set_model_state_dict(model, state["m"])
+            set_optimizer_state_dict(model, optimizer, state["o"])
+        else:
+            load_state(model, optimizer, "dcp", folder, None)
+        if way == "file":
+            optimizer.reducer.reset()
+            checkpoint.load(optimizer.reducer, folder)
+        run(rank, model, optimizer, stop, more, second)
+        found[way] = {name: full(p) for name, p in plain_names(model).items()}
+        optimizer.detach()
+    return found
+
+
 def same_data(rank: int, model: nn.Module, optimizer: CompressedOptimizer, first: int, count: int) -> None:
     """Four parts of data, whatever the number of ranks: the mean gradient is the same."""
     world = dist.get_world_size()

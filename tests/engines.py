@@ -7,6 +7,7 @@ LayerNorm, a layer whose gradient has less than full rank, and (on request) tied
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -266,8 +267,9 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
     return result
 
 
-def simulated(setup: Setup, world: int) -> dict[str, Any]:
-    """The same training in this process: nodes (or ranks) as workers, their gradients averaged by `Simulation`."""
+def simulated(setup: Setup, world: int, then: Setup | None = None, at: int = 0, lost: str = "") -> dict[str, Any]:
+    """The same training in this process: nodes (or ranks) as workers, their gradients averaged by `Simulation`. `then`,
+    `at`: saved at this step and gone on with so, see `goes_on`."""
     model = Net(**setup.model)
     optimizer = setup.base(model.named_parameters())
     workers = setup.nodes or world
@@ -276,6 +278,11 @@ def simulated(setup: Setup, world: int) -> dict[str, Any]:
     losses: list[list[float]] = [[] for _ in range(world)]
     norms = []
     for step in range(setup.steps):
+        if then is not None and step == at:
+            workers = then.nodes or world
+            old, ranks = average, world // workers
+            average = _averages(then, model, workers, ranks)
+            goes_on(old.args[0], average.args[0], at, lost)  # type: ignore[attr-defined]
         gradients = []
         for rank in range(world):
             model.zero_grad()
@@ -311,10 +318,9 @@ def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Calla
     """node gradients -> what all apply: exact without a compressor, else by the simulation, perhaps block by block."""
     if setup.compressor is None:
         return _mean
+    ranks = 1 if setup.scope == "matrix" else ranks
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     options = {"min_compression_rate": 0, "seed": 3} | {k: v for k, v in setup.options.items() if k in OF_THE_REDUCER}
-    if ranks == 1 or setup.scope == "matrix":
-        return Simulation(shapes, setup.compressor, workers, **options).reduce
     blocks = [
         {
             name: (rows.stop - rows.start, *shape[1:])
@@ -323,22 +329,45 @@ def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Calla
         }
         for f in range(ranks)
     ]
-    simulations = [Simulation(block, setup.compressor, workers, **options) for block in blocks]
+    return functools.partial(_reduced, [Simulation(block, setup.compressor, workers, **options) for block in blocks])
 
-    def average(nodes: list[dict[str, Any]]) -> dict[str, Any]:
-        parts = []
-        for f, simulation in enumerate(simulations):
-            cut = [
-                {name: None if node[name] is None else node[name][block_of(shapes[name][0], ranks, f)] for name in blocks[f]}
-                for node in nodes
+
+def _reduced(simulations: list[Simulation], nodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """By one simulation for each block of rows."""
+    parts = []
+    for f, simulation in enumerate(simulations):
+        names = [slot.name for slot in simulation.reducers[0].slots]
+        cut = [
+            {n: None if node[n] is None else node[n][block_of(len(node[n]), len(simulations), f)] for n in names}
+            for node in nodes
+        ]
+        parts.append(simulation.reduce(cut))
+    return {
+        name: None if parts[0][name] is None else torch.cat([part[name] for part in parts if name in part])
+        for name in parts[0]
+    }
+
+
+def goes_on(olds: list[Simulation], news: list[Simulation], at: int, lost: str = "") -> None:
+    """A run with EF21 in other blocks and with other workers: every worker has the mean of what the workers kept, its rows
+    where they belong now; bases are new. `lost`: a symbol that starts anew instead."""
+    for new in news:
+        for reducer in new.reducers:
+            reducer.continue_at(at)
+    for name, kept in olds[0].reducers[0].bases().items():
+        for symbol in kept.keys() & {"y", "y_mean", "v"} - {lost}:
+            blocks = [
+                torch.stack([reducer.bases()[name][symbol] for reducer in old.reducers]).mean(0)
+                for old in olds
+                if name in old.reducers[0].bases()
             ]
-            parts.append(simulation.reduce(cut))
-        return {
-            name: None if parts[0][name] is None else torch.cat([part[name] for part in parts if name in part])
-            for name in shapes
-        }
-
-    return average
+            whole = torch.cat(blocks)
+            assert whole.norm() > 0
+            for f, new in enumerate(news):
+                for reducer in new.reducers:
+                    if name in reducer.bases():
+                        started = {"v_started": torch.ones(1, 1)} if symbol == "v" else {}
+                        reducer.set_state(name, None, {symbol: whole[block_of(len(whole), len(news), f)], **started})
 
 
 def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

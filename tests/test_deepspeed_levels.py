@@ -194,6 +194,24 @@ def test_checkpoints_of_one_and_two_levels(look: Look, stage: int) -> None:
         assert all(map(math.isfinite, one["goes on"]))
 
 
+def test_what_ef21_keeps_goes_on_in_other_blocks(look: Look) -> None:
+    """y and the mean v of both nodes, whole; `last.weight` has five rows, of which the fourth rank of four has none."""
+    found = look("EF21 in other blocks")
+    one = found[0][1]
+    for key in one:
+        kept, in_four = ([rank[size][key] for rank in found if key in rank[size]] for size in (levels.F, levels.WORLD))
+        assert len(in_four) == (3 if key.startswith("last") else 4)
+        assert all(torch.equal(rank[1][key], one[key]) for rank in found)
+        if key.endswith("v_started"):
+            assert all(bool(flag.all()) == ("sometimes" not in key) for flag in kept + in_four)
+            continue
+        assert bool(one[key].any()) == ("sometimes" not in key)
+        assert torch.equal(torch.cat(in_four), one[key])
+        means = torch.cat([(kept[k] + kept[k + levels.F]) / 2 for k in range(levels.F)])
+        torch.testing.assert_close(one[key], means)
+        assert torch.equal(kept[0], kept[levels.F]) == (key.endswith("y") or "sometimes" in key)  # v is each node's own
+
+
 # ---------------------------------------------------------------- who is a node
 
 WRONG = {

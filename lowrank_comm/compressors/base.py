@@ -279,6 +279,9 @@ class Compressor(abc.ABC):
         unbiased: E C(Delta) = Delta: what does without error feedback.
         feedback: form of error feedback unless another one is asked for; see `error_feedback.FORMS`.
         private: symbols of the state that differ between workers; all others have the same bits on all.
+        model_shaped: symbols of the state that are of the matrix element by element, as its error is: checkpoints keep them
+            whole, as they keep errors, so that they fit whatever blocks of rows a rank holds.
+        once: symbols of the state that are equal for all blocks of rows of a parameter.
         projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T P, in every step, so that norms
             follow from Q_i and the error.
         gathers: what it sends is gathered and not averaged: each worker receives N - 1 times as much.
@@ -296,6 +299,8 @@ class Compressor(abc.ABC):
     unbiased: ClassVar[bool] = False
     feedback: ClassVar[str] = "ef14"
     private: ClassVar[tuple[str, ...]] = ()
+    model_shaped: ClassVar[tuple[str, ...]] = ()
+    once: ClassVar[tuple[str, ...]] = ()
     projects: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
     averages_restarts: ClassVar[bool] = False
