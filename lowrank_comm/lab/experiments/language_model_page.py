@@ -192,11 +192,9 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
 
 def _gathered(settings: Any, rows: Sequence[Row]) -> str:
     """That a gather's bytes weigh more."""
-    names = [
-        name
-        for name in settings.methods
-        if any("gather" in row["result"]["sent"]["bytes"] for row in rows if row["params"]["method"] == name)
-    ]
+    final = [row for row in rows if row["params"]["part"] != "tune"]
+    gathering = {row["params"]["method"] for row in final if "gather" in row["result"]["sent"]["bytes"]}
+    names = [name for name in settings.methods if name in gathering]
     if not names:
         return ""
     return (
