@@ -290,7 +290,7 @@ def _draw_gaps(axes: Axes, part: _Part) -> None:
         axes.plot([], [], "o", color=colour, label=f"rank {rank}")
     axes.plot([], [], "D", markerfacecolor="none", color="grey", label=f"the paper, LLaMA {part.column} on C4")
     axes.axvline(1.0, color="grey", linewidth=0.8)
-    axes.set_yticks(range(len(names)), [part.label(name) for name in names])
+    axes.set_yticks(range(len(names)), [f"{part.label(name)}  {_number(part, name)}" for name in names])
     axes.invert_yaxis()
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis, (1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0))
@@ -298,8 +298,13 @@ def _draw_gaps(axes: Axes, part: _Part) -> None:
     axes.legend(fontsize="small")
 
 
+def _number(part: _Part, method: str) -> str:
+    """Of a method in the figure: its name would cover its neighbours."""
+    return str(part.methods.index(method))
+
+
 def _draw_traffic(axes: Axes, part: _Part) -> None:
-    """Ratio to full precision against the bytes of a step."""
+    """Mean ratio to full precision against the bytes of a step, methods by their numbers."""
     for at, rank in enumerate(part.ranks):
         for name in part.methods:
             rows, found = of(part.rows, part.part, name, part.rank_of(name, rank)), part.gap(name, rank)
@@ -307,12 +312,18 @@ def _draw_traffic(axes: Axes, part: _Part) -> None:
                 continue
             sent = rows[0]["result"]["sent"]["bytes_per_step"] / 1e3
             colour = f"C{at}" if part.settings.methods[name].has_rank else "grey"
-            axes.errorbar(sent, found.mean, yerr=found.deviation, fmt="o", color=colour, capsize=3)
-            axes.annotate(part.label(name), (sent, found.mean), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axes.plot(sent, found.mean, "o", color=colour, markersize=4)
+            text = _number(part, name) if part.settings.methods[name].has_rank else part.label(name)
+            side = -1 if at == 0 else 1
+            axes.annotate(
+                text, (sent, found.mean), fontsize=8, color=colour, xytext=(5 * side, 0), textcoords="offset points",
+                ha="right" if side < 0 else "left", va="center",
+            )  # fmt: skip
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis, (1.0, 2.0, 5.0))
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     axes.set_xlabel("kB that a worker sends a step")
+    axes.set_ylabel("mean ratio to full precision")
 
 
 def _plain_ticks(axis: Any, steps: tuple[float, ...]) -> None:
