@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from driver import drive
+from driver import at, drive
 from reference import gradient
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def one_step(
 ) -> list[Result]:
     """One step from the initial state on given matrices (m, n), one a worker, with the plain driver."""
     m, n = deltas[0].shape
-    context = Context(("w",), t, seed, min(compressor.rank, m, n), restart=restart, m=m)
+    context = at(compressor, Context(("w",), t, seed, min(compressor.rank, m, n), m=m), t, restart)
     like = torch.empty(0, dtype=deltas[0].dtype)
     state = compressor.initial_state(context, m, n, like) if state is None else state
     return drive(compressor, [delta[None] for delta in deltas], [state] * len(deltas), context)
