@@ -1,7 +1,8 @@
 """The compressor's state on disk and in state dicts, keyed by parameter name; safetensors, no pickle.
 
-What is saved: for each compressed parameter its error and its basis Q; the step; the seed; and what kind of error it is
-(or of EF21's y and v, which are saved as errors are: in the parameter's shape, whatever blocks of it a rank holds):
+What is saved: for each compressed parameter its error and its basis Q; the step; of parameters for which nobody had a
+gradient in some steps, what they have behind them (`restart`); the seed; and what kind of error it is (or of EF21's y and
+v, which are saved as errors are: in the parameter's shape, whatever blocks of it a rank holds):
 
     "mean"  the mean of all workers' errors. Linear compressors use nothing else, so every worker of a run of any size
             may start from it, and the run goes on as if it had not been interrupted.
@@ -20,7 +21,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -49,7 +50,8 @@ def check_format(found: object, what: str) -> None:
 
 @dataclass(frozen=True)
 class Tag:
-    """What a saved state is: see the module's text. `step` is t of the next pass."""
+    """What a saved state is: see the module's text. `step` is t of the next pass; `unsteady`, parameter name -> (restarts,
+    age, owed), see `restart.Restarts`: absent in what older versions saved, and then nothing is owed."""
 
     kind: str
     rank: int
@@ -57,6 +59,7 @@ class Tag:
     step: int
     seed: int
     format: int = FORMAT
+    unsteady: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
 
     @property
     def whose(self) -> str:
@@ -84,7 +87,7 @@ def tag_of(reducer: Reducer) -> Tag:
     rank, world = reducer.worker
     shared = reducer.consolidated or world == 1 or reducer.step == 0  # before the first step all errors are zero
     kind = "mean" if shared or not reducer.keeps_private_state else "own"
-    return Tag(kind, rank, world, reducer.step, reducer.seed)
+    return Tag(kind, rank, world, reducer.step, reducer.seed, unsteady=reducer.restarts.unsteady())
 
 
 def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
@@ -221,6 +224,7 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
         StateMismatchError: see `check_fits`; then nothing is changed.
     """
     check_fits(reducer, tag, tensors)
+    unsaved = {slot.name for slot in reducer.slots} - tensors.keys()
     known, tensors = tensors_of(reducer), _cut_to(reducer, tensors)
     empty = sorted(name for name, parts in known.items() if parts and name not in tensors)
     reducer.reset(empty)  # and no others: the saved tensors may be this reducer's own, as in load_state_dict(state_dict())
@@ -254,7 +258,8 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
         )
     if tag.seed != reducer.seed:
         _log.warning("the saved run had seed %d, this one has %d: later random draws differ", tag.seed, reducer.seed)
-    reducer.continue_at(tag.step)
+    reducer.continue_at(tag.step, tag.unsteady)
+    reducer.restarts.start_anew(unsaved, tag.step)
     if tag.kind == "mean":
         reducer.mark_consolidated()
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps
 from .error_feedback import ErrorFeedback
-from .restart import RestartSchedule
+from .restart import Past, RestartSchedule
 
 
 def with_feedback(compressor: Compressor, feedback: ErrorFeedback, linear: bool) -> Compressor:
@@ -83,8 +83,11 @@ class _Around(Compressor):
     def restart_elements(self, m: int, n: int, r: int) -> int:
         return self.inner.restart_elements(m, n, r)
 
-    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
-        return self.inner.elements_at(m, n, r, t, restart)
+    def turn(self, past: Past, restart: bool) -> int:
+        return self.inner.turn(past, restart)
+
+    def elements_in(self, m: int, n: int, r: int, turn: int, restart: bool) -> int:
+        return self.inner.elements_in(m, n, r, turn, restart)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
         return self.inner.schedule(costs)
@@ -114,8 +117,8 @@ class Rounds(_Around):
     def restart_elements(self, m: int, n: int, r: int) -> int:
         return self._rounds_of(True) * self.inner.restart_elements(m, n, r)
 
-    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
-        return self._rounds_of(restart) * self.inner.elements_at(m, n, r, t, restart)
+    def elements_in(self, m: int, n: int, r: int, turn: int, restart: bool) -> int:
+        return self._rounds_of(restart) * self.inner.elements_in(m, n, r, turn, restart)
 
     def _rounds_of(self, restart: bool) -> int:
         return 1 if restart and self.inner.whole_restarts else self.rounds

@@ -9,6 +9,8 @@ also carries everything that travels dense, and the control numbers:
     [0]   1 if this worker holds a number that is not finite (or next to the end of its dtype's range), else 0
     [1:]  for each parameter, 1 if this worker had a gradient, else 0
 
+A generator may wait until it is known which gradients exist (`Presence`); it has no part in the first packet then.
+
 Where a worker is a node whose ranks hold blocks of rows of its matrices (`Shards.whole_matrices`), all ranks of all nodes
 are in lock-step. What contracts over rows is summed inside the node before it travels; each rank then carries its share
 of the sum to the other nodes, and the node puts the shares together again. What the host reads is agreed inside the node.
@@ -25,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +36,7 @@ from .communication.coded import Noise
 from .communication.exchanges import Exchange
 from .communication.packet import Packet
 from .communication.shards import Shards
-from .compressors.base import ComputeOnce, Decide, Gather, Mean, Read, Request, Result, Steps, SumOverRows, WholeRows
+from .compressors.base import ComputeOnce, Decide, Gather, Mean, Read, Request, Result, SumOverRows, WholeRows
 from .quantization import FORMATS, Format, Quantization
 from .transfers import numbers_on
 
@@ -42,17 +45,26 @@ _AtOnce = Decide | Read | SumOverRows | WholeRows
 _OnTheWire = Mean | ComputeOnce | Gather
 
 
+@dataclass(frozen=True)
+class Presence:
+    """Request of the reducer's own, for steps that depend on it: for each parameter, whether any worker has a gradient. That
+    is known when the first packet has come back, so who asks takes no part in that packet, but in those that follow."""
+
+
+Passing = Generator[Request | Presence, Any, Result | None]
+
+
 @dataclass
 class Agreed:
     """What a pass that nobody vetoed ends with.
 
     Attributes:
-        results: of the generators, in their order.
+        results: of the generators, in their order; None of one that found out that it has nothing to do.
         dense: the means of the dense tensors, in their order.
         present: for each parameter, whether any worker had a gradient.
     """
 
-    results: list[Result]
+    results: list[Result | None]
     dense: list[Tensor]
     present: list[bool]
 
@@ -70,7 +82,7 @@ class Account:
 
 
 def lockstep(
-    steps: Sequence[Steps],
+    steps: Sequence[Passing],
     dense: Sequence[Tensor],
     has_gradient: Sequence[bool],
     *,
@@ -86,7 +98,7 @@ def lockstep(
     """One pass.
 
     Args:
-        steps: fresh generators of compressors, in the same order on all workers.
+        steps: fresh generators of compressors, in the same order on all workers; they may ask for `Presence` first.
         dense: tensors to be averaged as they are.
         has_gradient: for each parameter, whether this worker has one.
         workers, rank: size of the group, and this worker's number in it.
@@ -123,12 +135,15 @@ def lockstep(
                 run.close()
                 return None
             run.answers.update(zip(waiting, verdicts, strict=True))
-        if suspects and (run.asking or run.finished):
+        if suspects and (run.asking or run.waiting or run.finished):
             verdicts, known = _read([], suspects, control_sum, inside.shards)
             control_sum, present = None, known or present
             if verdicts is None:
                 run.close()
                 return None
+        if run.waiting and not first:
+            run.tell(present)
+            continue
         if not run.asking and not first:
             break
         packet = Packet(workers, wire_dtype, rank, noise(phase) if noise else None)
@@ -174,15 +189,23 @@ class _Run:
         answers: by generator; taken when it is advanced.
         at_once: requests that are answered without a packet.
         asking: requests for the next packet.
+        waiting: generators that wait until it is known which gradients exist.
     """
 
-    def __init__(self, steps: Sequence[Steps]) -> None:
+    def __init__(self, steps: Sequence[Passing]) -> None:
         self._steps = list(steps)
-        self._results: dict[int, Result] = {}
+        self._results: dict[int, Result | None] = {}
         self._ready = list(range(len(self._steps)))
         self.answers: dict[int, object] = {}
         self.at_once: dict[int, _AtOnce] = {}
         self.asking: dict[int, _OnTheWire] = {}
+        self.waiting: list[int] = []
+        self._goes_on = False  # some go on with an answer that the others have not waited for
+
+    def tell(self, present: list[bool]) -> None:
+        """Let those that wait go on; what the others ask for stays."""
+        self.answers.update(dict.fromkeys(self.waiting, present))
+        self._ready, self.waiting, self._goes_on = self.waiting, [], True
 
     @property
     def finished(self) -> bool:
@@ -191,16 +214,18 @@ class _Run:
     def advance(self) -> bool:
         """Run every generator whose request is answered to its next one. True if some can be answered without a packet."""
         ready = [k for k in self._ready if k not in self._results]
-        if not self.at_once:
+        if not self.at_once and not self._goes_on:
             self.asking = {}
-        self.at_once = {}
+        self.at_once, self._goes_on = {}, False
         for k in ready:
             try:
-                request: Request = self._steps[k].send(self.answers.pop(k, None))
+                request = self._steps[k].send(self.answers.pop(k, None))
             except StopIteration as end:
                 self._results[k] = end.value
                 continue
-            if isinstance(request, _OnTheWire):
+            if isinstance(request, Presence):
+                self.waiting.append(k)
+            elif isinstance(request, _OnTheWire):
                 self.asking[k] = request
             else:
                 self.at_once[k] = request
@@ -210,7 +235,7 @@ class _Run:
             return False
         return True
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[Result | None]:
         return [self._results[k] for k in range(len(self._steps))]
 
     def close(self) -> None:

@@ -7,10 +7,11 @@ The order of a step:
 2. Delta. For each batch of same-shape matrices the gradients are stacked and the error memory is added: Delta = g / scale
    + e. A missing gradient counts as zero. Small matrices share a batch; a large one is a batch of its own.
 3. Phases. The compressors' generators run in lock-step (`lockstep`): each phase is one packet, one collective. Phase one
-   also carries what is dense, one finite flag, and which gradients are missing.
+   also carries what is dense, one finite flag, and which gradients are missing. A matrix that owes a restart (`restart`)
+   waits for that, and makes it in the phases that follow, if any worker has a gradient for it.
 4. Veto. If any worker's numbers are not finite, the pass ends here on all workers; nothing has been changed.
 5. Decode. P Q^T, times the scale, is written into the gradients.
-6. The pass leaves a pending transaction. `commit` writes e <- Delta - sent, the bases, and the step counter;
+6. The pass leaves a pending transaction. `commit` writes e <- Delta - sent, the bases, what restarts go by, and the step;
    `rollback` forgets it. An engine that decides later whether the step counts (loss scaling) decides between the two.
 
 A pass may start before the last gradient is there: parameters are cut into buckets, and `begin(bucket)` starts phase one
@@ -40,7 +41,7 @@ from .communication.exchanges import Exchange
 from .compressors.base import Context, Delta, LowRank, Result, Steps
 from .errors import LowRankCommError
 from .linalg import full_precision
-from .lockstep import Account, Agreed, lockstep
+from .lockstep import Account, Agreed, Passing, Presence, lockstep
 from .reducer_state import Bucket, ReducerState
 from .reporting import LastPass
 
@@ -63,11 +64,12 @@ class Outcome:
 
 @dataclass
 class _Job:
-    """A batch, or some rows of it, in one pass."""
+    """A batch, or some rows of it, in one pass; without a result where it turned out that there was nothing to do."""
 
     batch: Batch
     rows: list[int] | None
     context: Context
+    owed: bool = False  # a restart, of those of the rows for which somebody has a gradient
     delta: Delta | None = None
     result: Result | None = None
 
@@ -190,10 +192,10 @@ class Reducer(ReducerState):
         """The pass of a bucket as a generator: yields what is to be exchanged between the workers, is sent how many
         collectives that took. `reduce` drives it over the process group; `finish` takes what it returns."""
         self._check(grads, bucket)
-        clock = time.perf_counter()
         account = Account()
+        clock = time.perf_counter()
         jobs = [job for batch in bucket.batches for job in self._jobs(batch)]
-        steps = [self._steps(job, grads, scale) for job in jobs]
+        steps = [self._owed(job, bucket, grads, scale) if job.owed else self._steps(job, grads, scale) for job in jobs]
         dense = [self._flat(group, grads, scale) for group in self._dense_groups(bucket)]
         account.seconds["compress"] += time.perf_counter() - clock
         agreed = yield from lockstep(
@@ -222,15 +224,16 @@ class Reducer(ReducerState):
             vetoed = self.any_in_the_node(vetoed)
         jobs = [job for one in passed for job in one.jobs]
         account = self._account_of_all(passed)
-        self._enter_ledger(account, jobs, not vetoed)
+        present = {
+            k: there for one in passed if one.agreed for k, there in zip(one.bucket.slots, one.agreed.present, strict=True)
+        }
+        self._enter_ledger(account, jobs, {} if vetoed else present, not vetoed)
         if vetoed:
             return Outcome(False, list(grads))
         clock = time.perf_counter()
-        present: dict[int, bool] = {}
         result_grads = list(grads)
         for one in passed:
             assert one.agreed is not None
-            present.update(zip(one.bucket.slots, one.agreed.present, strict=True))
             self._decode(one, one.agreed, result_grads, scale)
         self._pending = _Pending(jobs, present)
         account.seconds["decompress"] = spent = time.perf_counter() - clock
@@ -276,13 +279,15 @@ class Reducer(ReducerState):
         with full_precision(self.device):
             for job in pending.jobs:
                 self._commit(job, pending.present, self._last)
+        self.restarts.commit(self.step, {self.slots[k].name: there for k, there in pending.present.items()})
         self.step += 1
         self.ledger.restarts += self._last.restarts
         self._last.account.seconds["commit"] = spent = time.perf_counter() - clock
         self.ledger.clock({"commit": spent})
 
     def _commit(self, job: _Job, present: dict[int, bool], last: LastPass) -> None:
-        assert job.result is not None
+        if job.result is None:
+            return
         assert job.delta is not None
         delta, result, rows = job.delta.tensor, job.result, job.rows
         alive = [row for row in job.indices if present[job.batch.slots[row]]]
@@ -329,24 +334,35 @@ class Reducer(ReducerState):
         job.delta = job.batch.delta(grads, scale, job.rows)
         return (yield from job.batch.compressor.step(job.delta, job.batch.rows_of_state(job.rows), job.context))
 
+    def _owed(self, job: _Job, bucket: Bucket, grads: Sequence[Tensor | None], scale: float) -> Passing:
+        """A restart that is owed: of those matrices for which somebody has a gradient. The others stay as they are, and send
+        nothing; so it costs a step in which there are none nothing at all, and one in which it comes a collective more."""
+        present = dict(zip(bucket.slots, (yield Presence()), strict=True))
+        there = [k for k, row in enumerate(job.indices) if present[job.batch.slots[row]]]
+        job.rows, job.context = [job.indices[k] for k in there], job.context.only(there)
+        return (yield from self._steps(job, grads, scale)) if there else None
+
     def _jobs(self, batch: Batch) -> list[_Job]:
-        """The batch as one job, or as two where only some of its matrices restart."""
-        due = [self._due(name) for name in batch.names]
+        """The batch as one job, or as several where some of its matrices restart, owe a restart, or take other turns."""
+        kinds: dict[tuple[bool, bool, int], list[int]] = {}
+        for row, name in enumerate(batch.names):
+            owed = self.restarts.owed(name)
+            restart = owed or self.restarts.due(name, self.step)
+            turn = batch.compressor.turn(self.restarts.of(name, self.step), restart)
+            kinds.setdefault((owed, restart, turn), []).append(row)
         jobs = []
-        for restart in (False, True):
-            rows = [row for row, is_due in enumerate(due) if is_due == restart]
-            if not rows:
-                continue
-            whole = len(rows) == len(due)
+        for (owed, restart, turn), rows in sorted(kinds.items()):  # one order on all workers, whichever row came first
+            whole = len(kinds) == 1
             context = replace(
                 batch.context.only(rows),
                 t=self.step,
                 restart=restart,
+                turn=turn,
                 worker=self.group.rank,
                 workers=self.group.size,
                 wire_rounds=self._wire_dtype is not None and self._wire_dtype.itemsize < batch.dtype.itemsize,
             )
-            jobs.append(_Job(batch, None if whole else rows, context))
+            jobs.append(_Job(batch, None if whole else rows, context, owed))
         return jobs
 
     def _dense_groups(self, bucket: Bucket) -> list[list[int]]:
@@ -373,7 +389,8 @@ class Reducer(ReducerState):
             if grads[k] is None and present:
                 grads[k] = torch.empty(slot.shape, dtype=slot.dtype, device=slot.device)
         for job in one.jobs:
-            assert job.result is not None
+            if job.result is None:
+                continue
             targets = [grads[job.batch.slots[row]] for row in job.indices]
             job.batch.write(job.result.applied, targets, scale)
         for group, mean in zip(self._dense_groups(one.bucket), agreed.dense, strict=True):
@@ -383,8 +400,11 @@ class Reducer(ReducerState):
             if pairs:
                 torch._foreach_copy_([g for g, _ in pairs], [piece.view(g.shape) for g, piece in pairs])
 
-    def _enter_ledger(self, account: Account, jobs: list[_Job], applied: bool) -> None:
-        restarts = sum(len(job.indices) for job in jobs if job.context.restart)
+    def _enter_ledger(self, account: Account, jobs: list[_Job], present: dict[int, bool], applied: bool) -> None:
+        """present: of the slots; {} in a pass that was vetoed, in which nothing has restarted."""
+        restarts = sum(
+            present.get(job.batch.slots[row], False) for job in jobs if job.context.restart for row in job.indices
+        )
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
         self.ledger.enter(account.bytes, account.collectives, full, applied, account.surplus)

@@ -27,6 +27,7 @@ from .errors import ConfigError, ConfigMismatchError, LowRankCommError
 from .policy import Rule, Treatment
 from .quantization import Quantization
 from .reporting import LastPass, make_plan
+from .restart import Restarts
 from .schemes import Schemes
 
 _log = logging.getLogger("lowrank_comm")
@@ -97,8 +98,7 @@ class ReducerState:
         self._batches = [batch for bucket in self.buckets for batch in bucket.batches]
         self._initial_basis = {name: _digest(basis) for name, basis in (initial_basis or {}).items()}
         self._place = {name: (batch, row) for batch in self._batches for row, name in enumerate(batch.names)}
-        self._restarting = {name: self.schemes.scheme.restart_elements(t.m, t.n, t.rank) for name, t in low.items()}
-        self._schedule = self.schemes.scheme.schedule(self._restarting)
+        self.restarts = self._restarts()
         self.device = self.slots[0].device if self.slots else torch.device("cpu")
         self._agreed = False
         self._worker: tuple[int, int] | None = None
@@ -142,9 +142,13 @@ class ReducerState:
         )
         return Bucket(indices, batches, [k for k in indices if not self.treatments[k].batched])
 
-    def _due(self, name: str) -> bool:
-        """Whether a parameter restarts in this step."""
-        return self._schedule is not None and name in self._restarting and self._schedule.due(name, self.step)
+    def _restarts(self) -> Restarts:
+        """By the largest block of each matrix: all ranks of a node restart it in the same steps, also those with fewer rows
+        of it or none."""
+        largest = {slot.name: self.schemes.treat(slot, 0) for slot in self.slots}
+        scheme = self.schemes.scheme
+        costs = {name: scheme.restart_elements(t.m, t.n, t.rank) for name, t in largest.items() if t.low_rank}
+        return Restarts(scheme.schedule(costs), costs)
 
     def error_memory(self) -> dict[str, Tensor]:
         """Parameter name -> this worker's error, a live view in the parameter's shape; what keeps none is absent."""
@@ -213,15 +217,18 @@ class ReducerState:
         if names is None:
             self._pending, names = None, list(self._place)
             self.continue_at(0)
+        self.restarts.start_anew(names, self.step)
+        self._agreed = False
         initial: dict[int, dict[str, Tensor]] = {}
         for name in names:
             batch, row = self._place[name]
             state = initial.get(id(batch)) or initial.setdefault(id(batch), batch.initial_state())
             self.set_state(name, torch.zeros(batch.m, batch.n), {symbol: value[row] for symbol, value in state.items()})
 
-    def continue_at(self, step: int) -> None:
-        """The next pass is t = step, as read from a checkpoint."""
+    def continue_at(self, step: int, unsteady: Mapping[str, Sequence[int]] | None = None) -> None:
+        """The next pass is t = step, as read from a checkpoint. unsteady: see `Restarts.go_on`."""
         self.step, self._agreed, self._consolidated_at = step, False, None
+        self.restarts.go_on(step, unsteady or {})
 
     @property
     def consolidated(self) -> bool:
@@ -234,15 +241,15 @@ class ReducerState:
 
     def take_over(self, old: ReducerState) -> None:
         """Go on with the state of a reducer of fewer parameters, on all workers alike."""
-        memory = old.error_memory()
+        memory, before = old.error_memory(), {slot.name for slot in old.slots}
+        self.continue_at(old.step, old.restarts.unsteady())
+        self.restarts.start_anew({slot.name for slot in self.slots} - before, old.step)
         for name, state in old.bases().items():
             self.set_state(name, memory.get(name), state)
         old._settle_last_report()
         self.ledger, self._worker, self._last = old.ledger, old._worker, old._last
-        consolidated = old.consolidated
         self.shards.bytes = old.shards.bytes
-        self.continue_at(old.step)
-        if consolidated:
+        if old.consolidated:
             self.mark_consolidated()
 
     def _settle_last_report(self) -> None:
@@ -353,6 +360,7 @@ class ReducerState:
             "wire_dtype": self._wire_name,
             "initial_basis": self._initial_basis,
             "step": self.step,
+            "restarts": self.restarts.describe(),
             "shards": f"{self.shards.size} ranks, {self.shards.scope}" if self.shards.size > 1 else None,
             "bucket_bytes": self._bucket_bytes,
             "parameters": {slot.name: f"#{k} {slot.shape} {slot.dtype}" for k, slot in enumerate(self.slots)},
@@ -363,7 +371,7 @@ class ReducerState:
     @property
     def plan(self) -> Plan:
         """What goes low-rank, how many bytes that is, and what it costs in memory."""
-        restart_every = self._schedule.restart_every if self._schedule else None
+        schedule = self.restarts.schedule
         idle = self.schemes.policy.idle_rules([slot.name for slot in self.slots])
         return make_plan(
             self.slots,
@@ -373,7 +381,7 @@ class ReducerState:
             self.group.size,
             self._wire_dtype,
             self.schemes.quantization,
-            restart_every,
+            schedule.restart_every if schedule else None,
             idle,
             [self.schemes.of_the_node(slot) for slot in self.slots],
             self.shards,

@@ -9,7 +9,8 @@ and keeps what is in `state[parameter]`. Every trainable parameter has one, comp
 dict in which some parameters have a state and others have none. No key has a dot, at which it splits flattened names.
 A plain optimizer that loads such a dict keeps the entries that it does not know, and saves them again after steps of its
 own. So the tag as numbers has the base's own count of steps beside it: where that has moved on, the errors are of another
-time, and are left out with a warning. (SGD counts no steps; there it cannot be told.)
+time, and are left out with a warning. (SGD counts no steps; there it cannot be told.) Behind it stands the parameter's
+past (`restart`), if there is anything to say of it.
 
 The entries are added to the dict only and never to the optimizer's live state: Adam takes a non-empty state for one
 that it has initialised. They are taken out before the base loads, because `Optimizer.load_state_dict` would cast a
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 PREFIX = "lowrank_comm_"
 KEY = "lowrank_comm"
 _KINDS = ("own", "mean")
+_STEADY = (-1, -1, 0)  # as numbers: of a parameter of whose past there is nothing to say
 
 
 def add(
@@ -58,9 +60,10 @@ def add(
         if name in devices:
             ours = {PREFIX + symbol: tensor for symbol, tensor in tensors.get(name, {}).items()}
             theirs = state_dict["state"].get(number, {})
-            ours[PREFIX + "tag"] = torch.tensor([*numbers, _steps_of(theirs)], device=devices[name])
+            further = [_steps_of(theirs), *tag.unsteady.get(name, _STEADY)]
+            ours[PREFIX + "tag"] = torch.tensor([*numbers, *further], device=devices[name])
             state_dict["state"][number] = {**theirs, **ours}
-    state_dict[KEY] = asdict(tag)
+    state_dict[KEY] = {key: value for key, value in asdict(tag).items() if key != "unsteady"}  # which is in the numbers
 
 
 def _steps_of(base_state: Mapping[str, Any]) -> int:
@@ -90,16 +93,22 @@ def split(
             base_state[number] = kept
     tag, stale = Tag(**state_dict[KEY]) if KEY in state_dict else None, ""
     tensors: dict[str, dict[str, Tensor]] = {}
+    unsteady: dict[str, tuple[int, int, bool]] = {}
     for name, number in numbered:
         found = dict(ours.get(number, {}))
         numbers = found.pop("tag", None)
         if found:
             tensors[name] = found
-        if KEY in state_dict or numbers is None:
+        if numbers is None:
             continue
-        layout, kind, rank, world, step, seed, *counted = (int(value) for value in numbers.tolist())
+        layout, kind, rank, world, step, seed, *further = (int(value) for value in numbers.tolist())
+        counted, past = further[:1], further[1:]  # neither in what earlier versions saved
+        if past and past != list(_STEADY):
+            unsteady[name] = (past[0], past[1], bool(past[2]))
+        if KEY in state_dict:
+            continue
         now = _steps_of(base_state.get(number, {}))
-        if counted and counted[0] != now:  # an earlier version did not count
+        if counted and counted[0] != now:
             stale = f"{name}, which went on from step {counted[0]} to {now}"
         tag = Tag(_KINDS[kind], rank, world, step, seed, layout)
     if stale:
@@ -109,5 +118,6 @@ def split(
             stale,
         )
         tag, tensors = None, {}
+    tag = replace(tag, unsteady=unsteady) if tag else None
     plain = {key: value for key, value in state_dict.items() if key != KEY}
     return {**plain, "state": base_state}, tag, tensors

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from driver import dense, drive, recorded_step, simulation
+from driver import at, dense, drive, recorded_step, simulation
 from gloo import GlooPool
 from reference import gradient
 from torch import Tensor
@@ -52,7 +52,7 @@ class Driven:
         schedule = self.compressor.schedule({"w": 1})
         restart = schedule is not None and schedule.due("w", self.t)
         self.deltas = [g[None] + e for g, e in zip(gradients, self.errors, strict=True)]
-        results = drive(self.compressor, self.deltas, self.states, replace(self.context, t=self.t, restart=restart))
+        results = drive(self.compressor, self.deltas, self.states, at(self.compressor, self.context, self.t, restart))
         self.states = [result.state for result in results]
         self.errors = [
             d - dense(result.sent) if result.kept is None else result.kept

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from driver import drive
+from driver import at, drive
 from reference import gradient
 from torch import Tensor
 
@@ -64,7 +64,9 @@ def sections(around: bool = False) -> list[dict[str, Any]]:
     if not around:
         return plain
     first = {name: {"compressor": name, "rank": 2, **many[0]} for name, many in SETTINGS.items()}
-    return plain + [{**section, **one} for one in AROUND for section in first.values() if goes_with(section, one)]
+    return plain + [
+        {**section, **suited(section, one)} for one in AROUND for section in first.values() if goes_with(section, one)
+    ]
 
 
 def goes_with(section: Mapping[str, Any], around: Mapping[str, Any]) -> bool:
@@ -75,6 +77,14 @@ def goes_with(section: Mapping[str, Any], around: Mapping[str, Any]) -> bool:
     if "error_feedback" in around:
         return compressor.contractive
     return not compressor.gathers and section.get("error_feedback", {}).get("form", compressor.feedback) == "ef14"
+
+
+def suited(section: Mapping[str, Any], around: dict[str, Any]) -> dict[str, Any]:
+    """Without codes for restarts, where these send nothing of their own."""
+    codes = around.get("quantization", {})
+    if "restart" not in codes or compressor_of(section).averages_restarts:
+        return around
+    return {"quantization": {key: value for key, value in codes.items() if key != "restart"}}
 
 
 def label(section: Mapping[str, Any]) -> str:
@@ -120,7 +130,7 @@ def one_step(
 ) -> list[Result]:
     """One step from the initial state on given matrices (m, n), one a worker, with the plain driver."""
     m, n = deltas[0].shape
-    context = Context(("w",), t, seed, min(compressor.rank, m, n), restart=restart, m=m)
+    context = at(compressor, Context(("w",), t, seed, min(compressor.rank, m, n), m=m), t, restart)
     like = torch.empty(0, dtype=deltas[0].dtype)
     state = compressor.initial_state(context, m, n, like) if state is None else state
     return drive(compressor, [delta[None] for delta in deltas], [state] * len(deltas), context)

@@ -30,6 +30,7 @@ from lowrank_comm.compressors.base import (
     SumOverRows,
     WholeRows,
 )
+from lowrank_comm.restart import steady
 from lowrank_comm.simulation import Simulation
 
 
@@ -70,6 +71,12 @@ def _send(run: Steps, answer: object) -> Request | Result:
         return end.value
 
 
+def at(compressor: Compressor, context: Context, t: int, restart: bool) -> Context:
+    """The context of step t of matrices that have had a gradient in every step."""
+    turn = compressor.turn(steady(compressor.schedule({}), context.names[0], t), restart)
+    return replace(context, t=t, restart=restart, turn=turn)
+
+
 def dense(value: object) -> Tensor:
     """A result's `applied` or `sent` as a full tensor."""
     return value if isinstance(value, Tensor) else value.dense()  # type: ignore[attr-defined]
@@ -88,13 +95,8 @@ class Workers:
         """gradients: (B, m, n) for each worker. `errors` is e_{t+1} afterwards."""
         errors = self.errors if self.errors is not None else [torch.zeros_like(g) for g in gradients]
         schedule = self.compressor.schedule(dict.fromkeys(self.names, 1))
-        context = Context(
-            names=self.names,
-            t=self.t,
-            seed=self.seed,
-            rank=self.rank,
-            restart=schedule is not None and schedule.due(self.names[0], self.t),
-        )
+        restart = schedule is not None and schedule.due(self.names[0], self.t)
+        context = at(self.compressor, Context(self.names, self.t, self.seed, self.rank), self.t, restart)
         deltas = [g + e for g, e in zip(gradients, errors, strict=True)]
         results = drive(self.compressor, deltas, self.states, context)
         self.states = [result.state for result in results]

@@ -46,10 +46,16 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """12 -> 5 with two residual blocks. `idle` is a layer that no forward uses; `tied`: the head's weight is the first's."""
+    """12 -> 5 with two residual blocks. `idle` is a layer that no forward uses; `at_times`: two layers, one of a single row,
+    that every second forward uses, from the first on; `tied`: the head's weight is the first's."""
 
     def __init__(
-        self, recompute: bool = False, idle: bool = False, tied: bool = False, dtype: torch.dtype = torch.float32
+        self,
+        recompute: bool = False,
+        idle: bool = False,
+        tied: bool = False,
+        at_times: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
@@ -58,6 +64,9 @@ class Net(nn.Module):
         self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, DIM if tied else OUT)
         if idle:
             self.idle = nn.Linear(DIM, 7)
+        self.at_times, self.forwards = at_times, 0
+        if at_times:
+            self.many, self.single = nn.Linear(DIM, OUT), nn.Linear(DIM, 1)
         if tied:
             self.head.weight = self.first.weight
         with torch.no_grad():
@@ -69,7 +78,9 @@ class Net(nn.Module):
         x = self.first(x.to(self.first.weight.dtype))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))[:, :OUT]
+        self.forwards += 1
+        extra = self.many(x) + self.single(x) if self.at_times and self.forwards % 2 else 0.0
+        return self.head(self.norm(x))[:, :OUT] + extra
 
 
 def loss_of(model: Callable[[Tensor], Tensor], step: int, worker: int, micro: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from driver import dense, drive
+from driver import at, dense, drive
 from reference import gradient
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class ByHand:
     def step(self, gradients: Sequence[Tensor]) -> list[Result]:
         schedule = self.compressor.schedule(dict.fromkeys(self.names, 1))
         due = schedule is not None and schedule.due(self.names[0], self.t)
-        context = Context(self.names, self.t, 0, self.rank, restart=due, m=self.shape[0])
+        context = at(self.compressor, Context(self.names, self.t, 0, self.rank, m=self.shape[0]), self.t, due)
         deltas = [g + e for g, e in zip(gradients, self.errors, strict=True)]
         results = drive(self.compressor, deltas, self.states, context)
         self.states = [result.state for result in results]

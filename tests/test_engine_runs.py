@@ -203,6 +203,35 @@ def test_an_interrupted_run_goes_on_from_torchs_checkpoints_on_disk(gloo: GlooPo
         assert worst(expected, resumed) < 1e-5
 
 
+@every_engine
+@pytest.mark.parametrize("way", ["file", "dcp", "disk"])
+def test_a_restart_that_is_owed_when_a_run_is_interrupted_comes_in_the_one_that_goes_on(
+    gloo: GlooPool, engine: Setup, way: str, tmp_path: Path
+) -> None:
+    """Two layers have no gradient at t = 5, when their restart is due; the run is saved, and they have one at t = 6. Of the
+    one with a single row, some ranks hold nothing."""
+    wrap = engine.wrap | ({"find_unused_parameters": True} if engine.engine == "ddp" else {})
+    compressor = PowerSGDPlus(2, restart_every=5)
+    setup = replace(engine, compressor=compressor, adam=True, wrap=wrap, model={"at_times": True}, lr=0.1)
+    if way == "disk":
+        results = gloo.run(cases.through_disk, WORLD, setup, 6, 4, str(tmp_path))
+    else:
+        results = gloo.run(cases.interrupted, WORLD, setup, 6, 4, way, str(tmp_path))
+    for expected, resumed in results:
+        assert worst(expected, resumed) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["plain", "ddp"])
+def test_an_owed_restart_with_overlap_is_what_it_is_without(gloo: GlooPool, engine: str) -> None:
+    """Whether somebody has a gradient is asked bucket by bucket, as they begin."""
+    wrap = {"find_unused_parameters": True} if engine == "ddp" else {}
+    setup = Setup(engine, PowerSGDPlus(2, restart_every=5), steps=9, clip=1.0, wrap=wrap, model={"at_times": True})
+    early = replace(setup, options={"overlap": True, "bucket_cap_mb": 0.001})
+    after = gloo.run(cases.without_scaler, WORLD, replace(setup, options={"reduce_at": "backward"}), -1)
+    for one in gloo.run(cases.without_scaler, WORLD, early, -1):
+        assert worst(one, after[0]) < 1e-6
+
+
 def test_a_backward_pass_that_failed_leaves_nothing_begun(gloo: GlooPool) -> None:
     setup = Setup("plain", RANK_2, options={"overlap": True, "bucket_cap_mb": 0.0005})
     after = gloo.run(cases.failed_backward, WORLD, setup, True)

@@ -5,14 +5,13 @@ That every compressor keeps the mass, vetoes and resumes inside each form is sho
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from driver import drive, simulation
+from driver import at, drive, simulation
 from reference import gradient, spectrum_matrix
 from torch import Tensor
 
@@ -46,7 +45,7 @@ class Run:
         """The first worker's result; compressors with restarts restart every time."""
         results = drive(self.compressor, [delta[None] for delta in deltas], self.states, self.context)
         self.states = [result.state for result in results]
-        self.context = replace(self.context, t=self.context.t + 1)
+        self.context = at(self.compressor, self.context, self.context.t + 1, self.context.restart)
         return results[0]
 
 

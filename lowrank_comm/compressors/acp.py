@@ -2,8 +2,8 @@
 
 Source: ACP-SGD (Zhang, Zhang, Shi, Chu, Li: "Evaluation and Optimization of Gradient Compression for Distributed Deep
 Learning", ICDCS 2023), whose text was not at hand; the scheme below is half a power iteration a step, with the error
-memory of PowerSGD+ (arXiv 2509.11254). Steps are counted from the last restart, which is k = 0; a run without restarts
-counts from t = -1, whose Q is Gaussian:
+memory of PowerSGD+ (arXiv 2509.11254). Each matrix counts the steps in which somebody has a gradient for it, from its last
+restart, which is k = 0; a run without restarts counts from t = -1, whose Q is Gaussian:
 
     k odd :  P_i = Delta_i Q~,    P = mean of P_i;  applied = P Q~^T,  sent_i = P_i Q~^T;  P~ <- orth(P)
     k even:  Q_i = Delta_i^T P~,  Q = mean of Q_i;  applied = P~ Q^T,  sent_i = P~ Q_i^T;  Q~ <- orth(Q)
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..linalg import orthonormal_rank_revealing
-from ..restart import RestartSchedule
+from ..restart import Past, RestartSchedule
 from .base import Compressor, Context, Delta, LowRank, Mean, Result, State, Steps, checked_positive_int
 from .powersgd import orthonormal
 from .powersgd_plus import randomized_comp, svd_comp
@@ -76,10 +76,13 @@ class Acp(Compressor):
         """The mean of two steps, rounded up; see `elements_at` for each."""
         return r * max(m, n) if r == min(m, n) else -(-r * (m + n) // 2)
 
-    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+    def turn(self, past: Past, restart: bool) -> int:
+        return 0 if restart else past.age % 2
+
+    def elements_in(self, m: int, n: int, r: int, turn: int, restart: bool) -> int:
         if restart:
             return self.restart_elements(m, n, r)
-        return r * m if self._projects_on_q(m, n, r, t) else r * n
+        return r * m if _projects_on_q(m, n, r, turn) else r * n
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         if self.restart_every is None:
@@ -99,7 +102,7 @@ class Acp(Compressor):
             return (yield from self._restarted(delta, context))
         p, q = state["P"], state["Q"]
         _, m, n = delta.shape
-        if self._projects_on_q(m, n, context.rank, context.t):
+        if _projects_on_q(m, n, context.rank, context.turn):
             mean, own = yield Mean(delta.times(q))
             following = yield from orthonormal(mean, context, "fill P", in_blocks=False)
             return Result(LowRank(mean, q), LowRank(own, q), {"P": following, "Q": q})
@@ -115,8 +118,7 @@ class Acp(Compressor):
         q = yield from orthonormal(applied.q, context, "fill Q", in_blocks=False)
         return Result(applied, result.sent, {"P": applied.p, "Q": q})
 
-    def _projects_on_q(self, m: int, n: int, r: int, t: int) -> bool:
-        """Whether the step uses Q: the first one after a restart does, and every one if Q is the whole space."""
-        if r == min(m, n):
-            return n <= m
-        return (t % self.restart_every) % 2 == 1 if self.restart_every is not None else t % 2 == 0
+
+def _projects_on_q(m: int, n: int, r: int, turn: int) -> bool:
+    """Whether the step uses Q: the first one after a restart does, and every one if Q is the whole space."""
+    return n <= m if r == min(m, n) else turn == 0

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..randomness import gaussian, uniform
-from ..restart import RestartSchedule
+from ..restart import Past, RestartSchedule, steady
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ class Context:
         seed: of the run, equal on all workers.
         rank: r of these matrices, already cut to min(m, n).
         restart: whether these matrices restart in this step.
+        turn: the compressor's `turn` for them, the same for all.
         wire_rounds: whether the wire dtype is narrower than the dtype of the computation.
         m: rows of the whole matrices.
         rows: those of them that this rank holds.
@@ -230,6 +231,7 @@ class Context:
     seed: int
     rank: int
     restart: bool = False
+    turn: int = 0
     wire_rounds: bool = False
     m: int = 0
     rows: slice = field(default_factory=lambda: slice(None))
@@ -327,9 +329,19 @@ class Compressor(abc.ABC):
         """Elements of a step with a restart; as an ordinary step where there are none. The mean, where restarts differ."""
         return self.elements(m, n, r)
 
-    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
-        """Elements of step t exactly, for schemes whose ordinary steps or restarts are not all alike."""
+    def turn(self, past: Past, restart: bool) -> int:
+        """Which kind of step it is, or of restart, where they are not all alike and take turns; from what a matrix has
+        behind it, not from t, since in some steps nobody may have a gradient for it. Matrices of one shape whose turns
+        differ make their steps apart."""
+        return 0
+
+    def elements_in(self, m: int, n: int, r: int, turn: int, restart: bool) -> int:
+        """Elements of a step of this turn exactly."""
         return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
+
+    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+        """Elements of step t exactly, of a matrix that has had a gradient in every step."""
+        return self.elements_in(m, n, r, self.turn(steady(self.schedule({}), "", t), restart), restart)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
         """When each parameter restarts, or None for schemes without restarts. costs: name -> elements of its restart."""

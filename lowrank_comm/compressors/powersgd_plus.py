@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..linalg import leading_left_singular_vectors, orthonormal_rank_revealing
-from ..restart import RestartSchedule, staggered
+from ..restart import Past, RestartSchedule, staggered
 from .base import (
     ComputeOnce,
     Context,
@@ -168,10 +168,14 @@ class PowerSGDPlus(PowerSGD):
             return -(-(self._found(m, n, r) + (every - 1) * self._chosen(m, n, r)) // every)
         return r * (m + n) + self.elements(m, n, r)
 
-    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
+    def turn(self, past: Past, restart: bool) -> int:
+        """Of a greedy restart: 0 where it finds a new basis, as every k-th of the matrix does, else 1."""
+        return int(restart and self.restart == "greedy" and past.restarts % (self.basis_every or BASIS_EVERY) > 0)
+
+    def elements_in(self, m: int, n: int, r: int, turn: int, restart: bool) -> int:
         if not restart or self.restart != "greedy":
-            return super().elements_at(m, n, r, t, restart)
-        return self._found(m, n, r) if self._finds_basis(t) else self._chosen(m, n, r)
+            return super().elements_in(m, n, r, turn, restart)
+        return self._chosen(m, n, r) if turn else self._found(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
         return staggered(self.restart_every, costs) if self.stagger else RestartSchedule(self.restart_every)
@@ -204,16 +208,12 @@ class PowerSGDPlus(PowerSGD):
         """Elements of a greedy restart that chooses from the basis."""
         return self.elements(m, n, r) + score_elements(self._columns(m, n, r), r, self.probes or PROBES)
 
-    def _finds_basis(self, t: int) -> bool:
-        """Whether a restart at step t finds a new basis: every k-th does, whatever the offset of staggered ones."""
-        return -(-t // self.restart_every) % (self.basis_every or BASIS_EVERY) == 0
-
     def _with_basis(self, delta: Delta, state: State, context: Context) -> Steps:
         """A step of restart="greedy"."""
         q, u, iterations = state["Q"], state["U"], self.power_iterations
         if not context.restart:
             result = yield from ssp_comp(delta, q, context, iterations=iterations)
-        elif self._finds_basis(context.t):
+        elif context.turn == 0:
             d, own = yield Mean(delta.tensor, "restart")
             u = yield from basis_of(d, context, u.shape[-1])
             v = u[..., : context.rank]

@@ -210,6 +210,7 @@ class Averaging:
             return None
         answers: dict[str, Averaged] = {}
         for entry, result, context in zip(low, agreed.results, contexts, strict=True):
+            assert result is not None
             assert isinstance(result.applied, LowRank)
             p, q = result.applied.p[0], result.applied.q[0]
             gradient, basis = (q, p) if self.on_rows(entry.parameter) else (p, q)
