@@ -140,8 +140,8 @@ class Rounds(_Around):
             rest = rest - dense(result.sent) if result.kept is None else result.kept
             state_after |= _of_round(k, result.state)
             parts.append(result)
-        for k in range(len(parts), self.rounds):
-            state_after |= _of_round(k, parts[0].state)
+        for k in range(len(parts), self.rounds):  # copies: what is handed out may be written into
+            state_after |= _of_round(k, {symbol: tensor.clone() for symbol, tensor in parts[0].state.items()})
         applied, sent = _sum([part.applied for part in parts]), _sum([part.sent for part in parts])
         return Result(applied, sent, state_after, kept=rest if kept else None)
 
