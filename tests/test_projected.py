@@ -311,11 +311,48 @@ def test_state_is_l_times_r(side: str, projection: str) -> None:
         s = min(m, n) if side == "short" else max(m, n)
         expected += 4 * r * (2 * (m * n // s) + s)
     assert stored(optimizer) == expected
-    assert optimizer.state_bytes() == expected + 2 * 4 * len(held)  # the two counters of each parameter
+    assert optimizer.state_bytes() == expected + 4 * (2 * 5 + 3)  # two counters a parameter, and the steps of refreshes
     plain = torch.optim.AdamW(others.values())
     give(others, 0)
     plain.step()
     assert stored(plain) == 8 * sum(p.numel() for p in others.values()) > 2 * (expected - 8 * 77)
+
+
+@pytest.mark.parametrize("projection", ["galore", "golore"])
+def test_a_refresh_without_a_gradient_comes_with_the_next_one(projection: str) -> None:
+    """Gradients for `tall` in odd steps only, tau = 4: it owes the refreshes of steps 0, 4 and 8, which come in 1, 5 and 9;
+    until then it sends nothing. Saved and resumed with a refresh owed, too."""
+    tau, r, held = 4, 2, parameters(torch.float32)
+    made = {"rank": r, "restart_every": tau, "projection": projection}
+    optimizer, others = ProjectedAdamW(held.items(), **made), parameters(torch.float32)
+    refreshed, sent = [], []
+    for t in range(12):
+        before = optimizer.state[held["tall"]].get("projector")
+        give(held, t)
+        if t % 2 == 0:
+            held["tall"].grad = None
+        counted = optimizer.ledger.total_bytes
+        optimizer.step()
+        sent.append(optimizer.ledger.total_bytes - counted)
+        now = optimizer.state[held["tall"]].get("projector")
+        if now is not None and (before is None or not torch.equal(now, before)):
+            refreshed.append(t)
+            assert float(optimizer.state[held["tall"]]["refreshed_at"]) == t
+        if t == 8:
+            resumed = ProjectedAdamW(others.items(), **made)
+            resumed.load_state_dict(optimizer.state_dict())
+            with torch.no_grad():
+                for name, p in others.items():
+                    p.copy_(held[name])
+    assert refreshed == [1, 5, 9]
+    m, n = SHAPES["tall"]
+    assert sent[5] - sent[7] == (4 * m * n + 4 * min(m, n) * r - 4 * max(m, n) * r if projection == "galore" else 0)
+    for t in range(9, 12):
+        give(others, t)
+        if t % 2 == 0:
+            others["tall"].grad = None
+        resumed.step()
+    assert all(torch.equal(others[name], held[name]) for name in held)
 
 
 @pytest.mark.parametrize("projection", ["galore", "golore"])

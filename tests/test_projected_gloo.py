@@ -217,7 +217,7 @@ def the_page(rank: int) -> float:
     assert code.count("torch.distributed.init_process_group") == 1
     names: dict[str, Any] = {}
     exec(code.replace('torch.distributed.init_process_group("gloo")', ""), names)
-    assert names["optimizer"].state_bytes() == 8 * 512 * 16 + 4 * 256 * 16 + 8 * 512 + 4 * 4  # and a bias, four counters
+    assert names["optimizer"].state_bytes() == 8 * 512 * 16 + 4 * 256 * 16 + 8 * 512 + 4 * 5  # and a bias, five counters
     return float(names["model"].weight.detach().sum())
 
 

@@ -19,7 +19,7 @@ from ..compressors.base import Context, Delta, LowRank
 from ..compressors.galore import GaLore, basis_on_rows
 from ..errors import ConfigError
 from ..linalg import full_precision
-from ..lockstep import Account, Agreed, lockstep
+from ..lockstep import Account, Agreed, Passing, Presence, lockstep
 from ..reducer_state import WIRE_DTYPES
 
 
@@ -77,6 +77,7 @@ class Entry:
         rank: r of the projection, or None where the gradient travels dense.
         basis: P (s, r) so far; None where dense, and before the first refresh.
         coordinates: R (l, r) of this worker, where its gradient was not kept.
+        refreshed_at: step of the last refresh; -1 before the first, None where it is not known.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Entry:
     rank: int | None
     basis: Tensor | None = None
     coordinates: Tensor | None = None
+    refreshed_at: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,9 +154,14 @@ class Averaging:
         """Every worker's words; a collective."""
         return [part.decode() for part in self.group.gather_bytes(words.encode(), self.device)]
 
-    def due(self, name: str, t: int) -> bool:
-        """Whether this parameter's subspace is found anew at step t."""
-        return self._schedule.due(name, t)
+    def owed(self, refreshed_at: int | None, t: int) -> bool:
+        """Whether a refresh before step t fell on a step in which nobody had a gradient, and waits for one."""
+        scheduled = t - t % self.compressor.restart_every
+        return refreshed_at is not None and refreshed_at < scheduled < t
+
+    def refreshes(self, name: str, refreshed_at: int | None, t: int) -> bool:
+        """Whether a parameter's subspace is found anew at step t, if somebody has a gradient for it."""
+        return self._schedule.due(name, t) or self.owed(refreshed_at, t)
 
     def on_rows(self, parameter: Tensor) -> bool:
         """Whether P is on the side of the rows, hence the update P R^T and not R P^T."""
@@ -189,10 +196,7 @@ class Averaging:
         contexts = [self._context(entry, t) for entry in low]
         with full_precision(self.device):
             passing = lockstep(
-                [
-                    self.compressor.step(self._delta(entry), {"P": self._basis(entry, context)}, context)
-                    for entry, context in zip(low, contexts, strict=True)
-                ],
+                [self._steps(k, entry, context) for k, (entry, context) in enumerate(zip(low, contexts, strict=True))],
                 [self._dense(entry) for entry in dense],
                 [entry.has_gradient for entry in low + dense],
                 workers=self.group.size,
@@ -210,7 +214,8 @@ class Averaging:
             return None
         answers: dict[str, Averaged] = {}
         for entry, result, context in zip(low, agreed.results, contexts, strict=True):
-            assert result is not None
+            if result is None:  # nobody has the gradient that a refresh waits for
+                continue
             assert isinstance(result.applied, LowRank)
             p, q = result.applied.p[0], result.applied.q[0]
             gradient, basis = (q, p) if self.on_rows(entry.parameter) else (p, q)
@@ -223,6 +228,12 @@ class Averaging:
         )
         return [answers[entry.name] if entry.name in there else None for entry in entries]
 
+    def _steps(self, number: int, entry: Entry, context: Context) -> Passing:
+        """The compressor's generator; one that owes a refresh first waits for the packet that tells who has a gradient."""
+        if self.owed(entry.refreshed_at, context.t) and not (yield Presence())[number]:
+            return None
+        return (yield from self.compressor.step(self._delta(entry), {"P": self._basis(entry, context)}, context))
+
     def _context(self, entry: Entry, t: int) -> Context:
         assert entry.rank is not None
         return Context(
@@ -230,7 +241,7 @@ class Averaging:
             t,
             self.seed,
             entry.rank,
-            restart=self.due(entry.name, t),
+            restart=self.refreshes(entry.name, entry.refreshed_at, t),
             m=entry.parameter.shape[0],
             worker=self.group.rank,
             workers=self.group.size,

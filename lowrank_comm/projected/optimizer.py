@@ -11,7 +11,8 @@ A 2-D parameter W (m x n) has an orthonormal P (s x r) on one of its sides; l is
 Every worker does the same with the same numbers, so that parameters stay equal and state dicts fit any number of workers.
 Other parameters (other than two dimensions, r >= min(m, n), or `rank=None` in their group) are averaged as they are, in the
 same collective, and updated by the same rule without P. There is no error memory: it would be of the size of the gradient,
-which is what this saves; what is orthogonal to P is lost until the next refresh.
+which is what this saves; what is orthogonal to P is lost until the next refresh. A refresh that falls on a step in which
+nobody has a gradient for a parameter comes with its next gradient.
 
 `p.grad` is this worker's own gradient, accumulated by as many backward passes as one likes, and stays so: nobody needs the
 averaged one. Hence `clip_grad_norm_` before `step()` would clip each worker's gradient by itself; `max_grad_norm` clips
@@ -201,6 +202,7 @@ class ProjectedOptimizer(Optimizer):
                     self.rank_of(parameter, group),
                     self.state[parameter].get("projector") if parameter in self.state else None,
                     self._coordinates.get(parameter),
+                    self._refreshed_at(parameter),
                 ),
                 group,
             )
@@ -320,6 +322,7 @@ class ProjectedOptimizer(Optimizer):
             self.move(state, state["projector"].mT @ basis)
         if basis is not None and (averaged.refreshed or "projector" not in state):
             state["projector"] = basis.clone()  # what came is a piece of a packet, and would keep all of it
+            state["refreshed_at"] = torch.tensor(float(self.t), dtype=torch.float32, device="cpu")
         direction = self.direction(gradient, state, group)
         lr = float(group["lr"])
         if group["weight_decay"]:
@@ -333,12 +336,20 @@ class ProjectedOptimizer(Optimizer):
         else:
             parameter.add_((p @ q.mT).to(parameter.dtype), alpha=-lr * group["scale"])
 
+    def _refreshed_at(self, parameter: Tensor) -> int | None:
+        """Step of a parameter's last refresh; -1 before the first, None in states saved without it."""
+        state = self.state.get(parameter, {})
+        at = state.get("refreshed_at")
+        return int(at) if at is not None else None if state else -1
+
     def _gradient_is_there(self, parameter: Tensor) -> None:
         """A gradient has arrived, in a backward pass."""
         self._first_pass.gradient()
         projector = self.state[parameter].get("projector") if parameter in self.state else None
         name = self._names.get(parameter)
-        if not self.free_gradients or projector is None or name is None or self._averaging.due(name, self.t):
+        if not self.free_gradients or projector is None or name is None:
+            return
+        if self._averaging.refreshes(name, self._refreshed_at(parameter), self.t):
             return
         assert parameter.grad is not None
         with torch.no_grad():
@@ -362,6 +373,7 @@ class ProjectedOptimizer(Optimizer):
             free = parameter.numel() // self._averaging.length(parameter)
             like = torch.zeros(free, entry.rank, dtype=entry.dtype, device=parameter.device)
             state.update({**self.initial_state(like), "projector": self._averaging.initial_basis(entry, entry.rank)})
+            state["refreshed_at"] = torch.tensor(-1.0, dtype=torch.float32, device="cpu")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict()` gave, at any number of workers. All workers must load the same.

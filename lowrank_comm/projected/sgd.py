@@ -34,7 +34,7 @@ class ProjectedSGD(ProjectedOptimizer):
         >>> model(torch.ones(2, 64)).sum().backward()
         >>> optimizer.step()
         >>> sorted(optimizer.state[model.weight])
-        ['momentum_buffer', 'projector', 'step']
+        ['momentum_buffer', 'projector', 'refreshed_at', 'step']
 
     Source: arXiv 2403.03507, arXiv 2410.11289 (MSGD with momentum re-projection).
     """
