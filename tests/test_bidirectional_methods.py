@@ -361,6 +361,25 @@ def test_plans_reach_their_eps_by_their_own_bounds_and_fall_with_n() -> None:
     assert m4.method.bound(problem, 16, 64, 4, m4.first_batch, m4.steps) <= 0.05 * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("kappa", [0.01, 1.5])
+@pytest.mark.parametrize("structure", [None, 0.3, 0.0])
+def test_inkhearts_plan_takes_the_divisor_of_n_with_the_fewest_seconds(structure: float | None, kappa: float) -> None:
+    """A large L_A bounds gamma so much that the largest G is the worst."""
+    problem, n, d, eps, seconds = Problem(1.0, gap=1.0, variance=4.0, structure=structure), 64, 128, 0.01, {}
+    chosen = inkheart_module.plan(problem, n, d, h=1.0, kappa=kappa, eps=eps)
+    for groups in (1, 2, 4, 8, 16, 32, 64):
+        method = InkheartSGD(groups, uplink_fraction=chosen.method.uplink_fraction)
+        noise = 6 * (method.uplink.omega(d) + 1) * problem.variance / (n * chosen.batch)
+        gamma = min(method.largest_step_size(problem, n, d), eps / (2 * noise))
+        steps = math.ceil(4 * problem.gap / (gamma * (eps - gamma * noise)))
+        down = d if groups == 1 else d / groups + (1 - 1 / groups) * d / groups
+        seconds[groups] = steps * (chosen.batch + kappa * (chosen.method.uplink_fraction * d + down))
+    assert chosen.seconds == pytest.approx(min(seconds.values()), rel=1e-9)
+    assert chosen.seconds == pytest.approx(seconds[chosen.method.downlink_groups], rel=1e-9)
+    if structure is None:
+        assert chosen.method.downlink_groups < 8 and seconds[64] > 10 * chosen.seconds
+
+
 # ---------------------------------------------------------------- bad input
 
 

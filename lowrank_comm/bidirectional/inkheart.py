@@ -146,13 +146,14 @@ class InkheartPlan:
 
 
 def plan(problem: Problem, n: int, d: int, h: float, kappa: float, eps: float) -> InkheartPlan:
-    """Choose K, G, B, gamma and T for a clock, by the orders of magnitude of the theory.
+    """Choose K, G, B, gamma and T for a clock: K and B by the orders of magnitude of the theory, G by its bound.
 
     1 + omega = clip(sqrt(kappa d n eps/(h sigma^2)), 1, min(n, d));  B = ceil(sigma^2 (1+omega)/(n eps));
-    G = largest divisor of n with G^2 omega <= n/2;  p = 1/G;  gamma and T from the bound
+    G = the divisor of n with the fewest seconds;  p = 1/G;  gamma and T from the bound
 
-    The order of the time is then (L D/eps) (h + 2 sqrt(h sigma^2 kappa d/(n eps)) + 2 kappa d/G): the noise and the
-    communication fall with n. In practice larger G and gamma are faster; tune them upwards from here.
+    With L_A = 0 the order of the time is (L D/eps) (h + 2 sqrt(h sigma^2 kappa d/(n eps)) + 2 kappa d/G): the noise and the
+    communication fall with n. With a large L_A the bound of gamma falls faster with G than the downlink gets cheaper, and
+    G = 1 is left. In practice larger G and gamma are faster; tune them upwards from here.
 
     Args:
         problem: constants of the objective.
@@ -168,20 +169,23 @@ def plan(problem: Problem, n: int, d: int, h: float, kappa: float, eps: float) -
     Example:
         >>> chosen = plan(Problem(1.0, gap=1.0, variance=4.0, structure=0.0), n=64, d=128, h=1.0, kappa=1.5, eps=0.01)
         >>> chosen.method.downlink_groups, chosen.method.uplink_fraction < 1
-        (2, True)
+        (16, True)
     """
     ratio = kappa * d * n * eps / (h * problem.variance) if problem.variance * h > 0 else math.inf
     compression = min(max(math.sqrt(ratio), 1.0), float(min(n, d)))
     kept = max(1, min(d, round(d / compression)))
     omega = d / kept - 1
     batch = max(1, math.ceil(problem.variance * (1 + omega) / (n * eps)))
-    groups = max(g for g in range(1, n + 1) if n % g == 0 and (omega == 0 or g * g * omega <= n / 2 or g == 1))
-    method = InkheartSGD(downlink_groups=groups, uplink_fraction=kept / d)
-    gamma = method.largest_step_size(problem, n, d)
     noise = (1 + omega) * problem.variance / (n * batch)
-    if noise > 0:
-        gamma = min(gamma, eps / (12 * problem.smoothness * noise))  # the noise takes half of eps
-    steps = max(1, math.ceil(4 * problem.gap / (gamma * (eps - 6 * problem.smoothness * gamma * noise))))
-    p = method.probability(n)
-    down = d if groups == 1 else p * d + (1 - p) * math.ceil(d / groups)
-    return InkheartPlan(method, batch, gamma, steps, steps * (h * batch + kappa * (kept + down)))
+
+    def with_groups(groups: int) -> InkheartPlan:
+        method = InkheartSGD(downlink_groups=groups, uplink_fraction=kept / d)
+        gamma = method.largest_step_size(problem, n, d)
+        if noise > 0:
+            gamma = min(gamma, eps / (12 * problem.smoothness * noise))  # the noise takes half of eps
+        steps = max(1, math.ceil(4 * problem.gap / (gamma * (eps - 6 * problem.smoothness * gamma * noise))))
+        p = method.probability(n)
+        down = d if groups == 1 else p * d + (1 - p) * math.ceil(d / groups)
+        return InkheartPlan(method, batch, gamma, steps, steps * (h * batch + kappa * (kept + down)))
+
+    return min((with_groups(g) for g in range(1, n + 1) if n % g == 0), key=lambda one: one.seconds)
