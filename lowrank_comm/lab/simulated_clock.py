@@ -1,6 +1,7 @@
 """Seconds on the simulated clock until a bidirectional method has found a stationary point, and a search for its parameters.
 
     f(x) = 0.5 x^T A x - b^T x (+ the non-convex term),   A tridiagonal, eigenvalues in (0.008, 1.008),   b ~ 0.15 N(0, I)
+    non-convex term: gradient 0.3 w (1 - w^2)/(1 + w^2)^2 in each coordinate, second derivative from -0.15 to 0.3 (at 0)
     gradient of worker i: grad f(w) + c_i + noise,  noise ~ N(0, (sigma^2/d) I),  c_i that sum to 0 (linear tilts)
 
 A run ends when the mean over some steps of the exact ||grad f(x)||^2 is at most eps.
@@ -43,6 +44,11 @@ class Objective:
     non_convex: bool = False
     tilt: float = 0.0
     seed: int = 0
+
+    @property
+    def smoothness(self) -> float:
+        """L: the largest eigenvalue of the Hessian anywhere, which it has at x = 0."""
+        return 0.508 + 0.5 * math.cos(math.pi / (self.d + 1)) + (NON_CONVEX if self.non_convex else 0.0)
 
     def b(self) -> Tensor:
         """b, (d,)."""
@@ -113,7 +119,7 @@ def seconds_to_target(
     residual = math.inf
     while clock.seconds < limit and simulation.t < most_steps:
         size = first_batch if simulation.t == 0 else batch
-        noise = torch.randn(n, objective.d, generator=generator, dtype=torch.float64)
+        noise = torch.randn(n, objective.d, generator=generator)  # in float32, which is drawn four times as fast
         gradients = objective.gradient(simulation.points, b).add_(tilts)
         gradients.add_(noise, alpha=math.sqrt(objective.variance / (objective.d * size)))
         if not simulation.step(gradients, size):
@@ -132,9 +138,19 @@ Choice = dict[str, Any]
 """Parameter name -> a value of its grid."""
 
 
+@dataclass(frozen=True)
+class Search:
+    """What a search found: the best choice, its cost, how many it tried, and whether the cap on these ended it."""
+
+    chosen: Choice
+    cost: float
+    trials: int
+    capped: bool
+
+
 def descend_on_grid(
     grid: Mapping[str, Sequence[Any]], start: Choice, cost: Callable[[Choice, float], float], most: int
-) -> tuple[Choice, float, int]:
+) -> Search:
     """Local search: parameters go to neighbours on the grid while that helps, one at a time, and two at a time where no
     single one moves (a larger step size may need a larger batch to help).
 
@@ -144,9 +160,6 @@ def descend_on_grid(
         cost: of a choice, given the best so far, above which it may give up and return infinity. Of choices that do not
             arrive, those that come nearer should cost less, or a search that begins among them does not find out.
         most: evaluations at most.
-
-    Returns:
-        (the best choice, its cost, evaluations).
     """
     known: dict[tuple[int, ...], float] = {}
     names = list(grid)
@@ -176,4 +189,4 @@ def descend_on_grid(
     singles = [move for move in moves if sum(map(abs, move)) == 1]
     while len(known) < most and (sum(map(walk, singles)) or any(map(walk, moves))):
         pass
-    return {name: grid[name][k] for name, k in zip(names, here, strict=True)}, best, len(known)
+    return Search({name: grid[name][k] for name, k in zip(names, here, strict=True)}, best, len(known), len(known) >= most)

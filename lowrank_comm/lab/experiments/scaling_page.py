@@ -1,0 +1,241 @@
+"""The page and figures of `scaling`, computed from its rows: seconds, choices, claims, and what limits the search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..comparison import Spread, listed, table
+from ..experiment import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Problem = Literal["quadratic", "non_convex", "heterogeneous"]
+
+LABELS = {
+    "sync": "synchronous SGD",
+    "inkheart": "Inkheart SGD (reconstruction)",
+    "control": "control: G = n, K = d/n",
+    "m4": "M4 (reconstruction)",
+    "sync_momentum": "synchronous SGD with momentum",
+}
+SYNCHRONOUS = ("sync", "sync_momentum")
+OF_PROBLEM: dict[str, tuple[str, ...]] = {
+    "quadratic": ("sync", "inkheart", "control"),
+    "non_convex": ("sync", "inkheart", "control"),
+    "heterogeneous": ("sync_momentum", "m4"),
+}
+TITLES = {
+    "quadratic": "Quadratic, homogeneous data",
+    "non_convex": "With a non-convex term, homogeneous data",
+    "heterogeneous": "Quadratic, heterogeneous data (linear tilts)",
+}
+EXPECTED: tuple[tuple[tuple[str, ...], str, tuple[str, int], tuple[str, int], str, float], ...] = (
+    (("quadratic", "non_convex"), "synchronous SGD has come to its floor", ("sync", 64), ("sync", 16), ">", 0.9),
+    (("quadratic", "non_convex"), "Inkheart SGD keeps falling", ("inkheart", 64), ("inkheart", 16), "<", 0.8),
+    (("quadratic", "non_convex"), "one worker loses nothing by it", ("inkheart", 1), ("sync", 1), "<=", 1.1),
+    (("quadratic", "non_convex"), "the control does not scale", ("control", 64), ("control", 4), ">", 0.85),
+    (("heterogeneous",), "momentum alone has come to its floor", ("sync_momentum", 64), ("sync_momentum", 16), ">", 0.9),
+    (("heterogeneous",), "M4 keeps falling", ("m4", 64), ("m4", 16), "<", 0.9),
+    (("heterogeneous",), "and further", ("m4", 256), ("m4", 16), "<", 0.75),
+)
+"""(problems, claim, numerator, denominator, relation, bound): what was expected before the runs."""
+PLATEAU = (16, 8.0)
+"""(n, least 2 kappa d/(h B)): where synchronous SGD counts as limited by its links, with the B that its own search chose."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An expected ratio, and what the rows say of it. ratio: infinite, where the numerator was not reached."""
+
+    problem: str
+    claim: str
+    of: str
+    bound: str
+    ratio: float
+    holds: bool
+
+
+def claims(problem: str, rows: Sequence[Row]) -> list[Claim]:
+    """The claims about a problem for which the rows are there."""
+    found = []
+    for problems, claim, above, below, relation, bound in EXPECTED:
+        a, b = _mean(problem, *above, rows), _mean(problem, *below, rows)
+        if problem not in problems or a is None or b is None or math.isinf(b):
+            continue
+        holds = {">": a / b > bound, "<": a / b < bound, "<=": a / b <= bound}[relation]
+        of = f"{LABELS[above[0]]}, n = {above[1]}, over {LABELS[below[0]]}, n = {below[1]}"
+        found.append(Claim(problem, claim, of, f"{relation} {bound:g}", a / b, holds))
+    return found
+
+
+def grid(settings: Any, n: int) -> dict[str, Sequence[Any]]:
+    """Parameter name -> the values that the search may take for n workers, in order."""
+    return {
+        "B": settings.batches,
+        "gamma L": settings.gammas,
+        "K/d": settings.fractions,
+        "G": tuple(g for g in settings.groups if g <= n),
+        "a": settings.weights,
+    }
+
+
+def ends(settings: Any, row: Row) -> dict[str, bool]:
+    """What a search chose at an end of its grid: "B 1" -> whether that is the parameter's own limit, which no grid crosses.
+
+    Without momentum the last gamma below 2/L is such an end: from 2/L on gradient descent on a quadratic diverges.
+    """
+    n, chosen = row["params"]["n"], row["result"]["chosen"]
+    own = {"B": (1,), "gamma L": (), "K/d": (1 / settings.d, 1.0), "G": (1, n), "a": (1.0,)}
+    found = {}
+    for key, value in chosen.items():
+        values = grid(settings, n)[key]
+        if key == "gamma L" and "a" not in chosen:
+            values = [gamma for gamma in values if gamma < 2] or values
+        if value in (values[0], values[-1]):
+            found[f"{key} {value:g}"] = value in own[key]
+    return found
+
+
+def page(settings: Any, rows: Sequence[Row]) -> str:
+    """Markdown below the heading."""
+    text = [
+        f"Seconds on the simulated clock until the mean of ||grad f(x)||^2 over {settings.window} steps is at most "
+        f"{settings.eps:g}, against the number of workers n. A step takes h B + kappa (K_up + K_down) seconds, h = "
+        f"{settings.h:g} for one stochastic gradient and kappa = {settings.kappa:g} for one of d = {settings.d} "
+        f"coordinates on a link; links work side by side. Noise sigma^2 = {settings.variance:g}. Every method was tuned "
+        f"for every n by the same local search of at most {settings.trials} choices over the same grid, with step sizes "
+        f"from {min(settings.gammas):g}/L to {max(settings.gammas):g}/L, on the seeds "
+        f"{', '.join(map(str, settings.tuning_seeds))}; what stands here is mean and standard deviation over other seeds. A "
+        f"run is given up after {settings.limit:g} s or {settings.most_steps} steps.",
+        f"The claims are about slow links. The floor of synchronous SGD is what it takes without noise and with B = 1, its "
+        f"step size tuned: what it comes to with ever more workers. It counts as limited by its links where 2 kappa d is at "
+        f"least {PLATEAU[1]:g} h B at n = {PLATEAU[0]}, with the B that its own search chose there. kappa was chosen by "
+        "this alone, before Inkheart SGD and M4 were run. With faster links more of a step is computing, of which more "
+        "workers need less, and synchronous SGD goes on falling beyond that n.",
+        "Where K/d is 1, only the downlink is compressed, and a step still costs half of the 2 kappa d of synchronous SGD.",
+        "Inkheart SGD and M4 are reconstructions from the abstract of their paper, not the authors' algorithms.",
+    ]
+    contradicted = [claim for problem in settings.problems for claim in claims(problem, rows) if not claim.holds]
+    if contradicted:
+        text += ["What contradicts the expectation:"]
+        text += [listed([f"{TITLES[c.problem]}: {c.claim}: {_ratio(c)}, expected {c.bound} ({c.of})" for c in contradicted])]
+    else:
+        text += ["All expected ratios hold."]
+    text += [_searched(settings, rows)]
+    for problem in settings.problems:
+        smoothness = {row["result"]["smoothness"] for row in rows if row["params"]["problem"] == problem}
+        text += [f"## {TITLES[problem]}", *(f"L = {value:.4g}." for value in sorted(smoothness))]
+        text += [f"![seconds against n]({problem}.png)", _table(settings, problem, rows, _seconds)]
+        text += [*_floor(settings, problem, rows), "What the search chose (gamma L: step size in multiples of 1/L):"]
+        text += [_table(settings, problem, rows, _choice)]
+        heads = ("expected", "ratio", "bound", "measured", "holds")
+        cells = [(c.claim, c.of, c.bound, _ratio(c), "yes" if c.holds else "**no**") for c in claims(problem, rows)]
+        text += [table(heads, cells)]
+    return "\n\n".join(text)
+
+
+def draw(problem: str, rows: Sequence[Row]) -> Figure:
+    """Seconds against n, and the floor of synchronous SGD."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for method in OF_PROBLEM[problem]:
+        own = [row for row in rows if (row["params"]["problem"], row["params"]["method"]) == (problem, method)]
+        points = [(row["params"]["n"], spread) for row in own if (spread := _spread(row)) is not None]
+        if points:
+            heights = [spread.mean for _, spread in points]
+            bars = [spread.deviation or 0.0 for _, spread in points]
+            axes.errorbar([n for n, _ in points], heights, bars, marker="o", capsize=3, label=LABELS[method])
+        floors = {row["result"]["floor"] for row in own if row["result"].get("floor") is not None}
+        for floor in floors:
+            axes.axhline(floor, color="grey", linestyle=":", label=f"floor of {LABELS[method]}")
+    axes.set(xscale="log", yscale="log", xlabel="workers n", ylabel="simulated seconds", title=TITLES[problem])
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _found(problem: str, method: str, n: int, rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if row["key"] == f"{problem}/{method}/{n}"), None)
+
+
+def _spread(row: Row) -> Spread | None:
+    """Of the seconds; None where some seed did not arrive."""
+    seconds = row["result"]["seconds"]
+    return None if None in seconds else Spread.of(seconds)
+
+
+def _mean(problem: str, method: str, n: int, rows: Sequence[Row]) -> float | None:
+    """Mean seconds, infinite where some seed did not arrive; None where the case is missing."""
+    row = _found(problem, method, n, rows)
+    if row is None:
+        return None
+    spread = _spread(row)
+    return math.inf if spread is None else spread.mean
+
+
+def _table(settings: Any, problem: str, rows: Sequence[Row], cell: Any) -> str:
+    """A table of one cell for each method and n."""
+    lines = []
+    for method in OF_PROBLEM[problem]:
+        found = [_found(problem, method, n, rows) for n in settings.workers]
+        lines.append([LABELS[method], *("" if row is None else cell(row) for row in found)])
+    return table(["n", *map(str, settings.workers)], lines)
+
+
+def _seconds(row: Row) -> str:
+    spread = _spread(row)
+    if spread is None:
+        return "not reached"
+    return f"{spread.mean / 1e3:.1f}k ± {(spread.deviation or 0.0) / 1e3:.1f}k"
+
+
+def _choice(row: Row) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in row["result"]["chosen"].items())
+
+
+def _ratio(claim: Claim) -> str:
+    return "not reached" if math.isinf(claim.ratio) else f"{claim.ratio:.3f}"
+
+
+def _floor(settings: Any, problem: str, rows: Sequence[Row]) -> list[str]:
+    """How near synchronous SGD is to its floor, and whether its links limit it."""
+    n, least = PLATEAU
+    text = []
+    for method in SYNCHRONOUS:
+        row = _found(problem, method, n, rows)
+        if row is None or row["result"].get("floor") is None or (spread := _spread(row)) is None:
+            continue
+        floor, share = row["result"]["floor"], 2 * settings.kappa * settings.d / (settings.h * row["result"]["chosen"]["B"])
+        text.append(
+            f"The floor of {LABELS[method]} is {floor / 1e3:.1f}k s; at n = {n} it takes {spread.mean / floor:.2f} times "
+            f"that, and 2 kappa d is {share:.1f} h B: {'limited' if share >= least else '**not** limited'} by its links."
+        )
+    return text
+
+
+def _searched(settings: Any, rows: Sequence[Row]) -> str:
+    """What may keep a choice from being the best: the cap of the search, and the ends of its grid."""
+    capped = [f"`{row['key']}`" for row in rows if row["result"].get("capped")]
+    found = {row["key"]: ends(settings, row) for row in rows}
+    parts: dict[bool, list[str]] = {
+        kind: [
+            f"`{key}` ({', '.join(name for name, own in at.items() if own == kind)})"
+            for key, at in found.items()
+            if kind in at.values()
+        ]
+        for kind in (False, True)
+    }
+    return listed(
+        [
+            f"Searches that the cap of {settings.trials} choices ended: {', '.join(capped) or 'none'}.",
+            "Choices at an end of the grid (without momentum also at the last step size below 2/L, from which gradient "
+            f"descent on a quadratic diverges): {', '.join(parts[False]) or 'none'}.",
+            "Choices at a limit of the parameter itself (B = 1, one coordinate, K = d, G = 1, G = n, a = 1), which no wider "
+            f"grid moves: {', '.join(parts[True]) or 'none'}.",
+        ]
+    )
