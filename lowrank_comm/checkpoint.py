@@ -203,7 +203,8 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
             raise StateMismatchError(
                 f"{name!r} has a saved error memory but is not a compressed parameter of this run with one; it would be "
                 "lost. Resume with the same model, names, rank, min_compression_rate, rules and error_feedback; to give it "
-                "up on purpose, take the compressor's state out of the checkpoint."
+                "up on purpose, take the compressor's state out of the checkpoint (in a state dict the key 'lowrank_comm' "
+                "and the entries 'lowrank_comm_...')."
             )
         for symbol in saved.keys() & here.keys() & set(_in_memory(reducer, name)):
             if saved[symbol].numel() != here[symbol].numel():

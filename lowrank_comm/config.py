@@ -13,7 +13,6 @@ ignoring it would be a silent fallback. The string "auto" is never a value: Acce
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -24,7 +23,7 @@ from .communication import Group
 from .communication.shards import SCOPES
 from .compressors import REGISTRY, Compressor
 from .error_feedback import ErrorFeedback
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError, UnsupportedError, nearest
 from .policy import Rule
 from .quantization import Quantization
 from .reducer import Reducer
@@ -154,7 +153,7 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
             )
         if self.compressor not in REGISTRY:
             raise ConfigError(
-                f"{SECTION}.compressor={self.compressor!r} is unknown{_nearest(self.compressor, [*REGISTRY, *METHODS])} "
+                f"{SECTION}.compressor={self.compressor!r} is unknown{nearest(self.compressor, [*REGISTRY, *METHODS])} "
                 f"Known: {', '.join(sorted([*REGISTRY, *METHODS]))}."
             )
         kind = REGISTRY[self.compressor]
@@ -180,12 +179,6 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
         }
 
 
-def _nearest(word: str, known: Any) -> str:
-    """' (did you mean X?)', or a full stop."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
-
-
 def _explain(detail: Any) -> str:
     """One pydantic error as a sentence with the key, the value and the fix."""
     path = ".".join(str(part) for part in (SECTION, *detail["loc"]))
@@ -193,7 +186,9 @@ def _explain(detail: Any) -> str:
         model: type[BaseModel] = Section
         for part in detail["loc"][:-1]:
             model = _SUB_MODELS.get(part, model)
-        return f"{path} is not a known key{_nearest(str(detail['loc'][-1]), model.model_fields)}"
+        if detail["loc"] == (SECTION,):
+            return f"{path} is not a known key: give what stands under {SECTION!r}, and not the object around it."
+        return f"{path} is not a known key{nearest(str(detail['loc'][-1]), model.model_fields)}"
     if detail["type"] == "missing":
         return f"{path} is missing; a rule needs it."
     return f"{path}={detail['input']!r} is not possible: {detail['msg'].lower()}."

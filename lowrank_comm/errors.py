@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class LowRankCommError(RuntimeError):
     """Base class of all errors that this library raises on purpose."""
@@ -21,3 +24,9 @@ class StateMismatchError(LowRankCommError):
 
 class UnsupportedError(LowRankCommError, NotImplementedError):
     """The engine, its version, or a feature of it is one that the library cannot serve correctly."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for messages about an unknown word, or a full stop where nothing is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else "."

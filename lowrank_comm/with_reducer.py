@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, state_dicts
 from .arrivals import Arrivals
+from .bidirectional.saved import refuse_other_kind
 from .checkpoint import NOBODY
 from .communication import Ledger
 from .compressors.base import Compressor
@@ -258,6 +259,7 @@ class OptimizerWithReducer(OptimizerAroundAnother):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        refuse_other_kind(state_dict)
         # Names only where they are needed: Accelerate loads an empty state before it has wrapped the model that has them.
         numbered = self._numbered(state_dict["param_groups"]) if state_dict["state"] else []
         plain, tag, tensors = state_dicts.split(state_dict, numbered)

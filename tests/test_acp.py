@@ -185,6 +185,7 @@ def test_a_restart_leaves_the_trap() -> None:
         ({"restart_every": 0}, "restart_every"),
         ({"restart_every": 2.0}, "restart_every"),
         ({"restart": "greedy"}, "'greedy'"),
+        ({"restart": "svd"}, "no effect without restart_every"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, object], said: str) -> None:

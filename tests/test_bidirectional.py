@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from pathlib import Path
@@ -437,3 +438,51 @@ def test_a_state_dict_goes_through_torch_save() -> None:
     again = parameters()
     build(again, M4(1, uplink_fraction=0.5)).load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(flat(again), flat(named))
+
+
+# ---------------------------------------------------------------- the page, and states of the other kind
+
+
+def the_page(rank: int, folder: str) -> float:
+    """The example of docs/bidirectional.md, in a group that is there already; rank 0's loss at the end."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "bidirectional.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert "init_process_group" in code
+    for line in ('dist.init_process_group("gloo")\n', "leave()\n"):
+        assert code.count(line) == 1
+        code = code.replace(line, "")
+    names: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(code, names)
+    return float(torch.nn.functional.cross_entropy(names["model"](names["x"]), names["y"]))
+
+
+def test_the_pages_example_trains(gloo: GlooPool, tmp_path: Path) -> None:
+    losses = gloo.run(the_page, 2, str(tmp_path))
+    assert all(loss < 0.8 * math.log(10) for loss in losses)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "optimizer_0.pt", "optimizer_1.pt"}
+
+
+def of_the_other_kind(rank: int) -> tuple[str, str]:
+    named = parameters()
+    ours = build(named, InkheartSGD(2, uplink_fraction=0.4))
+    train(ours, named, rank, range(3))
+    gradients = CompressedOptimizer(torch.optim.SGD(parameters().items(), lr=0.1), PowerSGD(2), min_compression_rate=0)
+    for group in gradients.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    gradients.step()
+    said = []
+    for optimizer, state in ((gradients, ours.state_dict()), (ours, gradients.state_dict())):
+        try:
+            optimizer.load_state_dict(state)
+        except StateMismatchError as error:
+            said.append(str(error))
+    return said[0], said[1]
+
+
+@pytest.mark.filterwarnings("ignore:state_dict")
+def test_states_of_compressed_gradients_and_of_these_do_not_mix(gloo: GlooPool) -> None:
+    for of_ours, of_gradients in gloo.run(of_the_other_kind, 2):
+        assert "bidirectional method 'inkheart'" in of_ours and "server_parameters()" in of_ours
+        assert "error memory would be lost" in of_gradients and "'lowrank_comm'" in of_gradients

@@ -211,12 +211,11 @@ def test_a_grad_scaler_waits_for_nobody(gloo: GlooPool) -> None:
 
 def the_page(rank: int) -> float:
     """The example of docs/memory_efficient.md, in a group that is there already; the sum of the trained weights."""
-    torch.manual_seed(0)
     page = (Path(__file__).resolve().parent.parent / "docs" / "memory_efficient.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     assert code.count("torch.distributed.init_process_group") == 1
     names: dict[str, Any] = {}
-    exec(code.replace('torch.distributed.init_process_group("gloo")', ""), names)
+    exec(code.replace('torch.distributed.init_process_group("gloo")', "").replace("leave()", ""), names)
     assert names["optimizer"].state_bytes() == 8 * 512 * 16 + 4 * 256 * 16 + 8 * 512 + 4 * 5  # and a bias, five counters
     return float(names["model"].weight.detach().sum())
 

@@ -9,11 +9,10 @@ Every key but "compressor" and "seed" is an option of the method's constructor, 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from .base import Method
 from .inkheart import InkheartSGD
 from .m3 import M3
@@ -46,7 +45,7 @@ def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
     name, seed = options.pop("compressor", None), options.pop("seed", 0)
     if name not in METHODS:
         raise ConfigError(
-            f"lowrank_comm.compressor={name!r} is no bidirectional method{_nearest(str(name), METHODS)} "
+            f"lowrank_comm.compressor={name!r} is no bidirectional method{nearest(str(name), METHODS)} "
             f"Known: {', '.join(sorted(METHODS))}."
         )
     check_seed(seed)
@@ -57,7 +56,7 @@ def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
             known = f" (it is one of {', '.join(owners)})" if owners else ""
             raise ConfigError(
                 f"lowrank_comm.{key}={value!r} has no meaning for {name!r}{known}; remove it"
-                f"{_nearest(key, kind.options())} Its keys: {', '.join(kind.options())}, seed."
+                f"{nearest(key, kind.options())} Its keys: {', '.join(kind.options())}, seed."
             )
     return kind(**options), seed
 
@@ -66,8 +65,3 @@ def check_seed(seed: object) -> None:
     """ConfigError for what is no integer."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError(f"seed={seed!r} must be an integer, the same on all workers; write for example seed=0.")
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."

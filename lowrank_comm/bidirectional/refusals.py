@@ -16,8 +16,8 @@ from ..errors import UnsupportedError
 from ..wrapping import fingerprint, transformers_uses_deepspeed
 
 _WHY = (
-    "In a bidirectional method every worker holds weights of its own, w_i, and only their mean is the server's x; {engine} "
-    "needs the same weights on all ranks. Train the plain model in a plain loop, one process a worker, or choose a "
+    "In a bidirectional method every worker holds weights of its own, w_i, and only their mean is the server's x, while "
+    "{engine} needs the same weights on all ranks. Train the plain model in a plain loop, one process a worker, or choose a "
     "compressor of gradients such as powersgd_plus for this engine."
 )
 
@@ -68,6 +68,6 @@ def refuse_averaged(gradients: Tensor, collectives_happened: bool, group: Group)
     if len(told) > 1 and mine and len(set(told)) == 1 and collectives_happened:
         raise UnsupportedError(
             f"all {len(told)} ranks came to the first step with the same gradients, bit for bit, after collectives during "
-            f"the backward pass: DistributedDataParallel, or another engine, averages them. {_WHY.format(engine='It')}"
+            f"the backward pass: DistributedDataParallel, or another engine, averages them. {_WHY.format(engine='that')}"
         )
     return len(mine)

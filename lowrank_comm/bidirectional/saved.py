@@ -6,11 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import StateMismatchError
 from .base import Method, State
 from .vectors import FlatParameters
 
 KEY = "lowrank_comm_bidirectional"
 _FORMAT = 1
+
+
+GRADIENTS = "lowrank_comm"
+"""The key of what a `CompressedOptimizer` keeps; see `state_dicts`."""
+
+
+def refuse_other_kind(state_dict: Mapping[str, Any]) -> None:
+    """StateMismatchError for a bidirectional run's state where one of compressed gradients is wanted."""
+    if KEY in state_dict:
+        method = state_dict[KEY].get("method")
+        raise StateMismatchError(
+            f"the state dict is of the bidirectional method {method!r}, which keeps the trained weights in it; loaded here, "
+            f"they would be lost. Load it into an optimizer with compressor {method!r}, and take its weights from "
+            "server_parameters()."
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,11 @@ class Saved:
             (entry, None); (None, None) for a plain optimizer's state dict; (None, sentence) for one that does not fit.
         """
         entry = state_dict.get(KEY)
+        if entry is None and GRADIENTS in state_dict:
+            return None, (
+                "the state is of a CompressedOptimizer that compresses gradients, and its error memory would be lost here; "
+                f"load it into such a one, or take {GRADIENTS!r} and the entries 'lowrank_comm_...' out of it."
+            )
         if entry is None:
             return None, None
         if entry.get("format") != _FORMAT:

@@ -66,6 +66,10 @@ class Acp(Compressor):
             checked_positive_int("Acp", "restart_every", self.restart_every)
         if self.restart not in RESTARTS:
             raise ConfigError(f"Acp: restart={self.restart!r} is unknown; choose one of {', '.join(map(repr, RESTARTS))}.")
+        if self.restart != RESTARTS[0] and self.restart_every is None:
+            raise ConfigError(
+                f"Acp: restart={self.restart!r} has no effect without restart_every; give both, e.g. restart_every=200."
+            )
 
     @property
     def averages_restarts(self) -> bool:  # type: ignore[override]

@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..config import _nearest as nearest
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from .experiment import Experiment
 from .experiments import EXPERIMENTS, experiment
 

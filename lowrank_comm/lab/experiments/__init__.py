@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from ...config import _nearest as nearest
-from ...errors import ConfigError
+from ...errors import ConfigError, nearest
 from ..experiment import Experiment
 
 EXPERIMENTS: dict[str, str] = {
