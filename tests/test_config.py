@@ -66,7 +66,7 @@ def test_defaults(section: dict[str, Any], compressor: Compressor) -> None:
 BAD = {
     "the object around it": (
         {"lowrank_comm": {"rank": 4}},
-        "lowrank_comm.lowrank_comm is not a known key: give what stands under",
+        ["lowrank_comm.lowrank_comm is not a known key", "give what stands under"],
     ),
     "unknown key": ({"restart_evry": 100}, ["restart_evry", "restart_every"]),
     "unknown key, no rank": ({"rnak": 4}, ["rnak", "'rank'"]),

@@ -75,6 +75,7 @@ def page_of(published: Published) -> str:
     text = [
         f"# {kind.title}\n",
         f"<!-- Made from {kind.name}.jsonl by `make results`. Change the experiment or run it anew; do not edit. -->\n",
+        "The paper is that of PowerSGD+, arXiv 2509.11254. [Algorithms](../algorithms.md), [all results](README.md).\n",
         f"`{meta['command']}`, {meta['date']}, {device}, {computer['cores']} cores, torch {computer['torch']}. "
         f"{_seeds(meta['settings'])}{len(published.rows)} cases in {_time(seconds)} of one process's time.\n",
     ]
@@ -151,7 +152,8 @@ def index_of(folder: Path) -> str:
         "<!-- Made by `make results`; do not edit. -->\n",
         "Each page is computed from the `.jsonl` file of the same name, which holds the result of every case, the settings",
         "and seeds, the command and the machine. `make results` computes the pages anew; a test fails where one does not",
-        "match its file.\n",
+        "match its file. The paper, its theorems and tables are those of PowerSGD+ (arXiv 2509.11254), unless another one",
+        "is named; [docs/algorithms.md](../algorithms.md) tells the algorithms.\n",
         "| experiment | what it shows | command | run on |",
         "| --- | --- | --- | --- |",
     ]

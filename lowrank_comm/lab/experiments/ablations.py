@@ -325,8 +325,11 @@ def _drift_text(settings: AblationSettings, rows: Sequence[Row]) -> str:
     heads = ["heterogeneity, noise", "memory", *(f"t = {t}" for t in kept.checkpoints), "‖mean e‖", "lost / given"]
     return (
         "## Do the workers' error memories part, and does 16 bits suffice?\n\n"
-        f"N = {kept.workers}, {kept.m} x {kept.n}, {len(kept.seeds)} seeds, float32. Root mean square of ‖d_i‖, "
-        "d_i = e_i minus its mean over the workers; then the mean error's norm, and what is neither sent nor kept, over the "
-        "sum of what was given, both at the end. The averaged residual is a control, which the library does not offer.\n\n"
+        f"N = {kept.workers}, {kept.m} x {kept.n}, {len(kept.seeds)} seeds, float32. A worker's gradient is C_t + "
+        "heterogeneity H_i + noise xi: C_t common to all and falling like 1 / sqrt(1 + t / 100), H_i a matrix of its own, "
+        "the same in every step (the H_i sum to zero), xi anew in every step; entries of H_i and xi are standard normal. "
+        "Root mean square of ‖d_i‖, d_i = e_i minus its mean over the workers; then the mean error's norm, and what is "
+        "neither sent nor kept, over the sum of what was given, both at the end. The averaged residual is a control, which "
+        "the library does not offer.\n\n"
         "![Deviation of the error memories against step](drift.png)\n\n" + table(heads, lines)
     )

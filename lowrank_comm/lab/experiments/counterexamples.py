@@ -250,11 +250,13 @@ def _figure1_text(settings: CounterexampleSettings, rows: Sequence[Row]) -> str:
     trapped = sorted({row["params"]["method"] for row in found if row["result"]["trapped_exactly"]})
     return (
         "## PowerSGD's trap (Theorem 1, Figure 1)\n\n"
-        f"f(X) = psi(D^T X D), rank 1, N = {part.workers}, sigma = {part.sigma:g}, {part.steps} steps; all coins of the "
-        "first step show +1. Every entry of the paper's 2 x 2 example is repeated in a 2 x 2 block, so that float64 is "
+        "f(X) = psi(D^T X D), psi(x) = x^2 for |x| <= 1 and 2|x| - 1 beyond; a worker's gradient is G + xi (sigma B - G), "
+        f"G the true one, B all ones, xi = +1 or -1 by a fair coin. Rank 1, N = {part.workers}, sigma = {part.sigma:g}, "
+        f"{part.steps} steps of momentum SGD (MSGD) or Adam; all coins of the first step show +1, as the theorem supposes. "
+        "Every entry of the paper's 2 x 2 example is repeated in a 2 x 2 block, so that float64 is "
         "exact arithmetic for PowerSGD: whether an update holds any of the gradient is then a question of bits, not of a "
         f"tolerance. Trapped in that sense: {', '.join(trapped) or 'none'}.\n\n"
-        "![Loss against step](figure1.png)\n\n"
+        "![Loss against step, cut off at 1e-8](figure1.png)\n\n"
         + table(["optimizer", "method", "first loss", "last loss", "last ‖∇f‖²", "updates"], lines)
     )
 
@@ -294,6 +296,6 @@ def _galore_text(settings: CounterexampleSettings, rows: Sequence[Row]) -> str:
         f"{part.steps} steps, one worker. ‖∇f‖² at the start and at the end, mean over {len(part.seeds)} seeds, least and "
         "largest in brackets. Where the noise is stronger than the gradient, the leading singular vectors are the noise's "
         "at every refresh.\n\n"
-        "![Squared gradient norm against step](galore.png)\n\n"
+        "![Squared gradient norm against step, cut off at 1e-8](galore.png)\n\n"
         + table(["method"] + [f"sigma = {sigma:g}" for sigma in part.sigmas], lines)
     )

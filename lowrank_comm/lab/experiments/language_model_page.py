@@ -173,7 +173,8 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
         parts += [f"## Rank {rank}", table(HEADS, final.lines(rank))]
     parts += [
         "Perplexity: mean ± standard deviation over the seeds. Ratio: of each seed's perplexities, in the same way; beside "
-        f"it that of the paper's Table 3 (LLaMA {settings.paper} on C4, one seed). Against PowerSGD: mean of the seeds' "
+        f"it that of the paper's Table 3 (LLaMA {settings.paper} on C4, one seed; its GaLore runs are reported as "
+        f"diverged). Against PowerSGD: mean of the seeds' "
         "relative differences ± half of the 95 % confidence interval (Student's t); where that holds zero, the difference "
         "is inside the spread. Sent a step: the ledger's count of a worker; times less: than uncompressed, both "
         "as handed to the collectives." + _gathered(settings, rows),
@@ -181,7 +182,7 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
         listed([claim for rank in final.ranks for claim in final.claims(rank)]),
         "## Does the gap shrink with the rank?",
         listed(final.shrinking()),
-        "![Training loss of every method](curves.png)",
+        f"![Training loss of every method at rank {final.ranks[0]}](curves.png)",
         "## Learning rates",
         _tuning_table(settings, rows),
     ]
@@ -203,6 +204,12 @@ def _gathered(settings: Any, rows: Sequence[Row]) -> str:
     )
 
 
+def _periods(settings: Any) -> str:
+    """The methods' tau, where all that restart have the same."""
+    periods = {method.section["restart_every"] for method in settings.methods.values() if "restart_every" in method.section}
+    return f", tau = {periods.pop()} for all that restart" if len(periods) == 1 else ""
+
+
 def _about(settings: Any, rows: Sequence[Row]) -> str:
     training, recipe = settings.training, settings.training.recipe
     tokens = settings.workers * training.batch * settings.text.sequence_length
@@ -212,9 +219,10 @@ def _about(settings: Any, rows: Sequence[Row]) -> str:
     return (
         f"LLaMA {training.model}{size} from random weights on {text}: {settings.workers} workers, {recipe.steps} steps of "
         f"{tokens:,} tokens, AdamW with {recipe.schedule} schedule, {recipe.warmup_steps} steps of warm-up, clipping at "
-        f"{recipe.clip}. The learning rate of each method is the best of {_list(settings.learning_rates)} at rank "
-        f"{settings.tuning_rank} on seed {settings.tuning_seed}, judged on one half of the held-out text; results are of "
-        f"the seeds {_list(settings.seeds)}, judged on the other half ({settings.text.held_out_tokens // 2:,} tokens)."
+        f"{recipe.clip}{_periods(settings)}. The learning rate of each method is the best of "
+        f"{_list(settings.learning_rates)} at rank {settings.tuning_rank} on seed {settings.tuning_seed}, judged on one "
+        f"half of the held-out text; results are of the seeds {_list(settings.seeds)}, judged on the other half "
+        f"({settings.text.held_out_tokens // 2:,} tokens)."
     )
 
 
@@ -247,7 +255,7 @@ def _larger(settings: Any, rows: Sequence[Row]) -> list[str]:
     parts = [
         f"## A larger model\n\nLLaMA {training.model}{size}, {training.recipe.steps} steps of "
         f"{settings.workers * training.batch * settings.text.sequence_length:,} tokens, with the learning rates found for "
-        f"{settings.training.model}; seeds {_list(settings.larger.seeds)}."
+        f"{settings.training.model}; seeds {_list(settings.larger.seeds)}. Beside them the paper's LLaMA {part.column}."
     ]
     for rank in part.ranks:
         parts += [table(HEADS, part.lines(rank)), listed(part.claims(rank))]

@@ -121,7 +121,10 @@ class Traffic(Experiment):
             f"r = {settings.rank}, tau = {settings.restart_every}, N = {settings.workers} ({settings.backend}), two whole "
             "periods. Elements that one worker hands to the collectives per iteration, without a step's control numbers "
             "(one flag and one mask of missing gradients). `library` is this library's own count, which must agree with "
-            "what was measured to the last element; `Table 2` is what the paper prints. s = min(m, n), l = max(m, n).",
+            "what was measured to the last element; `Table 2` is what the paper prints. s = min(m, n), l = max(m, n). "
+            "Where the two differ: a restart by SVD sends m n + m r here in the place of that step's factors and not "
+            "beside them; GaLore's basis lies on the short side by default, so that a step sends r l, where Table 2 has "
+            "the long side.",
             "![Elements per iteration](traffic.png)",
         ]
         for m, n in settings.shapes:
