@@ -172,37 +172,73 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> Table:
-    """The two runs side by side."""
-    result = Table(title=f"{hosts} hosts at {mbit:g} Mbit/s, {plain.summary.setup['model']}, {len(plain.steps)} steps")
-    for heading in ("", plain.summary.name, compressed.summary.name, "ratio"):
-        result.add_column(heading, justify="right" if heading else "left")
+def side_by_side(plain: Outcome, compressed: Outcome, hosts: int) -> list[list[str]]:
+    """The rows of the table: label, both runs, ratio; an empty one before the next section."""
+    rows: list[list[str]] = []
     both = (plain, compressed)
 
     def row(label: str, values: list[float], show: Any, ratio: bool = True) -> None:
-        result.add_row(label, *map(show, values), f"{values[0] / values[1]:.1f}x" if ratio else "")
+        rows.append([label, *map(show, values), f"{values[0] / values[1]:.1f}x" if ratio else ""])
 
     def milliseconds(seconds: float) -> str:
         return f"{seconds * 1e3:,.0f} ms"
 
     row("step time, median", [run.quartiles[1] for run in both], milliseconds)
-    spread = [" to ".join(f"{run.quartiles[k] * 1e3:,.0f}" for k in (0, 2)) + " ms" for run in both]
-    result.add_row("  quartiles", *spread, "")
+    rows.append(
+        ["  quartiles", *(" to ".join(f"{run.quartiles[k] * 1e3:,.0f}" for k in (0, 2)) + " ms" for run in both), ""]
+    )
     row("all steps", [run.clock[-1] for run in both], lambda seconds: f"{seconds:.1f} s")
-    result.add_section()
+    rows.append([])
     row("sent per host (kernel)", [statistics.fmean(run.network.sent) for run in both], human_bytes)
     spread = [" to ".join(f"{end(run.network.sent) / 1e6:.0f}" for end in (min, max)) + " MB" for run in both]
-    result.add_row("  least and most", *spread, "")
+    rows.append(["  least and most", *spread, ""])
     row(f"  {2 * (hosts - 1)}/{hosts} of its count", [run.all_reduced for run in both], human_bytes)
-    result.add_section()
+    rows.append([])
     row("loss, last 10 steps", [run.summary.last_loss for run in both], lambda loss: f"{loss:.3f}", ratio=False)
     perplexity = [run.summary.last_perplexity or float("nan") for run in both]
     row("held-out perplexity", perplexity, lambda value: f"{value:,.0f}", ratio=False)
+    return rows
+
+
+def titles(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> tuple[str, str]:
+    """What was run, and why some step of it may be long."""
+    title, caption = f"{hosts} hosts at {mbit:g} Mbit/s, {plain.summary.setup['model']}, {len(plain.steps)} steps", ""
     section = compressed.summary.compressor or {}
     if compressed.summary.restarts and section.get("restart", "svd") == "svd" and not section.get("stagger"):
         every = section.get("restart_every", 200)
-        result.caption = f"The first step and then every {every}th restarts, and sends what an uncompressed step does."
+        caption = f"The first step and then every {every}th restarts, and sends what an uncompressed step does."
+    return title, caption
+
+
+def table(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> Table:
+    """The two runs side by side."""
+    title, caption = titles(plain, compressed, hosts, mbit)
+    result = Table(title=title, caption=caption or None)
+    for heading in ("", plain.summary.name, compressed.summary.name, "ratio"):
+        result.add_column(heading, justify="right" if heading else "left")
+    for row in side_by_side(plain, compressed, hosts):
+        result.add_row(*row) if row else result.add_section()
     return result
+
+
+def page(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> str:
+    """The same as a page, with the command and the machine."""
+    title, caption = titles(plain, compressed, hosts, mbit)
+    here, what = Path(__file__).resolve(), machine()
+    command = shlex.join(["python", here.relative_to(ROOT).as_posix(), *sys.argv[1:]])
+    load = ", ".join(f"{run.load[0]:.1f}" for run in (plain, compressed))
+    lines = [
+        "# Four hosts on slow links\n" if hosts == 4 else f"# {hosts} hosts on slow links\n",
+        f"`{command}` on {what['cpu']}, {what['cores']} cores that all hosts share, {what['threads_per_host']} thread(s) a "
+        f"host, torch {what['torch']}, deepspeed {what['deepspeed']}, {datetime.now(UTC).date().isoformat()}. Load of the "
+        f"machine before each run: {load}. One run of each; the kernel holds the links to their rate and counts the "
+        "bytes.\n",
+        f"{title}. {caption}\n",
+        f"| | {plain.summary.name} | {compressed.summary.name} | ratio |",
+        "| --- | ---: | ---: | ---: |",
+        *(f"| {' | '.join(cell.strip() for cell in row)} |" for row in side_by_side(plain, compressed, hosts) if row),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def draw(plain: Outcome, compressed: Outcome, hosts: int, mbit: float, target: Path) -> None:
@@ -242,6 +278,7 @@ def main(
     model_size: Annotated[str, typer.Option(help="S, M or L: 1, 5 or 12 million parameters.")] = "S",
     config: Annotated[Path, typer.Option(help="DeepSpeed JSON of the compressed run.", exists=True)] = COMPRESSED,
     output_dir: Annotated[Path, typer.Option(help="Where runs, plot and figures go.")] = Path("runs/demo_cluster"),
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file, as a page.")] = None,
 ) -> None:
     """Compare the uncompressed and the compressed run by the clock, over slow links."""
     exit_on_sigterm()
@@ -257,6 +294,8 @@ def main(
     console.print(table(plain, compressed, hosts, mbit))
     for difference in plain.summary.differences(compressed.summary):
         console.print(f"[yellow]The runs differ in more than compression: {difference}[/yellow]")
+    if markdown is not None:
+        markdown.write_text(page(plain, compressed, hosts, mbit), encoding="utf-8")
     console.print(f"loss against time: {output_dir / PLOT}\nall figures: {output_dir / FIGURES}", soft_wrap=True)
     console.print(f"{time.monotonic() - began:.0f} s in all")
 
