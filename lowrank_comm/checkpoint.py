@@ -260,7 +260,10 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     if tag.seed != reducer.seed:
         _log.warning("the saved run had seed %d, this one has %d: later random draws differ", tag.seed, reducer.seed)
     reducer.continue_at(tag.step, tag.unsteady)
-    reducer.restarts.start_anew(unsaved, tag.step)
+    # A basis that is random again is not to wait for the next period. (A rank of a node may hold no row of a matrix, and
+    # could not tell that its basis starts anew; all of them must restart alike, so there it waits.)
+    owing = unsaved | set(anew) if reducer.shards.size == 1 else unsaved
+    reducer.restarts.start_anew(owing, tag.step)
     if tag.kind == "mean":
         reducer.mark_consolidated()
 

@@ -24,6 +24,7 @@ from lowrank_comm.lab.__main__ import main
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings
 from lowrank_comm.lab.experiments import EXPERIMENTS
 from lowrank_comm.lab.formulas import evaluate
+from lowrank_comm.lab.pages import published_text
 from lowrank_comm.lab.preset import FOLDER, Preset, checked, load, names
 from lowrank_comm.lab.rows import Rows, line, plain, read_lines
 from lowrank_comm.lab.running import ordered_rows, run_preset
@@ -131,7 +132,13 @@ def test_rows_of_another_version_are_kept_and_named(toy: type[Toy], tmp_path: Pa
     run_preset(toy_preset(), tmp_path, console=console)
     assert toy.ran == ["case2"]
     assert "2 of 2 finished cases were run by another version of the sources (the first: case0)" in console.export_text()
-    assert len({row["code"] for row in read_lines(tmp_path / "rows.jsonl")}) == 2
+    rows = read_lines(tmp_path / "rows.jsonl")
+    assert len({row["code"] for row in rows}) == 2
+    told = json.loads(published_text({}, rows).splitlines()[0])["meta"]["code"]
+    assert told == sorted({row["code"] for row in rows})
+    (tmp_path / "rows.jsonl").write_text("".join(line({k: v for k, v in row.items() if k != "code"}) for row in rows))
+    run_preset(toy_preset(), tmp_path, console=console)
+    assert "3 of 3 finished cases were run by another version" in console.export_text()
 
 
 def test_under_torchrun_a_case_that_fails_ends_the_call(

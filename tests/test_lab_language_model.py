@@ -174,6 +174,18 @@ def test_a_row_depends_on_its_method_and_not_on_which_others_there_are(text_file
     assert EXPERIMENT.depends_on(settings, tune) == EXPERIMENT.depends_on(finer, tune)
 
 
+def test_a_row_depends_on_what_is_in_the_text(tmp_path: Path) -> None:
+    def told(name: str, content: str | None) -> dict[str, Any]:
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        return TextSettings(file=str(tmp_path / name)).what_it_says()
+
+    one, other = told("one.txt", "a"), told("other.txt", "b")
+    assert one["sha256"] != other["sha256"]
+    with pytest.raises(ConfigError, match=r"third\.txt'.*no such file"):
+        told("third.txt", None)
+
+
 def test_a_whole_run_tunes_first_and_goes_on_where_it_was(text_file: Path, tmp_path: Path) -> None:
     """A compressor that there is not fails its own cases only; a second call runs nothing that is finished."""
     methods = contents(text_file)["settings"]["methods"]

@@ -452,3 +452,20 @@ def test_files_carry_what_is_owed(tmp_path: Path) -> None:
     old = json.loads(json.dumps({"kind": "mean", "rank": 0, "world": 1, "step": FIRST, "seed": 0, "format": 1}))
     restore(other, Tag(**old), tensors_of(one))
     assert (other.restarts.unsteady(), other.step) == ({}, FIRST)
+
+
+def test_a_basis_of_another_rank_does_not_wait_for_the_next_period() -> None:
+    """GaLore, saved at rank 2 behind a refresh and loaded at rank 4 of a gradient of rank 4: a random basis, which it would
+    keep for the rest of the period, sees a part of it; the refresh that it owes comes at once."""
+    shape, left = (16, 12), torch.Generator().manual_seed(0)
+    factors = [torch.randn(k, 4, generator=left, dtype=torch.float64) for k in shape]
+    given = factors[0] @ factors[1].T
+    options: dict[str, Any] = {"min_compression_rate": 0, "dtype": torch.float64}
+    old = Simulation({"w": shape}, GaLore(2, restart_every=100), 1, **options)
+    for _ in range(3):
+        old.reduce([{"w": given}])
+    new = Simulation({"w": shape}, GaLore(4, restart_every=100), 1, **options)
+    restore(new.reducers[0], tag_of(old.reducers[0]), tensors_of(old.reducers[0]))
+    applied = [new.reduce([{"w": given}])["w"] for _ in range(3)]
+    assert [report.restarts for report in new.last_reports] == [0]
+    assert all(float((one - given).norm() / given.norm()) < 1e-12 for one in applied)

@@ -47,9 +47,9 @@ class Published:
 def published_text(meta: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """What a published file of these rows holds."""
     kept = [{key: row[key] for key in ("key", "params", "result", "seconds")} for row in rows]
-    return line({"meta": {key: value for key, value in meta.items() if key != "settings_hash"}}) + "".join(
-        line(row, DIGITS) for row in kept
-    )
+    told = {key: value for key, value in meta.items() if key != "settings_hash"}
+    told["code"] = sorted({row.get("code", "not noted") for row in rows})  # fingerprints of the sources that made the rows
+    return line({"meta": told}) + "".join(line(row, DIGITS) for row in kept)
 
 
 def read_published(path: Path) -> Published:

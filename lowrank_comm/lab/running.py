@@ -103,13 +103,13 @@ def run_preset(
         raise ConfigError(
             f"preset {preset.name}: two cases have the key {twice!r}; change the settings so that they differ."
         )
-    rows = Rows(folder)
+    rows, now = Rows(folder), code()  # of the files as they are before the first case, which may be edited while it runs
     done = rows.of(kind, settings, every)
     todo = [case for case in selected(every, only) if case.key not in done]
     first = first_process()
     if first:
         _note(preset, folder)
-        older = [key for key, row in done.items() if row.get("code", code()) != code()]
+        older = [key for key, row in done.items() if row.get("code") != now]
         if older and console is not None:
             console.print(
                 f"{len(older)} of {len(done)} finished cases were run by another version of the sources (the first: "
@@ -128,7 +128,7 @@ def run_preset(
                         raise LowRankCommError(f"{case.key} failed; the finished cases stay. {outcome}")
                 else:
                     if first:
-                        made = {"made_for": made_for(kind, settings, given[case.key]), "code": code()}
+                        made = {"made_for": made_for(kind, settings, given[case.key]), "code": now}
                         rows.append(outcome | made)
                     done[case.key] = outcome
                     ended.finished += 1

@@ -71,9 +71,26 @@ class TextSettings(LabSettings):
         return self
 
     def what_it_says(self) -> dict[str, Any]:
-        """All that the blocks depend on: the settings without the cache, and of a file what is in it."""
-        content = {} if self.file is None else {"sha256": hashlib.sha256(Path(self.file).read_bytes()).hexdigest()}
+        """What the blocks depend on: the settings without the cache, and of a file what is in it (of `documents` and `hub`,
+        which may be large or far away, their names only).
+
+        Raises:
+            ConfigError: the file is not there.
+        """
+        content = {} if self.file is None else {"sha256": _digest(self.file)}
         return self.model_dump(mode="json", exclude={"cache"}) | content
+
+
+@lru_cache(maxsize=8)
+def _digest(file: str) -> str:
+    """sha256 of a file; read once in a process."""
+    try:
+        with Path(file).open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"text.file={file!r}: no such file; give the path of the text that the rows were made from."
+        ) from None
 
 
 class Text(Protocol):

@@ -100,6 +100,17 @@ def ends(settings: Any, row: Row) -> dict[str, bool]:
     return found
 
 
+def _never_compressed_up(rows: Sequence[Row]) -> str:
+    """Whose uplink no search compressed, so that nothing here speaks of it."""
+    shares: dict[str, set[float]] = {}
+    for row in rows:
+        chosen = row["result"]["chosen"]
+        if "K/d" in chosen:
+            shares.setdefault(LABELS[row["params"]["method"]], set()).add(chosen["K/d"])
+    dense = [name for name, found in shares.items() if found == {1.0}]
+    return f" For {', '.join(dense)} that was so at every n: nothing here speaks of its compressed uplink." if dense else ""
+
+
 def page(settings: Any, rows: Sequence[Row]) -> str:
     """Markdown below the heading."""
     text = [
@@ -117,9 +128,10 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
         f"The claims are about slow links. The floor of synchronous SGD is what it takes without noise and with B = 1, its "
         f"step size tuned: what it comes to with ever more workers. It counts as limited by its links where 2 kappa d is at "
         f"least {PLATEAU[1]:g} h B at n = {PLATEAU[0]}, with the B that its own search chose there. kappa was chosen by "
-        "this alone, before Inkheart SGD and M4 were run. With faster links more of a step is computing, of which more "
-        "workers need less, and synchronous SGD goes on falling beyond that n.",
-        "Where K/d is 1, only the downlink is compressed, and a step still costs half of the 2 kappa d of synchronous SGD.",
+        "this alone, before Inkheart SGD and M4 were run at it. With faster links more of a step is computing, of which "
+        "more workers need less, and synchronous SGD goes on falling beyond that n.",
+        "Where K/d is 1, only the downlink is compressed, and a step still costs half of the 2 kappa d of synchronous SGD."
+        + _never_compressed_up(rows),
         "Inkheart SGD and M4 are reconstructions from the abstract of their paper, not the authors' algorithms.",
     ]
     contradicted = [claim for problem in settings.problems for claim in claims(problem, rows) if not claim.holds]
