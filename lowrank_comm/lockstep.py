@@ -72,12 +72,13 @@ class Agreed:
 @dataclass
 class Account:
     """Bytes by kind, collectives, and host seconds by phase of one pass; filled while it runs, vetoed or not. `inside`:
-    bytes by kind between the ranks of a node; `surplus`: see `communication.ledger`."""
+    bytes by kind between the ranks of a node; `surplus`, `spared`: see `communication.ledger`."""
 
     bytes: Counter[str] = field(default_factory=Counter)
     inside: Counter[str] = field(default_factory=Counter)
     collectives: int = 0
     surplus: float = 0.0
+    spared: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"compress": 0.0, "communicate": 0.0})
 
 
@@ -159,6 +160,7 @@ def lockstep(
             packet.write(control, (~packet.all_sound()).to(numbers_of_control))
         account.bytes.update(packet.bytes)
         account.surplus += packet.surplus
+        account.spared += packet.spared
         account.seconds["compress"] += time.perf_counter() - clock
         clock = time.perf_counter()
         account.collectives += yield packet.exchanges

@@ -255,6 +255,7 @@ class Reducer(ReducerState):
             account.bytes.update(one.account.bytes)
             account.collectives += one.account.collectives
             account.surplus += one.account.surplus
+            account.spared += one.account.spared
             for phase, seconds in one.account.seconds.items():
                 account.seconds[phase] += seconds
         self._count_inside(account)
@@ -407,7 +408,7 @@ class Reducer(ReducerState):
         )
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         self._last = LastPass(self.step, applied, account, full, restarts)
-        self.ledger.enter(account.bytes, account.collectives, full, applied, account.surplus)
+        self.ledger.enter(account.bytes, account.collectives, full, applied, account.surplus, account.spared)
         self.ledger.clock(account.seconds)
 
 

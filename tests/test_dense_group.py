@@ -54,6 +54,8 @@ def test_dense_as_int8() -> None:
         assert plan.step_bytes == sum(bytes_of[sim].values()) - control
         assert plan.uncompressed_bytes == full
         assert sim.last_reports[0].ratio == full / (sum(bytes_of[sim].values()) + filling)
+    ledgers = [sim.reducers[0].ledger for sim in (plain, coded)]
+    assert ledgers[1].ratio_without_codes == ledgers[0].ratio_without_codes == ledgers[0].ratio < ledgers[1].ratio
     text = str(coded.reducers[0].plan)
     before, after = (full / sim.reducers[0].plan.step_bytes for sim in (plain, coded))
     assert f"an ordinary step ({after:.1f}x)" in text

@@ -34,6 +34,7 @@ class Ledger:
         restarts: matrices restarted, in steps that were committed.
         inside: kind -> bytes that this rank handed to collectives between the ranks of its node.
         surplus: bytes that gathers carry beyond an all-reduce of the same payload, and the filling of coded shares.
+        spared: bytes that the same packets would have had more without codes.
         seconds: phase -> host seconds; see `diagnostics.StepReport`.
     """
 
@@ -45,16 +46,24 @@ class Ledger:
     restarts: int = 0
     inside: Counter[str] = field(default_factory=Counter)
     surplus: float = 0.0
+    spared: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def enter(
-        self, sent: Counter[str], collectives: int, uncompressed_bytes: int, applied: bool, surplus: float = 0.0
+        self,
+        sent: Counter[str],
+        collectives: int,
+        uncompressed_bytes: int,
+        applied: bool,
+        surplus: float = 0.0,
+        spared: int = 0,
     ) -> None:
         """Add one pass."""
         self.bytes.update(sent)
         self.collectives += collectives
         self.uncompressed_bytes += uncompressed_bytes
         self.surplus += surplus
+        self.spared += spared
         self.steps += 1
         self.vetoed += not applied
 
@@ -72,3 +81,9 @@ class Ledger:
     def ratio(self) -> float:
         """Uncompressed bytes over bytes sent, with the surplus of gathers; 1.0 before the first step."""
         return self.uncompressed_bytes / (self.total_bytes + self.surplus) if self.total_bytes else 1.0
+
+    @property
+    def ratio_without_codes(self) -> float:
+        """What `ratio` would be if nothing travelled as codes: the whole model's before quantization."""
+        carried = self.total_bytes + self.surplus + self.spared
+        return self.uncompressed_bytes / carried if self.total_bytes else 1.0

@@ -63,6 +63,7 @@ class Packet:
         self.buffers: list[Tensor] = []
         self.bytes: Counter[str] = Counter()
         self.surplus = 0.0
+        self.spared = 0
 
     def add(self, tensor: Tensor, kind: str, averaged: bool, format: Format | None = None) -> int:
         """Put a tensor in, to be averaged (as codes, if `format` is given) or summed; returns its number. `kind` is the
@@ -91,8 +92,10 @@ class Packet:
             self._coded.append((mean, members))
             self._to_check.append(mean.numbers)
             self.surplus += mean.filling
+            self.spared -= mean.filling
             for k, sent in zip(members, mean.bytes, strict=True):
                 self.bytes[self._entries[k].kind] += sent
+                self.spared += self._entries[k].tensor.numel() * self._wire(self._entries[k].tensor).itemsize - sent
         for (wire, _), members in self._grouped(gathered=True).items():
             own = torch.cat([self._entries[k].tensor.reshape(-1).to(wire) for k in members])
             self._gathers.append((AllGather(own, own.new_empty(self._workers, own.numel())), members))
