@@ -56,6 +56,7 @@ from lowrank_comm.reducer import Outcome, Reducer
 from . import _deepspeed_seams as seams
 from ._deepspeed_levels import Levels, node_size
 from ._deepspeed_refusals import refuse_engine, refuse_settings
+from ._deepspeed_zero import choose
 
 __all__ = ["DeepSpeedAdapter", "get", "install", "skip_shm_extension"]
 
@@ -384,7 +385,7 @@ def _leave_alone(engine: Any) -> None:
 
 def _attach(engine: Any, section: Section) -> None:
     """Connect a finished engine, and say once what will happen."""
-    seam = seams.choose(engine)
+    seam = choose(engine)
     if seam is None:
         return
     _refuse_compressed(engine.basic_optimizer)
