@@ -137,28 +137,27 @@ def _connect(
     model: nn.Module,
     is_training: Callable[[], bool] | None,
 ) -> None:
-    state, theirs, around = accelerator.gradient_state, weakref.ref(accelerator), weakref.ref(outer)
+    state, theirs, wrapper = accelerator.gradient_state, weakref.ref(accelerator), weakref.ref(outer)
 
     def is_last_backward() -> bool:
         # The state is the process's, and says yes outside of a loop, too; the optimizer is this accelerator's until it is
         # freed (free_memory).
         there = theirs()
-        held = there is not None and any(one is around() for one in there._optimizers)
+        held = there is not None and any(one is wrapper() for one in there._optimizers)
         return bool(state.sync_gradients) and held and (is_training is None or is_training())
 
     optimizer.attach(model, scaler=accelerator.scaler, is_last_backward=is_last_backward)
 
     def after_step(*_: Any) -> None:
         # What AcceleratedOptimizer.step looks at afterwards, with a scaler and without.
-        outer = around()
-        if outer is None:
-            return
-        outer._is_overflow = optimizer.step_was_skipped
-        outer._accelerate_step_called = not optimizer.step_was_skipped
+        told = wrapper()
+        if told is not None:
+            told._is_overflow = optimizer.step_was_skipped
+            told._accelerate_step_called = not optimizer.step_was_skipped
 
     if optimizer in _told:
         _told[optimizer][1].remove()
-    _told[optimizer] = (weakref.ref(outer), optimizer.register_step_post_hook(after_step))
+    _told[optimizer] = (wrapper, optimizer.register_step_post_hook(after_step))
     if not hasattr(accelerator.save_state, _OURS):
         accelerator.save_state = _consolidating(accelerator)  # type: ignore[method-assign]
 

@@ -139,7 +139,7 @@ def test_errors_of_an_earlier_time_do_not_come_back(between: int, caplog: pytest
         other.optimizer.load_state_dict(read(saved(plain.state_dict())))
     assert ("without compression" in caplog.text) == (between > 0)
     if between:
-        assert f"which went on from step {FIRST} to {FIRST + between}" in caplog.text
+        assert f"1.bias, which went on from step {FIRST} to {FIRST + between}" in caplog.text
     assert all(bool(error.any()) == (not between) for error in other.optimizer.error_memory().values())
 
 

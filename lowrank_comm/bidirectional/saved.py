@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import StateMismatchError
+from ..state_dicts import KEY as GRADIENTS
+from ..state_dicts import PREFIX
 from .base import Method, State
 from .vectors import FlatParameters
 
 KEY = "lowrank_comm_bidirectional"
 _FORMAT = 1
-
-
-GRADIENTS = "lowrank_comm"
-"""The key of what a `CompressedOptimizer` keeps; see `state_dicts`."""
 
 
 def refuse_other_kind(state_dict: Mapping[str, Any]) -> None:
@@ -66,7 +64,7 @@ class Saved:
         if entry is None and GRADIENTS in state_dict:
             return None, (
                 "the state is of a CompressedOptimizer that compresses gradients, and its error memory would be lost here; "
-                f"load it into such a one, or take {GRADIENTS!r} and the entries 'lowrank_comm_...' out of it."
+                f"load it into such a one, or take {GRADIENTS!r} and the entries '{PREFIX}...' out of it."
             )
         if entry is None:
             return None, None
