@@ -38,7 +38,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_h
 
 from lowrank_comm import PowerSGD
 from lowrank_comm.communication import Group
-from lowrank_comm.reducer import Reducer, Slot
+from lowrank_comm.reduction.reducer import ParamInfo, Reducer
 
 BUCKET_BYTES = 25 * 2**20
 NOTE = """Where rank is high and the model small, matrix products decide. This library forms four of them for each matrix and
@@ -111,7 +111,7 @@ def buckets_of(shapes: list[tuple[int, ...]]) -> list[Bucket]:
 def ours(shapes: list[tuple[int, ...]], rank: int) -> tuple[list[Tensor], Callable[[], None]]:
     """Gradients and the step of this library."""
     cpu = torch.device("cpu")
-    slots = [Slot(f"p{k}", shape, torch.float32, cpu) for k, shape in enumerate(shapes)]
+    slots = [ParamInfo(f"p{k}", shape, torch.float32, cpu) for k, shape in enumerate(shapes)]
     reducer = Reducer(slots, PowerSGD(rank), Group())
     grads = [torch.zeros(shape) for shape in shapes]
 

@@ -40,7 +40,7 @@ from report import LOG, SUMMARY, Summary, logged_steps, smoothed
 from rich.console import Console
 from rich.table import Table
 
-from lowrank_comm.diagnostics import human_bytes
+from lowrank_comm.reduction.plan import human_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 # The thick line is the mean of so many steps before and after each.

@@ -3,7 +3,7 @@ under Adam.
 
     python examples/counterexample.py [--steps 600] [--output counterexample.png]
 
-The problem is that of Theorem 1 (arXiv 2509.11254); `lowrank_comm.lab.theorem1` defines it and says what of it is exact.
+The problem is that of Theorem 1 (arXiv 2509.11254); `lowrank_comm.lab.problems.theorem1` defines it and says what of it is exact.
 Both curves are made by the library's own compressors, in the simulation of N workers; nothing is re-implemented here.
 `python -m lowrank_comm.lab run counterexamples` has more methods, and GaLore's trap."""
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lowrank_comm.lab.theorem1 import OptimizerOf, Problem, Run, train
+from lowrank_comm.lab.problems.theorem1 import OptimizerOf, Problem, Run, train
 
 PROBLEM, RESTART_EVERY = Problem(), 10
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
 from lowrank_comm.communication import leave
-from lowrank_comm.diagnostics import human_bytes
+from lowrank_comm.reduction.plan import human_bytes
 
 RANK_4 = PowerSGD(rank=4)
 FULL_RANK = PowerSGD(rank=DIM)

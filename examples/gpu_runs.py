@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm import CompressedOptimizer
-from lowrank_comm.communication.shards import block_of
+from lowrank_comm.communication.intra_node import block_of
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
 

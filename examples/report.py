@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lowrank_comm.diagnostics import human_bytes
+from lowrank_comm.reduction.plan import human_bytes
 
 LOG = "log.jsonl"
 SUMMARY = "summary.json"

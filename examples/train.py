@@ -67,8 +67,8 @@ from lowrank_comm import ConfigError, LowRankCommError  # noqa: E402
 from lowrank_comm.communication import leave  # noqa: E402
 from lowrank_comm.config import SECTION  # noqa: E402
 from lowrank_comm.integrations.transformers import CompressionCallback  # noqa: E402
-from lowrank_comm.lab.corpora import load_corpus  # noqa: E402
-from lowrank_comm.lab.models import LLAMAS, new_llama  # noqa: E402
+from lowrank_comm.lab.data.corpora import load_corpus  # noqa: E402
+from lowrank_comm.lab.data.models import LLAMAS, new_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 UNCOMPRESSED_CONFIG = "ds_uncompressed"

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_comm import CompressedOptimizer, PowerSGDPlus
 from lowrank_comm.communication import leave
-from lowrank_comm.lab.corpora import Corpus, load_corpus
+from lowrank_comm.lab.data.corpora import Corpus, load_corpus
 
 ENGINES = ("plain", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 CLIP = 1.0

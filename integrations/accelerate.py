@@ -30,9 +30,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError, UnsupportedError
-from lowrank_comm.watching import Compressing
-
-from ._compression import around, check, put_into_deepspeed
+from lowrank_comm.integrations._compression_argument import around, check, put_into_deepspeed
+from lowrank_comm.reduction.monitoring import Compressing
 
 __all__ = ["connect", "get", "prepare"]
 
@@ -195,7 +194,7 @@ def get(prepared: Any) -> Compressing | None:
         inner = prepared.optimizer
         return inner if isinstance(inner, CompressedOptimizer) else None
     if type(prepared).__name__ == "DeepSpeedEngine":
-        from . import deepspeed
+        from lowrank_comm.integrations import deepspeed
 
         return deepspeed.get(prepared)
     return None

@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lowrank_comm.communication.topology import covered_ranks
-from lowrank_comm.engine import Engine
 from lowrank_comm.errors import ConfigError, UnsupportedError
+from lowrank_comm.optimizer.engine import Engine
 
 # Not on the model, which people copy and pickle.
 _hooks: weakref.WeakKeyDictionary[DistributedDataParallel, _Hook] = weakref.WeakKeyDictionary()
@@ -49,7 +49,7 @@ class DDPEngine(Engine):
     def __init__(self, ddp: DistributedDataParallel, process_group: Any, shard_scope: str) -> None:
         super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
         self._ddp, self._syncs = ddp, True
-        self._shadow: weakref.WeakMethod[Callable[[], None]] | None = None
+        self._on_join: weakref.WeakMethod[Callable[[], None]] | None = None
         me = weakref.ref(self)  # else the model kept an optimizer's engine alive, and DDP from reducing, for ever
 
         def before_forward(*_: Any) -> None:
@@ -88,11 +88,11 @@ class DDPEngine(Engine):
         return not self._ddp.find_unused_parameters  # it all-reduces which parameters were used, during backward
 
     @override
-    def shadow(self, take_part: weakref.WeakMethod[Callable[[], None]]) -> None:
-        self._shadow = take_part
+    def on_join(self, take_part: weakref.WeakMethod[Callable[[], None]]) -> None:
+        self._on_join = take_part
 
     def _take_part(self) -> None:
-        take_part = self._shadow() if self._shadow is not None else None
+        take_part = self._on_join() if self._on_join is not None else None
         if take_part is not None:
             take_part()
 

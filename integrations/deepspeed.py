@@ -44,19 +44,20 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from lowrank_comm import CompressedOptimizer, checkpoint
+from lowrank_comm import CompressedOptimizer
+from lowrank_comm.checkpointing import file as checkpoint
 from lowrank_comm.communication import Group, Ledger, check_same
 from lowrank_comm.config import SECTION, Section
-from lowrank_comm.diagnostics import Plan, StepReport
-from lowrank_comm.engine import hint_of_two_levels
 from lowrank_comm.errors import ConfigError, LowRankCommError, UnsupportedError
-from lowrank_comm.naming import own_name, wrappers_in_front
-from lowrank_comm.reducer import Outcome, Reducer
-
-from . import _deepspeed_seams as seams
-from ._deepspeed_levels import Levels, node_size
-from ._deepspeed_refusals import refuse_engine, refuse_settings
-from ._deepspeed_zero import choose
+from lowrank_comm.integrations._deepspeed import internals as seams
+from lowrank_comm.integrations._deepspeed.topology import Levels, node_size
+from lowrank_comm.integrations._deepspeed.unsupported import refuse_engine, refuse_settings
+from lowrank_comm.integrations._deepspeed.zero import choose
+from lowrank_comm.optimizer.engine import hint_of_two_levels
+from lowrank_comm.optimizer.parameter_names import own_name, wrappers_in_front
+from lowrank_comm.reduction.plan import Plan
+from lowrank_comm.reduction.reducer import Outcome, Reducer
+from lowrank_comm.reduction.report import StepReport
 
 __all__ = ["DeepSpeedAdapter", "get", "install", "skip_shm_extension"]
 
@@ -85,7 +86,7 @@ class DeepSpeedAdapter:
             self._levels.slots,
             section.make_compressor(),
             self._levels.group,
-            shards=self._levels.shards,
+            intra_node=self._levels.intra_node,
             **section.reducer_options(),
         )
         self._outcome: Outcome | None = None  # of the pass whose step has not been taken yet
@@ -267,7 +268,7 @@ class DeepSpeedAdapter:
             return
         if (folder / checkpoint.FILE_NAME).is_file():
             _log.warning("%s was left there by another run, and is ignored", folder / checkpoint.FILE_NAME)
-        memory = self.reducer.schemes.error_feedback.memory
+        memory = self.reducer.assignment.error_feedback.memory
         _log.warning("%s was saved without compression: the %s starts from zero", folder, memory)
         self.reducer.reset()
 

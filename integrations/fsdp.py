@@ -25,14 +25,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lowrank_comm.communication import Group, Shards
+from lowrank_comm.communication import Group, IntraNodeGroup
 from lowrank_comm.communication.topology import covered_ranks, levels
-from lowrank_comm.engine import Engine
 from lowrank_comm.errors import ConfigError, UnsupportedError
-
-from . import _fsdp_seams as seams
-from ._fsdp_engines import HSDPEngine
-from ._fsdp_flat import FlatEngine
+from lowrank_comm.integrations._fsdp import internals as seams
+from lowrank_comm.integrations._fsdp.flat import FlatEngine
+from lowrank_comm.integrations._fsdp.hybrid import HSDPEngine
+from lowrank_comm.optimizer.engine import Engine
 
 
 def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
@@ -75,9 +74,9 @@ def _hsdp(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: 
             "give the mesh that fully_shard was given."
         )
     inside = info.shard_process_group if info.shard_mesh_size > 1 else None
-    shards = Shards(inside, shard_scope)
+    intra_node = IntraNodeGroup(inside, shard_scope)
     taken_over = [(group, seams.take_over_replicas(group)) for group in groups if seams.kind(group) == "hsdp"]
-    return HSDPEngine(model, Group(between), shards, taken_over)
+    return HSDPEngine(model, Group(between), intra_node, taken_over)
 
 
 def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: str) -> Engine:
@@ -85,7 +84,7 @@ def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope:
     info = groups[0].mesh_info
     ours = covered_ranks(info.shard_process_group)
     if isinstance(process_group, DeviceMesh) and process_group.ndim == 2:
-        group, shards = levels(process_group, shard_scope)
+        group, intra_node = levels(process_group, shard_scope)
         inside = covered_ranks(process_group.get_group(1))
         if inside != ours:
             raise ConfigError(
@@ -93,7 +92,7 @@ def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope:
                 f"topology.shard_size) the ranks {inside}; give fully_shard the sub-mesh inside the node: "
                 "fully_shard(module, mesh=mesh['shard'])."
             )
-        return HSDPEngine(model, group, shards, [])
+        return HSDPEngine(model, group, intra_node, [])
     if process_group is not None:
         given = covered_ranks(levels(process_group)[0].process_group)
         if given != ours:

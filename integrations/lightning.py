@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch.optim import Optimizer
 
 from lowrank_comm.errors import ConfigError, UnsupportedError
-from lowrank_comm.optimizer import CompressedOptimizer
-from lowrank_comm.watching import Figures
+from lowrank_comm.optimizer.compressed import CompressedOptimizer
+from lowrank_comm.reduction.monitoring import Figures
 
 
 class CompressionCallback(Callback):

@@ -38,10 +38,9 @@ from transformers import Trainer, TrainerCallback
 from typing_extensions import override
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError, UnsupportedError
-from lowrank_comm.watching import Compressing, Figures
-
-from ._compression import around, check, put_into_deepspeed
-from .accelerate import connect, get, refuse_fsdp1
+from lowrank_comm.integrations._compression_argument import around, check, put_into_deepspeed
+from lowrank_comm.integrations.accelerate import connect, get, refuse_fsdp1
+from lowrank_comm.reduction.monitoring import Compressing, Figures
 
 __all__ = ["CompressionCallback"]
 

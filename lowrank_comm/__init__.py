@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .compressors import (
+from lowrank_comm.compressors import (
     Acp,
     Atomo,
     Compressor,
@@ -20,13 +20,13 @@ from .compressors import (
     PowerSGDPlus,
     RandomProjection,
 )
-from .error_feedback import ErrorFeedback
-from .errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
-from .optimizer import CompressedOptimizer
-from .policy import Rule
-from .projected import ProjectedAdamW, ProjectedSGD
-from .quantization import Quantization
-from .watching import Figures, StepLog
+from lowrank_comm.error_feedback.options import ErrorFeedback
+from lowrank_comm.errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
+from lowrank_comm.numerics.quantization import Quantization
+from lowrank_comm.optimizer.compressed import CompressedOptimizer
+from lowrank_comm.projected import ProjectedAdamW, ProjectedSGD
+from lowrank_comm.reduction.monitoring import Figures, StepLog
+from lowrank_comm.reduction.policy import Rule
 
 # In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside this one.
 if not (Path(__file__).parent / "integrations").is_dir() and (Path(__file__).parents[1] / "integrations").is_dir():

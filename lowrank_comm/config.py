@@ -18,15 +18,15 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from .bidirectional.config import METHODS
-from .communication import Group
-from .communication.shards import SCOPES
-from .compressors import REGISTRY, Compressor
-from .error_feedback import ErrorFeedback
-from .errors import ConfigError, UnsupportedError, nearest
-from .policy import Rule
-from .quantization import Quantization
-from .reducer import Reducer
+from lowrank_comm.bidirectional.config import METHODS
+from lowrank_comm.communication import Group
+from lowrank_comm.communication.intra_node import SCOPES
+from lowrank_comm.compressors import REGISTRY, Compressor
+from lowrank_comm.error_feedback.options import ErrorFeedback
+from lowrank_comm.errors import ConfigError, UnsupportedError, nearest
+from lowrank_comm.numerics.quantization import Quantization
+from lowrank_comm.reduction.policy import Rule
+from lowrank_comm.reduction.reducer import Reducer
 
 SECTION = "lowrank_comm"
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Slot
-from .communication.agreement import raise_if_different
-from .communication.exchanges import Exchange, among
-from .communication.group import Group
-from .compressors.base import Compressor
-from .diagnostics import StepReport
-from .errors import LowRankCommError
-from .linalg import full_precision
-from .reducer import Outcome, Reducer
+from lowrank_comm.communication.agreement import raise_if_different
+from lowrank_comm.communication.collectives import Exchange, among
+from lowrank_comm.communication.group import Group
+from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.errors import LowRankCommError
+from lowrank_comm.numerics.linalg import full_precision
+from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.reducer import Outcome, Reducer
+from lowrank_comm.reduction.report import StepReport
 
 
 class _SimulatedGroup(Group):
@@ -78,7 +78,7 @@ class Simulation:
     ) -> None:
         cpu = torch.device("cpu")
         slots = [
-            Slot(name, tuple(s.shape), s.dtype, s.device) if isinstance(s, Tensor) else Slot(name, tuple(s), dtype, cpu)
+            ParamInfo(name, tuple(s.shape), s.dtype, s.device) if isinstance(s, Tensor) else ParamInfo(name, tuple(s), dtype, cpu)
             for name, s in shapes.items()
         ]
         self.reducers = [Reducer(slots, compressor, _SimulatedGroup(i, workers), **options) for i in range(workers)]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowrank_comm.compressors import Compressor, Context, Result
 from lowrank_comm.config import Section
-from lowrank_comm.feedback import dense
-from lowrank_comm.reducer import Reducer
+from lowrank_comm.error_feedback.rounds import dense
+from lowrank_comm.reduction.reducer import Reducer
 from lowrank_comm.simulation import Simulation
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {

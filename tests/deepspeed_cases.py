@@ -215,7 +215,7 @@ def resume(rank: int, folder: str, stage: int, dtype: str, gas: int, **top: Any)
         engine.load_checkpoint(folder)
         adapter = adapter_of(engine)
         step = adapter.reducer.step
-        owed = [slot.name for slot in adapter.reducer.slots if adapter.reducer.restarts.owed(slot.name)]
+        owed = [slot.name for slot in adapter.reducer.slots if adapter.reducer.restarts.deferred(slot.name)]
         resumed = train(engine, range(4, 8), rank, detour=not_at_restarts)
         resumed_final = parameters(engine)
     with engines(engine_of(made)) as engine:

@@ -92,7 +92,7 @@ def rank_2(rank: int, stage: int, gas: int, scope: str) -> dict[str, Any]:
             losses += train(engine, range(step, step + 1), rank)
             reports.append(adapter.last_report)
         # A matrix that nobody uses owes a restart from the first step on, where there are restarts, and sends nothing.
-        idle = sum(row.bytes for row in adapter.plan.rows if adapter.reducer.restarts.owed(row.name))
+        idle = sum(row.bytes for row in adapter.plan.rows if adapter.reducer.restarts.deferred(row.name))
         return {
             "losses": losses,
             "parameters": parameters(engine),
@@ -207,7 +207,7 @@ def mesh(rank: int) -> dict[str, Any]:
             with engines(engine_of(config(2, section=section), mesh_param=(WORLD, 1))) as engine:
                 losses.append(train(engine, range(4), rank))
         reducer = adapter_of(engine).reducer
-        return {"losses": gap(*losses), "who": (reducer.group.size, reducer.shards.size)}
+        return {"losses": gap(*losses), "who": (reducer.group.size, reducer.intra_node.size)}
     finally:
         groups_of_deepspeed.mesh_device = None
 
@@ -254,7 +254,7 @@ def part_of_the_world(rank: int) -> dict[str, Any]:
             with engines(engine_of(config(1, section=section), "sgd", mpu=OwnGroup(group))) as engine:
                 losses.append(train(engine, range(3), rank))
                 if section is not None:
-                    shards = adapter_of(engine).reducer.shards
+                    shards = adapter_of(engine).reducer.intra_node
                     found = {"node": (shards.rank, shards.size), "workers": adapter_of(engine).reducer.group.size}
         found["losses"] = gap(*losses)
         found["no divisor"] = message(

@@ -15,22 +15,9 @@ import torch
 from torch import Tensor
 
 from lowrank_comm import CompressedOptimizer
-from lowrank_comm.compressors.base import (
-    Compressor,
-    ComputeOnce,
-    Context,
-    Delta,
-    Gather,
-    Mean,
-    Read,
-    Request,
-    Result,
-    State,
-    Steps,
-    SumOverRows,
-    WholeRows,
-)
-from lowrank_comm.restart import steady
+from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
+from lowrank_comm.compressors.requests import ComputeOnce, Gather, Mean, Read, Request, SumOverRows, WholeRows
+from lowrank_comm.compressors.restart_schedule import steady
 from lowrank_comm.simulation import Simulation
 
 
@@ -73,7 +60,7 @@ def _send(run: Steps, answer: object) -> Request | Result:
 
 def at(compressor: Compressor, context: Context, t: int, restart: bool) -> Context:
     """The context of step t of matrices that have had a gradient in every step."""
-    turn = compressor.turn(steady(compressor.schedule({}), context.names[0], t), restart)
+    turn = compressor.variant(steady(compressor.schedule({}), context.names[0], t), restart)
     return replace(context, t=t, restart=restart, turn=turn)
 
 

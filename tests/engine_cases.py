@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lowrank_comm import CompressedOptimizer, PowerSGD, checkpoint
+from lowrank_comm import CompressedOptimizer, PowerSGD
+from lowrank_comm.checkpointing import file as checkpoint
 
 
 def built(setup: Setup, scaler: Any = None) -> tuple[nn.Module, CompressedOptimizer]:
@@ -320,7 +321,7 @@ def gap_of_saved_errors(optimizer: CompressedOptimizer) -> float:
         entry = saved["state"][names.index(slot.name)].get("lowrank_comm_error")
         if entry is not None:
             mine = optimizer.reducer.error_memory()[slot.name]
-            whole = entry if entry.shape == mine.shape else optimizer.reducer.shards.own(entry, slot.dim)
+            whole = entry if entry.shape == mine.shape else optimizer.reducer.intra_node.own(entry, slot.dim)
             gap = max(gap, float((whole - mine).abs().max()))
     return gap
 

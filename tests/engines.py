@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_comm import CompressedOptimizer
-from lowrank_comm.communication import shards
-from lowrank_comm.communication.shards import block_of
+from lowrank_comm.communication import intra_node as shards
+from lowrank_comm.communication.intra_node import block_of
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
 

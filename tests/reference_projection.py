@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from reference import Matrix, average
 
-from lowrank_comm.randomness import gaussian
+from lowrank_comm.numerics.randomness import gaussian
 
 
 def on_rows(m: int, n: int, side: str) -> bool:

@@ -16,8 +16,8 @@ from lowrank_comm import Atomo, ConfigError
 from lowrank_comm.compressors.atomo import probabilities, systematic
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import Section
-from lowrank_comm.error_feedback import ErrorFeedback
-from lowrank_comm.randomness import uniform
+from lowrank_comm.error_feedback.options import ErrorFeedback
+from lowrank_comm.numerics.randomness import uniform
 
 SCHEMES = [Atomo(2), Atomo(2, sampling="bernoulli"), Atomo(2, contractive=True)]
 WITH_MEMORY = [Atomo(2, contractive=True), Atomo(2, sampling="bernoulli", contractive=True)]

@@ -23,7 +23,7 @@ from lowrank_comm import (
     UnsupportedError,
 )
 from lowrank_comm.bidirectional import M3, M4, BidirectionalOptimizer, BidirectionalSimulation, InkheartSGD, MarinaP, Method
-from lowrank_comm.randomness import stream
+from lowrank_comm.numerics.randomness import stream
 
 SHAPES = {"matrix": (5, 3), "vector": (4,), "scalar": ()}
 D = 20

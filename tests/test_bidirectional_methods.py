@@ -31,7 +31,7 @@ from lowrank_comm.bidirectional import inkheart as inkheart_module
 from lowrank_comm.bidirectional import m4 as m4_module
 from lowrank_comm.bidirectional.base import Context
 from lowrank_comm.bidirectional.permk import Blocks
-from lowrank_comm.randomness import stream
+from lowrank_comm.numerics.randomness import stream
 
 D, N = 11, 4
 EXAMPLES: list[Method] = [

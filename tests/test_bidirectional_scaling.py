@@ -13,12 +13,12 @@ import torch
 pytest.importorskip("matplotlib")
 
 from lowrank_comm.bidirectional import MarinaP
-from lowrank_comm.lab import pages
 from lowrank_comm.lab.experiments import scaling_page
 from lowrank_comm.lab.experiments.scaling import CONTENDERS, Scaling, ScalingSettings
 from lowrank_comm.lab.experiments.scaling_page import EXPECTED, OF_PROBLEM, PLATEAU, SYNCHRONOUS, claims, ends
-from lowrank_comm.lab.preset import load
-from lowrank_comm.lab.simulated_clock import Choice, Objective, descend_on_grid, seconds_to_target
+from lowrank_comm.lab.problems.simulated_clock import Choice, Objective, descend_on_grid, seconds_to_target
+from lowrank_comm.lab.runner import pages as pages
+from lowrank_comm.lab.runner.preset import load
 
 SETTINGS = ScalingSettings(
     problems=("quadratic", "heterogeneous"), workers=(1, 4), d=16, eps=0.05, variance=1.0, seeds=(0, 1), trials=6, limit=2e4

@@ -21,7 +21,7 @@ from lowrank_comm import (
 )
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import Section
-from lowrank_comm.policy import Rule
+from lowrank_comm.reduction.policy import Rule
 
 FULL = {
     "compressor": "powersgd_plus",

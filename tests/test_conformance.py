@@ -28,7 +28,8 @@ from reference import spectrum_matrix
 from torch import Tensor
 
 from lowrank_comm import CompressedOptimizer
-from lowrank_comm.checkpoint import check_fits, restore, tag_of, tensors_of
+from lowrank_comm.checkpointing.tag import tag_of
+from lowrank_comm.checkpointing.tensors import check_fits, restore, tensors_of
 from lowrank_comm.compressors import REGISTRY
 from lowrank_comm.config import Section
 from lowrank_comm.simulation import Simulation
@@ -349,7 +350,7 @@ def test_state_goes_round_at_another_world_size(section: Given, workers: int) ->
         old.reduce([drawn(t, k) for k in range(2)])
     consolidate(old)
     handed_over(old, new)
-    linear = old.reducers[0].schemes.linear and "dense" not in section.get("quantization", {})
+    linear = old.reducers[0].assignment.linear and "dense" not in section.get("quantization", {})
     before = sum_of_errors(new)
     for t in range(5, 9):
         mean = {name: (drawn(t, 0)[name] + drawn(t, 1)[name]) / 2 for name in SHAPES}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_comm.lab import theorem1
+from lowrank_comm.lab.problems import theorem1 as theorem1
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "counterexample.py"
 Rational = list[list[Fraction]]

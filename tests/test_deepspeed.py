@@ -459,7 +459,7 @@ def test_a_missing_private_name_is_reported_with_the_version() -> None:
     import deepspeed
 
     from lowrank_comm.errors import UnsupportedError
-    from lowrank_comm.integrations import _deepspeed_seams as seams
+    from lowrank_comm.integrations._deepspeed import internals as seams
 
     class Engine:
         _take_model_step = None

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD, Rule
 from lowrank_comm.communication import Group
-from lowrank_comm.quantization import FORMATS, Quantization
-from lowrank_comm.reducer import Reducer, Slot
+from lowrank_comm.numerics.quantization import FORMATS, Quantization
+from lowrank_comm.reduction.reducer import ParamInfo, Reducer
 from lowrank_comm.simulation import Simulation
 
 
@@ -96,7 +96,7 @@ def test_llama_3_8b() -> None:
     block = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096), "gate": (14_336, 4096)}
     block |= {"up": (14_336, 4096), "down": (4096, 14_336), "norm_1": (4096,), "norm_2": (4096,)}
     shapes |= {f"{k}.{name}": shape for k in range(32) for name, shape in block.items()}
-    slots = [Slot(name, shape, torch.float32, torch.device("meta")) for name, shape in shapes.items()]
+    slots = [ParamInfo(name, shape, torch.float32, torch.device("meta")) for name, shape in shapes.items()]
     ratios = {}
     for treatment in ("dense", "int8", "sign", "low_rank"):
         rules = (Rule("embed", treatment=treatment), Rule("lm_head", treatment=treatment))

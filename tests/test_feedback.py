@@ -16,12 +16,15 @@ from reference import gradient, spectrum_matrix
 from torch import Tensor
 
 from lowrank_comm import Atomo, CompressedOptimizer, GaLore, GreedyLore, Identity, PowerSGD, PowerSGDPlus, RandomProjection
-from lowrank_comm.checkpoint import load, restore, save, tag_of, tensors_of
+from lowrank_comm.checkpointing.file import load, save
+from lowrank_comm.checkpointing.tag import tag_of
+from lowrank_comm.checkpointing.tensors import restore, tensors_of
 from lowrank_comm.compressors.base import Compressor, Context, Result
-from lowrank_comm.error_feedback import ErrorFeedback
+from lowrank_comm.error_feedback.ef21 import EF21, with_feedback
+from lowrank_comm.error_feedback.options import ErrorFeedback
+from lowrank_comm.error_feedback.rounds import Rounds, dense
 from lowrank_comm.errors import ConfigError, StateMismatchError
-from lowrank_comm.feedback import EF21, Rounds, dense, with_feedback
-from lowrank_comm.quantization import Quantization
+from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.simulation import Simulation
 
 M, N_COLUMNS = 20, 10
@@ -104,7 +107,7 @@ def test_a_compressor_that_is_not_linear_has_a_y_for_each() -> None:
     chosen = with_feedback(atomo, form, linear=False), with_feedback(PowerSGD(), form, linear=True)
     assert [one.private for one in chosen] == [("y",), ()]
     coded = simulation(PowerSGD(), {"w": (M, N_COLUMNS)}, 2, error_feedback=form, quantization=Quantization(factors="int8"))
-    assert coded.reducers[0].schemes.scheme.private == ("y",)
+    assert coded.reducers[0].assignment.scheme.private == ("y",)
 
 
 def test_sgdm_averages_the_gradients_and_without_averaging_is_ef21() -> None:

@@ -18,7 +18,7 @@ from lowrank_comm import CompressedOptimizer, ConfigError, GaLore, GoLore
 from lowrank_comm.communication.topology import grid
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import Section
-from lowrank_comm.linalg import leading_left_singular_vectors
+from lowrank_comm.numerics.linalg import leading_left_singular_vectors
 from lowrank_comm.simulation import Simulation
 
 SHAPES = {"tall": (12, 7), "wide": (7, 12), "square": (9, 9)}

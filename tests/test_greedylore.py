@@ -16,10 +16,11 @@ from gloo import GlooPool
 from reference import gradient, spectrum_matrix
 
 from lowrank_comm import ConfigError, GreedyLore
-from lowrank_comm.compressors.base import Compressor, Context, Delta, Mean
+from lowrank_comm.compressors.base import Compressor, Context, Delta
 from lowrank_comm.compressors.greedy_basis import basis_of, greedy_choice
+from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.config import Section
-from lowrank_comm.randomness import gaussian
+from lowrank_comm.numerics.randomness import gaussian
 
 SCHEMES = [
     GreedyLore(2, restart_every=4),

@@ -16,9 +16,10 @@ from torch import Tensor
 from lowrank_comm import Identity, LowRankCommError, PowerSGD, PowerSGDPlus
 from lowrank_comm.communication import Group
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.error_feedback import ErrorFeedback, ErrorMemory
-from lowrank_comm.policy import Rule
-from lowrank_comm.reducer import Reducer, Slot
+from lowrank_comm.error_feedback.memory import ErrorMemory
+from lowrank_comm.error_feedback.options import ErrorFeedback
+from lowrank_comm.reduction.policy import Rule
+from lowrank_comm.reduction.reducer import ParamInfo, Reducer
 from lowrank_comm.simulation import Simulation
 
 COMPRESSORS = [
@@ -258,7 +259,7 @@ def test_a_float16_wire_carries_numbers_beyond_its_range_if_their_mean_is_within
 
 def test_error_memory_is_in_gradient_units_whatever_the_loss_scale() -> None:
     """reduce(scale=s): Delta = g / s + e, and what is written back is the mean times s."""
-    slots = [Slot(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]
+    slots = [ParamInfo(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]
     plain = Reducer(slots, PowerSGDPlus(2, restart_every=3), Group(), min_compression_rate=0)
     scaled = Reducer(slots, PowerSGDPlus(2, restart_every=3), Group(), min_compression_rate=0)
     for t in range(7):
@@ -284,7 +285,7 @@ def held(reducer: Reducer) -> dict[str, Tensor]:
 def test_a_pass_is_pending_until_it_is_committed_or_rolled_back(compressor: Compressor) -> None:
     """An engine may find out later that a step does not count (loss scaling). Rolled back, the pass has left no trace;
     nothing is forgotten half-way, since a second pass before the decision is an error."""
-    slots = [Slot(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]
+    slots = [ParamInfo(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]
     reducer, twin = (Reducer(slots, compressor, Group(), min_compression_rate=0) for _ in range(2))
     for t in range(5):
         before = held(reducer)
@@ -473,7 +474,7 @@ def test_large_gradients_of_16_bits_and_with_a_loss_scale() -> None:
     """bfloat16 gradients give the error memory that the same numbers in float32 give, also with a scale in them."""
     cpu = torch.device("cpu")
     of_16_bits, of_32_bits = (
-        Reducer([Slot("w", (401, 353), dtype, cpu)], PowerSGDPlus(3, restart_every=2), Group())
+        Reducer([ParamInfo("w", (401, 353), dtype, cpu)], PowerSGDPlus(3, restart_every=2), Group())
         for dtype in (torch.bfloat16, torch.float32)
     )
     for t in range(4):

@@ -19,15 +19,16 @@ from rich.console import Console
 
 from lowrank_comm import ConfigError, LowRankCommError
 from lowrank_comm.config import Section
-from lowrank_comm.lab import pages, running
 from lowrank_comm.lab.__main__ import main
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings
 from lowrank_comm.lab.experiments import EXPERIMENTS
-from lowrank_comm.lab.formulas import evaluate
-from lowrank_comm.lab.pages import published_text
-from lowrank_comm.lab.preset import FOLDER, Preset, checked, load, names
-from lowrank_comm.lab.rows import Rows, line, plain, read_lines
-from lowrank_comm.lab.running import ordered_rows, run_preset
+from lowrank_comm.lab.experiments.formulas import evaluate
+from lowrank_comm.lab.runner import pages as pages
+from lowrank_comm.lab.runner import running as running
+from lowrank_comm.lab.runner.pages import published_text
+from lowrank_comm.lab.runner.preset import FOLDER, Preset, checked, load, names
+from lowrank_comm.lab.runner.rows import Rows, line, plain, read_lines
+from lowrank_comm.lab.runner.running import ordered_rows, run_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = [

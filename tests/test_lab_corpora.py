@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.lab import corpora as data
+from lowrank_comm.lab.data import corpora as data
 
 TEXT = "To be, or not to be,\nthat is the question:\nWhether 'tis nobler in the mind\n" * 60
 VOCABULARY = 300

@@ -9,12 +9,14 @@ import torch
 
 from lowrank_comm import ConfigError, LowRankCommError
 from lowrank_comm.compressors import REGISTRY
-from lowrank_comm.lab import drift, galore_trap, teacher
-from lowrank_comm.lab.averaging import Crew, agreed, silent
 from lowrank_comm.lab.experiment import Case
 from lowrank_comm.lab.experiments.speedup import Speedup, SpeedupSettings, _slope
 from lowrank_comm.lab.experiments.traffic import Traffic
-from lowrank_comm.lab.preset import load
+from lowrank_comm.lab.problems import drift as drift
+from lowrank_comm.lab.problems import galore_trap as galore_trap
+from lowrank_comm.lab.problems import teacher as teacher
+from lowrank_comm.lab.runner.preset import load
+from lowrank_comm.lab.training.averaging import Crew, agreed, silent
 
 POWERSGD_PLUS = {"compressor": "powersgd_plus", "rank": 2, "restart_every": 5}
 

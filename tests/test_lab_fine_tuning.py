@@ -17,14 +17,14 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from lowrank_comm import ConfigError
 from lowrank_comm.compressors import REGISTRY
+from lowrank_comm.lab.data.metrics import METRICS, accuracy, f1, matthews, pearson, spearman
+from lowrank_comm.lab.data.sentence_tasks import BBC, GLUE, Example, Task, bbc_documents, bbc_task, glue_task
 from lowrank_comm.lab.experiment import Case
 from lowrank_comm.lab.experiments.fine_tuning import FineTuning, FineTuningSettings, batches, with_tau
 from lowrank_comm.lab.experiments.fine_tuning_page import PAPER, paper_average
-from lowrank_comm.lab.metrics import METRICS, accuracy, f1, matthews, pearson, spearman
-from lowrank_comm.lab.preset import load
-from lowrank_comm.lab.running import ordered_rows, run_preset
-from lowrank_comm.lab.sentence_tasks import BBC, GLUE, Example, Task, bbc_documents, bbc_task, glue_task
-from lowrank_comm.lab.training import Method
+from lowrank_comm.lab.runner.preset import load
+from lowrank_comm.lab.runner.running import ordered_rows, run_preset
+from lowrank_comm.lab.training.training import Method
 
 EXPERIMENT = FineTuning()
 WORDS = ("good", "bad", "film", "song", "very", "quite", "the", "a", "was", "is", "not", "he", "she", "saw", "heard")

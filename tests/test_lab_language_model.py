@@ -19,17 +19,17 @@ import torch
 from lowrank_comm import ConfigError
 from lowrank_comm.compressors import REGISTRY
 from lowrank_comm.compressors.powersgd_plus import RESTARTS
-from lowrank_comm.lab.comparison import Spread, difference, ratio, student_t, verdict
-from lowrank_comm.lab.corpora import load_corpus
+from lowrank_comm.lab.data.corpora import load_corpus
+from lowrank_comm.lab.data.models import LLAMAS, new_llama, random_state
+from lowrank_comm.lab.data.texts import TextSettings, load_text
 from lowrank_comm.lab.experiment import Case
+from lowrank_comm.lab.experiments.comparison import Spread, difference, ratio, student_t, verdict
 from lowrank_comm.lab.experiments.language_model import LanguageModel, LanguageModelSettings
 from lowrank_comm.lab.experiments.language_model_page import PAPER
-from lowrank_comm.lab.models import LLAMAS, new_llama, random_state
-from lowrank_comm.lab.preset import load
-from lowrank_comm.lab.running import ordered_rows, run_preset
-from lowrank_comm.lab.texts import TextSettings, load_text
-from lowrank_comm.lab.training import Recipe
-from lowrank_comm.lab.workers import join_processes
+from lowrank_comm.lab.runner.preset import load
+from lowrank_comm.lab.runner.running import ordered_rows, run_preset
+from lowrank_comm.lab.training.training import Recipe
+from lowrank_comm.lab.training.workers import join_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = LanguageModel()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_comm.lab import pages
 from lowrank_comm.lab.experiments import EXPERIMENTS
-from lowrank_comm.lab.preset import load
-from lowrank_comm.lab.rows import plain
+from lowrank_comm.lab.runner import pages as pages
+from lowrank_comm.lab.runner.preset import load
+from lowrank_comm.lab.runner.rows import plain
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 FILES = pages.published_files(RESULTS)

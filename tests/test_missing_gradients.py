@@ -27,16 +27,18 @@ from lowrank_comm import (
     GreedyLore,
     PowerSGDPlus,
 )
-from lowrank_comm import checkpoint as library_checkpoint
-from lowrank_comm.batches import Slot
-from lowrank_comm.checkpoint import Tag, restore, tag_of, tensors_of
+from lowrank_comm.checkpointing import file as library_checkpoint
+from lowrank_comm.checkpointing.state_dict import KEY, PREFIX
+from lowrank_comm.checkpointing.tag import Tag, tag_of
+from lowrank_comm.checkpointing.tensors import restore, tensors_of
 from lowrank_comm.communication import Group
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered, steady
 from lowrank_comm.config import Section
-from lowrank_comm.reducer import Reducer
-from lowrank_comm.restart import Past, Restarts, RestartSchedule, staggered, steady
+from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.reducer import Reducer
+from lowrank_comm.reduction.restarts import Restarts
 from lowrank_comm.simulation import Simulation
-from lowrank_comm.state_dicts import KEY, PREFIX
 
 TAU = 4
 PATTERNS: dict[str, Callable[[int], bool]] = {
@@ -68,14 +70,14 @@ def given(t: int, worker: int, workers: int = 2, dtype: torch.dtype = torch.floa
     return {name: g for name, g in drawn(t, worker, SHAPES, dtype).items() if name in there}
 
 
-def in_words(schedule: RestartSchedule | None, name: str, t: int) -> tuple[bool, bool, Past]:
+def in_words(schedule: RestartSchedule | None, name: str, t: int) -> tuple[bool, bool, RestartHistory]:
     """From the list of steps so far, anew: whether the matrix owes a restart at t, is due, and its past."""
     owed, restarts, age = False, 0, 0
     for step in range(t):
         owed |= schedule is not None and schedule.due(name, step)
         if PATTERNS[name](step):
             restarts, age, owed = (restarts + 1, 0, False) if owed else (restarts, age + 1, False)
-    return owed, schedule is not None and schedule.due(name, t), Past(restarts, age)
+    return owed, schedule is not None and schedule.due(name, t), RestartHistory(restarts, age)
 
 
 # --- when ------------------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def test_an_owed_restart_comes_with_the_next_gradient_and_is_counted_then(sectio
             owed, due, past = in_words(schedule, name, t)
             restarts += (owed or due) and pattern(t)
             if pattern(t) or not owed:
-                elements += compressor.elements_in(9, 6, 2, compressor.turn(past, owed or due), owed or due)
+                elements += compressor.elements_in(9, 6, 2, compressor.variant(past, owed or due), owed or due)
         report = sim.last_reports[0]
         assert report.restarts == restarts, t
         assert sum(report.bytes.values()) - report.bytes["control"] == 8 * elements, (t, report.bytes)
@@ -137,11 +139,11 @@ def test_a_restart_that_is_owed_for_long_costs_nothing_until_it_comes(restart: s
 @pytest.mark.parametrize("offset", [0, 1, 3])
 @pytest.mark.parametrize("tau", [1, 2, 5])
 def test_a_steady_past_is_that_of_a_matrix_that_never_misses(tau: int, offset: int) -> None:
-    schedule, past = RestartSchedule(tau, {"w": offset % tau}), Past()
+    schedule, past = RestartSchedule(tau, {"w": offset % tau}), RestartHistory()
     for t in range(4 * tau + 3):
         assert past == steady(schedule, "w", t)
         past = past.after(schedule.due("w", t), True)
-    assert steady(None, "w", 17) == Past(0, 17)
+    assert steady(None, "w", 17) == RestartHistory(0, 17)
 
 
 def test_only_the_matrices_that_miss_steps_are_remembered() -> None:
@@ -173,7 +175,7 @@ def test_a_parameter_that_joins_late_owes_the_restart_of_the_start() -> None:
 @pytest.mark.parametrize("ends", ["vetoed", "rolled back"])
 def test_a_step_that_does_not_count_changes_nothing(ends: str) -> None:
     """An owed restart in such a step is still owed after it, one that came due in it is not owed, and turns stay."""
-    slots = [Slot(name, (9, 6), torch.float64, torch.device("cpu")) for name in ("w", "idle")]
+    slots = [ParamInfo(name, (9, 6), torch.float64, torch.device("cpu")) for name in ("w", "idle")]
     reducer = Reducer(slots, Acp(2, restart_every=TAU), Group(), min_compression_rate=0)
     for t in range(TAU + 2):
         for counts in (False, True):
@@ -207,7 +209,7 @@ def test_one_workers_nan_in_an_owed_restart_changes_nothing_anywhere(compressor:
     assert sim.reduce(bad) == {}
     for reducer, state in zip(sim.reducers, before, strict=True):
         assert all(torch.equal(tensor, state[key]) for key, tensor in state_of(reducer).items())
-        assert (reducer.restarts.owed("late"), reducer.step, reducer.ledger.restarts) == (True, 1, 1)
+        assert (reducer.restarts.deferred("late"), reducer.step, reducer.ledger.restarts) == (True, 1, 1)
     sim.reduce(gradients)
     assert sim.last_reports[0].restarts == 1
 
@@ -306,7 +308,7 @@ def test_resume_is_bit_equal_with_restarts_owed_and_turns_apart(section: Given) 
     for t in range(TAU + 1):
         straight.reduce([given(t, k, dtype=torch.float32) for k in range(2)])
     schedule = straight.reducers[0].restarts.schedule
-    owed = {name for name in SHAPES if straight.reducers[0].restarts.owed(name)}
+    owed = {name for name in SHAPES if straight.reducers[0].restarts.deferred(name)}
     assert owed == {name for name in SHAPES if in_words(schedule, name, TAU + 1)[0]}
     assert owed or schedule is None
     for one, other in zip(straight.reducers, resumed.reducers, strict=True):
@@ -367,7 +369,7 @@ def over_gloo(rank: int, compressor: Compressor) -> dict[str, Any]:
         p.data.copy_(values[name])
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    owed = sorted(name for name in SHAPES if resumed.reducer.restarts.owed(name))
+    owed = sorted(name for name in SHAPES if resumed.reducer.restarts.deferred(name))
     history += advance(parameters, optimizer, range(FIRST, ALL), rank, 2)
     again = advance(others, resumed, range(FIRST, ALL), rank, 2)
     return {"history": history, "again": again, "owed": owed}
@@ -439,7 +441,7 @@ def test_state_dicts_carry_what_is_owed(keeps_the_top: bool) -> None:
 
 def test_files_carry_what_is_owed(tmp_path: Path) -> None:
     """As DeepSpeed's checkpoints; a tag from before has no such entry."""
-    slots = [Slot(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]
+    slots = [ParamInfo(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]
     one, other = (Reducer(slots, COMPRESSORS[0], Group(), min_compression_rate=0) for _ in range(2))
     for t in range(FIRST):
         gradients = given(t, 0, 1)

@@ -28,8 +28,8 @@ from lowrank_comm import (
     UnsupportedError,
 )
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.policy import Rule
-from lowrank_comm.randomness import gaussian
+from lowrank_comm.numerics.randomness import gaussian
+from lowrank_comm.reduction.policy import Rule
 
 Builder = Callable[[Iterable[Any]], torch.optim.Optimizer]
 BASES: dict[str, Builder] = {

@@ -52,7 +52,7 @@ def test_a_checkout_that_is_not_installed_works(tmp_path: Path) -> None:
 
 def test_the_core_imports_no_engine(tmp_path: Path) -> None:
     code = """
-import sys, lowrank_comm, lowrank_comm.simulation, lowrank_comm.config, lowrank_comm.checkpoint, lowrank_comm.diagnostics
+import sys, lowrank_comm, lowrank_comm.simulation, lowrank_comm.config, lowrank_comm.checkpointing.file, lowrank_comm.reduction.plan
 heavy = {"deepspeed", "transformers", "accelerate", "peft", "rich", "matplotlib", "tokenizers", "datasets",
          "typer", "yaml"}
 print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))

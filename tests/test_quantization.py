@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lowrank_comm import Acp, Atomo, Compressor, GoLore, Identity, PowerSGD, RandomProjection
 from lowrank_comm.communication import Group
-from lowrank_comm.communication.coded import CodedMean, Noise
-from lowrank_comm.communication.exchanges import among
+from lowrank_comm.communication.collectives import among
+from lowrank_comm.communication.quantized_mean import Noise, QuantizedMean
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.quantization import FORMATS, Format, Quantization, _packed, _unpacked
-from lowrank_comm.randomness import uniform
+from lowrank_comm.numerics.quantization import FORMATS, Format, Quantization, _packed, _unpacked
+from lowrank_comm.numerics.randomness import uniform
 from lowrank_comm.simulation import Simulation
 
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -152,7 +152,7 @@ def test_stochastic_rounding_is_right_on_average_and_nearest_is_not(name: str) -
 
 def averaged(name: str, given: list[list[Tensor]], noise: list[Noise] | None = None) -> list[list[tuple[Tensor, Tensor]]]:
     """(mean, own as sent) of every tensor, by worker. given: each worker's tensors."""
-    means = [CodedMean(FORMATS[name], t, len(given), k, noise[k] if noise else None) for k, t in enumerate(given)]
+    means = [QuantizedMean(FORMATS[name], t, len(given), k, noise[k] if noise else None) for k, t in enumerate(given)]
     among([mean.scatter() for mean in means])
     among([mean.gather() for mean in means])
     for mean in means:
@@ -204,7 +204,7 @@ def over_gloo(rank: int, names: list[str]) -> list[list[tuple[Any, Any]]]:
     group = Group()
     answers = []
     for name in names:
-        mean = CodedMean(FORMATS[name], [normal(2, 30, 11, seed=rank), normal(5, seed=rank)], group.size, rank, None)
+        mean = QuantizedMean(FORMATS[name], [normal(2, 30, 11, seed=rank), normal(5, seed=rank)], group.size, rank, None)
         for leg in (mean.scatter, mean.gather):
             for work in group.start([leg()]):
                 work.wait()
@@ -225,11 +225,11 @@ def test_over_gloo_as_in_one_process(gloo: GlooPool) -> None:
 def test_draws_differ_by_worker_step_and_kind_of_codes() -> None:
     """And are the same again with the same seed; the mean is right on average over the steps, with nearest it is not."""
     sim = Simulation({"w": (4, 64)}, PowerSGD(), 2, quantization=Quantization(rounding="stochastic"))
-    schemes = sim.reducers[0].schemes
+    schemes = sim.reducers[0].assignment
     tensor, drawn = torch.zeros(1, 64), {}
     for key in itertools.product((0, 1), (0, 1), (0, 1), (0, 1), ("int8", "int4")):
         bucket, t, worker, packet, name = key
-        mean = CodedMean(FORMATS[name], [tensor], 2, worker, schemes.noise(bucket, t, worker)(packet))
+        mean = QuantizedMean(FORMATS[name], [tensor], 2, worker, schemes.noise(bucket, t, worker)(packet))
         drawn[key] = mean._draw("codes", torch.zeros(1, 64))
         assert torch.equal(drawn[key], mean._draw("codes", torch.zeros(1, 64)))
         assert not torch.equal(drawn[key], mean._draw("mean", torch.zeros(1, 64)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_comm import PowerSGD, PowerSGDPlus
 from lowrank_comm.communication import Group
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.reducer import Reducer, Slot
+from lowrank_comm.reduction.reducer import ParamInfo, Reducer
 
 SPECTRA = {
     "1/k": lambda count: 1.0 / np.arange(1, count + 1),
@@ -176,7 +176,7 @@ def test_staggered_restarts_of_unequal_matrices_are_level_too() -> None:
 
 
 def test_restarts_of_a_pass_that_is_rolled_back_are_not_counted() -> None:
-    slots = [Slot("w", (12, 7), torch.float64, torch.device("cpu"))]
+    slots = [ParamInfo("w", (12, 7), torch.float64, torch.device("cpu"))]
     reducer = Reducer(slots, PowerSGDPlus(2, restart_every=2), Group(), min_compression_rate=0)
     for commits in (False, True, True, True):
         reducer.reduce([torch.from_numpy(gradient((12, 7), 0, 0))])

@@ -16,9 +16,9 @@ from reference import gradient, spectrum_matrix, ssp_comp
 
 from lowrank_comm import ConfigError, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor, Context
-from lowrank_comm.compressors.bases import random_basis
+from lowrank_comm.compressors.subspaces import random_basis
 from lowrank_comm.config import Section
-from lowrank_comm.randomness import gaussian
+from lowrank_comm.numerics.randomness import gaussian
 
 SCHEMES = [
     PowerSGD(2, power_iterations=3),

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lowrank_comm import CompressedOptimizer, ErrorFeedback, PowerSGD, PowerSGDPlus, StateMismatchError
-from lowrank_comm import checkpoint as library_checkpoint
+from lowrank_comm.checkpointing import file as library_checkpoint
 from lowrank_comm.compressors.base import Compressor
 
 COMPRESSORS = [
@@ -450,7 +450,7 @@ def test_the_tag_tells_whether_the_state_is_the_mean(gloo: GlooPool) -> None:
     assert gloo.run(consolidate_then_step, 2) == [["mean", "own"]] * 2
 
 
-# --- the file of `lowrank_comm.checkpoint` ---------------------------------------------------------------------------
+# --- the file of `lowrank_comm.checkpointing.file` ---------------------------------------------------------------------------
 
 
 def save_file(rank: int, compressor: Compressor, folder: str) -> dict[str, Any]:

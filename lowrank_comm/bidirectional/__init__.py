@@ -5,18 +5,18 @@ Inkheart SGD and M4 are reconstructions of ours from their paper's abstract; see
 
 from __future__ import annotations
 
-from .base import Method
-from .config import METHODS
-from .inkheart import InkheartSGD
-from .ledger import Clock, LinkLedger
-from .m3 import M3
-from .m4 import M4
-from .marina_p import MarinaP
-from .optimizer import BidirectionalOptimizer
-from .permk import PermK
-from .problem import Problem
-from .randk import RandK
-from .simulation import BidirectionalSimulation
+from lowrank_comm.bidirectional.base import Method
+from lowrank_comm.bidirectional.config import METHODS
+from lowrank_comm.bidirectional.inkheart import InkheartSGD
+from lowrank_comm.bidirectional.ledger import Clock, LinkLedger
+from lowrank_comm.bidirectional.m3 import M3
+from lowrank_comm.bidirectional.m4 import M4
+from lowrank_comm.bidirectional.marina_p import MarinaP
+from lowrank_comm.bidirectional.optimizer import BidirectionalOptimizer
+from lowrank_comm.bidirectional.permk import PermK
+from lowrank_comm.bidirectional.problem import Problem
+from lowrank_comm.bidirectional.randk import RandK
+from lowrank_comm.bidirectional.simulation import BidirectionalSimulation
 
 __all__ = [
     "M3",

@@ -29,10 +29,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..randomness import stream
-from .permk import Blocks, PermK
-from .randk import RandK
+from lowrank_comm.bidirectional.permk import Blocks, PermK
+from lowrank_comm.bidirectional.randk import RandK
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.randomness import stream
 
 State = dict[str, Tensor]
 """x and others of the server: (d,), where the party has the server; w and others of the workers: (W, d)."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigError, nearest
-from .base import Method
-from .inkheart import InkheartSGD
-from .m3 import M3
-from .m4 import M4
-from .marina_p import MarinaP
+from lowrank_comm.bidirectional.base import Method
+from lowrank_comm.bidirectional.inkheart import InkheartSGD
+from lowrank_comm.bidirectional.m3 import M3
+from lowrank_comm.bidirectional.m4 import M4
+from lowrank_comm.bidirectional.marina_p import MarinaP
+from lowrank_comm.errors import ConfigError, nearest
 
 METHODS: dict[str, type[Method]] = {cls.json_name: cls for cls in (InkheartSGD, M4, MarinaP, M3)}
 """Method by the name that configuration files use."""

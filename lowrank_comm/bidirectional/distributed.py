@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..communication.group import Group
-from .base import Context, Down, Sent, Transport, Up
-from .ledger import LinkLedger
+from lowrank_comm.bidirectional.base import Context, Down, Sent, Transport, Up
+from lowrank_comm.bidirectional.ledger import LinkLedger
+from lowrank_comm.communication.group import Group
 
 
 class ProcessGroupTransport(Transport):

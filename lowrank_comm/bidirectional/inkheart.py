@@ -33,9 +33,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Context, Method, Request, Sent, State, Up
-from .problem import Problem
-from .randk import RandK
+from lowrank_comm.bidirectional.base import Context, Method, Request, Sent, State, Up
+from lowrank_comm.bidirectional.problem import Problem
+from lowrank_comm.bidirectional.randk import RandK
 
 
 @dataclass(frozen=True)

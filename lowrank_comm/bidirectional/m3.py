@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Context, Request, State, check_share
-from .marina_uplink import MarinaUplink
+from lowrank_comm.bidirectional.base import Context, Request, State, check_share
+from lowrank_comm.bidirectional.marina_uplink import MarinaUplink
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Context, Request, State, check_share
-from .marina_uplink import MarinaUplink
-from .problem import Problem
+from lowrank_comm.bidirectional.base import Context, Request, State, check_share
+from lowrank_comm.bidirectional.marina_uplink import MarinaUplink
+from lowrank_comm.bidirectional.problem import Problem
 
 
 @dataclass(frozen=True)

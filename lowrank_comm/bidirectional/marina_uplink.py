@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Context, Method, Request, Sent, Up, check_share
-from .randk import RandK
+from lowrank_comm.bidirectional.base import Context, Method, Request, Sent, Up, check_share
+from lowrank_comm.bidirectional.randk import RandK
 
 
 @dataclass(frozen=True)

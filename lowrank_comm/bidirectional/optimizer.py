@@ -21,27 +21,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..backward_end import BackwardWatch
-from ..communication.agreement import check_same
-from ..communication.group import LENGTH_BYTES, Group
-from ..errors import ConfigError, StateMismatchError
-from ..first_pass import FirstPass
-from ..linalg import full_precision
-from ..loss_scaling import LossScaling
-from ..naming import Namer
-from ..wrapping import OptimizerAroundAnother, fingerprint, only_initialises_state
-from .base import Context, Method, State, drive
-from .config import check_seed, parse
-from .distributed import ProcessGroupTransport
-from .ledger import LinkLedger
-from .refusals import refuse_averaged, refuse_deepspeed, refuse_model
-from .saved import KEY, Saved
-from .vectors import FlatParameters
+from lowrank_comm.bidirectional.base import Context, Method, State, drive
+from lowrank_comm.bidirectional.config import check_seed, parse
+from lowrank_comm.bidirectional.distributed import ProcessGroupTransport
+from lowrank_comm.bidirectional.ledger import LinkLedger
+from lowrank_comm.bidirectional.refusals import refuse_averaged, refuse_deepspeed, refuse_model
+from lowrank_comm.bidirectional.saved import KEY, Saved
+from lowrank_comm.bidirectional.vectors import FlatParameters
+from lowrank_comm.communication.agreement import check_same, fingerprint
+from lowrank_comm.communication.group import LENGTH_BYTES, Group
+from lowrank_comm.errors import ConfigError, StateMismatchError
+from lowrank_comm.numerics.linalg import full_precision
+from lowrank_comm.optimizer.backward_hooks import BackwardWatch
+from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
+from lowrank_comm.optimizer.environment import only_initialises_state
+from lowrank_comm.optimizer.grad_scaler import LossScaling
+from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.optimizer.wrapper import OptimizerWrapper
 
 _log = logging.getLogger("lowrank_comm")
 
 
-class BidirectionalOptimizer(OptimizerAroundAnother):
+class BidirectionalOptimizer(OptimizerWrapper):
     """A torch optimizer that steps on a server, with compressed messages in both directions.
 
     x+ = base's step from x with gradient g;  g and w_i+ as the method says
@@ -81,7 +82,7 @@ class BidirectionalOptimizer(OptimizerAroundAnother):
         seed: int = 0,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
-        if not isinstance(base, Optimizer) or isinstance(base, OptimizerAroundAnother):
+        if not isinstance(base, Optimizer) or isinstance(base, OptimizerWrapper):
             raise ConfigError(f"base must be a plain torch.optim.Optimizer, got {type(base).__name__}.")
         if isinstance(base, torch.optim.LBFGS):
             raise ConfigError("base=LBFGS evaluates the loss several times a step; use SGD, Adam, or another that does not.")
@@ -93,7 +94,7 @@ class BidirectionalOptimizer(OptimizerAroundAnother):
         self.method, self.seed, self.t, self.ledger = method, seed, 0, LinkLedger()
         self._group, self._namer = Group(process_group), Namer(named_parameters)
         self._transport = ProcessGroupTransport(self._group, self.ledger)
-        self._scaling, self._first_pass = LossScaling(id(self)), FirstPass()
+        self._scaling, self._double_averaging = LossScaling(id(self)), DoubleAveragingGuard()
         self._flat: FlatParameters | None = None
         self._state: State | None = None
         self._agreed = self._loaded = self._skipped = False
@@ -206,7 +207,7 @@ class BidirectionalOptimizer(OptimizerAroundAnother):
         return loss
 
     def _new_gradient(self, parameter: Tensor) -> None:
-        self._first_pass.gradient()
+        self._double_averaging.gradient()
 
     def _descend(self, estimate: Tensor) -> Tensor:
         """The base's step from x; the parameters serve as its place to work, and get w_0 at the end of the step."""
@@ -259,7 +260,7 @@ class BidirectionalOptimizer(OptimizerAroundAnother):
             same = "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)"
             description[same] = fingerprint(flat.parameters)
         self.ledger.bytes["start"] += check_same(description, self._group, flat.device)
-        happened = self._first_pass.collectives_happened
+        happened = self._double_averaging.collectives_happened
         self.ledger.bytes["start"] += LENGTH_BYTES + refuse_averaged(gradients, happened, self._group)
         self._agreed = True
         if self._watch is not None:

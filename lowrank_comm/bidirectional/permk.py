@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..randomness import stream
+from lowrank_comm.numerics.randomness import stream
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..randomness import stream
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.randomness import stream
 
 MASKS = ("window", "independent")
 

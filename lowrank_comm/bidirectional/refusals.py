@@ -10,10 +10,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..communication.group import Group
-from ..engine import wrapper_of
-from ..errors import UnsupportedError
-from ..wrapping import fingerprint, transformers_uses_deepspeed
+from lowrank_comm.communication.agreement import fingerprint
+from lowrank_comm.communication.group import Group
+from lowrank_comm.errors import UnsupportedError
+from lowrank_comm.optimizer.engine import wrapper_of
+from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 
 _WHY = (
     "In a bidirectional method every worker holds weights of its own, w_i, and only their mean is the server's x, while "

@@ -6,25 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import StateMismatchError
-from ..state_dicts import KEY as GRADIENTS
-from ..state_dicts import PREFIX
-from .base import Method, State
-from .vectors import FlatParameters
+from lowrank_comm.bidirectional.base import Method, State
+from lowrank_comm.bidirectional.vectors import FlatParameters
+from lowrank_comm.checkpointing.state_dict import BIDIRECTIONAL_KEY as KEY
+from lowrank_comm.checkpointing.state_dict import KEY as GRADIENTS
+from lowrank_comm.checkpointing.state_dict import PREFIX
 
-KEY = "lowrank_comm_bidirectional"
 _FORMAT = 1
 
 
-def refuse_other_kind(state_dict: Mapping[str, Any]) -> None:
-    """StateMismatchError for a bidirectional run's state where one of compressed gradients is wanted."""
-    if KEY in state_dict:
-        method = state_dict[KEY].get("method")
-        raise StateMismatchError(
-            f"the state dict is of the bidirectional method {method!r}, which keeps the trained weights in it; loaded here, "
-            f"they would be lost. Load it into an optimizer with compressor {method!r}, and take its weights from "
-            "server_parameters()."
-        )
 
 
 @dataclass(frozen=True)

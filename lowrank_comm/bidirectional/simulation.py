@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from .base import Context, Down, Method, Sent, State, Transport, Up, drive
-from .ledger import Clock, LinkLedger
+from lowrank_comm.bidirectional.base import Context, Down, Method, Sent, State, Transport, Up, drive
+from lowrank_comm.bidirectional.ledger import Clock, LinkLedger
+from lowrank_comm.errors import ConfigError
 
 
 class _InProcess(Transport):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedError
-from .refusals import refuse_parameter
+from lowrank_comm.bidirectional.refusals import refuse_parameter
+from lowrank_comm.errors import ConfigError, UnsupportedError
 
 
 class FlatParameters:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .agreement import check_same
-from .group import Group, leave
-from .ledger import Ledger
-from .shards import Shards
+from lowrank_comm.communication.agreement import check_same
+from lowrank_comm.communication.group import Group, leave
+from lowrank_comm.communication.intra_node import IntraNodeGroup
+from lowrank_comm.communication.ledger import Ledger
 
-__all__ = ["Group", "Ledger", "Shards", "check_same", "leave"]
+__all__ = ["Group", "IntraNodeGroup", "Ledger", "check_same", "leave"]

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import ConfigMismatchError
-from .group import LENGTH_BYTES, Group
+from lowrank_comm.communication.group import LENGTH_BYTES, Group
+from lowrank_comm.errors import ConfigMismatchError
 
 
 def check_same(description: Mapping[str, Any], group: Group, device: torch.device) -> int:
@@ -68,3 +69,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: value}
     return {key: leaf for name, part in items for key, leaf in _flat(part, name).items()}
+
+
+def fingerprint(parameters: Sequence[Tensor]) -> str:
+    """A short text that two workers share if their parameters are equal, whatever their devices: the bits of each parameter
+    are added up as integers, whose sum does not depend on the order."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [p.detach().contiguous().view(integers[p.itemsize]).sum(dtype=torch.int64) for p in parameters]
+    numbers = torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError
-from .exchanges import AllGather, AllToAll, Exchange, alone
+from lowrank_comm.communication.collectives import AllGather, AllToAll, Exchange, alone
+from lowrank_comm.errors import ConfigError
 
 LENGTH_BYTES = torch.int64.itemsize
 

@@ -1,7 +1,7 @@
 """Who is a worker: every rank, or the node, whose ranks share its work.
 
 With two levels the ranks form a grid (nodes, ranks in a node). Between nodes, each rank talks to those of the same place
-in the other nodes (`Group`); inside a node to its neighbours (`Shards`). A 2-D device mesh is read by position: its first
+in the other nodes (`Group`); inside a node to its neighbours (`IntraNodeGroup`). A 2-D device mesh is read by position: its first
 dimension goes between the nodes, its second inside.
 """
 
@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..errors import ConfigError
-from .group import Group
-from .shards import Shards
+from lowrank_comm.communication.group import Group
+from lowrank_comm.communication.intra_node import IntraNodeGroup
+from lowrank_comm.errors import ConfigError
 
 
-def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, Shards]:
+def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, IntraNodeGroup]:
     """The workers, and the ranks of this node.
 
     Args:
         process_group: None, a `ProcessGroup`, a 1-D mesh, or a 2-D mesh (between nodes, inside a node).
-        shard_scope: see `Shards`.
+        shard_scope: see `IntraNodeGroup`.
 
     Raises:
         ConfigError: a mesh of more dimensions, an unknown scope, or what `Group` refuses.
@@ -36,8 +36,8 @@ def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, Shard
                 "which data differ (between nodes, inside a node), for example mesh['replicate', 'shard'], or one of them."
             )
         inside = process_group.get_group(1) if process_group.size(1) > 1 else None
-        return Group(process_group.get_group(0)), Shards(inside, shard_scope)
-    return Group(process_group), Shards(scope=shard_scope)
+        return Group(process_group.get_group(0)), IntraNodeGroup(inside, shard_scope)
+    return Group(process_group), IntraNodeGroup(scope=shard_scope)
 
 
 def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | None:

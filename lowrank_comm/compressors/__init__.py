@@ -5,16 +5,16 @@ A compressor asks for averages and never sees a process: `base` tells the protoc
 
 from __future__ import annotations
 
-from .acp import Acp
-from .atomo import Atomo
-from .base import Compressor, Context, LowRank, Result
-from .galore import GaLore
-from .golore import GoLore
-from .greedylore import GreedyLore
-from .identity import Identity
-from .powersgd import PowerSGD
-from .powersgd_plus import PowerSGDPlus
-from .random_projection import RandomProjection
+from lowrank_comm.compressors.acp import Acp
+from lowrank_comm.compressors.atomo import Atomo
+from lowrank_comm.compressors.base import Compressor, Context, LowRank, Result
+from lowrank_comm.compressors.galore import GaLore
+from lowrank_comm.compressors.golore import GoLore
+from lowrank_comm.compressors.greedylore import GreedyLore
+from lowrank_comm.compressors.identity import Identity
+from lowrank_comm.compressors.powersgd import PowerSGD
+from lowrank_comm.compressors.powersgd_plus import PowerSGDPlus
+from lowrank_comm.compressors.random_projection import RandomProjection
 
 REGISTRY: dict[str, type[Compressor]] = {
     cls.json_name: cls

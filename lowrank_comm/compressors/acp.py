@@ -23,12 +23,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..linalg import orthonormal_rank_revealing
-from ..restart import Past, RestartSchedule
-from .base import Compressor, Context, Delta, LowRank, Mean, Result, State, Steps, checked_positive_int
-from .powersgd import orthonormal
-from .powersgd_plus import randomized_comp, svd_comp
+from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps, checked_positive_int
+from lowrank_comm.compressors.powersgd import orthonormal
+from lowrank_comm.compressors.powersgd_plus import randomized_comp, svd_comp
+from lowrank_comm.compressors.requests import Mean
+from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
 
 RESTARTS = ("randomized", "svd")
 
@@ -80,13 +81,13 @@ class Acp(Compressor):
         """The mean of two steps, rounded up; see `elements_at` for each."""
         return r * max(m, n) if r == min(m, n) else -(-r * (m + n) // 2)
 
-    def turn(self, past: Past, restart: bool) -> int:
-        return 0 if restart else past.age % 2
+    def variant(self, history: RestartHistory, restart: bool) -> int:
+        return 0 if restart else history.age % 2
 
-    def elements_in(self, m: int, n: int, r: int, turn: int, restart: bool) -> int:
+    def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
         if restart:
             return self.restart_elements(m, n, r)
-        return r * m if _projects_on_q(m, n, r, turn) else r * n
+        return r * m if _projects_on_q(m, n, r, variant) else r * n
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         if self.restart_every is None:
@@ -106,7 +107,7 @@ class Acp(Compressor):
             return (yield from self._restarted(delta, context))
         p, q = state["P"], state["Q"]
         _, m, n = delta.shape
-        if _projects_on_q(m, n, context.rank, context.turn):
+        if _projects_on_q(m, n, context.rank, context.variant):
             mean, own = yield Mean(delta.times(q))
             following = yield from orthonormal(mean, context, "fill P", in_blocks=False)
             return Result(LowRank(mean, q), LowRank(own, q), {"P": following, "Q": q})
@@ -123,6 +124,6 @@ class Acp(Compressor):
         return Result(applied, result.sent, {"P": applied.p, "Q": q})
 
 
-def _projects_on_q(m: int, n: int, r: int, turn: int) -> bool:
+def _projects_on_q(m: int, n: int, r: int, variant: int) -> bool:
     """Whether the step uses Q: the first one after a restart does, and every one if Q is the whole space."""
-    return n <= m if r == min(m, n) else turn == 0
+    return n <= m if r == min(m, n) else variant == 0

@@ -31,9 +31,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..linalg import thin_svd
-from .base import Compressor, Context, Delta, Gather, LowRank, Read, Request, Result, State, Steps
+from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps
+from lowrank_comm.compressors.requests import Gather, Read, Request
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import thin_svd
 
 SAMPLING = ("systematic", "bernoulli")
 

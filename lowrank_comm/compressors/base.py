@@ -28,100 +28,17 @@ Rules that make this correct:
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..randomness import gaussian, uniform
-from ..restart import Past, RestartSchedule, steady
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Request: average `tensor` over the workers. Answer: (mean, own), both in tensor's shape and dtype.
-
-    `own` is this worker's contribution as it went on the wire. It equals `tensor` unless the wire dtype is narrower;
-    error feedback must subtract `own`, so that what rounding took away stays in the error memory. With `over_rows` the
-    tensor contracts over the rows of the matrices, and both answers are of all rows. `codes`: it travels in this format of
-    `quantization`, whatever is set for its kind.
-    """
-
-    tensor: Tensor
-    kind: str = "factors"
-    over_rows: bool = False
-    codes: str | None = None
-
-
-@dataclass(frozen=True)
-class ComputeOnce:
-    """Request: compute something from each of the (B, rows, n) `matrices`, which are equal on all workers, on one worker,
-    and give it to everyone. Answer: (B, rows, columns), the rows of it that this rank holds.
-
-    `compute(matrices)` takes (b, m, n) of whole matrices and returns (b, m, columns). It is called with this worker's
-    share only. For results that equal input does not determine bit by bit, such as singular vectors. With `indexed`, it is
-    called as `compute(matrices, indices)`, with their places in the batch, for draws by name.
-    """
-
-    matrices: Tensor
-    m: int
-    columns: int
-    compute: Callable[..., Tensor]
-    kind: str = "broadcast"
-    indexed: bool = False
-
-    def of(self, matrices: Tensor, indices: list[int]) -> Tensor:
-        """The result for those of the matrices that have these places."""
-        result: Tensor = self.compute(matrices, indices) if self.indexed else self.compute(matrices)
-        return result
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Request: every worker's `tensor`, which has one shape on all of them. Answer: (N, *shape) in the order of the workers,
-    as it went on the wire; this worker's own part is number `Context.worker` of it.
-
-    An all-gather: each worker receives N - 1 of these, where an average costs about two, whatever N.
-    """
-
-    tensor: Tensor
-    kind: str = "gather"
-
-
-@dataclass(frozen=True)
-class Decide:
-    """Request: tell the host whether all of `flag` (bool, on the device) is true. Must be equal on all workers."""
-
-    flag: Tensor
-
-
-@dataclass(frozen=True)
-class Read:
-    """Request: tell the host the numbers of the 1-D `tensor`, as a list of floats (whole numbers below 2^24 are exact). Must
-    be equal on all workers; not for compressors that are given blocks of rows."""
-
-    tensor: Tensor
-
-
-@dataclass(frozen=True)
-class SumOverRows:
-    """Request: the sum of `tensor` over the blocks of rows; itself, where matrices are whole."""
-
-    tensor: Tensor
-
-
-@dataclass(frozen=True)
-class WholeRows:
-    """Request: all rows of `tensor` (B, own rows, k), as (B, m, k); itself, where matrices are whole."""
-
-    tensor: Tensor
-    m: int
-
-
-Request = Mean | ComputeOnce | Gather | Decide | Read | SumOverRows | WholeRows
+from lowrank_comm.compressors.requests import Request
+from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, steady
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.randomness import gaussian, uniform
 
 
 @dataclass(frozen=True)
@@ -217,7 +134,7 @@ class Context:
         seed: of the run, equal on all workers.
         rank: r of these matrices, already cut to min(m, n).
         restart: whether these matrices restart in this step.
-        turn: the compressor's `turn` for them, the same for all.
+        variant: the compressor's `variant` for them, the same for all.
         wire_rounds: whether the wire dtype is narrower than the dtype of the computation.
         m: rows of the whole matrices.
         rows: those of them that this rank holds.
@@ -231,7 +148,7 @@ class Context:
     seed: int
     rank: int
     restart: bool = False
-    turn: int = 0
+    variant: int = 0
     wire_rounds: bool = False
     m: int = 0
     rows: slice = field(default_factory=lambda: slice(None))
@@ -281,9 +198,9 @@ class Compressor(abc.ABC):
         unbiased: E C(Delta) = Delta: what does without error feedback.
         feedback: form of error feedback unless another one is asked for; see `error_feedback.FORMS`.
         private: symbols of the state that differ between workers; all others have the same bits on all.
-        model_shaped: symbols of the state that are of the matrix element by element, as its error is: checkpoints keep them
+        parameter_shaped_state: symbols of the state that are of the matrix element by element, as its error is: checkpoints keep them
             whole, as they keep errors, so that they fit whatever blocks of rows a rank holds.
-        once: symbols of the state that are equal for all blocks of rows of a parameter.
+        replicated_state: symbols of the state that are equal for all blocks of rows of a parameter.
         projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T P, in every step, so that norms
             follow from Q_i and the error.
         gathers: what it sends is gathered and not averaged: each worker receives N - 1 times as much.
@@ -301,8 +218,8 @@ class Compressor(abc.ABC):
     unbiased: ClassVar[bool] = False
     feedback: ClassVar[str] = "ef14"
     private: ClassVar[tuple[str, ...]] = ()
-    model_shaped: ClassVar[tuple[str, ...]] = ()
-    once: ClassVar[tuple[str, ...]] = ()
+    parameter_shaped_state: ClassVar[tuple[str, ...]] = ()
+    replicated_state: ClassVar[tuple[str, ...]] = ()
     projects: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
     averages_restarts: ClassVar[bool] = False
@@ -329,19 +246,19 @@ class Compressor(abc.ABC):
         """Elements of a step with a restart; as an ordinary step where there are none. The mean, where restarts differ."""
         return self.elements(m, n, r)
 
-    def turn(self, past: Past, restart: bool) -> int:
+    def variant(self, history: RestartHistory, restart: bool) -> int:
         """Which kind of step it is, or of restart, where they are not all alike and take turns; from what a matrix has
         behind it, not from t, since in some steps nobody may have a gradient for it. Matrices of one shape whose turns
         differ make their steps apart."""
         return 0
 
-    def elements_in(self, m: int, n: int, r: int, turn: int, restart: bool) -> int:
-        """Elements of a step of this turn exactly."""
+    def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
+        """Elements of a step of this variant exactly."""
         return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
 
     def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
         """Elements of step t exactly, of a matrix that has had a gradient in every step."""
-        return self.elements_in(m, n, r, self.turn(steady(self.schedule({}), "", t), restart), restart)
+        return self.elements_in(m, n, r, self.variant(steady(self.schedule({}), "", t), restart), restart)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
         """When each parameter restarts, or None for schemes without restarts. costs: name -> elements of its restart."""

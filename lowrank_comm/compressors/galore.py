@@ -29,24 +29,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..linalg import leading_left_singular_vectors, orthonormal_rank_revealing
-from ..restart import RestartSchedule
-from .base import (
+from lowrank_comm.compressors.base import (
     Compressor,
-    ComputeOnce,
     Context,
     Delta,
     LowRank,
-    Mean,
-    Request,
     Result,
     State,
     Steps,
     checked_positive_int,
     transposed_product,
 )
-from .bases import project, random_basis
+from lowrank_comm.compressors.requests import ComputeOnce, Mean, Request
+from lowrank_comm.compressors.restart_schedule import RestartSchedule
+from lowrank_comm.compressors.subspaces import project, random_basis
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 
 SIDES = ("short", "long")
 

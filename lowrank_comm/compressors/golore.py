@@ -22,10 +22,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import ConfigError
-from .base import Context, Delta, State, Steps
-from .bases import random_basis
-from .galore import GaLore, basis_of, check_flag, projected, refreshed
+from lowrank_comm.compressors.base import Context, Delta, State, Steps
+from lowrank_comm.compressors.galore import GaLore, basis_of, check_flag, projected, refreshed
+from lowrank_comm.compressors.subspaces import random_basis
+from lowrank_comm.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..linalg import leading_left_singular_vectors, orthonormal_rank_revealing
-from .base import ComputeOnce, Context, Delta, LowRank, Mean, Request, checked_positive_int, transposed_product
-from .powersgd import orthonormal
+from lowrank_comm.compressors.base import Context, Delta, LowRank, checked_positive_int, transposed_product
+from lowrank_comm.compressors.powersgd import orthonormal
+from lowrank_comm.compressors.requests import ComputeOnce, Mean, Request
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 
 CAP = 32
 """Columns of a capped basis for each column that is chosen."""

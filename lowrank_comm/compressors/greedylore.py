@@ -32,11 +32,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..restart import RestartSchedule, staggered
-from .base import Compressor, Context, Delta, Mean, Result, State, Steps, checked_positive_int
-from .bases import project
-from .greedy_basis import (
+from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps, checked_positive_int
+from lowrank_comm.compressors.greedy_basis import (
     CAP,
     basis_columns,
     basis_of,
@@ -46,6 +43,10 @@ from .greedy_basis import (
     on_rows,
     score_elements,
 )
+from lowrank_comm.compressors.requests import Mean
+from lowrank_comm.compressors.restart_schedule import RestartSchedule, staggered
+from lowrank_comm.compressors.subspaces import project
+from lowrank_comm.errors import ConfigError
 
 
 @dataclass(frozen=True)

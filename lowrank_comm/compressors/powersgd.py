@@ -30,22 +30,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..linalg import cholesky_qr, least_pivot, orthonormal_rank_revealing, safe_pivot
-from .base import (
-    Compressor,
-    Context,
-    Decide,
-    Delta,
-    LowRank,
-    Mean,
-    Request,
-    Result,
-    State,
-    Steps,
-    SumOverRows,
-    WholeRows,
-    checked_positive_int,
-)
+from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps, checked_positive_int
+from lowrank_comm.compressors.requests import Decide, Mean, Request, SumOverRows, WholeRows
+from lowrank_comm.numerics.linalg import cholesky_qr, least_pivot, orthonormal_rank_revealing, safe_pivot
 
 
 @dataclass(frozen=True)

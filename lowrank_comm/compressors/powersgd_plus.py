@@ -38,25 +38,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..linalg import leading_left_singular_vectors, orthonormal_rank_revealing
-from ..restart import Past, RestartSchedule, staggered
-from .base import (
-    ComputeOnce,
+from lowrank_comm.compressors.base import (
     Context,
     Delta,
     LowRank,
-    Mean,
     Result,
     State,
     Steps,
-    SumOverRows,
-    WholeRows,
     checked_positive_int,
     transposed_product,
 )
-from .bases import random_basis
-from .greedy_basis import (
+from lowrank_comm.compressors.greedy_basis import (
     basis_columns,
     basis_of,
     checked_basis,
@@ -66,7 +58,12 @@ from .greedy_basis import (
     projected_here,
     score_elements,
 )
-from .powersgd import PowerSGD, next_q, ssp_comp
+from lowrank_comm.compressors.powersgd import PowerSGD, next_q, ssp_comp
+from lowrank_comm.compressors.requests import ComputeOnce, Mean, SumOverRows, WholeRows
+from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered
+from lowrank_comm.compressors.subspaces import random_basis
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 
 RESTARTS = ("svd", "randomized", "greedy", "random_projection")
 PROBES, BASIS_EVERY = 4, 10
@@ -168,14 +165,14 @@ class PowerSGDPlus(PowerSGD):
             return -(-(self._found(m, n, r) + (every - 1) * self._chosen(m, n, r)) // every)
         return r * (m + n) + self.elements(m, n, r)
 
-    def turn(self, past: Past, restart: bool) -> int:
+    def variant(self, history: RestartHistory, restart: bool) -> int:
         """Of a greedy restart: 0 where it finds a new basis, as every k-th of the matrix does, else 1."""
-        return int(restart and self.restart == "greedy" and past.restarts % (self.basis_every or BASIS_EVERY) > 0)
+        return int(restart and self.restart == "greedy" and history.restarts % (self.basis_every or BASIS_EVERY) > 0)
 
-    def elements_in(self, m: int, n: int, r: int, turn: int, restart: bool) -> int:
+    def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
         if not restart or self.restart != "greedy":
-            return super().elements_in(m, n, r, turn, restart)
-        return self._chosen(m, n, r) if turn else self._found(m, n, r)
+            return super().elements_in(m, n, r, variant, restart)
+        return self._chosen(m, n, r) if variant else self._found(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
         return staggered(self.restart_every, costs) if self.stagger else RestartSchedule(self.restart_every)
@@ -213,7 +210,7 @@ class PowerSGDPlus(PowerSGD):
         q, u, iterations = state["Q"], state["U"], self.power_iterations
         if not context.restart:
             result = yield from ssp_comp(delta, q, context, iterations=iterations)
-        elif context.turn == 0:
+        elif context.variant == 0:
             d, own = yield Mean(delta.tensor, "restart")
             u = yield from basis_of(d, context, u.shape[-1])
             v = u[..., : context.rank]

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Compressor, Context, Delta, Mean, Result, State, Steps
+from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
+from lowrank_comm.compressors.requests import Mean
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from .base import Compressor, Context, Delta, State, Steps
-from .bases import random_basis
-from .galore import basis_of, check_side, projected, projected_elements
+from lowrank_comm.compressors.base import Compressor, Context, Delta, State, Steps
+from lowrank_comm.compressors.galore import basis_of, check_side, projected, projected_elements
+from lowrank_comm.compressors.subspaces import random_basis
+from lowrank_comm.errors import ConfigError
 
 FORMS = ("contractive", "unbiased")
 

@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Compressor, Context, Delta, Gather, Mean, Read, Result, State, Steps
+from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
+from lowrank_comm.compressors.requests import Gather, Mean, Read
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"the lab needs {missing.name}, which is not installed: pip install 'lowrank-comm[lab]'")
 
-from ..errors import ConfigError, LowRankCommError
-from . import pages
-from .preset import Preset, checked, load, names
-from .running import RUN_FILE, first_process, ordered_rows, read_note, run_preset
+from lowrank_comm.errors import ConfigError, LowRankCommError
+from lowrank_comm.lab.runner import pages as pages
+from lowrank_comm.lab.runner.preset import Preset, checked, load, names
+from lowrank_comm.lab.runner.running import RUN_FILE, first_process, ordered_rows, read_note, run_preset
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Experiments that show what each algorithm does.")
 console = Console()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .adamw import ProjectedAdamW
-from .sgd import ProjectedSGD
+from lowrank_comm.projected.adamw import ProjectedAdamW
+from lowrank_comm.projected.sgd import ProjectedSGD
 
 __all__ = ["ProjectedAdamW", "ProjectedSGD"]

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from .optimizer import ProjectedOptimizer, check_number
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.projected.optimizer import ProjectedOptimizer, check_number
 
 SECOND_MOMENTS = ("rotate", "keep", "reset")
 WARM_UP = 10

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..communication import Group, Ledger, Shards
-from ..compressors.base import Context, Delta, LowRank
-from ..compressors.galore import GaLore, basis_on_rows
-from ..errors import ConfigError
-from ..linalg import full_precision
-from ..lockstep import Account, Agreed, Passing, Presence, lockstep
-from ..reducer_state import WIRE_DTYPES
+from lowrank_comm.communication import Group, IntraNodeGroup, Ledger
+from lowrank_comm.communication.flat_buffers import WIRE_DTYPES
+from lowrank_comm.compressors.base import Context, Delta, LowRank
+from lowrank_comm.compressors.galore import GaLore, basis_on_rows
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import full_precision
+from lowrank_comm.reduction.lockstep import Agreed, Passing, PassStats, Presence, lockstep
 
 
 class Gradient(Delta):
@@ -150,18 +150,18 @@ class Averaging:
         """Whether this is the one worker that writes what all share."""
         return self.group.rank == 0
 
-    def tell_all(self, words: str) -> list[str]:
+    def all_gather_text(self, words: str) -> list[str]:
         """Every worker's words; a collective."""
         return [part.decode() for part in self.group.gather_bytes(words.encode(), self.device)]
 
-    def owed(self, refreshed_at: int | None, t: int) -> bool:
+    def deferred(self, refreshed_at: int | None, t: int) -> bool:
         """Whether a refresh before step t fell on a step in which nobody had a gradient, and waits for one."""
         scheduled = t - t % self.compressor.restart_every
         return refreshed_at is not None and refreshed_at < scheduled < t
 
     def refreshes(self, name: str, refreshed_at: int | None, t: int) -> bool:
         """Whether a parameter's subspace is found anew at step t, if somebody has a gradient for it."""
-        return self._schedule.due(name, t) or self.owed(refreshed_at, t)
+        return self._schedule.due(name, t) or self.deferred(refreshed_at, t)
 
     def on_rows(self, parameter: Tensor) -> bool:
         """Whether P is on the side of the rows, hence the update P R^T and not R P^T."""
@@ -190,7 +190,7 @@ class Averaging:
             One for each entry, None where no worker had a gradient; or None, on all workers, if some worker's numbers were
             not finite.
         """
-        account = Account()
+        stats = PassStats()
         low = [entry for entry in entries if entry.rank is not None]
         dense = [entry for entry in entries if entry.rank is None]
         contexts = [self._context(entry, t) for entry in low]
@@ -203,13 +203,13 @@ class Averaging:
                 rank=self.group.rank,
                 wire_dtype=self._wire_dtype,
                 device=self.device,
-                account=account,
-                shards=Shards(),
+                stats=stats,
+                intra_node=IntraNodeGroup(),
             )
             agreed = self._carry_out(passing)
         full = sum(entry.parameter.numel() * entry.parameter.itemsize for entry in entries)
-        self.ledger.enter(account.bytes, account.collectives, full, agreed is not None)
-        self.ledger.clock(account.seconds)
+        self.ledger.enter(stats.bytes, stats.collectives, full, agreed is not None)
+        self.ledger.clock(stats.seconds)
         if agreed is None:
             return None
         answers: dict[str, Averaged] = {}
@@ -229,8 +229,8 @@ class Averaging:
         return [answers[entry.name] if entry.name in there else None for entry in entries]
 
     def _steps(self, number: int, entry: Entry, context: Context) -> Passing:
-        """The compressor's generator; one that owes a refresh first waits for the packet that tells who has a gradient."""
-        if self.owed(entry.refreshed_at, context.t) and not (yield Presence())[number]:
+        """The compressor's generator; one with a deferred refresh first waits for the packet that tells who has a gradient."""
+        if self.deferred(entry.refreshed_at, context.t) and not (yield Presence())[number]:
             return None
         return (yield from self.compressor.step(self._delta(entry), {"P": self._basis(entry, context)}, context))
 

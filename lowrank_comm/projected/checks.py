@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..errors import ConfigError, StateMismatchError, UnsupportedError
-from ..wrapping import fingerprint
+from lowrank_comm.communication.agreement import fingerprint
+from lowrank_comm.errors import ConfigError, StateMismatchError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .averaging import Entry
-    from .optimizer import ProjectedOptimizer
+    from lowrank_comm.projected.averaging import Entry
+    from lowrank_comm.projected.optimizer import ProjectedOptimizer
 
 
 def check_number(owner: str, key: str, value: Any, below: float = math.inf, above: float | None = None) -> None:

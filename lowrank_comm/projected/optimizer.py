@@ -30,18 +30,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..backward_end import BackwardWatch
-from ..communication import Ledger, check_same
-from ..compressors.base import checked_positive_int
-from ..compressors.galore import GaLore
-from ..compressors.golore import GoLore
-from ..errors import ConfigError, LowRankCommError
-from ..first_pass import FirstPass
-from ..loss_scaling import LossScaling
-from ..naming import Namer
-from ..wrapping import only_initialises_state, transformers_uses_deepspeed
-from .averaging import Averaged, Averaging, Entry
-from .checks import check_number, check_parameter, check_saved, described
+from lowrank_comm.communication import Ledger, check_same
+from lowrank_comm.compressors.base import checked_positive_int
+from lowrank_comm.compressors.galore import GaLore
+from lowrank_comm.compressors.golore import GoLore
+from lowrank_comm.errors import ConfigError, LowRankCommError
+from lowrank_comm.optimizer.backward_hooks import BackwardWatch
+from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
+from lowrank_comm.optimizer.environment import only_initialises_state, transformers_uses_deepspeed
+from lowrank_comm.optimizer.grad_scaler import LossScaling
+from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.projected.averaging import Averaged, Averaging, Entry
+from lowrank_comm.projected.checks import check_number, check_parameter, check_saved, described
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -96,7 +96,7 @@ class ProjectedOptimizer(Optimizer):
         self._averaging = Averaging(compressor, process_group, seed, wire_dtype)
         self._namer = Namer(named_parameters)
         self.max_grad_norm, self.free_gradients = max_grad_norm, free_gradients
-        self._first_pass = FirstPass(
+        self._double_averaging = DoubleAveragingGuard(
             f"Give {owner} the parameters of the plain model, and do not wrap it in DistributedDataParallel: the workers "
             "need no other averaging."
         )
@@ -299,7 +299,7 @@ class ProjectedOptimizer(Optimizer):
             self._agreed = self._compared = True
         if not self._checked:
             self._checked = True
-            self._first_pass.check([entry.parameter.grad for entry in entries], self._averaging)
+            self._double_averaging.check([entry.parameter.grad for entry in entries], self._averaging)
             if not self.free_gradients and self._watch is not None:
                 self._watch.remove()
 
@@ -344,7 +344,7 @@ class ProjectedOptimizer(Optimizer):
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
         """A gradient has arrived, in a backward pass."""
-        self._first_pass.gradient()
+        self._double_averaging.gradient()
         projector = self.state[parameter].get("projector") if parameter in self.state else None
         name = self._names.get(parameter)
         if not self.free_gradients or projector is None or name is None:

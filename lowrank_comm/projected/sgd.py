@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optimizer import ProjectedOptimizer, check_number
+from lowrank_comm.projected.optimizer import ProjectedOptimizer, check_number
 
 
 class ProjectedSGD(ProjectedOptimizer):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from ...errors import ConfigError, nearest
-from ..experiment import Experiment
+from lowrank_comm.errors import ConfigError, nearest
+from lowrank_comm.lab.experiment import Experiment
 
 EXPERIMENTS: dict[str, str] = {
     "counterexamples": "counterexamples:Counterexamples",

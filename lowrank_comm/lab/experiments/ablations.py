@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from pydantic import Field, field_validator
 
-from .. import drift, teacher
-from ..averaging import silent
-from ..comparison import Spread, table
-from ..experiment import Case, Experiment, LabSettings, Progress, Row
-from ..methods import SectionOf, names_differ
+from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
+from lowrank_comm.lab.experiments.comparison import Spread, table
+from lowrank_comm.lab.experiments.methods import SectionOf, names_differ
+from lowrank_comm.lab.problems import drift as drift
+from lowrank_comm.lab.problems import teacher as teacher
+from lowrank_comm.lab.training.averaging import silent
 
 _TRAINED: dict[str, dict[str, Any]] = {}
 """What this process has trained already, by all that it depends on."""

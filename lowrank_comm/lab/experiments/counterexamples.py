@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from matplotlib.figure import Figure
 
-from .. import galore_trap, theorem1
-from ..comparison import table
-from ..experiment import Case, Experiment, LabSettings, Progress, Row
-from ..methods import WithMethods
+from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
+from lowrank_comm.lab.experiments.comparison import table
+from lowrank_comm.lab.experiments.methods import WithMethods
+from lowrank_comm.lab.problems import galore_trap as galore_trap
+from lowrank_comm.lab.problems import theorem1 as theorem1
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

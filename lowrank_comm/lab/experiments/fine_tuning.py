@@ -22,16 +22,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from ...compressors import REGISTRY
-from ...errors import ConfigError
-from ...randomness import stream
-from ..experiment import Case, Experiment, LabSettings, Progress, Row
-from ..metrics import METRICS
-from ..models import random_state
-from ..sentence_tasks import Example, Task, bbc_task, glue_task, package_folder
-from ..training import Method, Recipe, train
-from ..workers import Workers, join_processes, process_rank
-from . import fine_tuning_page as pages
+from lowrank_comm.compressors import REGISTRY
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.lab.data.metrics import METRICS
+from lowrank_comm.lab.data.models import random_state
+from lowrank_comm.lab.data.sentence_tasks import Example, Task, bbc_task, glue_task, package_folder
+from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
+from lowrank_comm.lab.experiments import fine_tuning_page as pages
+from lowrank_comm.lab.training.training import Method, Recipe, train
+from lowrank_comm.lab.training.workers import Workers, join_processes, process_rank
+from lowrank_comm.numerics.randomness import stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

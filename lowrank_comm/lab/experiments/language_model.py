@@ -20,13 +20,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...errors import ConfigError
-from ..experiment import Case, Experiment, LabSettings, Progress, Row
-from ..models import new_llama, random_state
-from ..texts import TextSettings, load_text
-from ..training import Method, Recipe, train
-from ..workers import Workers, join_processes
-from . import language_model_page as pages
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.lab.data.models import new_llama, random_state
+from lowrank_comm.lab.data.texts import TextSettings, load_text
+from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
+from lowrank_comm.lab.experiments import language_model_page as pages
+from lowrank_comm.lab.training.training import Method, Recipe, train
+from lowrank_comm.lab.training.workers import Workers, join_processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

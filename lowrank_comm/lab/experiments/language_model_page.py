@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..comparison import Spread, difference, listed, magnitude, ratio, table, verdict
-from ..experiment import Row
+from lowrank_comm.lab.experiment import Row
+from lowrank_comm.lab.experiments.comparison import Spread, difference, listed, magnitude, ratio, table, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

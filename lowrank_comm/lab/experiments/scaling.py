@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...bidirectional import M4, InkheartSGD, MarinaP, Method
-from ..experiment import Case, Experiment, LabSettings, Progress, Row
-from ..simulated_clock import Choice, Objective, Search, Trial, descend_on_grid, seconds_to_target
-from . import scaling_page as pages
-from .scaling_page import OF_PROBLEM, SYNCHRONOUS, Problem
+from lowrank_comm.bidirectional import M4, InkheartSGD, MarinaP, Method
+from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
+from lowrank_comm.lab.experiments import scaling_page as pages
+from lowrank_comm.lab.experiments.scaling_page import OF_PROBLEM, SYNCHRONOUS, Problem
+from lowrank_comm.lab.problems.simulated_clock import Choice, Objective, Search, Trial, descend_on_grid, seconds_to_target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

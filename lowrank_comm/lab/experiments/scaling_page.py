@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..comparison import Spread, listed, table
-from ..experiment import Row
+from lowrank_comm.lab.experiment import Row
+from lowrank_comm.lab.experiments.comparison import Spread, listed, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

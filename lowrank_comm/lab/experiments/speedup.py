@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from pydantic import Field
 
-from ...randomness import stream
-from ..averaging import Backend, Crew, silent, together
-from ..comparison import Spread, table
-from ..experiment import Case, Experiment, Progress, Row
-from ..methods import SectionOf, WithMethods
+from lowrank_comm.lab.experiment import Case, Experiment, Progress, Row
+from lowrank_comm.lab.experiments.comparison import Spread, table
+from lowrank_comm.lab.experiments.methods import SectionOf, WithMethods
+from lowrank_comm.lab.training.averaging import Backend, Crew, silent, together
+from lowrank_comm.numerics.randomness import stream
 
 WORKERS = {"simulation": "simulated workers", "gloo": "gloo processes"}
 

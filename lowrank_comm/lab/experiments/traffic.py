@@ -17,13 +17,13 @@ import torch
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from ...compressors import REGISTRY
-from ...randomness import gaussian
-from ..averaging import Backend, Crew, parsed_section, together
-from ..comparison import table
-from ..experiment import Case, Experiment, Progress, Row
-from ..formulas import evaluate
-from ..methods import SectionOf, WithMethods
+from lowrank_comm.compressors import REGISTRY
+from lowrank_comm.lab.experiment import Case, Experiment, Progress, Row
+from lowrank_comm.lab.experiments.comparison import table
+from lowrank_comm.lab.experiments.formulas import evaluate
+from lowrank_comm.lab.experiments.methods import SectionOf, WithMethods
+from lowrank_comm.lab.training.averaging import Backend, Crew, parsed_section, together
+from lowrank_comm.numerics.randomness import gaussian
 
 OVERHEAD = ("control", "fingerprint", "consolidation")
 """Kinds of bytes that do not grow with the matrix."""

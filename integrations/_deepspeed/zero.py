@@ -1,0 +1,224 @@
+"""The seams of ZeRO's optimizers, stages 1 to 3, and which seam serves an engine; see `_deepspeed_seams` for what a seam is.
+
+A seam is chosen by what the optimizer's wrapper can do, not by the stage's number: ZeRO-1 in bfloat16 with fp32 accumulation
+is no ZeRO optimizer, for example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import deepspeed.runtime.utils
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from lowrank_comm.errors import UnsupportedError
+from lowrank_comm.integrations._deepspeed.internals import (
+    ENGINE,
+    ENGINE_STATE,
+    TESTED,
+    FloatViews,
+    Gradients,
+    PlainGradients,
+    Seam,
+    check,
+    does_not_train,
+    numel,
+    unreduced,
+)
+
+_NO_MICRO_STEP = -1  # ZeRO-1/2's count of micro-steps before the first
+
+
+class ZeroSeam(Seam):
+    """What the ZeRO optimizers of stages 1 to 3 share: hooks kept still, and accumulation in a wider dtype if asked for."""
+
+    needs: tuple[str, ...] = (
+        "_coalesce_grad_reduction",
+        "set_gradient_accumulation_boundary",
+        "gradient_accumulation_dtype",
+    )
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        wide = self.optimizer.gradient_accumulation_dtype
+        # DeepSpeed adds reduced micro-step gradients in this dtype. Here they are added before the reduction, and p.grad
+        # has the parameter's dtype, so a wider sum needs a place of its own.
+        self._wide = wide if wide == torch.float32 and any(p.dtype != wide for p in self.parameters) else None
+        self._sums: dict[int, Tensor] = {}
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        return self._wide or parameter.dtype
+
+    def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
+        super().install(end_of_backward, reduce)
+        self.optimizer._coalesce_grad_reduction = True
+        # The end of a user's own `with engine.coalesce_grad_reduction()`, and of a step with caller-owned boundaries.
+        self.engine._flush_coalesced_reduction_zero12 = self.engine._flush_coalesced_reduction_zero3 = reduce
+        if hasattr(self.optimizer, "finalize_gradient_accumulation_boundary"):
+            self.optimizer.finalize_gradient_accumulation_boundary = reduce
+
+    def drop(self) -> None:
+        self._sums.clear()
+
+    def collect(self, boundary: bool) -> None:
+        self.optimizer.set_gradient_accumulation_boundary(boundary)
+        if self._wide is None:
+            return
+        for k, p in enumerate(self.parameters):
+            if p.grad is None:
+                continue
+            if k in self._sums:
+                self._sums[k].add_(p.grad)
+            else:
+                self._sums[k] = p.grad.to(self._wide)
+            p.grad = None
+
+    def gradients(self) -> Gradients:
+        self.collect(True)
+        if self._wide is not None:
+            return [self._sums.get(k) for k in range(len(self.parameters))]
+        return [p.grad for p in self.parameters]
+
+
+class PartitionedGradients(ZeroSeam):
+    """Stages 1 and 2: DeepSpeed's flush copies gradients into buckets, from which each rank cuts what it owns."""
+
+    needs = (
+        *ZeroSeam.needs, "bit16_groups", "ipg_buckets", "reduce_scatter", "use_grad_accum_attribute",
+        "fill_grad_accum_attribute", "gradient_reduction_w_predivide", "zero_grad", "micro_step_id", "averaged_gradients",
+        "all_grad_tensors", "cpu_offload",
+    )  # fmt: skip
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._own_attribute = self.optimizer.use_grad_accum_attribute  # stage 1: wide sums are in p.grad_accum
+        if self._own_attribute:
+            self._wide = None
+        self._reduced: dict[int, Tensor] = {}
+        self._handing_over = False
+
+    def _trained(self) -> set[int]:
+        return {id(p) for group in self.optimizer.bit16_groups for p in group}
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        return self.optimizer.gradient_accumulation_dtype if self._own_attribute else super().dtype(parameter)
+
+    def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
+        self._flush = self.engine._flush_coalesced_reduction_zero12
+        super().install(end_of_backward, reduce)
+        self.optimizer.reduce_scatter = False  # the way of whole buckets, which passes through the next line
+        self.optimizer.gradient_reduction_w_predivide = self._reduced_bucket
+
+    def collect(self, boundary: bool) -> None:
+        super().collect(boundary)
+        if self._own_attribute:
+            self.optimizer.fill_grad_accum_attribute()
+
+    def gradients(self) -> Gradients:
+        gradients = super().gradients()
+        return [p.grad_accum for p in self.parameters] if self._own_attribute else gradients  # type: ignore[attr-defined]
+
+    def hand_over(self, gradients: Gradients) -> None:
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                if not self.optimizer.cpu_offload:
+                    continue
+                # DeepSpeed leaves the last step's gradient in its buffer on the CPU where there is none now, NaN of a
+                # skipped step included, and applies it again. Zero is what the other stages use.
+                gradient = torch.zeros(p.shape, dtype=self.dtype(p), device=self.device)
+            if self._own_attribute:
+                p.grad_accum = gradient  # type: ignore[attr-defined]
+            elif self._wide is not None:
+                self._reduced[id(p)], p.grad = gradient, gradient.to(p.dtype)
+            elif gradient is not p.grad:
+                p.grad = gradient
+        self._sums.clear()
+        # Overwrite, whatever is left of gradients that were dropped: the micro-steps are summed already.
+        self.optimizer.micro_step_id = _NO_MICRO_STEP
+        for kept in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))
+        self._handing_over, self.optimizer._coalesce_grad_reduction = True, False
+        try:
+            self._flush(self.optimizer)
+        finally:
+            self._handing_over, self.optimizer._coalesce_grad_reduction = False, True
+            self._reduced.clear()
+
+    def _reduced_bucket(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
+        """In place of the all-reduce of a bucket. What is returned goes into the fp32 partition, if there is one."""
+        if not self._handing_over:
+            unreduced()
+        if self._wide is None:
+            return tensor
+        groups, bucket = self.optimizer.bit16_groups, self.optimizer.ipg_buckets[communication_data_type]
+        return torch.cat([self._reduced[id(groups[i][j])].reshape(-1) for i, j, _ in bucket.params])
+
+
+class PartitionedParameters(ZeroSeam):
+    """Stage 3: each rank gets its part of every gradient through the method that ends DeepSpeed's own reduction."""
+
+    needs = (
+        *ZeroSeam.needs, "fp16_groups", "partition_grads", "independent_gradient_partition_epilogue", "micro_step_id",
+        "reduce_and_partition_stream", "zero_grad", "_get_param_partition_rank", "_get_param_partition_world_size",
+        "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads",
+    )  # fmt: skip
+
+    def _trained(self) -> set[int]:
+        return {id(p) for group in self.optimizer.fp16_groups for p in group}
+
+    def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
+        super().install(end_of_backward, reduce)
+        self.optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = unreduced
+        self.optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads = unreduced
+
+    def hand_over(self, gradients: Gradients) -> None:
+        optimizer, accelerator = self.optimizer, get_accelerator()
+        optimizer.micro_step_id = 0  # overwrite the partitions: the micro-steps are summed already
+        parts = [self._part(p, gradient) for p, gradient in zip(self.parameters, gradients, strict=True)]
+        if not accelerator.resolves_data_dependency():
+            optimizer.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
+        with accelerator.stream(optimizer.reduce_and_partition_stream):
+            optimizer.partition_grads(self.parameters, parts)
+        optimizer.independent_gradient_partition_epilogue()  # waits for that stream
+        optimizer._coalesce_grad_reduction = True  # the end of a user's own coalesce_grad_reduction() has cleared it
+        self._sums.clear()
+
+    def _part(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
+        """This rank's part of a gradient: ceil(numel / world) elements, fewer or none at the end.
+
+        DeepSpeed keeps the last step's part where a parameter has no gradient now; zero is what stages 0 to 2 use.
+        """
+        world = self.optimizer._get_param_partition_world_size(parameter)
+        size = math.ceil(numel(parameter) / world)
+        start = min(self.optimizer._get_param_partition_rank(parameter) * size, numel(parameter))
+        stop = min(start + size, numel(parameter))
+        if gradient is None:
+            return torch.zeros(stop - start, dtype=self.dtype(parameter), device=self.device)
+        return gradient.reshape(-1)[start:stop]
+
+
+def choose(engine: Any) -> Seam | None:
+    """The seam of a live engine; None for an engine that does not train (no optimizer)."""
+    optimizer = engine.optimizer
+    if does_not_train(engine):
+        return None
+    check(engine, (*ENGINE, *ENGINE_STATE), "the engine")
+    # Before this function existed, ZeRO in fp32 and stage 3 in any dtype applied steps whose gradients were NaN.
+    check(deepspeed.runtime.utils, ("is_invalid_grad_norm",), "deepspeed.runtime.utils")
+    if hasattr(optimizer, "fp32_groups_gradients"):
+        return FloatViews(engine)
+    if hasattr(optimizer, "gradient_reduction_w_predivide"):
+        return PartitionedGradients(engine)
+    if hasattr(optimizer, "partition_grads"):
+        return PartitionedParameters(engine)
+    if int(engine.zero_optimization_stage()) == 0:
+        return PlainGradients(engine)
+    raise UnsupportedError(
+        f"lowrank_comm: DeepSpeed {deepspeed.__version__} uses {type(optimizer).__name__} here, which the adapter does "
+        f"not know. It is tested with DeepSpeed {TESTED}; remove the 'lowrank_comm' section, or use another stage."
+    )

@@ -1,0 +1,167 @@
+"""FSDP2 over one dimension: whole local gradients wait in FSDP until the reducer averages them; see `fsdp`."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lowrank_comm.communication import Group, IntraNodeGroup
+from lowrank_comm.communication.intra_node import block_of
+from lowrank_comm.errors import LowRankCommError, UnsupportedError
+from lowrank_comm.integrations._fsdp import internals as seams
+from lowrank_comm.integrations._fsdp.base import FSDPEngine, local, placed_like, shard_dim
+from lowrank_comm.optimizer.backward_hooks import BackwardWatch
+from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.plan import human_bytes
+
+_SYNCS = "_lowrank_comm_syncs"
+
+
+class FlatEngine(FSDPEngine):
+    """Sharded over all workers; see the module's text.
+
+    Args:
+        model: after fully_shard on a 1-D mesh.
+        group: all ranks of that mesh.
+    """
+
+    name = "FSDP2, flat"
+    compares_values = False  # every rank holds other rows
+    accumulates_by = "model.set_requires_gradient_sync(False)` before, or `with optimizer.no_sync(): loss.backward()"
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        super().__init__(model, group, IntraNodeGroup())
+        self._by_id = {id(seams.of_the_model(p)): p for group in self._groups for p in group.fsdp_params}
+        self._mine: list[Any] = []
+        self._give_back = [seams.replace_reduce_scatter(group, _Unreduced()) for group in self._groups]
+        self._class_method(False)
+        model.__dict__[_SYNCS] = True
+        model.__dict__["set_requires_gradient_sync"] = functools.partial(_remember, weakref.ref(model))
+
+    def _class_method(self, requires_gradient_sync: bool) -> None:
+        type(self._model).set_requires_gradient_sync(self._model, requires_gradient_sync)  # type: ignore[attr-defined]
+
+    @override
+    def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamInfo]:
+        slots = []
+        self._mine = [self._by_id[id(p)] for _, p in named]
+        for name, p in named:
+            if shard_dim(p) != 0:
+                raise UnsupportedError(
+                    f"attach: {name} is sharded along dimension {shard_dim(p)}; the flat FSDP2 engine needs Shard(0)."
+                )
+            slots.append(ParamInfo(name, tuple(p.shape), seams.gradient_dtype(self._by_id[id(p)]), local(p).device))
+        return slots
+
+    @override
+    def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        return [seams.take_unsharded_gradient(self._by_id[id(p)]) for p in parameters]
+
+    @override
+    def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
+        for parameter, result in zip(parameters, results, strict=True):
+            if result is None:
+                continue
+            rows = block_of(result.shape[0], self.group.size, self.group.rank)
+            mine = result[rows].to(parameter.dtype, copy=True)
+            if parameter.grad is None:
+                parameter.grad = placed_like(parameter, mine)
+            else:  # averaged before, and not cleared: torch adds to it, too
+                local(parameter.grad).add_(mine)
+
+    @override
+    def fill_nan(self, parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            parameter.grad = placed_like(parameter, torch.full_like(local(parameter), torch.nan))
+
+    @override
+    def drop(self) -> None:
+        for parameter in self._mine:
+            seams.take_unsharded_gradient(parameter)
+
+    @override
+    def is_last_backward(self) -> bool:
+        return bool(self._model.__dict__.get(_SYNCS, True)) and super().is_last_backward()
+
+    @override
+    def watch(
+        self, parameters: Sequence[Tensor], on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None
+    ) -> BackwardWatch:
+        return _GroupWatch(self._model, parameters, on_gradient, at_end)
+
+    @override
+    def release(self) -> None:
+        self._model.__dict__.pop("set_requires_gradient_sync", None)
+        self._class_method(True)
+        for give_back in self._give_back:
+            give_back()
+
+    @override
+    def notes(self) -> list[str]:
+        parameters = list(self._by_id.values())
+        whole = sum(p.sharded_param.numel() * seams.gradient_dtype(p).itemsize for p in parameters)
+        return [
+            "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which each rank keeps its rows",
+            f"until the end of backward every rank holds its own whole gradients ({human_bytes(whole)}), and the "
+            "whole error memory where one is kept; HSDP (a 2-D mesh) divides both by the ranks in a node",
+        ]
+
+
+def _remember(model: weakref.ref[nn.Module], requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+    """In place of the model's method: what it says tells the last backward pass of a step from those before."""
+    there = model()
+    if there is not None:
+        there.__dict__[_SYNCS] = requires_gradient_sync
+
+
+class _Unreduced:
+    """Stands where FSDP would reduce by itself."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise LowRankCommError(
+            "FSDP2 was about to reduce-scatter gradients past the compressed reduction: set_requires_gradient_sync(True) "
+            "was called on a part of the model. Call it on the model that was given to attach()."
+        )
+
+
+class _GroupWatch(BackwardWatch):
+    """FSDP fires no hooks of parameters while it does not reduce; its groups tell of their gradients instead."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[Tensor],
+        on_gradient: Callable[[Tensor], None],
+        at_end: Callable[[], None] | None,
+    ) -> None:
+        super().__init__(parameters, on_gradient, at_end)
+        me = weakref.ref(self)
+
+        def group_is_done(group: Any) -> None:
+            watch = me()
+            if watch is not None:
+                watch._group_is_done(group)
+
+        self._giving_back = [weakref.finalize(self, undo) for undo in seams.after_each_group(model, group_is_done)]
+        for finalizer in self._giving_back:
+            finalizer.atexit = False
+
+    def _group_is_done(self, group: Any) -> None:
+        for parameter in group.fsdp_params:
+            if self._watches(parameter.sharded_param) and seams.has_unsharded_gradient(parameter):
+                self._gradient_is_there(parameter.sharded_param)
+
+    @override
+    def remove(self) -> None:
+        super().remove()
+        for finalizer in self._giving_back:
+            finalizer()

@@ -1,0 +1,136 @@
+"""The ranks of one node that together are one worker: they hold its matrices in blocks of rows.
+
+Between nodes, each rank talks to the ranks that hold the same block (`group.Group`); inside a node the ranks of a
+`IntraNodeGroup` talk to one another, exactly and in full width. Blocks are as `torch.chunk` makes them along the rows, as FSDP
+shards a parameter: ceil(m / F) rows each, the last ones fewer or none.
+
+With `scope="shard"` each block is a matrix of its own, and the ranks of a node only agree on whether a step counts. With
+`scope="matrix"` the algorithm is that of the whole matrix: whatever contracts over rows (the Gram matrix of P, Delta^T P)
+is summed over the node.
+
+Sums that decide how a basis looks are formed in rank order on every rank (`sum_in_order`), so that all nodes get the same
+bits from the same numbers; an all-reduce promises that only within one group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowrank_comm.errors import ConfigError
+
+SCOPES = ("shard", "matrix")
+
+# Renamed in torch 2.13; the older names warn there.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def block_of(m: int, size: int, rank: int) -> slice:
+    """Rows of an m-row matrix that rank `rank` of `size` holds: as torch.chunk cuts it."""
+    length = -(-m // size)
+    start = min(rank * length, m)
+    return slice(start, min(start + length, m))
+
+
+class IntraNodeGroup:
+    """The ranks inside a node; without arguments, this rank alone, for which everything is a no-op.
+
+    Args:
+        process_group: of the ranks inside the node, or None for this rank alone.
+        scope: "shard" (each block of rows is a matrix of its own) or "matrix" (the whole-matrix algorithm).
+
+    Attributes:
+        bytes: kind -> bytes that this rank has handed to collectives inside the node.
+
+    Raises:
+        ConfigError: an unknown scope.
+    """
+
+    def __init__(self, process_group: Any = None, scope: str = "shard") -> None:
+        if scope not in SCOPES:
+            raise ConfigError(f'shard_scope={scope!r} is unknown; use "shard" or "matrix".')
+        self.process_group, self.scope = process_group, scope
+        self.size = 1 if process_group is None else dist.get_world_size(process_group)
+        self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.bytes: Counter[str] = Counter()
+
+    @property
+    def whole_matrices(self) -> bool:
+        """Whether the ranks of the node carry out the algorithm of the whole matrix together."""
+        return self.size > 1 and self.scope == "matrix"
+
+    def block(self, m: int, rank: int | None = None) -> slice:
+        """Rows of an m-row matrix that are held by this rank, or by another one of the node."""
+        return block_of(m, self.size, self.rank if rank is None else rank)
+
+    def longest(self, m: int) -> int:
+        """Rows of the first block, which is the longest."""
+        return -(-m // self.size)
+
+    def sum_(self, tensors: Sequence[Tensor], kind: str) -> None:
+        """Sum each tensor over the node, in place."""
+        if self.size == 1:
+            return
+        works = []
+        for tensor in tensors:
+            self.bytes[kind] += tensor.nbytes
+            works.append(dist.all_reduce(tensor, group=self.process_group, async_op=True))
+        for work in works:
+            work.wait()
+
+    def gather(self, flat: Tensor, kind: str) -> Tensor:
+        """(F, numel): a 1-D tensor of every rank of the node, of one length on all."""
+        if self.size == 1:
+            return flat.unsqueeze(0)
+        self.bytes[kind] += flat.nbytes
+        everything = flat.new_empty(self.size * flat.numel())
+        _all_gather(everything, flat.contiguous(), group=self.process_group)
+        return everything.view(self.size, -1)
+
+    def sum_in_order(self, tensors: Sequence[Tensor], kind: str) -> list[Tensor]:
+        """The sum of each tensor over the node, added up in rank order; the same bits on every node."""
+        if self.size == 1 or not tensors:
+            return list(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        total = self.gather(flat, kind).sum(dim=0)
+        pieces = total.split([tensor.numel() for tensor in tensors])
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+    def whole_rows(self, block: Tensor, m: int, kind: str) -> Tensor:
+        """(B, m, k): the matrices whose rows `block` (B, own rows, k) this rank holds."""
+        if self.size == 1:
+            return block
+        longest = self.longest(m)
+        padded = block.new_zeros(block.shape[0], longest, block.shape[2])
+        padded[:, : block.shape[1]] = block
+        parts = self.gather(padded.reshape(-1), kind).view(self.size, block.shape[0], longest, block.shape[2])
+        return parts.transpose(0, 1).reshape(block.shape[0], self.size * longest, block.shape[2])[:, :m]
+
+    def whole(self, block: Tensor, shape: Sequence[int], dim: int, kind: str) -> Tensor:
+        """The whole tensor of `shape`, cut along `dim`, of which this rank holds `block`."""
+        if self.size == 1:
+            return block
+        moved = [shape[dim], *shape[:dim], *shape[dim + 1 :]]
+        rows = block.movedim(dim, 0).reshape(1, block.shape[dim], math.prod(moved[1:]))
+        return self.whole_rows(rows, shape[dim], kind).reshape(moved).movedim(0, dim)
+
+    def own(self, whole: Tensor, dim: int) -> Tensor:
+        """This rank's block of a whole tensor that is cut along `dim`."""
+        held = self.block(whole.shape[dim])
+        return whole.narrow(dim, held.start, held.stop - held.start)
+
+    def scatter_mean(self, rows_by_rank: Tensor, kind: str) -> Tensor:
+        """(numel,): the mean over the node of row `rank` of (F, numel)."""
+        if self.size == 1:
+            return rows_by_rank[0]
+        self.bytes[kind] += rows_by_rank.nbytes
+        mine = rows_by_rank.new_empty(rows_by_rank.shape[1])
+        _reduce_scatter(mine, rows_by_rank.reshape(-1), group=self.process_group)
+        return mine.div_(self.size)

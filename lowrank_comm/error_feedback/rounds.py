@@ -1,0 +1,135 @@
+"""Several rounds of one compressor in a step: each round sends what the rounds before it left over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps
+from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule
+
+
+def dense(part: LowRank | Tensor) -> Tensor:
+    """(B, m, n)."""
+    return part.dense() if isinstance(part, LowRank) else part
+
+
+class _Around(Compressor):
+    """A compressor around another one, which says what it is unless told otherwise."""
+
+    def __init__(self, inner: Compressor) -> None:
+        object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "rank", inner.rank)
+
+    inner: Compressor
+
+    @property
+    def json_name(self) -> str:  # type: ignore[override]
+        return self.inner.json_name
+
+    @property
+    def low_rank(self) -> bool:  # type: ignore[override]
+        return self.inner.low_rank
+
+    @property
+    def gathers(self) -> bool:  # type: ignore[override]
+        return self.inner.gathers
+
+    def elements(self, m: int, n: int, r: int) -> int:
+        return self.inner.elements(m, n, r)
+
+    def restart_elements(self, m: int, n: int, r: int) -> int:
+        return self.inner.restart_elements(m, n, r)
+
+    def variant(self, history: RestartHistory, restart: bool) -> int:
+        return self.inner.variant(history, restart)
+
+    def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
+        return self.inner.elements_in(m, n, r, variant, restart)
+
+    def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
+        return self.inner.schedule(costs)
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        return self.inner.initial_state(context, m, n, like)
+
+    def describe(self) -> dict[str, Any]:
+        return self.inner.describe()
+
+
+class Rounds(_Around):
+    """p rounds on what is left.
+
+    C(Delta) = sum_k C_k(R_k),  R_0 = Delta,  R_{k+1} = R_k - C_k(R_k)
+    """
+
+    def __init__(self, inner: Compressor, rounds: int) -> None:
+        super().__init__(inner)
+        object.__setattr__(self, "rounds", rounds)
+
+    rounds: int
+
+    def elements(self, m: int, n: int, r: int) -> int:
+        return self.rounds * self.inner.elements(m, n, r)
+
+    def restart_elements(self, m: int, n: int, r: int) -> int:
+        return self._rounds_of(True) * self.inner.restart_elements(m, n, r)
+
+    def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
+        return self._rounds_of(restart) * self.inner.elements_in(m, n, r, variant, restart)
+
+    def _rounds_of(self, restart: bool) -> int:
+        return 1 if restart and self.inner.whole_restarts else self.rounds
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        state: State = {}
+        for k in range(self.rounds):
+            state |= _of_round(k, self.inner.initial_state(replace(context, round=k), m, n, like))
+        return state
+
+    def step(self, delta: Delta, state: State, context: Context) -> Steps:
+        parts: list[Result] = []
+        state_after: State = {}
+        rest, kept = delta.tensor, False
+        for k in range(self._rounds_of(context.restart)):
+            own = _own_of_round(k, state)
+            result: Result = yield from self.inner.step(Delta(rest), own, replace(context, round=k))
+            kept |= result.kept is not None
+            rest = rest - dense(result.sent) if result.kept is None else result.kept
+            state_after |= _of_round(k, result.state)
+            parts.append(result)
+        for k in range(len(parts), self.rounds):  # copies: what is handed out may be written into
+            state_after |= _of_round(k, {symbol: tensor.clone() for symbol, tensor in parts[0].state.items()})
+        applied, sent = _sum([part.applied for part in parts]), _sum([part.sent for part in parts])
+        return Result(applied, sent, state_after, kept=rest if kept else None)
+
+
+ROUND = "_round"
+"""Between a symbol and the number of its round, from the second round (1) on; no compressor's own symbol has it."""
+
+
+def _of_round(k: int, state: State) -> State:
+    """The state of round k under the names that it has beside the others'."""
+    return state if k == 0 else {f"{symbol}{ROUND}{k}": tensor for symbol, tensor in state.items()}
+
+
+def _own_of_round(k: int, state: State) -> State:
+    """Its inverse: what round k finds among the states of all rounds, under its own names."""
+    if k == 0:
+        return {symbol: tensor for symbol, tensor in state.items() if ROUND not in symbol}
+    end = f"{ROUND}{k}"
+    return {symbol.removesuffix(end): tensor for symbol, tensor in state.items() if symbol.endswith(end)}
+
+
+def _sum(parts: list[LowRank | Tensor]) -> LowRank | Tensor:
+    """The sum; of low-rank parts, in factors."""
+    if all(isinstance(part, LowRank) for part in parts):
+        low = [part for part in parts if isinstance(part, LowRank)]
+        return LowRank(torch.cat([part.p for part in low], dim=-1), torch.cat([part.q for part in low], dim=-1))
+    total = dense(parts[0])
+    for part in parts[1:]:
+        total = total + dense(part)
+    return total

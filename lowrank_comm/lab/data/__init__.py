@@ -1,0 +1,1 @@
+"""The lab's texts, tasks, models and metrics."""

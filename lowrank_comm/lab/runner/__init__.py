@@ -1,0 +1,1 @@
+"""Runs a preset's cases, keeps one row for each, and writes the pages."""

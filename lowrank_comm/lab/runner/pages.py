@@ -1,0 +1,212 @@
+"""Pages from results: a published file of rows becomes a page of Markdown and its figures, and nothing else goes in.
+
+A published file, docs/results/<experiment>.jsonl: its first line says what was run, by which command, on which machine and
+when; the rows follow, floats cut to six digits. The page is computed from it byte by byte, so a test can compare; a figure
+carries the sha256 of that file in its PNG header, since pixels differ between versions of the plotting library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.lab.experiment import Row
+from lowrank_comm.lab.experiments import EXPERIMENTS, experiment
+from lowrank_comm.lab.runner.preset import Preset, checked
+from lowrank_comm.lab.runner.rows import line, read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DIGITS = 6
+SOURCE = "Source sha256"
+"""Key of the PNG header's text that names the data of a figure."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a published file holds: what was run, and the rows in the order of the cases."""
+
+    meta: dict[str, Any]
+    rows: list[Row]
+    sha256: str
+
+    @property
+    def preset(self) -> Preset:
+        """The preset that the rows were made by."""
+        content = {key: self.meta[key] for key in ("experiment", "description", "settings")}
+        return checked(content, self.meta["preset"], self.meta["command"].rpartition(" run ")[2])
+
+
+def published_text(meta: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """What a published file of these rows holds."""
+    kept = [{key: row[key] for key in ("key", "params", "result", "seconds")} for row in rows]
+    told = {key: value for key, value in meta.items() if key != "settings_hash"}
+    told["code"] = sorted({row.get("code", "not noted") for row in rows})  # fingerprints of the sources that made the rows
+    return line({"meta": told}) + "".join(line(row, DIGITS) for row in kept)
+
+
+def read_published(path: Path) -> Published:
+    """A published file.
+
+    Raises:
+        ConfigError: it is not there, or does not begin with what was run.
+    """
+    lines = read_lines(path)
+    if not lines or "meta" not in lines[0]:
+        raise ConfigError(f"{path} is no file of published results; `python -m lowrank_comm.lab publish` writes one.")
+    return Published(lines[0]["meta"], lines[1:], hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def page_of(published: Published) -> str:
+    """The page, with figures as <experiment>/<stem>.png."""
+    preset, meta = published.preset, published.meta
+    kind = preset.experiment
+    missing = [case.key for case in kind.cases(preset.settings) if case.key not in {row["key"] for row in published.rows}]
+    seconds = sum(row["seconds"] for row in published.rows)
+    computer = meta["machine"]
+    device = computer["accelerator"] or computer["cpu"]
+    text = [
+        f"# {kind.title}\n",
+        f"<!-- Made from {kind.name}.jsonl by `make results`. Change the experiment or run it anew; do not edit. -->\n",
+        "The paper is that of PowerSGD+, arXiv 2509.11254. [Algorithms](../algorithms.md), [all results](README.md).\n",
+        f"`{meta['command']}`, {meta['date']}, {device}, {computer['cores']} cores, torch {computer['torch']}. "
+        f"{_seeds(meta['settings'])}{len(published.rows)} cases in {_time(seconds)} of one process's time.\n",
+    ]
+    if missing:
+        text.append(f"Not run, or failed: {', '.join(f'`{key}`' for key in missing)}.\n")
+    body = kind.page(preset.settings, published.rows).strip()
+    text.append(re.sub(r"\]\(([\w-]+\.png)\)", rf"]({kind.name}/\1)", body) + "\n")
+    return "\n".join(text)
+
+
+def figures_of(published: Published) -> dict[str, Figure]:
+    """Stem -> figure."""
+    return published.preset.experiment.figures(published.preset.settings, published.rows)
+
+
+def write(published: Published, folder: Path) -> list[Path]:
+    """Write <experiment>.md and <experiment>/<stem>.png into the folder; old figures go.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        ConfigError: the page shows a figure that is not drawn, or leaves one out.
+    """
+    name = published.meta["experiment"]
+    page, figures = page_of(published), figures_of(published)
+    shown = set(re.findall(rf"\]\({name}/([\w-]+)\.png\)", page))
+    if shown != set(figures):
+        raise ConfigError(
+            f"{name}: the page shows the figures {sorted(shown)}, drawn are {sorted(figures)}; they must agree."
+        )
+    pictures = folder / name
+    for old in pictures.glob("*.png"):
+        old.unlink()
+    paths = [folder / f"{name}.md"]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths[0].write_text(page, encoding="utf-8")
+    for stem, figure in figures.items():
+        pictures.mkdir(exist_ok=True)
+        paths.append(pictures / f"{stem}.png")
+        figure.savefig(paths[-1], dpi=110, metadata={SOURCE: published.sha256})
+    return paths
+
+
+def publish(meta: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write the published file, its page and figures, and the index of the folder."""
+    path = folder / f"{meta['experiment']}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(published_text(meta, rows), encoding="utf-8")
+    return [path, *write(read_published(path), folder), write_index(folder)]
+
+
+def regenerate(folder: Path) -> list[Path]:
+    """All pages and figures of a folder of published files, and its index.
+
+    Raises:
+        ConfigError: the folder holds no published file.
+    """
+    files = published_files(folder)
+    if not files:
+        raise ConfigError(f"{folder} holds no <experiment>.jsonl; `python -m lowrank_comm.lab publish` writes one.")
+    return [path for file in files for path in write(read_published(file), folder)] + [write_index(folder)]
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The published files of a folder, in the order of the experiments."""
+    return [path for name in EXPERIMENTS if (path := folder / f"{name}.jsonl").is_file()]
+
+
+def index_of(folder: Path) -> str:
+    """The text of the folder's README.md."""
+    lines = [
+        "# Results of the lab\n",
+        "<!-- Made by `make results`; do not edit. -->\n",
+        "Each page is computed from the `.jsonl` file of the same name, which holds the result of every case, the settings",
+        "and seeds, the command and the machine. `make results` computes the pages anew; a test fails where one does not",
+        "match its file. The paper, its theorems and tables are those of PowerSGD+ (arXiv 2509.11254), unless another one",
+        "is named; [docs/algorithms.md](../algorithms.md) tells the algorithms.\n",
+        "| experiment | what it shows | command | run on |",
+        "| --- | --- | --- | --- |",
+    ]
+    for path in published_files(folder):
+        meta = read_published(path).meta
+        title = experiment(meta["experiment"]).title
+        lines.append(
+            f"| [{title}]({meta['experiment']}.md) | {meta['description']} | `{meta['command']}` | {meta['date']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_index(folder: Path) -> Path:
+    """Write the folder's README.md."""
+    path = folder / "README.md"
+    path.write_text(index_of(folder), encoding="utf-8")
+    return path
+
+
+def source_of(picture: Path) -> str | None:
+    """The sha256 that a figure carries, from its PNG header's text; None if it has none."""
+    data, at = picture.read_bytes(), 8
+    while at + 8 <= len(data):
+        (length,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
+        if kind == b"tEXt":
+            key, _, value = data[at + 8 : at + 8 + length].partition(b"\0")
+            if key == SOURCE.encode():
+                return value.decode("latin-1")
+        at += 12 + length
+    return None
+
+
+def _seeds(settings: Mapping[str, Any]) -> str:
+    """The settings' seeds as a sentence, where they have some, each with the parts of the settings that it stands in."""
+    found: dict[str, list[str]] = {}
+    for where, seeds in _seeds_in(settings):
+        found.setdefault(seeds, []).append(where)
+    if list(found.values()) == [[""]]:
+        seeds = next(iter(found))
+        return f"Seed{'s' if ',' in seeds else ''} {seeds}. "
+    told = [f"{seeds} ({', '.join(where or 'all else' for where in parts)})" for seeds, parts in found.items()]
+    return f"Seeds {'; '.join(told)}. " if told else ""
+
+
+def _seeds_in(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
+    """(path of the part, its seeds)."""
+    for key, value in settings.items():
+        if key in ("seed", "seeds"):
+            yield where, ", ".join(map(str, value if isinstance(value, list) else [value]))
+        elif isinstance(value, Mapping):
+            yield from _seeds_in(value, f"{where} {key}".strip())
+
+
+def _time(seconds: float) -> str:
+    """Seconds in words, e.g. 3.2 min."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

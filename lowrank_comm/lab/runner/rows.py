@@ -1,0 +1,121 @@
+"""The rows of a run: one JSON line a finished case, in a file that only grows, so that a run can be killed at any time.
+
+A line: {"key", "params", "result", "seconds", "made_for", "code"}. `made_for` is a hash of all settings that the result
+depends on; a row that was made for other settings is never mixed with new ones. `code` is one of the package's sources; rows
+of another version are kept, and that is said, since most changes touch no result. A last line without its end, which a kill
+leaves, does not count and is cut off before the next row is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.lab.experiment import Case, Experiment, Row
+
+FILE = "rows.jsonl"
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits of the sha256 of plain values, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def made_for(experiment: Experiment, settings: Any, case: Case) -> str:
+    """Fingerprint of all that the case's result depends on."""
+    return fingerprint([experiment.name, experiment.depends_on(settings, case), case.params])
+
+
+@functools.cache
+def code() -> str:
+    """Fingerprint of the package's Python files."""
+    package = Path(__file__).parents[1]
+    files = sorted(package.rglob("*.py"))
+    return fingerprint([[path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")] for path in files])
+
+
+def plain(value: Any, digits: int | None = None) -> Any:
+    """The value in JSON's types: numbers that are not finite become null, and floats are cut to `digits` if given."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, digits) for item in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
+    return value
+
+
+def line(row: Mapping[str, Any], digits: int | None = None) -> str:
+    """A row as one compact line."""
+    return json.dumps(plain(row, digits), separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines. A last line that does not end is left out.
+
+    Raises:
+        ConfigError: a line that ends is no JSON.
+    """
+    if not path.is_file():
+        return []
+    values = []
+    text = path.read_bytes()
+    for number, raw in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            values.append(json.loads(raw))
+        except ValueError as error:
+            raise ConfigError(
+                f"{path}, line {number} is no JSON ({error}); delete the line, and its case is run again."
+            ) from None
+    return values
+
+
+class Rows:
+    """The rows of one output folder.
+
+    Args:
+        folder: of the run; made when the first row is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+
+    def of(self, experiment: Experiment, settings: Any, cases: Iterable[Case]) -> dict[str, Row]:
+        """key -> row of the cases that are finished.
+
+        Raises:
+            ConfigError: a row of one of the cases was made for other settings.
+        """
+        found = {row["key"]: row for row in read_lines(self.path)}
+        rows = {case.key: found[case.key] for case in cases if case.key in found}
+        other = [
+            case.key
+            for case in cases
+            if case.key in rows and rows[case.key]["made_for"] != made_for(experiment, settings, case)
+        ]
+        if other:
+            raise ConfigError(
+                f"{self.path} holds {len(other)} rows that were made for other settings (the first: {other[0]}); give "
+                f"another --output-dir, or delete that file to run all cases again."
+            )
+        return rows
+
+    def append(self, row: Row) -> None:
+        """Write a finished case; on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+            file.write(line(row).encode())
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""Trains the lab's models over simulated workers."""

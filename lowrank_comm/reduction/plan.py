@@ -1,0 +1,266 @@
+"""The plan: what a step will send, how many bytes that is, and what it costs in memory, before the first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lowrank_comm.communication import IntraNodeGroup
+from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.error_feedback.ef21 import EF21
+from lowrank_comm.numerics.quantization import FORMATS, Quantization
+from lowrank_comm.reduction.batches import Batch
+from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.policy import Treatment
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, e.g. 1.2 MB."""
+    for unit in _UNITS:
+        if abs(count) < 1000 or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter of the plan: its treatment, its rank, what an ordinary step and one with a restart send, and why.
+
+    `plain_bytes`: what an ordinary step would send if it were not coded or sent row by row.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    rank: int
+    elements: int
+    restart_elements: int
+    numel: int
+    bytes_per_element: int
+    wire_bytes: int
+    bytes: float
+    restart_bytes: float
+    plain_bytes: float
+    reason: str
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the scheme of the run compresses it."""
+        return self.scheme == "low_rank"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to happen, computed before the first step from names and shapes alone.
+
+    Attributes:
+        rows: one for each parameter.
+        compressor: its settings as text.
+        workers: number of workers.
+        restart_every: tau, or None.
+        error_bytes: of the error memory on this worker, and of what EF21 keeps in its place.
+        workspace_bytes: of Delta and of the packets, held from the pass to its commit, in an ordinary step.
+        restart_workspace_bytes: the same where all matrices restart.
+        idle_rules: patterns that match no parameter.
+        notes: further lines from the engine.
+        engine: what runs the model.
+        ranks_in_a_node: F, of which one worker consists; the rows are of whole parameters, bytes are those of a node.
+        shard_scope: "shard" or "matrix", where F > 1.
+    """
+
+    rows: tuple[PlanRow, ...]
+    compressor: str
+    workers: int
+    restart_every: int | None
+    error_bytes: int
+    workspace_bytes: int
+    restart_workspace_bytes: int
+    idle_rules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    engine: str = ""
+    ranks_in_a_node: int = 1
+    shard_scope: str = "shard"
+
+    @property
+    def step_bytes(self) -> float:
+        """Payload of an ordinary step."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def average_bytes(self) -> float:
+        """Payload of a step on average over a whole period, restarts included."""
+        if not self.restart_every:
+            return self.step_bytes
+        extra = sum(row.restart_bytes - row.bytes for row in self.rows)
+        return self.step_bytes + extra / self.restart_every
+
+    @property
+    def uncompressed_bytes(self) -> int:
+        """What an uncompressed all-reduce of the gradients carries, in their own dtypes."""
+        return sum(row.numel * row.bytes_per_element for row in self.rows)
+
+    def __str__(self) -> str:
+        low, many = [row for row in self.rows if row.low_rank], self.ranks_in_a_node > 1
+        dense = [row for row in self.rows if row.scheme == "dense"]
+        other = [row for row in self.rows if row.scheme not in ("low_rank", "dense")]
+        sent_low = sum(row.bytes for row in low)
+        full_low = sum(row.numel * row.bytes_per_element for row in low)
+        sent_dense = sum(row.bytes for row in dense)
+        plain = sum(row.plain_bytes for row in self.rows)
+        coded = ""
+        if plain > self.step_bytes:
+            coded = f"; without codes it would be {human_bytes(plain)} ({self.uncompressed_bytes / plain:.1f}x)"
+        restarts = ""
+        if self.restart_every and self.average_bytes:
+            restarts = (
+                f"; {human_bytes(self.average_bytes)} on average with restarts every {self.restart_every} steps"
+                f" ({self.uncompressed_bytes / self.average_bytes:.1f}x)"
+            )
+        peak = ""
+        if self.restart_workspace_bytes > self.workspace_bytes:
+            peak = f", {human_bytes(self.restart_workspace_bytes)} in a step that restarts all matrices"
+        lines = [
+            f"lowrank_comm: {self.compressor} over {self._who()}" + (f", {self.engine}" if self.engine else ""),
+            f"  low-rank: {counted(len(low), 'matrix', 'matrices')}, {human_bytes(full_low)} of gradients -> "
+            f"{human_bytes(sent_low)} a step" + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
+            f"  dense:    {counted(len(dense), 'parameter')}, {human_bytes(sent_dense)} a step",
+            *self._of_other_schemes(other),
+            f"  whole model: {human_bytes(self.uncompressed_bytes)} -> {human_bytes(self.step_bytes)} an ordinary step"
+            + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
+            + restarts
+            + coded,
+            f"  memory on this {'rank' if many else 'worker'}: error memory {human_bytes(self.error_bytes)}, "
+            f"and {human_bytes(self.workspace_bytes)} while a step is open{peak}",
+        ]
+        lines += self._cap(sent_dense)
+        cut = sum("cut to" in row.reason for row in low)
+        if cut:
+            lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
+        if self.ranks_in_a_node > 1:
+            what = "each block of rows is compressed alone" if self.shard_scope == "shard" else "whole matrices, in blocks"
+            lines.append(f'  bytes are those of a node, between nodes; shard_scope="{self.shard_scope}": {what}')
+        if self.workers == 1:
+            who = "node" if many else "worker"
+            lines.append(f"  one {who}: gradients are compressed all the same, and what is called sent would be sent")
+        lines += [f"  rule {pattern!r} matches no parameter" for pattern in self.idle_rules]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _of_other_schemes(self, rows: Sequence[PlanRow]) -> list[str]:
+        """What travels as codes, or row by row."""
+        lines = []
+        for scheme in dict.fromkeys(row.scheme for row in rows):
+            own = [row for row in rows if row.scheme == scheme]
+            full = human_bytes(sum(row.numel * row.bytes_per_element for row in own))
+            sent = human_bytes(sum(row.bytes for row in own))
+            at_most = "at most " if scheme == "row_sparse" else ""
+            lines.append(f"  {scheme}: {counted(len(own), 'parameter')}, {full} of gradients -> {at_most}{sent} a step")
+        return lines
+
+    def _who(self) -> str:
+        if self.ranks_in_a_node == 1:
+            return counted(self.workers, "worker")
+        return f"{counted(self.workers, 'node')} of {self.ranks_in_a_node} ranks"
+
+    def _cap(self, sent_dense: float) -> list[str]:
+        """The parameters that set the ceiling of the ratio, if what stays dense is more than a fifth of what is sent."""
+        dense = sorted((row for row in self.rows if row.scheme == "dense"), key=lambda row: -row.elements)
+        if not self.step_bytes or sent_dense < 0.2 * self.step_bytes or not dense:
+            return []
+        names = ", ".join(f"{row.name} ({row.reason})" for row in dense[:3])
+        if len(dense) == len(self.rows):
+            return [f"  nothing is compressed; the largest: {names}"]
+        return [f"  the ratio is capped by what stays dense, {sent_dense / self.step_bytes:.0%} of the bytes: {names}"]
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun, e.g. "1 worker", "2 workers"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def make_plan(
+    slots: Sequence[ParamInfo],
+    treatments: Sequence[Treatment],
+    compressor: Compressor,
+    batches: Sequence[Batch],
+    workers: int,
+    wire_dtype: torch.dtype | None,
+    quantization: Quantization,
+    restart_every: int | None,
+    idle_rules: tuple[str, ...],
+    of_the_node: Sequence[Sequence[Treatment]],
+    intra_node: IntraNodeGroup,
+) -> Plan:
+    """The plan of a reducer; see `diagnostics.Plan`. treatments: of what this rank holds; of_the_node: of all blocks."""
+
+    def in_a_restart(treatment: Treatment) -> int:
+        if not treatment.low_rank:
+            return treatment.elements
+        return compressor.restart_elements(treatment.m, treatment.n, treatment.rank)
+
+    def row(slot: ParamInfo, parts: Sequence[Treatment]) -> PlanRow:
+        largest, shape = parts[0], slot.whole or slot.shape
+        elements, restart = sum(part.elements for part in parts), sum(in_a_restart(part) for part in parts)
+        wire = (wire_dtype or slot.compute_dtype).itemsize
+        codes = FORMATS.get(largest.scheme)
+        sent, in_restart = float(elements * wire), float(restart * wire)
+        plain = sent
+        if codes is not None:
+            sent = in_restart = float(sum(codes.bytes(part.elements) for part in parts))
+        elif largest.low_rank:
+            gathered = workers / 2 if compressor.gathers and workers > 1 else 1.0  # see `communication.ledger`
+            factors, of_restarts = quantization.format_of("factors"), quantization.format_of("restart")
+            sent = (factors.bytes(elements) if factors else sent) * gathered  # nearly: P and Q fill blocks of their own
+            in_restart = (of_restarts.bytes(restart) if of_restarts else in_restart) * gathered
+            plain *= gathered
+        return PlanRow(
+            slot.name,
+            shape,
+            largest.scheme,
+            largest.rank,
+            elements,
+            restart,
+            math.prod(shape),
+            slot.dtype.itemsize,
+            wire,
+            sent,
+            in_restart,
+            plain,
+            largest.reason,
+        )
+
+    rows = tuple(row(slot, parts) for slot, parts in zip(slots, of_the_node, strict=True))
+    described = {key: value for key, value in compressor.describe().items() if key != "compressor" and value is not None}
+    settings = ", ".join(f"{key}={value}" for key, value in described.items())
+    delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
+
+    kept = sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept)
+    estimates = (t for batch in batches if batch.tracks for symbol, t in batch.state.items() if symbol in EF21.symbols)
+
+    def packets(restart: bool) -> int:
+        """Held at most: the buffer on the wire; if it is narrower, also the own part of it, and both again at full width."""
+        total = 0
+        for row, slot, treatment in zip(rows, slots, treatments, strict=True):
+            elements, full = in_a_restart(treatment) if restart else treatment.elements, slot.compute_dtype.itemsize
+            total += elements * (row.wire_bytes if row.wire_bytes >= full else 2 * (row.wire_bytes + full))
+        return total // intra_node.size if intra_node.whole_matrices else total
+
+    return Plan(
+        rows,
+        f"{compressor.json_name} ({settings})",
+        workers,
+        restart_every,
+        kept + sum(tensor.nbytes for tensor in estimates),
+        delta + packets(False),
+        delta + packets(True),
+        idle_rules,
+        ranks_in_a_node=intra_node.size,
+        shard_scope=intra_node.scope,
+    )

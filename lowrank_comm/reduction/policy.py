@@ -1,0 +1,209 @@
+"""Which parameter is compressed and which travels dense, and why: the first matching rule wins, then the rate decides.
+
+A tensor of two or more dimensions is seen as a matrix (shape[0], -1), in its own orientation. Its rank r is cut to
+min(m, n). It is compressed when
+
+    m n / (elements sent) > min_compression_rate            for PowerSGD: m n / (r (m + n))
+
+and goes dense otherwise: the term and the default of PyTorch's hook. A rate of 0 compresses every matrix. Embeddings are
+matrices like others. Tensors of fewer dimensions, and empty ones, are dense. What is dense may travel as codes
+(`quantization.dense`, or a rule), and an embedding row by row, by rule.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowrank_comm.compressors.base import Compressor, checked_positive_int
+from lowrank_comm.compressors.quantized import Quantized
+from lowrank_comm.compressors.row_sparse import RowSparse
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.quantization import FORMATS
+
+TREATMENTS = ("dense", "low_rank", *FORMATS, "row_sparse")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exception to the policy for parameters whose name matches.
+
+    Args:
+        match: shell-style pattern of the whole parameter name, e.g. "*.embed_tokens.weight" or "lm_head.*".
+        treatment: "dense" (in the wire dtype), "low_rank" (whatever the rate), "int8", "int4" or "sign" (as codes, with
+            error feedback), "row_sparse" (only rows that are not zero; exact), or None to leave that to the rate.
+        rank: rank of these parameters, or None for the compressor's.
+        min_compression_rate: rate of these parameters, or None for the general one.
+
+    Raises:
+        ConfigError: an unknown treatment, a bad rank or rate, or a rank for something that goes dense.
+    """
+
+    match: str
+    treatment: str | None = None
+    rank: int | None = None
+    min_compression_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        where = f"rules[match={self.match!r}]"
+        if not isinstance(self.match, str):
+            raise ConfigError(f'{where}: match must be a pattern of parameter names such as "lm_head.*".')
+        if self.treatment not in (None, *TREATMENTS):
+            raise ConfigError(
+                f"{where}.treatment={self.treatment!r} is unknown; use {', '.join(map(repr, TREATMENTS))}, or null."
+            )
+        if self.rank is not None:
+            checked_positive_int(where, "rank", self.rank)
+        if self.min_compression_rate is not None:
+            checked_rate(f"{where}.min_compression_rate", self.min_compression_rate)
+        if self.treatment not in (None, "low_rank") and (self.rank is not None or self.min_compression_rate is not None):
+            raise ConfigError(
+                f"{where}: a parameter that is {self.treatment!r} has no rank or rate; leave them out, or the treatment."
+            )
+
+    def matches(self, name: str) -> bool:
+        """Whether the pattern is that of the whole name."""
+        return fnmatch.fnmatchcase(name, self.match)
+
+
+def checked_rate(key: str, value: object) -> float:
+    """value as a float if it is a finite number >= 0, else a ConfigError that names `key`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{key} must be a number of at least 0 (0 compresses every matrix), got {value!r}.")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to one parameter.
+
+    Attributes:
+        scheme: "low_rank", "dense", a format of `quantization`, or "row_sparse".
+        m, n: the matrix it is seen as; (numel, 1) where it is none and goes dense, (1, numel) where it has codes.
+        rank: r after the cut to min(m, n); 0 where it is not low-rank.
+        elements: what a worker hands to the collectives for it in an ordinary step.
+        reason: why, for the plan.
+    """
+
+    scheme: str
+    m: int
+    n: int
+    rank: int
+    elements: int
+    reason: str
+
+    @property
+    def low_rank(self) -> bool:
+        """Compressed by the scheme of the run."""
+        return self.scheme == "low_rank"
+
+    @property
+    def batched(self) -> bool:
+        """Given to a compressor, of whichever kind; else it is averaged as it is."""
+        return self.scheme != "dense"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Decides the treatment of every parameter from its name and shape.
+
+    Args:
+        compressor: the scheme.
+        min_compression_rate: see the module's text.
+        rules: exceptions by name; the first that matches wins.
+        codes: format in which travels what would go dense, or None for the wire dtype.
+    """
+
+    compressor: Compressor
+    min_compression_rate: float = 2.0
+    rules: Sequence[Rule] = ()
+    codes: str | None = None
+
+    def __post_init__(self) -> None:
+        checked_rate("min_compression_rate", self.min_compression_rate)
+
+    def treat(self, name: str, shape: Sequence[int]) -> Treatment:
+        """Treatment of the parameter `name` of full shape `shape`."""
+        numel = math.prod(shape)
+        rule = next((rule for rule in self.rules if rule.matches(name)), None)
+        because = f"rule {rule.match!r}" if rule else ""
+        asked = rule.treatment if rule else None
+
+        def dense(reason: str) -> Treatment:
+            if self.codes is None or not numel:
+                return Treatment("dense", numel, 1, 0, numel, reason)
+            if FORMATS[self.codes].bytes(numel) >= 4 * numel:  # a block is longer than these few numbers in float32
+                return Treatment("dense", numel, 1, 0, numel, f"{reason}, shorter than as {self.codes}")
+            return coded(self.codes, f"{reason}, as {self.codes}")
+
+        def coded(codes: str, reason: str) -> Treatment:
+            m = shape[0] if len(shape) > 1 else 1
+            return Treatment(codes, m, numel // m, 0, numel, reason)
+
+        if numel == 0:
+            return dense("empty")
+        if asked == "dense":
+            return Treatment("dense", numel, 1, 0, numel, because)
+        if asked in FORMATS:
+            return coded(asked, f"{because}: {asked}")
+        if asked == "row_sparse" and len(shape) != 2:
+            raise ConfigError(
+                f"{because} asks for row_sparse, but {name} has the shape {tuple(shape)} and no rows; match matrices only."
+            )
+        if asked == "row_sparse":
+            return Treatment("row_sparse", shape[0], shape[1], 0, numel, f"{because}: row_sparse")
+        if not self.compressor.low_rank:
+            return dense(f"{self.compressor.json_name} compresses nothing")
+        if len(shape) < 2:
+            return dense(f"{len(shape)}-D")
+        m, n = shape[0], numel // shape[0]
+        wanted = rule.rank if rule and rule.rank is not None else self.compressor.rank
+        r = min(wanted, m, n)
+        elements = self.compressor.elements(m, n, r)
+        rate = self.min_compression_rate
+        if rule and rule.min_compression_rate is not None:
+            rate = rule.min_compression_rate
+        if asked != "low_rank" and not numel / elements > rate:
+            return dense(f"rate {numel / elements:.2f} is not above {rate:g}" + (f" ({because})" if rule else ""))
+        cut = f"rank {wanted} cut to {r}" if r < wanted else ""
+        return Treatment("low_rank", m, n, r, elements, ", ".join(filter(None, (because, cut))))
+
+    def treat_block(self, name: str, shape: Sequence[int], largest: Sequence[int]) -> Treatment:
+        """Treatment of one of several blocks of a parameter, each of which is a matrix of its own.
+
+        The largest block decides between low-rank and dense, so that all ranks decide alike; rank and elements are the
+        block's own.
+        """
+        decided = self.treat(name, largest)
+        numel = math.prod(shape)
+        if numel == 0:
+            return Treatment("dense", 0, 1, 0, 0, "no rows of it on this rank")
+        if not decided.batched:
+            return Treatment("dense", numel, 1, 0, numel, decided.reason)
+        if not decided.low_rank:
+            m = shape[0] if len(shape) > 1 else 1
+            return Treatment(decided.scheme, m, numel // m, 0, numel, decided.reason)
+        m, n = shape[0], numel // shape[0]
+        r = min(decided.rank, m, n)
+        return Treatment("low_rank", m, n, r, self.compressor.elements(m, n, r), decided.reason)
+
+    def idle_rules(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Patterns of rules that match none of the names: perhaps a typo, perhaps another model's parameters."""
+        return tuple(rule.match for rule in self.rules if not any(rule.matches(name) for name in names))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain settings by name, for the comparison between workers and for checkpoints."""
+        return {
+            **self.compressor.describe(),
+            "min_compression_rate": float(self.min_compression_rate),
+            "rules": [asdict(rule) for rule in self.rules],
+        }
+
+    def scheme_of(self, treatment: Treatment) -> Compressor:
+        """The compressor of a parameter that is given to one."""
+        if treatment.low_rank:
+            return self.compressor
+        return RowSparse() if treatment.scheme == "row_sparse" else Quantized(codes=treatment.scheme)

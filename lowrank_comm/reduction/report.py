@@ -1,0 +1,163 @@
+"""The report of a step, and the record of a pass that it is made from; norms are computed only when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_comm.compressors.base import LowRank, Result
+from lowrank_comm.reduction.batches import Batch
+from lowrank_comm.reduction.lockstep import PassStats
+
+
+@dataclass
+class StepReport:
+    """One pass of the reducer on this worker.
+
+    Attributes:
+        step: t, from 0; a vetoed pass repeats the t of the next one.
+        applied: False if some worker's gradient was not finite: nothing was changed anywhere.
+        bytes: kind -> bytes handed to collectives (kinds: see `communication.ledger`).
+        collectives: how many collectives that took.
+        uncompressed_bytes: what an uncompressed all-reduce of the gradients would have carried, in their own dtypes.
+        restarts: matrices that restarted.
+        captured_energy: ||sent||^2 / ||Delta||^2 over this worker's compressed matrices, in [0, 1]; None without any.
+        error_norm: Frobenius norm of this worker's whole error memory after the step; None without any.
+        seconds: host seconds in "compress", "communicate", "decompress", "commit". On CUDA, kernels run later than
+            the host; these are then the times to launch them, and waiting shows up where the host waits.
+        inside_bytes: kind -> bytes handed to collectives between the ranks of a node, where there are two levels; what an
+            engine sends there by itself (FSDP's reduce-scatter) is not in it.
+        surplus_bytes: what gathers carry beyond an all-reduce of the same payload; see `communication.ledger`.
+    """
+
+    step: int
+    applied: bool
+    bytes: dict[str, int]
+    collectives: int
+    uncompressed_bytes: int
+    restarts: int
+    captured_energy: float | None
+    error_norm: float | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    inside_bytes: dict[str, int] = field(default_factory=dict)
+    surplus_bytes: float = 0.0
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self.bytes.values())
+
+    @property
+    def ratio(self) -> float:
+        """Uncompressed bytes over bytes sent in this step, with the surplus of gathers."""
+        return self.uncompressed_bytes / (self.total_bytes + self.surplus_bytes) if self.total_bytes else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON lines."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass
+class PassRecord:
+    """The last pass of a reducer.
+
+    Attributes:
+        step: t of the pass.
+        applied: not vetoed, and not rolled back.
+        account: bytes, collectives and seconds.
+        uncompressed_bytes: of all gradients.
+        restarts: matrices that restarted.
+        parts: what was sent and kept, by batch, once committed.
+    """
+
+    step: int
+    applied: bool
+    stats: PassStats
+    uncompressed_bytes: int
+    restarts: int
+    parts: list[_Part] = field(default_factory=list)
+    _made: StepReport | None = None
+
+    def enter(self, batch: Batch, rows: list[int] | None, delta: Tensor, result: Result) -> None:
+        """Keep what norms are computed from, if somebody asks: small factors, or the norm itself of what is large."""
+        if batch.tracks:  # what is applied is an estimate, of which only the change was sent
+            return
+        if isinstance(result.sent, LowRank):
+            sent = result.sent.q if batch.projects and batch.context.m == batch.m else _norm_of_product(result.sent)
+        else:
+            sent = _norm_of(result.sent)
+        follows = result.kept is None and batch.context.m == batch.m and batch.memory.kept and batch.projects
+        self.parts.append(_Part(batch, rows, sent, None if follows else _norm_of(delta)))
+
+    def report(self, batches: Sequence[Batch]) -> StepReport:
+        """The report, made once."""
+        if self._made is None or self._made.applied != self.applied or len(self._made.seconds) != len(self.stats.seconds):
+            captured, norm = self._energy(batches)
+            self._made = StepReport(
+                self.step,
+                self.applied,
+                dict(self.stats.bytes),
+                self.stats.collectives,
+                self.uncompressed_bytes,
+                self.restarts if self.applied else 0,
+                captured,
+                norm,
+                dict(self.stats.seconds),
+                dict(self.stats.inside),
+                self.stats.surplus,
+            )
+        return self._made
+
+    def _energy(self, batches: Sequence[Batch]) -> tuple[float | None, float | None]:
+        """Captured share of this worker's Delta, and the norm of its error memory.
+
+        What is sent by the PowerSGD family is a projection of Delta, so ||Delta||^2 = ||sent||^2 + ||e||^2, unless what is
+        kept is another thing than Delta - sent; and ||P Q_i^T|| = ||Q_i||. Of a block of rows of a whole matrix's
+        projection neither holds, nor of other schemes: there the norms are formed when the step is committed.
+        """
+        kept = [batch for batch in batches if batch.memory.kept]
+        if not batches:
+            return None, None
+        norm = sum(_norm(batch.memory.tensor) ** 2 for batch in kept) ** 0.5 if kept else None
+        if not self.applied or not self.parts:
+            return None, norm
+        sent = sum(_norm(part.sent) ** 2 for part in self.parts)
+        given = sum(part.given_squared() for part in self.parts)
+        return (sent / given if given > 0 else None), norm
+
+
+@dataclass
+class _Part:
+    """What one worker sent of some matrices of a batch (all, if rows is None), and ||Delta|| where it does not follow."""
+
+    batch: Batch
+    rows: list[int] | None
+    sent: Tensor
+    delta_norm: Tensor | None
+
+    def given_squared(self) -> float:
+        """||Delta||^2."""
+        if self.delta_norm is not None:
+            return float(self.delta_norm) ** 2
+        memory = self.batch.memory.tensor
+        return _norm(self.sent) ** 2 + _norm(memory if self.rows is None else memory[self.rows]) ** 2
+
+
+def _norm_of_product(sent: LowRank) -> Tensor:
+    """||P Q^T|| of all matrices, without forming them: tr(P^T P Q^T Q)."""
+    p, q = sent.p.double(), sent.q.double()
+    return ((p.mT @ p) * (q.mT @ q)).sum().clamp(min=0).sqrt()
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(_norm_of(tensor))
+
+
+def _norm_of(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+
+
