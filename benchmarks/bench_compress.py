@@ -1,11 +1,14 @@
-"""Time of one compressed reduction against PyTorch's own PowerSGD hook on the same tensors, side by side.
+"""Time of one compressed reduction against PyTorch's own PowerSGD hook on the same
+tensors, side by side.
 
-Measured is what a worker computes each step beside the network: compress, decompress, error feedback, for the gradients
-of LLaMA shapes of about 5M and 20M parameters at rank 4 and 32. Both sides run in one process over a gloo group of one,
-with equal threads, on equal gradients; PyTorch's hook gets them in buckets of 25 MB as DDP would hand them over. Each
-round times both, one after the other, in alternating order; quoted are the medians and the median of the paired ratios,
-with their spread, since the machine's speed drifts. After timing, the last results of both are held against each other:
-dense parameters exactly, matrices by their norms, so that neither has left work out.
+Measured is what a worker computes each step beside the network: compress, decompress,
+error feedback, for the gradients of LLaMA shapes of about 5M and 20M parameters at rank
+4 and 32. Both sides run in one process over a gloo group of one, with equal threads, on
+equal gradients; PyTorch's hook gets them in buckets of 25 MB as DDP would hand them
+over. Each round times both, one after the other, in alternating order; quoted are the
+medians and the median of the paired ratios, with their spread, since the machine's
+speed drifts. After timing, the last results of both are held against each other: dense
+parameters exactly, matrices by their norms, so that neither has left work out.
 
     python benchmarks/bench_compress.py [--rounds 15] [--markdown docs/benchmarks.md]
 """
@@ -69,7 +72,9 @@ MODELS = [Model("5M", 256, 6, 688, 2048), Model("20M", 512, 6, 1376, 4096)]
 
 
 class Bucket:
-    """What DDP hands to a hook: a flat buffer and its pieces (duck typing of torch's GradBucket)."""
+    """What DDP hands to a hook: a flat buffer and its pieces (duck typing of torch's
+    GradBucket).
+    """
 
     def __init__(self, index: int, last: bool, shapes: list[tuple[int, ...]]) -> None:
         self._index, self._last = index, last
@@ -122,10 +127,17 @@ def ours(shapes: list[tuple[int, ...]], rank: int) -> tuple[list[Tensor], Callab
     return grads, step
 
 
-def theirs(shapes: list[tuple[int, ...]], rank: int, batch: bool) -> tuple[list[Tensor], Callable[[], None]]:
-    """Gradients and the step of PyTorch's hook, error feedback and warm start on, compression from the first step."""
+def theirs(
+    shapes: list[tuple[int, ...]], rank: int, batch: bool
+) -> tuple[list[Tensor], Callable[[], None]]:
+    """Gradients and the step of PyTorch's hook, error feedback and warm start on,
+    compression from the first step.
+    """
     state = torch_hook.PowerSGDState(
-        None, matrix_approximation_rank=rank, start_powerSGD_iter=2, batch_tensors_with_same_shape=batch
+        None,
+        matrix_approximation_rank=rank,
+        start_powerSGD_iter=2,
+        batch_tensors_with_same_shape=batch,
     )
     state.iter = 2
     buckets = buckets_of(shapes)
@@ -168,7 +180,9 @@ def measure(model: Model, rank: int, rounds: int, batch: bool) -> dict[str, floa
 
 
 def check_alike(mine: list[Tensor], hook: list[Tensor], given: list[Tensor]) -> None:
-    """Both did the work: dense parameters are exact, matrices were really approximated, by about as much."""
+    """Both did the work: dense parameters are exact, matrices were really approximated,
+    by about as much.
+    """
     for a, b, g in zip(mine, hook, given, strict=True):
         if g.dim() == 1:
             assert torch.allclose(a, g)
@@ -196,11 +210,19 @@ def main(
     logging.disable(logging.WARNING)
     store = Path(tempfile.mkdtemp()) / "store"
     dist.init_process_group("gloo", store=dist.FileStore(str(store), 1), rank=0, world_size=1)
-    machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    machine = (
+        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch"
+        f" {torch.__version__}"
+    )
     here = Path(__file__).resolve()
     command = " ".join(["python", here.relative_to(here.parents[1]).as_posix(), *sys.argv[1:]])
     heads = ["model", "rank", "hook batches", "ours ms", "hook ms", "ours / hook", "quartiles"]
-    table = Table(*heads, title=f"one step: compress + decompress + error feedback ({rounds} paired rounds, {machine})")
+    table = Table(
+        *heads,
+        title=(
+            f"one step: compress + decompress + error feedback ({rounds} paired rounds, {machine})"
+        ),
+    )
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for model in MODELS:
         for rank in (4, 32):
@@ -221,7 +243,10 @@ def main(
     Console(width=120).print(table)
     if markdown is not None:
         text = f"# Benchmarks\n\n`{command}` on {machine}; {rounds} paired rounds, medians.\n\n"
-        text += "Below 1, this library is faster. `hook batches` is the hook's `batch_tensors_with_same_shape`.\n\n"
+        text += (
+            "Below 1, this library is faster. `hook batches` is the hook's"
+            " `batch_tensors_with_same_shape`.\n\n"
+        )
         text += NOTE
         markdown.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
     dist.destroy_process_group()

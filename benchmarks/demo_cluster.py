@@ -1,18 +1,23 @@
-"""The main job on several hosts with slow links: the same training uncompressed and compressed, by the clock.
+"""The main job on several hosts with slow links: the same training uncompressed and
+compressed, by the clock.
 
     make demo-cluster                             # as root: 4 hosts at 100 Mbit/s, 60 steps of each
     python benchmarks/demo_cluster.py --hosts 2 --mbit 1000 --model-size M --config configs/ds_powersgd_plus_zero2.json
 
-runs examples/train.py, one process a host, with configs/ds_uncompressed.json and then with the compressed config, all else
-equal, in the network of netlab.py: real sockets, and links that the kernel holds to the rate. Then it prints both step
-times, the bytes that the kernel counted at every host's interface, and the losses; draws loss against time; and writes all
-figures with the command and the machine's state to a JSON file beside the plot.
+runs examples/train.py, one process a host, with configs/ds_uncompressed.json and then
+with the compressed config, all else equal, in the network of netlab.py: real sockets,
+and links that the kernel holds to the rate. Then it prints both step times, the bytes
+that the kernel counted at every host's interface, and the losses; draws loss against
+time; and writes all figures with the command and the machine's state to a JSON file
+beside the plot.
 
-What the figures are. A step's time is that of rank 0, forward pass to optimizer step; the first two steps are left out of
-median and quartiles, as they allocate and warm up, but not of the plot. Bytes are those of the whole run, so they hold what
-the start sends (the parameters are broadcast once), the evaluation, and the packets' headers too. All hosts share this
-machine's cores: computing takes longer than on machines of their own, which makes compression look worse than it is; and
-the links have no latency to speak of, which matters to either run.
+What the figures are. A step's time is that of rank 0, forward pass to optimizer step;
+the first two steps are left out of median and quartiles, as they allocate and warm up,
+but not of the plot. Bytes are those of the whole run, so they hold what the start sends
+(the parameters are broadcast once), the evaluation, and the packets' headers too. All
+hosts share this machine's cores: computing takes longer than on machines of their own,
+which makes compression look worse than it is; and the links have no latency to speak
+of, which matters to either run.
 """
 
 from __future__ import annotations
@@ -56,10 +61,12 @@ class Outcome:
 
     folder: Path
     command: list[str]
-    load: tuple[float, float, float]  # of the machine, before
+    # of the machine, before
+    load: tuple[float, float, float]
     network: Run
     summary: Summary
-    steps: list[dict[str, Any]]  # of log.jsonl
+    # of log.jsonl
+    steps: list[dict[str, Any]]
 
     @property
     def step_seconds(self) -> list[float]:
@@ -82,7 +89,9 @@ class Outcome:
 
     @property
     def all_reduced(self) -> float:
-        """Bytes that a ring sends from each host for what the run itself has counted: 2 (N - 1) / N of it."""
+        """Bytes that a ring sends from each host for what the run itself has counted: 2
+        (N - 1) / N of it.
+        """
         hosts = len(self.network.sent)
         return 2 * (hosts - 1) / hosts * self.summary.total_bytes
 
@@ -93,7 +102,10 @@ class Outcome:
             "command": shlex.join(self.command),
             "load_before": self.load,
             "seconds_with_start_and_evaluation": self.network.seconds,
-            "step_seconds": {"quartiles": self.quartiles, "all": [step["seconds"] for step in self.steps]},
+            "step_seconds": {
+                "quartiles": self.quartiles,
+                "all": [step["seconds"] for step in self.steps],
+            },
             "loss": [step["loss"] for step in self.steps],
             "final_loss": self.summary.last_loss,
             "held_out_perplexity": self.summary.last_perplexity,
@@ -103,16 +115,24 @@ class Outcome:
         }
 
 
-def train(lab: Lab, config: Path, folder: Path, steps: int, model_size: str, timeout: float | None = None) -> Outcome:
+def train(
+    lab: Lab, config: Path, folder: Path, steps: int, model_size: str, timeout: float | None = None
+) -> Outcome:
     """Run examples/train.py with this DeepSpeed JSON on all hosts of the lab."""
     command = [
         sys.executable, "examples/train.py", "--deepspeed", str(config), "--output_dir", str(folder),
         "--max_steps", str(steps), "--model_size", model_size, "--use_cpu", "True", "--save_strategy", "no",
         "--eval_on_start", "False", "--held_out_tokens", "10000",
     ]  # fmt: skip
-    for old in (LOG, SUMMARY):  # a run that fails must not be mistaken for the last one that did not
+    # a run that fails must not be mistaken for the last one that did not
+    for old in (LOG, SUMMARY):
         (folder / old).unlink(missing_ok=True)
-    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    quiet = {
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONUNBUFFERED": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     load = os.getloadavg()
     network = lab.run(command, env=quiet, cwd=ROOT, timeout=timeout)
     return Outcome(folder, command, load, network, Summary.load(folder), logged_steps(folder))
@@ -129,7 +149,13 @@ def prepare_text(model_size: str) -> None:
 
 
 def compare(
-    hosts: int, mbit: float, steps: int, model_size: str, config: Path, output_dir: Path, timeout: float | None = None
+    hosts: int,
+    mbit: float,
+    steps: int,
+    model_size: str,
+    config: Path,
+    output_dir: Path,
+    timeout: float | None = None,
 ) -> tuple[Outcome, Outcome]:
     """Both runs, the uncompressed one first, then plot and JSON in `output_dir`."""
     output_dir = output_dir.resolve()
@@ -137,18 +163,25 @@ def compare(
     prepare_text(model_size)
     with Lab(hosts, mbit) as lab:
         plain, compressed = (
-            train(lab, one.resolve(), output_dir / one.stem, steps, model_size, timeout) for one in (UNCOMPRESSED, config)
+            train(lab, one.resolve(), output_dir / one.stem, steps, model_size, timeout)
+            for one in (UNCOMPRESSED, config)
         )
     draw(plain, compressed, hosts, mbit, output_dir / PLOT)
     figures = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
-        "network": {"hosts": hosts, "mbit_per_second": mbit, "how": "network namespaces, veth, tc htb at both ends"},
+        "network": {
+            "hosts": hosts,
+            "mbit_per_second": mbit,
+            "how": "network namespaces, veth, tc htb at both ends",
+        },
         "machine": machine(),
         "setup": plain.summary.setup,
         "differences_beside_compression": plain.summary.differences(compressed.summary),
         "step_time_ratio": plain.quartiles[1] / compressed.quartiles[1],
-        "bytes_ratio": statistics.fmean(plain.network.sent) / statistics.fmean(compressed.network.sent),
+        "bytes_ratio": (
+            statistics.fmean(plain.network.sent) / statistics.fmean(compressed.network.sent)
+        ),
         "runs": [plain.figures(), compressed.figures()],
     }
     (output_dir / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -173,7 +206,9 @@ def machine() -> dict[str, Any]:
 
 
 def side_by_side(plain: Outcome, compressed: Outcome, hosts: int) -> list[list[str]]:
-    """The rows of the table: label, both runs, ratio; an empty one before the next section."""
+    """The rows of the table: label, both runs, ratio; an empty one before the next
+    section.
+    """
     rows: list[list[str]] = []
     both = (plain, compressed)
 
@@ -185,16 +220,31 @@ def side_by_side(plain: Outcome, compressed: Outcome, hosts: int) -> list[list[s
 
     row("step time, median", [run.quartiles[1] for run in both], milliseconds)
     rows.append(
-        ["  quartiles", *(" to ".join(f"{run.quartiles[k] * 1e3:,.0f}" for k in (0, 2)) + " ms" for run in both), ""]
+        [
+            "  quartiles",
+            *(
+                " to ".join(f"{run.quartiles[k] * 1e3:,.0f}" for k in (0, 2)) + " ms"
+                for run in both
+            ),
+            "",
+        ]
     )
     row("all steps", [run.clock[-1] for run in both], lambda seconds: f"{seconds:.1f} s")
     rows.append([])
     row("sent per host (kernel)", [statistics.fmean(run.network.sent) for run in both], human_bytes)
-    spread = [" to ".join(f"{end(run.network.sent) / 1e6:.0f}" for end in (min, max)) + " MB" for run in both]
+    spread = [
+        " to ".join(f"{end(run.network.sent) / 1e6:.0f}" for end in (min, max)) + " MB"
+        for run in both
+    ]
     rows.append(["  least and most", *spread, ""])
     row(f"  {2 * (hosts - 1)}/{hosts} of its count", [run.all_reduced for run in both], human_bytes)
     rows.append([])
-    row("loss, last 10 steps", [run.summary.last_loss for run in both], lambda loss: f"{loss:.3f}", ratio=False)
+    row(
+        "loss, last 10 steps",
+        [run.summary.last_loss for run in both],
+        lambda loss: f"{loss:.3f}",
+        ratio=False,
+    )
     perplexity = [run.summary.last_perplexity or float("nan") for run in both]
     row("held-out perplexity", perplexity, lambda value: f"{value:,.0f}", ratio=False)
     return rows
@@ -202,11 +252,22 @@ def side_by_side(plain: Outcome, compressed: Outcome, hosts: int) -> list[list[s
 
 def titles(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> tuple[str, str]:
     """What was run, and why some step of it may be long."""
-    title, caption = f"{hosts} hosts at {mbit:g} Mbit/s, {plain.summary.setup['model']}, {len(plain.steps)} steps", ""
+    title = (
+        f"{hosts} hosts at {mbit:g} Mbit/s, {plain.summary.setup['model']}, {len(plain.steps)}"
+        " steps"
+    )
+    caption = ""
     section = compressed.summary.compressor or {}
-    if compressed.summary.restarts and section.get("restart", "svd") == "svd" and not section.get("stagger"):
+    if (
+        compressed.summary.restarts
+        and section.get("restart", "svd") == "svd"
+        and not section.get("stagger")
+    ):
         every = section.get("restart_every", 200)
-        caption = f"The first step and then every {every}th restarts, and sends what an uncompressed step does."
+        caption = (
+            f"The first step and then every {every}th restarts, and sends what an uncompressed step"
+            " does."
+        )
     return title, caption
 
 
@@ -229,14 +290,21 @@ def page(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> str:
     load = ", ".join(f"{run.load[0]:.1f}" for run in (plain, compressed))
     lines = [
         "# Four hosts on slow links\n" if hosts == 4 else f"# {hosts} hosts on slow links\n",
-        f"`{command}` on {what['cpu']}, {what['cores']} cores that all hosts share, {what['threads_per_host']} thread(s) a "
-        f"host, torch {what['torch']}, deepspeed {what['deepspeed']}, {datetime.now(UTC).date().isoformat()}. Load of the "
-        f"machine before each run: {load}. One run of each; the kernel holds the links to their rate and counts the "
-        "bytes.\n",
+        (
+            f"`{command}` on {what['cpu']}, {what['cores']} cores that all hosts share,"
+            f" {what['threads_per_host']} thread(s) a host, torch {what['torch']}, deepspeed"
+            f" {what['deepspeed']}, {datetime.now(UTC).date().isoformat()}. Load of the machine"
+            f" before each run: {load}. One run of each; the kernel holds the links to their rate"
+            " and counts the bytes.\n"
+        ),
         f"{title}. {caption}\n",
         f"| | {plain.summary.name} | {compressed.summary.name} | ratio |",
         "| --- | ---: | ---: | ---: |",
-        *(f"| {' | '.join(cell.strip() for cell in row)} |" for row in side_by_side(plain, compressed, hosts) if row),
+        *(
+            f"| {' | '.join(cell.strip() for cell in row)} |"
+            for row in side_by_side(plain, compressed, hosts)
+            if row
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -263,7 +331,8 @@ def draw(plain: Outcome, compressed: Outcome, hosts: int, mbit: float, target: P
     axes.set_xlabel("seconds of training, evaluation and start left out")
     axes.set_ylabel("training loss (nats per token)")
     axes.set_title(
-        f"Loss against time: {hosts} hosts, {mbit:g} Mbit/s\n{plain.summary.setup['model']}, {len(plain.steps)} steps each"
+        f"Loss against time: {hosts} hosts, {mbit:g} Mbit/s\n{plain.summary.setup['model']},"
+        f" {len(plain.steps)} steps each"
     )
     axes.grid(True, alpha=0.2)
     axes.legend(title=f"thin: each step; thick: mean of {2 * SMOOTHING + 1}", frameon=False)
@@ -273,12 +342,22 @@ def draw(plain: Outcome, compressed: Outcome, hosts: int, mbit: float, target: P
 
 def main(
     hosts: Annotated[int, typer.Option(help="Hosts, one worker process on each.")] = 4,
-    mbit: Annotated[float, typer.Option(help="Mbit/s of each host's link, in either direction.")] = 100.0,
+    mbit: Annotated[
+        float, typer.Option(help="Mbit/s of each host's link, in either direction.")
+    ] = 100.0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.", min=6)] = 60,
-    model_size: Annotated[str, typer.Option(help="S, M or L: 1, 5 or 12 million parameters.")] = "S",
-    config: Annotated[Path, typer.Option(help="DeepSpeed JSON of the compressed run.", exists=True)] = COMPRESSED,
-    output_dir: Annotated[Path, typer.Option(help="Where runs, plot and figures go.")] = Path("runs/demo_cluster"),
-    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file, as a page.")] = None,
+    model_size: Annotated[
+        str, typer.Option(help="S, M or L: 1, 5 or 12 million parameters.")
+    ] = "S",
+    config: Annotated[
+        Path, typer.Option(help="DeepSpeed JSON of the compressed run.", exists=True)
+    ] = COMPRESSED,
+    output_dir: Annotated[Path, typer.Option(help="Where runs, plot and figures go.")] = Path(
+        "runs/demo_cluster"
+    ),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write the table to this file, as a page.")
+    ] = None,
 ) -> None:
     """Compare the uncompressed and the compressed run by the clock, over slow links."""
     exit_on_sigterm()
@@ -296,7 +375,10 @@ def main(
         console.print(f"[yellow]The runs differ in more than compression: {difference}[/yellow]")
     if markdown is not None:
         markdown.write_text(page(plain, compressed, hosts, mbit), encoding="utf-8")
-    console.print(f"loss against time: {output_dir / PLOT}\nall figures: {output_dir / FIGURES}", soft_wrap=True)
+    console.print(
+        f"loss against time: {output_dir / PLOT}\nall figures: {output_dir / FIGURES}",
+        soft_wrap=True,
+    )
     console.print(f"{time.monotonic() - began:.0f} s in all")
 
 

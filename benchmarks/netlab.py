@@ -1,4 +1,5 @@
-"""Several hosts with slow links on one machine: a network namespace for each host, its links shaped by the kernel.
+"""Several hosts with slow links on one machine: a network namespace for each host, its
+links shaped by the kernel.
 
     with Lab(hosts=4, mbit=100) as lab:
         done = lab.run([sys.executable, "train.py"])    # one process a host; RANK, WORLD_SIZE, MASTER_ADDR, ... are set
@@ -11,13 +12,15 @@ and from a shell
     python benchmarks/netlab.py bytes                   # sent and received by each host since `up`
     python benchmarks/netlab.py down                    # ends what runs there and removes everything
 
-Host i is the namespace <name>i and has the address 10.77.0.(i+1) on its interface `eth0`, the end of a veth pair whose
-other end is at a bridge in a namespace of its own, <name>sw. `tc htb` limits both ends, so a host sends and receives at
-the rate, as on a full-duplex switch. Nothing is added to the machine's own network, and labs of different names do not
-meet. Needs root and iproute2 (Linux); Python's standard library only.
+Host i is the namespace <name>i and has the address 10.77.0.(i+1) on its interface
+`eth0`, the end of a veth pair whose other end is at a bridge in a namespace of its own,
+<name>sw. `tc htb` limits both ends, so a host sends and receives at the rate, as on a
+full-duplex switch. Nothing is added to the machine's own network, and labs of different
+names do not meet. Needs root and iproute2 (Linux); Python's standard library only.
 
-Nothing is left behind: `with` removes the lab however its body ends, processes die with the one that started them, and
-a lab whose owner was killed outright is removed by the next one.
+Nothing is left behind: `with` removes the lab however its body ends, processes die with
+the one that started them, and a lab whose owner was killed outright is removed by the
+next one.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ from typing import IO
 
 NAMESPACES = Path("/run/netns")
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-# A lab made by the library is named by the process that owns it, which is how a lab without an owner is known.
+# A lab made by the library is named by the process that owns it, which is how a lab
+# without an owner is known.
 OWNED = re.compile(r"lrc(\d+)x\d+n")
 _numbers = itertools.count()
 _libc = ctypes.CDLL(None)
@@ -56,7 +60,9 @@ class LabError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """What one run did: wall-clock seconds, and bytes at each host's interface as the kernel counted them."""
+    """What one run did: wall-clock seconds, and bytes at each host's interface as the
+    kernel counted them.
+    """
 
     seconds: float
     sent: list[int]
@@ -71,14 +77,22 @@ def _sh(command: str, check: bool = True) -> str:
 
 
 def _namespaces(prefix: str = "") -> list[str]:
-    return [p.name for p in NAMESPACES.iterdir() if p.name.startswith(prefix)] if NAMESPACES.is_dir() else []
+    return (
+        [p.name for p in NAMESPACES.iterdir() if p.name.startswith(prefix)]
+        if NAMESPACES.is_dir()
+        else []
+    )
 
 
 def _remove(name: str) -> None:
-    """End the processes in a lab's namespaces and remove these (their interfaces go with them)."""
+    """End the processes in a lab's namespaces and remove these (their interfaces go
+    with them).
+    """
     names = [one for one in _namespaces(name) if re.fullmatch(r"\d+|sw", one[len(name) :])]
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        alive = {int(pid) for one in names for pid in _sh(f"ip netns pids {one}", check=False).split()} - {os.getpid()}
+        alive = {
+            int(pid) for one in names for pid in _sh(f"ip netns pids {one}", check=False).split()
+        } - {os.getpid()}
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sign)
@@ -91,7 +105,11 @@ def _remove(name: str) -> None:
 
 def _remove_ownerless() -> None:
     """Remove the labs of processes that no longer exist."""
-    labs = {(found.group(), int(found.group(1))) for found in map(OWNED.match, _namespaces("lrc")) if found}
+    labs = {
+        (found.group(), int(found.group(1)))
+        for found in map(OWNED.match, _namespaces("lrc"))
+        if found
+    }
     for name, owner in labs:
         if not Path(f"/proc/{owner}").exists():
             _remove(name)
@@ -112,11 +130,15 @@ def missing() -> str | None:
 
 
 class Lab:
-    """`hosts` hosts whose links carry `mbit` Mbit/s in either direction, there between `with` and its end."""
+    """`hosts` hosts whose links carry `mbit` Mbit/s in either direction, there between
+    `with` and its end.
+    """
 
     def __init__(self, hosts: int, mbit: float, name: str | None = None):
         if not 1 <= hosts <= 200 or mbit <= 0:
-            raise LabError(f"a lab has 1 to 200 hosts and a rate above 0, not {hosts} hosts at {mbit:g} Mbit/s")
+            raise LabError(
+                f"a lab has 1 to 200 hosts and a rate above 0, not {hosts} hosts at {mbit:g} Mbit/s"
+            )
         self.hosts, self.mbit = hosts, mbit
         self.name = name or f"lrc{os.getpid()}x{next(_numbers)}n"
 
@@ -141,12 +163,17 @@ class Lab:
             _sh(f"ip -n {switch} link set p{i} master br0 up")
             _sh(f"ip -n {host} address add {self.address(i)}/24 dev eth0")
             _sh(f"ip -n {host} link set eth0 up")
-            self._limit(host, "eth0")  # what the host sends
-            self._limit(switch, f"p{i}")  # what it receives
+            # what the host sends
+            self._limit(host, "eth0")
+            # what it receives
+            self._limit(switch, f"p{i}")
 
     def _limit(self, namespace: str, device: str) -> None:
-        burst = max(16_000, int(self.mbit * 1e6 / 8 / 1000))  # a millisecond's worth: a large burst would hide a low rate
-        rate = f"rate {self.mbit}mbit ceil {self.mbit}mbit burst {burst} cburst {burst} quantum 60000"
+        # a millisecond's worth: a large burst would hide a low rate
+        burst = max(16_000, int(self.mbit * 1e6 / 8 / 1000))
+        rate = (
+            f"rate {self.mbit}mbit ceil {self.mbit}mbit burst {burst} cburst {burst} quantum 60000"
+        )
         _sh(f"tc -n {namespace} qdisc add dev {device} root handle 1: htb default 1")
         _sh(f"tc -n {namespace} class add dev {device} parent 1: classid 1:1 htb {rate}")
 
@@ -162,7 +189,9 @@ class Lab:
             raise
         return self
 
-    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.down()
 
     def counters(self) -> tuple[list[int], list[int]]:
@@ -179,14 +208,17 @@ class Lab:
         timeout: float | None = None,
         cwd: Path | None = None,
     ) -> Run:
-        """Run the command on every host at once, with the environment that `torchrun` would set for one process a node.
+        """Run the command on every host at once, with the environment that `torchrun`
+        would set for one process a node.
 
-        Host 0 writes to our own output; of another host nothing is shown unless it fails. When one fails, or at the
-        timeout, all are ended and LabError is raised with the last lines of the one that failed.
+        Host 0 writes to our own output; of another host nothing is shown unless it
+        fails. When one fails, or at the timeout, all are ended and LabError is raised
+        with the last lines of the one that failed.
         """
         sent, received = self.counters()
         began = time.monotonic()
-        logs: list[IO[bytes] | None] = [None, *(tempfile.TemporaryFile() for _ in range(1, self.hosts))]  # noqa: SIM115
+        logs: list[IO[bytes] | None] = [None]
+        logs += [tempfile.TemporaryFile() for _ in range(1, self.hosts)]  # noqa: SIM115
         processes: list[subprocess.Popen] = []
         sys.stdout.flush()
         try:
@@ -194,7 +226,9 @@ class Lab:
                 processes.append(self._start(i, command, env or {}, port, cwd, log))
             while any(process.poll() is None for process in processes):
                 failed = next((i for i, process in enumerate(processes) if process.poll()), None)
-                if failed is not None or (timeout is not None and time.monotonic() - began > timeout):
+                if failed is not None or (
+                    timeout is not None and time.monotonic() - began > timeout
+                ):
                     break
                 time.sleep(0.02)
             failed = next((i for i, process in enumerate(processes) if process.poll()), None)
@@ -217,24 +251,47 @@ class Lab:
         )
 
     def _start(
-        self, host: int, command: Sequence[str], env: dict[str, str], port: int, cwd: Path | None, log: IO[bytes] | None
+        self,
+        host: int,
+        command: Sequence[str],
+        env: dict[str, str],
+        port: int,
+        cwd: Path | None,
+        log: IO[bytes] | None,
     ) -> subprocess.Popen:
-        rank = {"RANK": host, "GROUP_RANK": host, "LOCAL_RANK": 0, "WORLD_SIZE": self.hosts, "LOCAL_WORLD_SIZE": 1}
-        place = {"MASTER_ADDR": self.address(0), "MASTER_PORT": port, **dict.fromkeys(INTERFACE_VARIABLES, "eth0")}
+        rank = {
+            "RANK": host,
+            "GROUP_RANK": host,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": self.hosts,
+            "LOCAL_WORLD_SIZE": 1,
+        }
+        place = {
+            "MASTER_ADDR": self.address(0),
+            "MASTER_PORT": port,
+            **dict.fromkeys(INTERFACE_VARIABLES, "eth0"),
+        }
         return subprocess.Popen(
             ["ip", "netns", "exec", f"{self.name}{host}", *command],
-            env={"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in (rank | place).items()}, **env},
+            env={
+                "OMP_NUM_THREADS": "1",
+                **os.environ,
+                **{k: str(v) for k, v in (rank | place).items()},
+                **env,
+            },
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT if log is not None else None,
-            start_new_session=True,  # a process group of its own, so that what it starts can be ended with it
+            # a process group of its own, so that what it starts can be ended with it
+            start_new_session=True,
             preexec_fn=_die_with_parent,
         )
 
 
 def _die_with_parent() -> None:
-    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; kept over exec
+    # PR_SET_PDEATHSIG; kept over exec
+    _libc.prctl(1, signal.SIGKILL)
 
 
 def _tail(log: IO[bytes] | None, lines: int = 30) -> str:
@@ -265,11 +322,17 @@ def exit_on_sigterm() -> None:
 
 def main() -> None:
     """The commands of a shell: a lab that stays up until `down`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["up", "run", "bytes", "down"])
-    parser.add_argument("--name", default="netlab", help="letters; labs of different names live side by side")
+    parser.add_argument(
+        "--name", default="netlab", help="letters; labs of different names live side by side"
+    )
     parser.add_argument("--hosts", type=int, default=4, help="up: number of hosts")
-    parser.add_argument("--mbit", type=float, default=100.0, help="up: rate of every link, either way")
+    parser.add_argument(
+        "--mbit", type=float, default=100.0, help="up: rate of every link, either way"
+    )
     parser.add_argument("--port", type=int, default=29500, help="run: MASTER_PORT")
     parser.add_argument("--timeout", type=float, help="run: end everything after so many seconds")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -281,7 +344,10 @@ def main() -> None:
         if given.command == "up":
             lab = Lab(given.hosts, given.mbit, given.name)
             lab.up()
-            return print(f"{lab.hosts} hosts {lab.address(0)} to {lab.address(lab.hosts - 1)} at {lab.mbit:g} Mbit/s")
+            return print(
+                f"{lab.hosts} hosts {lab.address(0)} to {lab.address(lab.hosts - 1)} at"
+                f" {lab.mbit:g} Mbit/s"
+            )
         if given.command == "down":
             return _remove(given.name)
         hosts = len([one for one in _namespaces(given.name) if one[len(given.name) :].isdigit()])

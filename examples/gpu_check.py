@@ -1,11 +1,14 @@
-"""Checks the library on your GPUs: it was written and tested on CPUs (docs/gpu.md tells what was only read).
+"""Checks the library on your GPUs: it was written and tested on CPUs (docs/gpu.md tells
+what was only read).
 
     torchrun --nproc-per-node=N examples/gpu_check.py        # N GPUs; N=1 works, from N=4 on two levels are checked too
     torchrun --nproc-per-node=4 examples/gpu_check.py --device cpu
 
-Every engine trains a small model on the GPUs and must end where a simulation of the same workers on the CPU ends. Then come
-precision, overflows, and what only a GPU can show: waits of the host, memory, time. A table at the end; exit code 1 where a
-check failed. What cannot be checked is skipped, and the table says why. Times are for information; nothing fails by them.
+Every engine trains a small model on the GPUs and must end where a simulation of the
+same workers on the CPU ends. Then come precision, overflows, and what only a GPU can
+show: waits of the host, memory, time. A table at the end; exit code 1 where a check
+failed. What cannot be checked is skipped, and the table says why. Times are for
+information; nothing fails by them.
 """
 
 from __future__ import annotations
@@ -36,9 +39,12 @@ from lowrank_comm.reduction.plan import human_bytes
 
 RANK_4 = PowerSGD(rank=4)
 FULL_RANK = PowerSGD(rank=DIM)
-CLOSE = 2e-4  # between a GPU's and a CPU's training: round-off that the steps so far have amplified
-SLACK = 1.25  # of memory over the plan
-WAITS = 2  # of the host in an ordinary step: the two reads of docs/gpu.md
+# between a GPU's and a CPU's training: round-off that the steps so far have amplified
+CLOSE = 2e-4
+# of memory over the plan
+SLACK = 1.25
+# of the host in an ordinary step: the two reads of docs/gpu.md
+WAITS = 2
 
 
 class Skipped(Exception):
@@ -68,14 +74,20 @@ class Check:
 
 
 def against_simulation(run: Run, tolerance: float = CLOSE) -> Callable[[Device], str]:
-    """Train on the devices, simulate on the CPU, compare; all ranks must hold the same bits."""
+    """Train on the devices, simulate on the CPU, compare; all ranks must hold the same
+    bits.
+    """
 
     def make(device: Device) -> str:
         if run.nodes and (device.world < 4 or device.world % run.nodes):
             raise Skipped(f"needs 4 ranks or more, and an even number; this run has {device.world}")
         ours = train(run, device)
-        difference, apart = worst(ours.parameters, simulated(run, device.world)), spread(ours.parameters, device)
-        return demand(difference < tolerance and apart == 0.0, f"difference {difference:.1e}, between ranks {apart:.1e}")
+        difference = worst(ours.parameters, simulated(run, device.world))
+        apart = spread(ours.parameters, device)
+        return demand(
+            difference < tolerance and apart == 0.0,
+            f"difference {difference:.1e}, between ranks {apart:.1e}",
+        )
 
     return make
 
@@ -84,7 +96,9 @@ def uncompressed(run: Run) -> Callable[[Device], str]:
     """At full rank the mean is exact: the training is that of an uncompressed run."""
 
     def make(device: Device) -> str:
-        difference = worst(train(run, device).parameters, simulated(Run(run.engine, None), device.world))
+        difference = worst(
+            train(run, device).parameters, simulated(Run(run.engine, None), device.world)
+        )
         return demand(difference < CLOSE, f"difference {difference:.1e}")
 
     return make
@@ -95,7 +109,10 @@ def overlapped(device: Device) -> str:
     early = train(Run("ddp", RANK_4, options={"overlap": True, "bucket_cap_mb": 0.02}), device)
     after = train(Run("ddp", RANK_4), device)
     difference = worst(early.parameters, after.parameters)
-    numbers = f"difference {difference:.1e}, {early.early} of {early.buckets} buckets began during backward"
+    numbers = (
+        f"difference {difference:.1e}, {early.early} of {early.buckets} buckets began during"
+        " backward"
+    )
     return demand(difference < 1e-5 and early.early > 0, numbers)
 
 
@@ -108,7 +125,9 @@ def narrow(device: Device) -> str:
 
 
 def overflow(device: Device) -> str:
-    """GradScaler with float16; at one step the loss of the last rank is infinite: no rank steps, all lower their scale."""
+    """GradScaler with float16; at one step the loss of the last rank is infinite: no
+    rank steps, all lower their scale.
+    """
     model = DistributedDataParallel(Net().to(device.device))
     base = torch.optim.SGD(model.module.named_parameters(), lr=0.01)
     optimizer = CompressedOptimizer(base, RANK_4, min_compression_rate=0)
@@ -127,7 +146,10 @@ def overflow(device: Device) -> str:
         scaler.update()
         optimizer.zero_grad()
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        kept = all(torch.equal(a, b) for a, b in zip(memory, optimizer.error_memory().values(), strict=True))
+        kept = all(
+            torch.equal(a, b)
+            for a, b in zip(memory, optimizer.error_memory().values(), strict=True)
+        )
         if step == 2:
             unchanged = same and kept
         else:
@@ -148,7 +170,9 @@ def need_gpu(device: Device, why: str) -> None:
 
 
 def random_step(parameters: Sequence[Tensor], optimizer: CompressedOptimizer) -> Callable[[], None]:
-    """A step from given random gradients, so that only the optimizer's own work is looked at."""
+    """A step from given random gradients, so that only the optimizer's own work is
+    looked at.
+    """
     torch.manual_seed(1 + dist.get_rank())
     gradients = [torch.randn_like(p) for p in parameters]
 
@@ -165,7 +189,9 @@ def measured(device: Device) -> tuple[CompressedOptimizer, Callable[[], None]]:
     """A plain model, its optimizer, and its step after some of them."""
     model = Net().to(device.device)
     optimizer = CompressedOptimizer(
-        torch.optim.SGD(model.named_parameters(), lr=1e-3, foreach=True), RANK_4, min_compression_rate=0
+        torch.optim.SGD(model.named_parameters(), lr=1e-3, foreach=True),
+        RANK_4,
+        min_compression_rate=0,
     )
     step = random_step(list(model.parameters()), optimizer)
     for _ in range(5):
@@ -187,25 +213,38 @@ def waits(device: Device) -> str:
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    places = [f"{Path(one.filename).name}:{one.lineno}" for one in caught if "called a synchronizing" in str(one.message)]
+    places = [
+        f"{Path(one.filename).name}:{one.lineno}"
+        for one in caught
+        if "called a synchronizing" in str(one.message)
+    ]
     return demand(len(places) <= WAITS, f"{len(places)} (expected {WAITS}): {', '.join(places)}")
 
 
 def whole_device(device: Device) -> str:
-    """No call in a step waits for all streams of the device; how many kernels it launches."""
+    """No call in a step waits for all streams of the device; how many kernels it
+    launches.
+    """
     need_gpu(device, "only a GPU has streams")
     from torch.profiler import ProfilerActivity, profile, record_function
 
     _, step = measured(device)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler, record_function("our step"):
+    with (
+        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler,
+        record_function("our step"),
+    ):
         step()
     events = profiler.events() or []
-    span = next(one.time_range for one in events if one.name == "our step" and one.device_type.name == "CPU")
+    span = next(
+        one.time_range for one in events if one.name == "our step" and one.device_type.name == "CPU"
+    )
     inside = [one.name for one in events if span.start <= one.time_range.start <= span.end]
     count = inside.count("cudaDeviceSynchronize")
     numbers = f"{count} device-wide, {inside.count('cudaStreamSynchronize')} of a stream"
-    return demand(count == 0, f"{numbers}, {sum('LaunchKernel' in name for name in inside)} kernels launched")
+    return demand(
+        count == 0, f"{numbers}, {sum('LaunchKernel' in name for name in inside)} kernels launched"
+    )
 
 
 def memory(device: Device) -> str:
@@ -217,7 +256,8 @@ def memory(device: Device) -> str:
     kept = torch.cuda.memory_allocated() - before
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step = random_step(parameters, optimizer)
-    step()  # makes what libraries keep
+    # makes what libraries keep
+    step()
     for p in parameters:
         p.grad = torch.randn_like(p)
     torch.cuda.synchronize()
@@ -228,14 +268,22 @@ def memory(device: Device) -> str:
     optimizer.zero_grad()
     numbers = f"kept {human_bytes(kept)} (plan {human_bytes(plan.error_bytes)} and the bases), "
     numbers += f"open {human_bytes(peak)} (plan {human_bytes(plan.workspace_bytes)})"
-    return demand(kept < SLACK * plan.error_bytes + 4e6 and peak < SLACK * plan.workspace_bytes + 4e6, numbers)
+    return demand(
+        kept < SLACK * plan.error_bytes + 4e6 and peak < SLACK * plan.workspace_bytes + 4e6, numbers
+    )
 
 
-def wide(device: Device, compressor: Any, options: dict[str, Any], ddp: bool = True) -> tuple[nn.Module, Any, Tensor]:
-    """A model whose gradients are worth compressing, its optimizer, and an input; smaller on a CPU."""
+def wide(
+    device: Device, compressor: Any, options: dict[str, Any], ddp: bool = True
+) -> tuple[nn.Module, Any, Tensor]:
+    """A model whose gradients are worth compressing, its optimizer, and an input;
+    smaller on a CPU.
+    """
     width, layers = (2048, 12) if device.is_gpu else (128, 4)
     torch.manual_seed(0)
-    stack = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(layers))).to(device.device)
+    stack = nn.Sequential(
+        *(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(layers))
+    ).to(device.device)
     model: nn.Module = DistributedDataParallel(stack) if ddp else stack
     optimizer: Any = torch.optim.SGD(stack.named_parameters(), lr=1e-3)
     if compressor is not None:
@@ -264,7 +312,9 @@ def milliseconds(device: Device, compressor: Any, options: dict[str, Any]) -> fl
 
 
 def speed(device: Device) -> str:
-    """DDP's own averaging, ours, and ours with overlap. On one node DDP is expected to win."""
+    """DDP's own averaging, ours, and ours with overlap. On one node DDP is expected to
+    win.
+    """
     ddp = milliseconds(device, None, {})
     ours = milliseconds(device, RANK_4, {})
     early = milliseconds(device, RANK_4, {"overlap": True})
@@ -274,11 +324,20 @@ def speed(device: Device) -> str:
 CHECKS = (
     Check("plain model, rank 4 = simulation", against_simulation(Run("plain", RANK_4))),
     Check("DDP, rank 4 = simulation", against_simulation(Run("ddp", RANK_4))),
-    Check("DDP, SVD restarts = simulation", against_simulation(Run("ddp", PowerSGDPlus(rank=4, restart_every=3)))),
+    Check(
+        "DDP, SVD restarts = simulation",
+        against_simulation(Run("ddp", PowerSGDPlus(rank=4, restart_every=3))),
+    ),
     Check("FSDP2 flat, rank 4 = simulation", against_simulation(Run("flat", RANK_4))),
     Check("HSDP, shard scope = simulation", against_simulation(Run("native", RANK_4, nodes=2))),
-    Check("HSDP, matrix scope = simulation", against_simulation(Run("native", RANK_4, nodes=2, scope="matrix"))),
-    Check("DDP, two levels, matrix scope = simulation", against_simulation(Run("ddp", RANK_4, nodes=2, scope="matrix"))),
+    Check(
+        "HSDP, matrix scope = simulation",
+        against_simulation(Run("native", RANK_4, nodes=2, scope="matrix")),
+    ),
+    Check(
+        "DDP, two levels, matrix scope = simulation",
+        against_simulation(Run("ddp", RANK_4, nodes=2, scope="matrix")),
+    ),
     Check("DDP, full rank = uncompressed", uncompressed(Run("ddp", FULL_RANK))),
     Check("FSDP2 flat, full rank = uncompressed", uncompressed(Run("flat", FULL_RANK))),
     Check("overlapped = at the end", overlapped),
@@ -303,8 +362,13 @@ def outcome_of(check: Check, device: Device) -> tuple[str, str]:
     except Failed as numbers:
         return "failed", str(numbers)
     except Exception as error:
-        traceback.print_exc()  # at once: another rank may be waiting for this one now, until the group's time is up
-        return "failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        # at once: another rank may be waiting for this one now, until the group's time
+        # is up
+        traceback.print_exc()
+        return (
+            "failed",
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        )
 
 
 def agreed(mine: tuple[str, str], device: Device) -> tuple[str, str]:
@@ -334,12 +398,25 @@ def show(rows: Sequence[tuple[str, str, str]], device: Device) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the checks; 1 if one failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="default: GPUs if there are any")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="default: GPUs if there are any",
+    )
     parser.add_argument("--only", default="", help="checks whose name contains this")
-    parser.add_argument("--timeout", type=int, default=120, help="seconds that a collective may wait for a rank")
+    parser.add_argument(
+        "--timeout", type=int, default=120, help="seconds that a collective may wait for a rank"
+    )
     options = parser.parse_args(arguments)
-    kind = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = (
+        options.device
+        if options.device != "auto"
+        else ("cuda" if torch.cuda.is_available() else "cpu")
+    )
     if kind == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, and torch sees no GPU")
     chosen = [check for check in CHECKS if options.only in check.name]
@@ -347,7 +424,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--only {options.only!r}: no check has that in its name")
     device = Device.of_this_rank(kind)
     launched: dict[str, Any] = {}
-    if "RANK" not in os.environ:  # started without a launcher
+    # started without a launcher
+    if "RANK" not in os.environ:
         launched = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     limit = timedelta(seconds=options.timeout)
     dist.init_process_group("nccl" if device.is_gpu else "gloo", timeout=limit, **launched)

@@ -1,4 +1,6 @@
-"""The small trainings of `gpu_check.py`: one model under every engine, and the simulation on the CPU that it must equal."""
+"""The small trainings of `gpu_check.py`: one model under every engine, and the
+simulation on the CPU that it must equal.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from lowrank_comm.communication.intra_node import block_of
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
 
-DIM, HIDDEN, OUT, BATCH = 32, 54, 5, 64  # rows that do not divide by the ranks, and gradients of full rank
+# rows that do not divide by the ranks, and gradients of full rank
+DIM, HIDDEN, OUT, BATCH = 32, 54, 5, 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Device:
             return cls(kind, torch.device("cpu"), "CPU")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = "ieee"  # the model's own products too: it is compared with a CPU's
+        # the model's own products too: it is compared with a CPU's
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
         return cls(kind, device, torch.cuda.get_device_name(device))
 
     @property
@@ -71,12 +75,18 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(DIM, DIM)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(DIM, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, DIM)) for _ in "ab")
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(DIM, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, DIM)) for _ in "ab"
+        )
         self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, OUT)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for p in self.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) / DIM**0.5 if p.dim() > 1 else torch.ones_like(p))
+                p.copy_(
+                    torch.randn(p.shape, generator=generator) / DIM**0.5
+                    if p.dim() > 1
+                    else torch.ones_like(p)
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         """x + block(x), twice."""
@@ -90,7 +100,8 @@ class Net(nn.Module):
 class Run:
     """What is trained, and how.
 
-    engine: "plain", "ddp", "flat" (FSDP2), or "native" (FSDP2 on a 2-D mesh). compressor: None for the exact mean.
+    engine: "plain", "ddp", "flat" (FSDP2), or "native" (FSDP2 on a 2-D mesh).
+        compressor: None for the exact mean.
     nodes: for two levels; 0 for one.
     """
 
@@ -105,7 +116,9 @@ class Run:
 
 @dataclass
 class Trained:
-    """What a run ended with. early: most buckets that had begun when a backward pass reached its end."""
+    """What a run ended with. early: most buckets that had begun when a backward pass
+    reached its end.
+    """
 
     parameters: dict[str, Tensor]
     losses: list[float]
@@ -120,7 +133,13 @@ def data(step: int, worker: int) -> tuple[Tensor, Tensor]:
     return x, torch.tanh(x[:, :OUT] + x[:, OUT : 2 * OUT])
 
 
-def loss_of(model: Callable[[Tensor], Tensor], step: int, worker: int, device: Device, dtype: Any = torch.float32) -> Tensor:
+def loss_of(
+    model: Callable[[Tensor], Tensor],
+    step: int,
+    worker: int,
+    device: Device,
+    dtype: Any = torch.float32,
+) -> Tensor:
     """Mean squared error of one worker."""
     x, y = (tensor.to(device.device) for tensor in data(step, worker))
     return (model(x.to(dtype)).float() - y).square().mean()
@@ -135,7 +154,9 @@ def wrapped(run: Run, device: Device) -> tuple[nn.Module, Any]:
     """The model as its engine wants it, and the process_group of the optimizer."""
     model = Net().to(device=device.device, dtype=run.dtype)
     shape, names = (
-        ((run.nodes, device.world // run.nodes), ("replicate", "shard")) if run.nodes else ((device.world,), ("all",))
+        ((run.nodes, device.world // run.nodes), ("replicate", "shard"))
+        if run.nodes
+        else ((device.world,), ("all",))
     )
     mesh = init_device_mesh(device.kind, shape, mesh_dim_names=names)
     if run.engine == "plain":
@@ -189,7 +210,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference between two sets of parameters; infinite where one is not finite."""
+    """The largest difference between two sets of parameters; infinite where one is not
+    finite.
+    """
     assert a.keys() == b.keys()
     differences = torch.stack([(a[name] - b[name]).abs().max() for name in a])
     return float(torch.nan_to_num(differences, nan=torch.inf).max())
@@ -197,7 +220,9 @@ def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def spread(parameters: dict[str, Tensor], device: Device) -> float:
     """The largest difference between the ranks; 0 if all hold the same numbers."""
-    mine = torch.cat([p.detach().double().reshape(-1) for p in parameters.values()]).to(device.device)
+    mine = torch.cat([p.detach().double().reshape(-1) for p in parameters.values()]).to(
+        device.device
+    )
     most, least = mine.clone(), mine.clone()
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
@@ -210,15 +235,24 @@ def simulated(run: Run, world: int) -> dict[str, Tensor]:
     model = Net()
     optimizer = base_of(model.named_parameters())
     workers = run.nodes or world
-    average = averages(run, {name: tuple(p.shape) for name, p in model.named_parameters()}, workers, world // workers)
+    average = averages(
+        run,
+        {name: tuple(p.shape) for name, p in model.named_parameters()},
+        workers,
+        world // workers,
+    )
     for step in range(run.steps):
         gradients = []
         for rank in range(world):
             model.zero_grad()
             loss_of(model, step, rank, cpu).backward()
-            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            gradients.append(
+                {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            )
         ranks = world // workers
-        for name, gradient in average([mean(gradients[k * ranks : (k + 1) * ranks]) for k in range(workers)]).items():
+        for name, gradient in average(
+            [mean(gradients[k * ranks : (k + 1) * ranks]) for k in range(workers)]
+        ).items():
             model.get_parameter(name).grad = gradient
         optimizer.step()
     return {name: whole(p) for name, p in model.named_parameters()}
@@ -232,14 +266,20 @@ def mean(gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def averages(
     run: Run, shapes: dict[str, tuple[int, ...]], workers: int, ranks: int
 ) -> Callable[[list[dict[str, Tensor]]], dict[str, Any]]:
-    """The nodes' gradients -> what all apply; with shard_scope="shard" each rank's block of rows is a matrix of its own."""
+    """The nodes' gradients -> what all apply; with shard_scope="shard" each rank's
+    block of rows is a matrix of its own.
+    """
     if run.compressor is None:
         return mean
     options: dict[str, Any] = {"min_compression_rate": 0, "seed": 3}
     if ranks == 1 or run.scope == "matrix":
         return Simulation(shapes, run.compressor, workers, **options).reduce
     blocks = [
-        {name: rows for name, shape in shapes.items() if (rows := block_of(shape[0], ranks, f)).stop > rows.start}
+        {
+            name: rows
+            for name, shape in shapes.items()
+            if (rows := block_of(shape[0], ranks, f)).stop > rows.start
+        }
         for f in range(ranks)
     ]
     simulations = [
@@ -254,7 +294,9 @@ def averages(
 
     def average(nodes: list[dict[str, Tensor]]) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [
-            simulation.reduce([{name: node[name][rows] for name, rows in block.items()} for node in nodes])
+            simulation.reduce(
+                [{name: node[name][rows] for name, rows in block.items()} for node in nodes]
+            )
             for block, simulation in zip(blocks, simulations, strict=True)
         ]
         return {name: torch.cat([part[name] for part in parts if name in part]) for name in shapes}

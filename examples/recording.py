@@ -1,7 +1,9 @@
-"""Callbacks of the examples: a progress bar with the loss, and one line of figures a step in `log.jsonl`.
+"""Callbacks of the examples: a progress bar with the loss, and one line of figures a
+step in `log.jsonl`.
 
-A Trainer's own progress callback prints a line for every log; with one log a step that hides the bar. Every line has the
-totals since the run began; so has a line for each checkpoint, which a resumed run starts from, and one for the end.
+A Trainer's own progress callback prints a line for every log; with one log a step that
+hides the bar. Every line has the totals since the run began; so has a line for each
+checkpoint, which a resumed run starts from, and one for the end.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from report import LOG, WINDOW, Summary, read_log
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-# The first steps allocate memory and warm caches; the mean time of a step leaves them out.
+# The first steps allocate memory and warm caches; the mean time of a step leaves them
+# out.
 WARM_UP_STEPS = 2
 
 
@@ -35,7 +38,9 @@ class CompressionHandle(Protocol):
 
 
 def gradient_bytes(model: torch.nn.Module) -> int:
-    """Bytes that an all-reduce of all gradients carries: tied parameters once, ZeRO-3's shards at full size."""
+    """Bytes that an all-reduce of all gradients carries: tied parameters once, ZeRO-3's
+    shards at full size.
+    """
     trained = (p for p in model.parameters() if p.requires_grad)
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained)
 
@@ -50,12 +55,14 @@ class Bar(ProgressCallback):
 
 
 class Recorder(TrainerCallback):
-    """Writes `log.jsonl`: after every logged step its loss and time, and what the run has sent so far.
+    """Writes `log.jsonl`: after every logged step its loss and time, and what the run
+    has sent so far.
 
-    `find_handle` is asked when training begins (the engine exists only then) for what knows the compressor's figures;
-    None means an uncompressed run, whose bytes follow from the parameters. `checkpoint` is what the run is resumed from:
-    if it lies in another run's folder, that run's log is gone on with. Only rank 0 writes; the figures are its own, and
-    every worker sends the same.
+    `find_handle` is asked when training begins (the engine exists only then) for what
+    knows the compressor's figures; None means an uncompressed run, whose bytes follow
+    from the parameters. `checkpoint` is what the run is resumed from: if it lies in
+    another run's folder, that run's log is gone on with. Only rank 0 writes; the
+    figures are its own, and every worker sends the same.
     """
 
     def __init__(
@@ -70,7 +77,8 @@ class Recorder(TrainerCallback):
         self.folder = folder
         self.find_handle = find_handle
         self.checkpoint = checkpoint
-        self.first_step = 1  # that the totals count
+        # that the totals count
+        self.first_step = 1
         self.handle: CompressionHandle | None = None
         self.counted = self.dense_bytes = 0
         self.started = 0.0
@@ -90,7 +98,9 @@ class Recorder(TrainerCallback):
             "restarts": ledger.restarts,
         }
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
         """Start the log, or go on with that of the run which is resumed."""
         self.handle = self.find_handle()
         self.counted = 0
@@ -117,16 +127,22 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Stop the clock and keep the step's report until its loss is logged."""
         self.counted += 1
-        step: dict[str, Any] = {"seconds": time.perf_counter() - self.started, "warm_up": self.counted <= WARM_UP_STEPS}
+        step: dict[str, Any] = {
+            "seconds": time.perf_counter() - self.started,
+            "warm_up": self.counted <= WARM_UP_STEPS,
+        }
         report = self.handle.last_report if self.handle is not None else None
         if report is not None:
             step |= {"phases": dict(report.seconds), "captured_energy": report.captured_energy}
         self.since_log.append(step)
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the last step counts, whatever --logging_steps says
+            # the last step counts, whatever --logging_steps says
+            control.should_log = True
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        """Write the totals, with what the checkpoint itself has sent: a resumed run goes on from here."""
+        """Write the totals, with what the checkpoint itself has sent: a resumed run
+        goes on from here.
+        """
         self.write(state, {"step": state.global_step, **self.totals_so_far()})
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -139,7 +155,9 @@ class Recorder(TrainerCallback):
         return {"bytes_total": sum(totals["bytes"].values()), **totals}
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Write a line: means over the steps since the last one, totals since the run began."""
+        """Write a line: means over the steps since the last one, totals since the run
+        began.
+        """
         if not logs or "loss" not in logs or not self.since_log:
             return
         steps, self.since_log = self.since_log, []
@@ -147,7 +165,9 @@ class Recorder(TrainerCallback):
         phases: Counter[str] = Counter()
         for step in timed:
             phases.update(step.get("phases", {}))
-        energies = [step["captured_energy"] for step in steps if step.get("captured_energy") is not None]
+        energies = [
+            step["captured_energy"] for step in steps if step.get("captured_energy") is not None
+        ]
         self.write(
             state,
             {
@@ -166,7 +186,13 @@ class Recorder(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         """Write the held-out perplexity."""
         if metrics and "eval_loss" in metrics:
-            self.write(state, {"step": state.global_step, "perplexity": math.exp(min(metrics["eval_loss"], 700.0))})
+            self.write(
+                state,
+                {
+                    "step": state.global_step,
+                    "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
+                },
+            )
 
     def write(self, state: TrainerState, line: dict[str, Any]) -> None:
         """Append one line on rank 0."""
@@ -191,7 +217,9 @@ class Recorder(TrainerCallback):
             first_loss_steps=steps[0]["steps"],
             last_loss=weighted_mean(end, "loss"),
             last_loss_steps=sum(line["steps"] for line in end),
-            first_perplexity=perplexities[0]["perplexity"] if perplexities and perplexities[0]["step"] == 0 else None,
+            first_perplexity=perplexities[0]["perplexity"]
+            if perplexities and perplexities[0]["step"] == 0
+            else None,
             last_perplexity=perplexities[-1]["perplexity"]
             if perplexities and perplexities[-1]["step"] == totals["step"]
             else None,
@@ -203,7 +231,9 @@ class Recorder(TrainerCallback):
             restarts=totals.get("restarts"),
             captured_energy=weighted_mean(with_energy, "captured_energy") if with_energy else None,
             phases={
-                phase: weighted_mean([line | {"phase": line["phases"].get(phase, 0.0)} for line in timed], "phase")
+                phase: weighted_mean(
+                    [line | {"phase": line["phases"].get(phase, 0.0)} for line in timed], "phase"
+                )
                 for phase in steps[-1]["phases"]
             },
         )
@@ -225,9 +255,14 @@ def weighted_mean(lines: list[dict[str, Any]], key: str) -> float:
 
 
 def add(base: dict[str, Any], totals: dict[str, Any], sign: int = 1) -> dict[str, Any]:
-    """`base + sign * totals` for the figures of `totals`; in dictionaries, for the keys of both; absent counts as 0."""
+    """`base + sign * totals` for the figures of `totals`; in dictionaries, for the keys
+    of both; absent counts as 0.
+    """
     return {
-        key: {k: base.get(key, {}).get(k, 0) + sign * value.get(k, 0) for k in {**value, **base.get(key, {})}}
+        key: {
+            k: base.get(key, {}).get(k, 0) + sign * value.get(k, 0)
+            for k in {**value, **base.get(key, {})}
+        }
         if isinstance(value, dict)
         else base.get(key, 0) + sign * value
         for key, value in totals.items()

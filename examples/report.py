@@ -1,6 +1,8 @@
-"""What a finished run tells: one table, one plot. Also a command: `python examples/report.py RUN [UNCOMPRESSED_RUN]`.
+"""What a finished run tells: one table, one plot. Also a command: `python
+examples/report.py RUN [UNCOMPRESSED_RUN]`.
 
-A run leaves `log.jsonl` (a line a step) and `summary.json` in its folder; nothing else is needed to show it again.
+A run leaves `log.jsonl` (a line a step) and `summary.json` in its folder; nothing else
+is needed to show it again.
 """
 
 from __future__ import annotations
@@ -22,19 +24,32 @@ LOG = "log.jsonl"
 SUMMARY = "summary.json"
 PLOT = "loss_vs_bytes.png"
 # The order in which kinds of bytes are shown; further ones follow.
-KINDS = ["all-reduce", "factors", "restart", "broadcast", "dense", "control", "fingerprint", "consolidation"]
+KINDS = [
+    "all-reduce",
+    "factors",
+    "restart",
+    "broadcast",
+    "dense",
+    "control",
+    "fingerprint",
+    "consolidation",
+]
 ABSENT = "–"
-# Losses of single steps are noisy: the table's last loss is the mean of this many steps, the plot's curves of one more.
+# Losses of single steps are noisy: the table's last loss is the mean of this many
+# steps, the plot's curves of one more.
 WINDOW = 10
 
 
 @dataclass
 class Summary:
-    """One run's figures. Bytes are what one worker hands to collectives for its gradients, and for its error memory at
-    checkpoints, over the whole run. A loss is the mean over the steps that its `_steps` counts."""
+    """One run's figures. Bytes are what one worker hands to collectives for its
+    gradients, and for its error memory at checkpoints, over the whole run. A loss is
+    the mean over the steps that its `_steps` counts.
+    """
 
     name: str
-    setup: dict[str, Any]  # what must be equal for two runs to be compared: model, text, batch, steps, …
+    # what must be equal for two runs to be compared: model, text, batch, steps, …
+    setup: dict[str, Any]
     steps: int
     first_loss: float
     first_loss_steps: int
@@ -45,11 +60,13 @@ class Summary:
     bytes: dict[str, int]
     uncompressed_bytes: int
     step_seconds: float
-    compressor: dict[str, Any] | None = None  # the lowrank_comm section; None: an uncompressed run
+    # the lowrank_comm section; None: an uncompressed run
+    compressor: dict[str, Any] | None = None
     collectives: int | None = None
     restarts: int | None = None
     captured_energy: float | None = None
-    phases: dict[str, float] = field(default_factory=dict)  # seconds a step
+    # seconds a step
+    phases: dict[str, float] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -70,7 +87,9 @@ class Summary:
         """Read `summary.json` of a finished run."""
         file = folder / SUMMARY
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} is not a finished run of examples/train.py: it has no {SUMMARY}")
+            raise FileNotFoundError(
+                f"{folder} is not a finished run of examples/train.py: it has no {SUMMARY}"
+            )
         return cls(**json.loads(file.read_text(encoding="utf-8")))
 
     def differences(self, other: Summary) -> list[str]:
@@ -84,9 +103,12 @@ class Summary:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `log.jsonl`: one a logged step (it has a loss) and one an evaluation (it has a perplexity)."""
+    """The lines of `log.jsonl`: one a logged step (it has a loss) and one an evaluation
+    (it has a perplexity).
+    """
     text = (folder / LOG).read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]  # a job that was killed may have left half a line
+    # a job that was killed may have left half a line
+    whole = text[: text.rfind("\n") + 1]
     return [json.loads(line) for line in whole.splitlines()]
 
 
@@ -109,7 +131,9 @@ def table(runs: Sequence[Summary]) -> Table:
         return None if value is None else format(value, form)
 
     row("optimizer steps, workers", lambda run: f"{run.steps}, {run.setup['workers']}")
-    first, last = (max(getattr(run, f"{end}_loss_steps") for run in runs) for end in ("first", "last"))
+    first, last = (
+        max(getattr(run, f"{end}_loss_steps") for run in runs) for end in ("first", "last")
+    )
     row(
         "training loss, first step" if first == 1 else f"training loss, first {first} steps",
         lambda run: number(run.first_loss, ".3f"),
@@ -119,7 +143,9 @@ def table(runs: Sequence[Summary]) -> Table:
     row("held-out perplexity, end", lambda run: number(run.last_perplexity, ",.1f"))
     result.add_section()
     found = {kind for run in runs for kind in run.bytes}
-    for kind in sorted(found, key=lambda kind: (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)):
+    for kind in sorted(
+        found, key=lambda kind: (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
+    ):
         row(
             f"sent per worker: {kind}",
             lambda run, kind=kind: human_bytes(run.bytes[kind]) if kind in run.bytes else None,
@@ -135,13 +161,22 @@ def table(runs: Sequence[Summary]) -> Table:
         result.add_section()
     row("time per step", lambda run: f"{run.step_seconds * 1e3:.1f} ms")
     for phase in dict.fromkeys(phase for run in runs for phase in run.phases):
-        row(f"  {phase}", lambda run, phase=phase: f"{run.phases[phase] * 1e3:.1f} ms" if phase in run.phases else None)
+        row(
+            f"  {phase}",
+            lambda run, phase=phase: (
+                f"{run.phases[phase] * 1e3:.1f} ms" if phase in run.phases else None
+            ),
+        )
     row(
         "  forward, backward, optimizer",
-        lambda run: f"{(run.step_seconds - sum(run.phases.values())) * 1e3:.1f} ms" if run.phases else None,
+        lambda run: (
+            f"{(run.step_seconds - sum(run.phases.values())) * 1e3:.1f} ms" if run.phases else None
+        ),
     )
     if any(run.captured_energy is not None for run in runs):
-        result.caption = "* of each step's gradient plus error memory on one worker, the share that was sent"
+        result.caption = (
+            "* of each step's gradient plus error memory on one worker, the share that was sent"
+        )
     return result
 
 
@@ -151,7 +186,9 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
 
 
 def plot(run: Path, other: Path | None) -> Path:
-    """Draw the training loss over the bytes sent so far, of one run or of two; returns the picture's path."""
+    """Draw the training loss over the bytes sent so far, of one run or of two; returns
+    the picture's path.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,19 +204,23 @@ def plot(run: Path, other: Path | None) -> Path:
         sent, loss = [line["bytes_total"] for line in lines], [line["loss"] for line in lines]
         axes.plot(sent, loss, color=colour, alpha=0.25, linewidth=0.8)
         label = f"{shown.name}: {human_bytes(shown.total_bytes)}"
-        # The end marker is where the legend says: checkpoints send after the last step, too.
+        # The end marker is where the legend says: checkpoints send after the last step,
+        # too.
         thick = [*sent, shown.total_bytes], [*(means := smoothed(loss, WINDOW // 2)), means[-1]]
         axes.plot(*thick, color=colour, linewidth=1.8, marker="o", markevery=[-1], label=label)
     if other is None and summary.compressor is not None:
         label = f"{summary.steps} uncompressed steps: {human_bytes(summary.uncompressed_bytes)}"
-        axes.axvline(summary.uncompressed_bytes, color="tab:gray", linestyle="--", linewidth=1, label=label)
+        axes.axvline(
+            summary.uncompressed_bytes, color="tab:gray", linestyle="--", linewidth=1, label=label
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("gradient bytes sent per worker (logarithmic)")
     axes.set_ylabel("training loss (nats per token)")
     axes.set_title(
-        f"Loss against communication\n{summary.setup['model']}, {summary.steps} steps, {summary.setup['workers']} workers"
+        f"Loss against communication\n{summary.setup['model']}, {summary.steps} steps,"
+        f" {summary.setup['workers']} workers"
     )
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(title=f"thin: each step; thick: mean of {WINDOW + 1}", frameon=False)
@@ -202,10 +243,15 @@ def show(run: Path, other: Path | None = None) -> None:
 def main() -> None:
     """Show finished runs again."""
     parser = argparse.ArgumentParser(
-        description="Table and plot of finished runs of examples/train.py; draws RUN/loss_vs_bytes.png anew."
+        description=(
+            "Table and plot of finished runs of examples/train.py; draws RUN/loss_vs_bytes.png"
+            " anew."
+        )
     )
     parser.add_argument("run", type=Path, help="output_dir of a run")
-    parser.add_argument("other", type=Path, nargs="?", help="output_dir of the run to set beside it")
+    parser.add_argument(
+        "other", type=Path, nargs="?", help="output_dir of the run to set beside it"
+    )
     given = parser.parse_args()
     try:
         show(given.run, given.other)

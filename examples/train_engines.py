@@ -1,10 +1,12 @@
-"""The same training loop under every engine: a plain model, DDP, FSDP2, HSDP, and DeepSpeed without a Trainer.
+"""The same training loop under every engine: a plain model, DDP, FSDP2, HSDP, and
+DeepSpeed without a Trainer.
 
     torchrun --nproc_per_node 4 examples/train_engines.py --engine hsdp
     torchrun --nproc_per_node 2 examples/train_engines.py --engine ddp --no-compression
 
-trains a small LLaMA from nothing on Shakespeare, on GPUs or, where there are none, on the CPU. Everything that an engine
-needs is in `wrap`; the loop is one for all but DeepSpeed, whose engine steps by itself. Every rank draws batches of its own.
+trains a small LLaMA from nothing on Shakespeare, on GPUs or, where there are none, on
+the CPU. Everything that an engine needs is in `wrap`; the loop is one for all but
+DeepSpeed, whose engine steps by itself. Every rank draws batches of its own.
 """
 
 from __future__ import annotations
@@ -40,16 +42,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--rank", type=int, default=4, help="of the factors")
     parser.add_argument("--restart-every", type=int, default=20)
-    parser.add_argument("--nodes", type=int, default=2, help="for hsdp; and for the others two levels, if --two-levels")
-    parser.add_argument("--two-levels", action="store_true", help="exact inside a node, for plain, ddp and zero1-3")
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        default=2,
+        help="for hsdp; and for the others two levels, if --two-levels",
+    )
+    parser.add_argument(
+        "--two-levels", action="store_true", help="exact inside a node, for plain, ddp and zero1-3"
+    )
     parser.add_argument("--shard-scope", choices=("shard", "matrix"), default="shard")
-    parser.add_argument("--overlap", action="store_true", help="start compressing during backward (plain, ddp)")
-    parser.add_argument("--no-compression", action="store_true", help="the engine's own averaging (not for plain)")
+    parser.add_argument(
+        "--overlap", action="store_true", help="start compressing during backward (plain, ddp)"
+    )
+    parser.add_argument(
+        "--no-compression", action="store_true", help="the engine's own averaging (not for plain)"
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=4, help="sequences a rank and micro-batch")
     given = parser.parse_args()
     if given.no_compression and given.engine == "plain":
-        parser.error("--engine plain has no averaging of its own; take another engine, or leave --no-compression out")
+        parser.error(
+            "--engine plain has no averaging of its own; take another engine, or leave"
+            " --no-compression out"
+        )
     return given
 
 
@@ -71,8 +87,12 @@ def new_model(corpus: Corpus) -> LlamaForCausalLM:
     )
 
 
-def wrap(given: argparse.Namespace, model: nn.Module, device: torch.device) -> tuple[nn.Module, Any]:
-    """The model as its engine wants it, and the process_group for the optimizer (None: the engine's own)."""
+def wrap(
+    given: argparse.Namespace, model: nn.Module, device: torch.device
+) -> tuple[nn.Module, Any]:
+    """The model as its engine wants it, and the process_group for the optimizer (None:
+    the engine's own).
+    """
     model.to(device)
     if given.engine in ("fsdp2", "hsdp"):
         mesh = grid(given, device) if given.engine == "hsdp" else None
@@ -91,12 +111,18 @@ def grid(given: argparse.Namespace, device: torch.device) -> Any:
     world = dist.get_world_size()
     if given.nodes < 1 or world % given.nodes:
         raise SystemExit(f"--nodes {given.nodes}: {world} ranks cannot be cut into that many nodes")
-    return init_device_mesh(device.type, (given.nodes, world // given.nodes), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        device.type, (given.nodes, world // given.nodes), mesh_dim_names=("replicate", "shard")
+    )
 
 
 @contextlib.contextmanager
-def micro_batch(given: argparse.Namespace, model: nn.Module, optimizer: Any, last: bool) -> Iterator[None]:
-    """Says in each engine's words whether this backward pass is the last one of its step."""
+def micro_batch(
+    given: argparse.Namespace, model: nn.Module, optimizer: Any, last: bool
+) -> Iterator[None]:
+    """Says in each engine's words whether this backward pass is the last one of its
+    step.
+    """
     if isinstance(model, DistributedDataParallel):
         with contextlib.nullcontext() if last else model.no_sync():
             yield
@@ -111,12 +137,17 @@ def micro_batch(given: argparse.Namespace, model: nn.Module, optimizer: Any, las
             yield
 
 
-def batches(corpus: Corpus, given: argparse.Namespace, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    corpus: Corpus, given: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's batches; every rank draws from all blocks with a seed of its own."""
     blocks, _ = corpus.split(held_out=40_000, block=128)
     generator = torch.Generator().manual_seed(dist.get_rank())
     while True:
-        rows = [blocks[k]["input_ids"] for k in torch.randint(len(blocks), (given.batch,), generator=generator).tolist()]
+        rows = [
+            blocks[k]["input_ids"]
+            for k in torch.randint(len(blocks), (given.batch,), generator=generator).tolist()
+        ]
         tokens = torch.stack(rows).to(device)
         yield {"input_ids": tokens, "labels": tokens}
 
@@ -132,7 +163,8 @@ def train(given: argparse.Namespace, corpus: Corpus, device: torch.device) -> tu
             process_group,
             shard_scope=given.shard_scope,
             overlap=given.overlap,
-            reduce_at="backward",  # also for the plain model, since the loop clips before step()
+            # also for the plain model, since the loop clips before step()
+            reduce_at="backward",
         )
         optimizer.attach(model)
     data, loss = batches(corpus, given, device), torch.zeros(())
@@ -145,10 +177,14 @@ def train(given: argparse.Namespace, corpus: Corpus, device: torch.device) -> tu
         optimizer.step()
         optimizer.zero_grad()
         tell(step, float(loss.detach()) * given.accumulate, given)
-    return float(loss.detach()) * given.accumulate, None if given.no_compression else optimizer.ledger
+    return float(loss.detach()) * given.accumulate, (
+        None if given.no_compression else optimizer.ledger
+    )
 
 
-def train_with_deepspeed(given: argparse.Namespace, corpus: Corpus, device: torch.device) -> tuple[float, Any]:
+def train_with_deepspeed(
+    given: argparse.Namespace, corpus: Corpus, device: torch.device
+) -> tuple[float, Any]:
     """The same with deepspeed.initialize and no Trainer."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
@@ -197,22 +233,38 @@ def main() -> None:
     """Set up the process group, train, tell what was sent."""
     given = parse()
     if "RANK" not in os.environ:
-        raise SystemExit("start this script by torchrun, for example: torchrun --nproc_per_node 2 examples/train_engines.py")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+        raise SystemExit(
+            "start this script by torchrun, for example: torchrun --nproc_per_node 2"
+            " examples/train_engines.py"
+        )
+    device = (
+        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(
+            max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     corpus = load_corpus(Path(__file__).resolve().parent.parent / ".cache" / "examples", None, 1024)
-    loss, ledger = (train_with_deepspeed if given.engine.startswith("zero") else train)(given, corpus, device)
+    loss, ledger = (train_with_deepspeed if given.engine.startswith("zero") else train)(
+        given, corpus, device
+    )
     if dist.get_rank() == 0:
         print(f"{given.engine}: loss of rank 0 after {given.steps} steps {loss:.3f}")
         if ledger is not None:
-            inside = f", and {sum(ledger.inside.values()) / 1e6:.2f} MB inside the node" if ledger.inside else ""
+            inside = (
+                f", and {sum(ledger.inside.values()) / 1e6:.2f} MB inside the node"
+                if ledger.inside
+                else ""
+            )
             print(
-                f"sent by rank 0: {ledger.total_bytes / 1e6:.2f} MB instead of {ledger.uncompressed_bytes / 1e6:.2f} MB "
-                f"({ledger.ratio:.1f} times fewer){inside}"
+                f"sent by rank 0: {ledger.total_bytes / 1e6:.2f} MB instead of"
+                f" {ledger.uncompressed_bytes / 1e6:.2f} MB ({ledger.ratio:.1f} times"
+                f" fewer){inside}"
             )
     leave()
 

@@ -1,4 +1,5 @@
-"""What a user may give where compression is asked for, and what becomes of it: used by Trainer's and Accelerate's adapters.
+"""What a user may give where compression is asked for, and what becomes of it: used by
+Trainer's and Accelerate's adapters.
 
 a CompressedOptimizer       is what it is
 a compressor                with everything else at its default
@@ -20,13 +21,16 @@ Compression = CompressedOptimizer | Compressor | Mapping[str, Any] | None
 
 
 def check(compression: Compression, who: str) -> None:
-    """ConfigError, in the name of `who`, for what is none of the above or a section that cannot work."""
+    """ConfigError, in the name of `who`, for what is none of the above or a section
+    that cannot work.
+    """
     if isinstance(compression, Mapping):
         Section.parse(compression)
     elif compression is not None and not isinstance(compression, CompressedOptimizer | Compressor):
         raise ConfigError(
-            f"{who}: compression={compression!r} must be a CompressedOptimizer, a compressor such as PowerSGDPlus(rank=4), "
-            "or a section such as {'compressor': 'powersgd_plus', 'rank': 4}."
+            f"{who}: compression={compression!r} must be a CompressedOptimizer, a compressor such"
+            " as PowerSGDPlus(rank=4), or a section such as {'compressor': 'powersgd_plus',"
+            " 'rank': 4}."
         )
 
 
@@ -43,29 +47,34 @@ def around(base: Optimizer, compression: Compressor | Mapping[str, Any]) -> Comp
 
 
 def put_into_deepspeed(config: dict[str, Any], compression: Compression, who: str) -> None:
-    """Make a DeepSpeed configuration, from which no engine was made yet, have the section.
+    """Make a DeepSpeed configuration, from which no engine was made yet, have the
+    section.
 
     Raises:
-        ConfigError: a CompressedOptimizer, which cannot go with DeepSpeed; or there is another section already, or none.
+        ConfigError: a CompressedOptimizer, which cannot go with DeepSpeed; or there is
+            another section already, or none.
     """
     if isinstance(compression, CompressedOptimizer):
         raise ConfigError(
-            f"{who}: a CompressedOptimizer cannot go with DeepSpeed, which averages gradients itself. Give the base "
-            f'optimizer (or none), and the compressor to {who}; or put a section "{SECTION}" with its settings into the '
+            f"{who}: a CompressedOptimizer cannot go with DeepSpeed, which averages gradients"
+            " itself. Give the base "
+            f'optimizer (or none), and the compressor to {who}; or put a section "{SECTION}" with'
+            " its settings into the "
             f"DeepSpeed JSON, for example {{{SECTION!r}: {Section.of(compression.compressor)}}}."
         )
     there = config.get(SECTION)
     if compression is None:
         if there is None:
             raise ConfigError(
-                f'{who}: there is nothing to compress with: the DeepSpeed configuration has no section "{SECTION}", and '
-                f"{who} was given no compressor. Add the section, or give one such as PowerSGDPlus(rank=4)."
+                f"{who}: there is nothing to compress with: the DeepSpeed configuration has no"
+                f' section "{SECTION}", and {who} was given no compressor. Add the section, or give'
+                " one such as PowerSGDPlus(rank=4)."
             )
         return
     section = section_of(compression)
     if there is not None and Section.parse(there) != Section.parse(section):
         raise ConfigError(
-            f'{who}: the DeepSpeed configuration has a section "{SECTION}" already, {there}, and {who} was given {section}. '
-            "Say it in one of the two places."
+            f'{who}: the DeepSpeed configuration has a section "{SECTION}" already, {there}, and'
+            f" {who} was given {section}. Say it in one of the two places."
         )
     config[SECTION] = section

@@ -1,19 +1,26 @@
-"""Hugging Face Accelerate: `prepare(accelerator, model, optimizer, ...)` in the place of `accelerator.prepare(...)`.
+"""Hugging Face Accelerate: `prepare(accelerator, model, optimizer, ...)` in the place
+of `accelerator.prepare(...)`.
 
 What it does beside Accelerate's own prepare:
 
-1. The optimizer becomes a `CompressedOptimizer`, if it is none yet, before Accelerate sees it.
-2. When the model is wrapped (DDP, FSDP2, HSDP, or not at all), the optimizer is attached to it, and told of the
-   accelerator's GradScaler. `accelerator.sync_gradients` says which backward pass is the last one of its step; at its end
-   the gradients are averaged, so that `accelerator.clip_grad_norm_` clips the averaged ones.
-3. A step that all workers skip, because some gradient was not finite, is told to Accelerate, which then leaves the
-   learning rate as it was (`accelerator.optimizer_step_was_skipped`).
-4. `accelerator.save_state`, which all ranks have to call, first averages the error memory over the workers, so that
-   `load_state` finds it on every rank.
+1. The optimizer becomes a `CompressedOptimizer`, if it is none yet, before Accelerate
+   sees it.
+2. When the model is wrapped (DDP, FSDP2, HSDP, or not at all), the optimizer is
+   attached to it, and told of the accelerator's GradScaler.
+   `accelerator.sync_gradients` says which backward pass is the last one of its step; at
+   its end the gradients are averaged, so that `accelerator.clip_grad_norm_` clips the
+   averaged ones.
+3. A step that all workers skip, because some gradient was not finite, is told to
+   Accelerate, which then leaves the learning rate as it was
+   (`accelerator.optimizer_step_was_skipped`).
+4. `accelerator.save_state`, which all ranks have to call, first averages the error
+   memory over the workers, so that `load_state` finds it on every rank.
 
-With DeepSpeed, the section goes into the plugin's configuration, and `lowrank_comm.integrations.deepspeed` does the rest.
+With DeepSpeed, the section goes into the plugin's configuration, and
+`lowrank_comm.integrations.deepspeed` does the rest.
 
-`transformers` uses the same functions, since Trainer prepares its model by an Accelerator.
+`transformers` uses the same functions, since Trainer prepares its model by an
+Accelerator.
 """
 
 from __future__ import annotations
@@ -36,8 +43,12 @@ from lowrank_comm.reduction.monitoring import Compressing
 __all__ = ["connect", "get", "prepare"]
 
 _OURS = "_lowrank_comm"
-_told: weakref.WeakKeyDictionary[CompressedOptimizer, tuple[weakref.ref[Any], Any]] = weakref.WeakKeyDictionary()
-"""Optimizer -> the `AcceleratedOptimizer` around it that is told of its steps, and the hook that tells it."""
+_told: weakref.WeakKeyDictionary[CompressedOptimizer, tuple[weakref.ref[Any], Any]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Optimizer -> the `AcceleratedOptimizer` around it that is told of its steps, and the
+hook that tells it.
+"""
 _WHO = "lowrank_comm.integrations.accelerate.prepare"
 
 
@@ -51,22 +62,25 @@ def prepare(
 
     Args:
         accelerator: of the run.
-        objects: model, optimizer, data loaders, scheduler, as for `accelerator.prepare`.
-        compression: a compressor or a section, for an optimizer that is not a `CompressedOptimizer` yet; with DeepSpeed,
-            None where its JSON has the section "lowrank_comm".
+        objects: model, optimizer, data loaders, scheduler, as for
+            `accelerator.prepare`.
+        compression: a compressor or a section, for an optimizer that is not a
+            `CompressedOptimizer` yet; with DeepSpeed, None where its JSON has the
+            section "lowrank_comm".
         keywords: of `accelerator.prepare`.
 
     Returns:
         What `accelerator.prepare` returns.
 
     Raises:
-        ConfigError: nothing to compress with, or twice; or a CompressedOptimizer with DeepSpeed.
+        ConfigError: nothing to compress with, or twice; or a CompressedOptimizer with
+            DeepSpeed.
         UnsupportedError: FSDP1, or another wrapper that cannot be compressed.
 
     Example:
-        accelerator = Accelerator(gradient_accumulation_steps=2)
-        model, optimizer, loader = prepare(accelerator, model, optimizer, loader, compression=PowerSGDPlus(rank=4))
-        for batch in loader:
+        accelerator = Accelerator(gradient_accumulation_steps=2) model, optimizer,
+        loader = prepare(accelerator, model, optimizer, loader,
+        compression=PowerSGDPlus(rank=4)) for batch in loader:
             with accelerator.accumulate(model):
                 accelerator.backward(model(**batch).loss)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -74,25 +88,37 @@ def prepare(
                 optimizer.zero_grad()
     """
     check(compression, _WHO)
-    mine = [one for one in objects if isinstance(one, CompressedOptimizer) or isinstance(get(one), CompressedOptimizer)]
+    mine = [
+        one
+        for one in objects
+        if isinstance(one, CompressedOptimizer) or isinstance(get(one), CompressedOptimizer)
+    ]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        put_into_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, mine[0] if mine else compression, _WHO)
+        put_into_deepspeed(
+            accelerator.state.deepspeed_plugin.deepspeed_config,
+            mine[0] if mine else compression,
+            _WHO,
+        )
         import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches the section on)
 
         return accelerator.prepare(*objects, **keywords)
     refuse_fsdp1(accelerator, _WHO)
     if mine and compression is not None:
-        raise ConfigError(f"{_WHO}: the optimizer is a CompressedOptimizer already; leave compression={compression!r} out.")
+        raise ConfigError(
+            f"{_WHO}: the optimizer is a CompressedOptimizer already; leave"
+            f" compression={compression!r} out."
+        )
     plain = [k for k, one in enumerate(objects) if isinstance(one, Optimizer) and one not in mine]
     if not mine and compression is None:
         raise ConfigError(
-            f"{_WHO}: there is nothing to compress with: give compression=PowerSGDPlus(rank=4) or a section, or make the "
-            "optimizer a CompressedOptimizer."
+            f"{_WHO}: there is nothing to compress with: give compression=PowerSGDPlus(rank=4) or a"
+            " section, or make the optimizer a CompressedOptimizer."
         )
     if not any(isinstance(one, nn.Module) for one in objects) or len(mine or plain) != 1:
         raise ConfigError(
-            f"{_WHO}: one model and its optimizer belong into one call, got {[type(one).__name__ for one in objects]}; "
-            "prepare further optimizers by accelerator.prepare."
+            f"{_WHO}: one model and its optimizer belong into one call, got"
+            f" {[type(one).__name__ for one in objects]}; prepare further optimizers by"
+            " accelerator.prepare."
         )
     given = list(objects)
     if compression is not None:
@@ -102,16 +128,21 @@ def prepare(
     return result
 
 
-def connect(accelerator: Accelerator, prepared: Sequence[Any], is_training: Callable[[], bool] | None = None) -> None:
-    """Attach the compressed optimizers among what `accelerator.prepare` has returned; those that are, stay as they are.
+def connect(
+    accelerator: Accelerator, prepared: Sequence[Any], is_training: Callable[[], bool] | None = None
+) -> None:
+    """Attach the compressed optimizers among what `accelerator.prepare` has returned;
+    those that are, stay as they are.
 
     Args:
         accelerator: that has prepared them.
         prepared: models and optimizers.
-        is_training: whether backward passes are those of a training loop now; None: always.
+        is_training: whether backward passes are those of a training loop now; None:
+            always.
 
     Raises:
-        ConfigError: no model among them holds an optimizer's parameters, or reduce_at="step".
+        ConfigError: no model among them holds an optimizer's parameters, or
+            reduce_at="step".
     """
     models = [one for one in prepared if isinstance(one, nn.Module)]
     for one in prepared:
@@ -121,11 +152,12 @@ def connect(accelerator: Accelerator, prepared: Sequence[Any], is_training: Call
             fitting = [model for model in models if any(id(p) in held for p in model.parameters())]
             if not fitting:
                 raise ConfigError(
-                    "no prepared model holds the parameters of the CompressedOptimizer; build it from this model, and "
-                    "prepare both in one call."
+                    "no prepared model holds the parameters of the CompressedOptimizer; build it"
+                    " from this model, and prepare both in one call."
                 )
             told = _told[optimizer][0]() if optimizer in _told else None
-            if told is not one or not optimizer.is_attached_to(fitting[0]):  # another accelerator's, or none yet
+            # another accelerator's, or none yet
+            if told is not one or not optimizer.is_attached_to(fitting[0]):
                 _connect(accelerator, one, optimizer, fitting[0], is_training)
 
 
@@ -136,11 +168,13 @@ def _connect(
     model: nn.Module,
     is_training: Callable[[], bool] | None,
 ) -> None:
-    state, theirs, wrapper = accelerator.gradient_state, weakref.ref(accelerator), weakref.ref(outer)
+    state = accelerator.gradient_state
+    theirs = weakref.ref(accelerator)
+    wrapper = weakref.ref(outer)
 
     def is_last_backward() -> bool:
-        # The state is the process's, and says yes outside of a loop, too; the optimizer is this accelerator's until it is
-        # freed (free_memory).
+        # The state is the process's, and says yes outside of a loop, too; the optimizer
+        # is this accelerator's until it is freed (free_memory).
         there = theirs()
         held = there is not None and any(one is wrapper() for one in there._optimizers)
         return bool(state.sync_gradients) and held and (is_training is None or is_training())
@@ -167,7 +201,8 @@ def _consolidating(accelerator: Accelerator) -> Callable[..., Any]:
 
     @functools.wraps(save)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        for one in accelerator._optimizers:  # those that it saves
+        # those that it saves
+        for one in accelerator._optimizers:
             optimizer = get(one)
             if isinstance(optimizer, CompressedOptimizer):
                 optimizer.consolidate_error_memory()
@@ -182,14 +217,17 @@ def refuse_fsdp1(accelerator: Accelerator, who: str) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise UnsupportedError(
-            f"{who}: FSDP1 flattens the parameters, so that a rank's part has no rows to compress. Use FSDP2: "
-            'fsdp_version=2 (Trainer: fsdp_config={"version": 2, ...}; accelerate launch --fsdp_version 2).'
+            f"{who}: FSDP1 flattens the parameters, so that a rank's part has no rows to compress."
+            ' Use FSDP2: fsdp_version=2 (Trainer: fsdp_config={"version": 2, ...}; accelerate'
+            " launch --fsdp_version 2)."
         )
 
 
 def get(prepared: Any) -> Compressing | None:
-    """What compresses, of what `prepare` has returned: the `CompressedOptimizer` of an optimizer, or the adapter of a
-    DeepSpeed engine; None for anything else. It has `last_report`, `ledger`, and `error_memory()`."""
+    """What compresses, of what `prepare` has returned: the `CompressedOptimizer` of an
+    optimizer, or the adapter of a DeepSpeed engine; None for anything else. It has
+    `last_report`, `ledger`, and `error_memory()`.
+    """
     if isinstance(prepared, AcceleratedOptimizer):
         inner = prepared.optimizer
         return inner if isinstance(inner, CompressedOptimizer) else None

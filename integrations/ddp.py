@@ -1,12 +1,15 @@
 """PyTorch DDP: `optimizer.attach(ddp_model)`.
 
-DDP keeps everything but the all-reduce. A communication hook hands each bucket back as it is, at once and without a
-collective; so gradients stay this worker's own, while buckets are rebuilt, unused parameters are found, buffers are
-broadcast and a static graph is learnt as ever. The reduction runs over `p.grad` when DDP has finished the backward pass:
-a callback that is queued from within a callback comes after DDP's own, which copies the buckets back.
+DDP keeps everything but the all-reduce. A communication hook hands each bucket back as
+it is, at once and without a collective; so gradients stay this worker's own, while
+buckets are rebuilt, unused parameters are found, buffers are broadcast and a static
+graph is learnt as ever. The reduction runs over `p.grad` when DDP has finished the
+backward pass: a callback that is queued from within a callback comes after DDP's own,
+which copies the buckets back.
 
-Accumulation: a backward pass whose forward ran within `ddp.no_sync()` only accumulates. `ddp.join()` works: a rank whose
-data are exhausted is asked by DDP to run the hook on zeros, and takes part in the reduction without gradients.
+Accumulation: a backward pass whose forward ran within `ddp.no_sync()` only accumulates.
+`ddp.join()` works: a rank whose data are exhausted is asked by DDP to run the hook on
+zeros, and takes part in the reduction without gradients.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ class DDPEngine(Engine):
         shard_scope: see `Engine`.
 
     Raises:
-        UnsupportedError: DDP has a communication hook already, or its own mixed precision.
+        UnsupportedError: DDP has a communication hook already, or its own mixed
+            precision.
     """
 
     name = "DDP"
@@ -50,11 +54,14 @@ class DDPEngine(Engine):
         super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
         self._ddp, self._syncs = ddp, True
         self._on_join: weakref.WeakMethod[Callable[[], None]] | None = None
-        me = weakref.ref(self)  # else the model kept an optimizer's engine alive, and DDP from reducing, for ever
+        # else the model kept an optimizer's engine alive, and DDP from reducing, for
+        # ever
+        me = weakref.ref(self)
 
         def before_forward(*_: Any) -> None:
             engine = me()
-            if engine is not None and torch.is_grad_enabled():  # now DDP itself decides whether the next backward reduces
+            # now DDP itself decides whether the next backward reduces
+            if engine is not None and torch.is_grad_enabled():
                 engine._syncs = bool(engine._ddp.require_backward_grad_sync)
 
         self._forward = ddp.register_forward_pre_hook(before_forward)
@@ -62,8 +69,10 @@ class DDPEngine(Engine):
         _hook_of(ddp).engine = weakref.ref(self)
 
     def _take_part_after_the_map(self) -> bool:
-        """With find_unused_parameters a joined rank has one collective more after its buckets, DDP's map of used parameters;
-        other ranks have that during backward, hence before our pass."""
+        """With find_unused_parameters a joined rank has one collective more after its
+        buckets, DDP's map of used parameters; other ranks have that during backward,
+        hence before our pass.
+        """
         ddp, name = self._ddp, "_match_unused_params_allreduce"
         if not ddp.find_unused_parameters or not hasattr(ddp, name):
             return False
@@ -85,7 +94,8 @@ class DDPEngine(Engine):
     @property
     @override
     def begins_early(self) -> bool:
-        return not self._ddp.find_unused_parameters  # it all-reduces which parameters were used, during backward
+        # it all-reduces which parameters were used, during backward
+        return not self._ddp.find_unused_parameters
 
     @override
     def on_join(self, take_part: weakref.WeakMethod[Callable[[], None]]) -> None:
@@ -97,13 +107,16 @@ class DDPEngine(Engine):
             take_part()
 
     def bucket(self, bucket: dist.GradBucket) -> None:
-        """DDP is done with a bucket. Outside of a backward pass: it stands in for a backward pass of a joined rank."""
+        """DDP is done with a bucket. Outside of a backward pass: it stands in for a
+        backward pass of a joined rank.
+        """
         if torch._C._current_graph_task_id() != -1 or not bucket.is_last() or self._after_the_map:
             return
         if self._ddp.find_unused_parameters:
             raise UnsupportedError(
-                f"join() with find_unused_parameters=True: DDP of torch {torch.__version__} does not tell "
-                "when a joined rank may take part. It is tested with torch 2.13; leave one of the two out."
+                f"join() with find_unused_parameters=True: DDP of torch {torch.__version__} does"
+                " not tell when a joined rank may take part. It is tested with torch 2.13; leave"
+                " one of the two out."
             )
         self._take_part()
 
@@ -116,14 +129,22 @@ class DDPEngine(Engine):
 
     @override
     def notes(self) -> list[str]:
-        notes = ["DDP: its own all-reduce is off; gradients are averaged when the backward pass has ended"]
+        notes = [
+            "DDP: its own all-reduce is off; gradients are averaged when the backward pass has"
+            " ended"
+        ]
         if not self.begins_early:
-            notes.append("find_unused_parameters=True has a collective during backward: overlap=True starts nothing early")
+            notes.append(
+                "find_unused_parameters=True has a collective during backward: overlap=True starts"
+                " nothing early"
+            )
         return notes
 
 
 class _Hook:
-    """The communication hook of one DDP model: it has none of its own any more, and cannot be registered twice."""
+    """The communication hook of one DDP model: it has none of its own any more, and
+    cannot be registered twice.
+    """
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
         self.engine: weakref.ref[DDPEngine] | None = None
@@ -132,7 +153,8 @@ class _Hook:
     def __call__(self, state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
         engine = self.engine() if self.engine is not None else None
         if engine is None:
-            buffer = bucket.buffer().div_(self._workers)  # as DDP does
+            # as DDP does
+            buffer = bucket.buffer().div_(self._workers)
             summed = dist.all_reduce(buffer, group=self._group, async_op=True).get_future()
             return summed.then(lambda done: done.value()[0])
         engine.bucket(bucket)
@@ -156,8 +178,8 @@ def _hook_of(ddp: DistributedDataParallel) -> _Hook:
             ddp.register_comm_hook(None, lowrank_comm_hook)
         except RuntimeError as error:
             raise UnsupportedError(
-                f"attach: this DistributedDataParallel has a communication hook already ({error}); remove "
-                "register_comm_hook, or wrap the model anew."
+                f"attach: this DistributedDataParallel has a communication hook already ({error});"
+                " remove register_comm_hook, or wrap the model anew."
             ) from None
         _hooks[ddp] = hook
     return hook
@@ -167,24 +189,27 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
     """The engine of a model that is, or holds, a DistributedDataParallel.
 
     Raises:
-        UnsupportedError: it holds several, or something of it that cannot go with compression.
+        UnsupportedError: it holds several, or something of it that cannot go with
+            compression.
         ConfigError: process_group has other ranks than DDP.
     """
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     if len(found) > 1:
         raise UnsupportedError(
-            f"attach: the model holds {len(found)} DistributedDataParallel modules; wrap the whole model once."
+            f"attach: the model holds {len(found)} DistributedDataParallel modules; wrap the whole"
+            " model once."
         )
     ddp = found[0]
     ours = dist.get_process_group_ranks(ddp.process_group)
     if process_group is not None and sorted(covered_ranks(process_group)) != sorted(ours):
         raise ConfigError(
-            f"attach: process_group covers the ranks {covered_ranks(process_group)}, DistributedDataParallel the ranks "
-            f"{ours}: the others would train on by themselves. Leave process_group out, or give the whole 2-D mesh for "
-            "two levels."
+            f"attach: process_group covers the ranks {covered_ranks(process_group)},"
+            f" DistributedDataParallel the ranks {ours}: the others would train on by themselves."
+            " Leave process_group out, or give the whole 2-D mesh for two levels."
         )
     if getattr(ddp, "mixed_precision", None) is not None:
         raise UnsupportedError(
-            "attach: DistributedDataParallel(mixed_precision=...) reduces in a hook of its own; use torch.autocast."
+            "attach: DistributedDataParallel(mixed_precision=...) reduces in a hook of its own; use"
+            " torch.autocast."
         )
     return DDPEngine(ddp, process_group, shard_scope)

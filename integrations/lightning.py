@@ -1,6 +1,8 @@
-"""PyTorch Lightning: `Trainer(strategy="ddp", callbacks=[CompressionCallback()])`, with automatic optimization.
+"""PyTorch Lightning: `Trainer(strategy="ddp", callbacks=[CompressionCallback()])`, with
+automatic optimization.
 
-`configure_optimizers` returns a `CompressedOptimizer`, alone or with a scheduler. The order of Lightning's hooks serves it:
+`configure_optimizers` returns a `CompressedOptimizer`, alone or with a scheduler. The
+order of Lightning's hooks serves it:
 
     setup                     before the strategy wraps the model: what cannot work is refused
     on_fit_start              the model is wrapped and optimizers exist, but no optimizer state is restored yet: attach
@@ -9,7 +11,8 @@
     state_dict                on all ranks, right before a checkpoint asks the optimizer for its state: consolidate
     teardown                  detach
 
-All of these are public. Lightning itself tells DDP which micro-batch is the last one of a step.
+All of these are public. Lightning itself tells DDP which micro-batch is the last one of
+a step.
 """
 
 from __future__ import annotations
@@ -17,7 +20,12 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    XLAStrategy,
+)
 from torch.optim import Optimizer
 
 from lowrank_comm.errors import ConfigError, UnsupportedError
@@ -26,17 +34,21 @@ from lowrank_comm.reduction.monitoring import Figures
 
 
 class CompressionCallback(Callback):
-    """Connects the `CompressedOptimizer` that `configure_optimizers` returns to the model as Lightning's strategy wraps it.
+    """Connects the `CompressedOptimizer` that `configure_optimizers` returns to the
+    model as Lightning's strategy wraps it.
 
-    Gradients are averaged, compressed, once a step, before `gradient_clip_val` acts. Checkpoints hold the mean error memory,
-    which each save averages once over the workers. Figures of the compression go to the trainer's loggers.
+    Gradients are averaged, compressed, once a step, before `gradient_clip_val` acts.
+    Checkpoints hold the mean error memory, which each save averages once over the
+    workers. Figures of the compression go to the trainer's loggers.
 
     Args:
         log_figures: whether to log figures, at the trainer's `log_every_n_steps`.
 
     Raises:
-        UnsupportedError: when fitting starts, with manual optimization, or a strategy other than DDP or a single device.
-        ConfigError: when fitting starts, without a CompressedOptimizer, or with clipping that Lightning cannot do.
+        UnsupportedError: when fitting starts, with manual optimization, or a strategy
+            other than DDP or a single device.
+        ConfigError: when fitting starts, without a CompressedOptimizer, or with
+            clipping that Lightning cannot do.
 
     Example:
         >>> import torch, lightning
@@ -67,44 +79,62 @@ class CompressionCallback(Callback):
         name = f"strategy={type(strategy).__module__}.{type(strategy).__qualname__}"
         if isinstance(strategy, DeepSpeedStrategy):
             raise UnsupportedError(
-                f"CompressionCallback: {name} keeps gradients to itself. Leave the callback and CompressedOptimizer out, "
-                'import lowrank_comm.integrations.deepspeed, and put a section "lowrank_comm" into the DeepSpeed config.'
+                f"CompressionCallback: {name} keeps gradients to itself. Leave the callback and"
+                " CompressedOptimizer out, import lowrank_comm.integrations.deepspeed, and put a"
+                ' section "lowrank_comm" into the DeepSpeed config.'
             )
-        if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy) or isinstance(strategy, XLAStrategy):
+        if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy) or isinstance(
+            strategy, XLAStrategy
+        ):
             raise UnsupportedError(
-                f'CompressionCallback: {name} is not supported; use Trainer(strategy="ddp"), or a plain loop and '
-                "optimizer.attach(model) for FSDP2 (fully_shard). FSDP1 has no rows to compress."
+                f'CompressionCallback: {name} is not supported; use Trainer(strategy="ddp"), or a'
+                " plain loop and optimizer.attach(model) for FSDP2 (fully_shard). FSDP1 has no"
+                " rows to compress."
             )
         if not pl_module.automatic_optimization:
             raise UnsupportedError(
-                "CompressionCallback: automatic_optimization=False is not supported, as Lightning then does not tell which "
-                "backward pass is the last of a step. Leave it at True, or write a plain loop with optimizer.attach(model)."
+                "CompressionCallback: automatic_optimization=False is not supported, as Lightning"
+                " then does not tell which backward pass is the last of a step. Leave it at True,"
+                " or write a plain loop with optimizer.attach(model)."
             )
-        if getattr(trainer.precision_plugin, "scaler", None) is not None and trainer.gradient_clip_val:
+        if (
+            getattr(trainer.precision_plugin, "scaler", None) is not None
+            and trainer.gradient_clip_val
+        ):
             raise ConfigError(
-                f"CompressionCallback: Trainer(gradient_clip_val={trainer.gradient_clip_val}) with a GradScaler (precision "
-                "16-mixed): Lightning does not clip for an optimizer that takes the loss scale out by itself. "
-                "Leave gradient_clip_val out and use CompressedOptimizer(max_grad_norm=...)."
+                f"CompressionCallback: Trainer(gradient_clip_val={trainer.gradient_clip_val}) with"
+                " a GradScaler (precision 16-mixed): Lightning does not clip for an optimizer that"
+                " takes the loss scale out by itself. Leave gradient_clip_val out and use"
+                " CompressedOptimizer(max_grad_norm=...)."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach the optimizer to the wrapped model; a checkpoint's optimizer state is loaded after this."""
+        """Attach the optimizer to the wrapped model; a checkpoint's optimizer state is
+        loaded after this.
+        """
         found = trainer.optimizers
-        optimizer = found[0] if len(found) == 1 else None  # there is one only with automatic optimization
+        # there is one only with automatic optimization
+        optimizer = found[0] if len(found) == 1 else None
         model = trainer.strategy.model
         if not isinstance(optimizer, CompressedOptimizer) or model is None:
             raise ConfigError(
-                f"CompressionCallback: configure_optimizers returned {[type(each).__name__ for each in found]}, and no "
-                "CompressedOptimizer; return CompressedOptimizer(torch.optim.AdamW(...), PowerSGDPlus(rank=4))."
+                "CompressionCallback: configure_optimizers returned"
+                f" {[type(each).__name__ for each in found]}, and no CompressedOptimizer; return"
+                " CompressedOptimizer(torch.optim.AdamW(...), PowerSGDPlus(rank=4))."
             )
         if self._optimizer is not None:
-            self._optimizer.detach()  # of a fit that was broken off
+            # of a fit that was broken off
+            self._optimizer.detach()
         self._optimizer = optimizer
         optimizer.attach(model, scaler=getattr(trainer.precision_plugin, "scaler", None))
         self._figures, self._logged_step = Figures(optimizer), 0
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Average the gradients before they are clipped, where the end of the backward pass has not done so."""
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Average the gradients before they are clipped, where the end of the backward
+        pass has not done so.
+        """
         if self._optimizer is not None:
             self._optimizer.reduce_gradients()
 
@@ -113,13 +143,22 @@ class CompressionCallback(Callback):
     ) -> None:
         """Log the figures since the last time."""
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._figures is None or not self._log_figures or interval == 0 or step == self._logged_step or step % interval:
+        if (
+            self._figures is None
+            or not self._log_figures
+            or interval == 0
+            or step == self._logged_step
+            or step % interval
+        ):
             return
         self._logged_step = step
-        pl_module.log_dict(self._figures.since_last(), on_step=True, on_epoch=False, rank_zero_only=True)
+        pl_module.log_dict(
+            self._figures.since_last(), on_step=True, on_epoch=False, rank_zero_only=True
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Average the error memory over the workers, for the optimizer's state that the checkpoint takes next; a collective.
+        """Average the error memory over the workers, for the optimizer's state that the
+        checkpoint takes next; a collective.
 
         Returns:
             Nothing of its own.

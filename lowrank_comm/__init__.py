@@ -1,7 +1,9 @@
-"""lowrank_comm: low-rank gradient communication with error feedback, for any optimizer and engine.
+"""lowrank_comm: low-rank gradient communication with error feedback, for any optimizer
+and engine.
 
-`CompressedOptimizer` wraps a torch optimizer and averages the gradients over the workers through a compressor. See the
-README for how to switch it on in DeepSpeed by JSON.
+`CompressedOptimizer` wraps a torch optimizer and averages the gradients over the
+workers through a compressor. See the README for how to switch it on in DeepSpeed by
+JSON.
 """
 
 from __future__ import annotations
@@ -21,15 +23,25 @@ from lowrank_comm.compressors import (
     RandomProjection,
 )
 from lowrank_comm.error_feedback.options import ErrorFeedback
-from lowrank_comm.errors import ConfigError, ConfigMismatchError, LowRankCommError, StateMismatchError, UnsupportedError
+from lowrank_comm.errors import (
+    ConfigError,
+    ConfigMismatchError,
+    LowRankCommError,
+    StateMismatchError,
+    UnsupportedError,
+)
 from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.optimizer.compressed import CompressedOptimizer
 from lowrank_comm.projected import ProjectedAdamW, ProjectedSGD
 from lowrank_comm.reduction.monitoring import Figures, StepLog
 from lowrank_comm.reduction.policy import Rule
 
-# In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside this one.
-if not (Path(__file__).parent / "integrations").is_dir() and (Path(__file__).parents[1] / "integrations").is_dir():
+# In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside
+# this one.
+if (
+    not (Path(__file__).parent / "integrations").is_dir()
+    and (Path(__file__).parents[1] / "integrations").is_dir()
+):
     __path__.append(str(Path(__file__).parents[1]))
 
 __version__ = "0.1.0"

@@ -1,4 +1,6 @@
-"""Save the compressor's state beside a checkpoint, and load it: the public names of `checkpointing`."""
+"""Save the compressor's state beside a checkpoint, and load it: the public names of
+`checkpointing`.
+"""
 
 from .checkpointing.file import FILE_NAME, load, save
 

@@ -1,14 +1,19 @@
-"""The `lowrank_comm` section of a JSON or YAML file, or the same as a dict: one schema for every engine.
+"""The `lowrank_comm` section of a JSON or YAML file, or the same as a dict: one schema
+for every engine.
 
 Example:
     {"compressor": "powersgd_plus", "rank": 4, "restart_every": 200, "restart": "svd",
-     "error_feedback": {"form": null, "rounds": 1, "dtype": null, "rounding": "nearest", "offload": false},
-     "quantization": {"factors": null, "restart": null, "dense": null, "rounding": "nearest"}, "wire_dtype": null,
-     "min_compression_rate": 2, "rules": [{"match": "lm_head.*", "treatment": "dense"}], "seed": 0,
+     "error_feedback": {"form": null, "rounds": 1, "dtype": null, "rounding": "nearest",
+         "offload": false},
+     "quantization": {"factors": null, "restart": null, "dense": null, "rounding":
+         "nearest"}, "wire_dtype": null,
+     "min_compression_rate": 2, "rules": [{"match": "lm_head.*", "treatment": "dense"}],
+         "seed": 0,
      "topology": {"shard_size": 1}}
 
-Unknown keys are errors that name the nearest valid one; so is a key that the chosen compressor does not have, since
-ignoring it would be a silent fallback. The string "auto" is never a value: Accelerate raises on it.
+Unknown keys are errors that name the nearest valid one; so is a key that the chosen
+compressor does not have, since ignoring it would be a silent fallback. The string
+"auto" is never a value: Accelerate raises on it.
 """
 
 from __future__ import annotations
@@ -38,7 +43,9 @@ class _Strict(BaseModel):
 
 
 class ErrorFeedbackSection(_Strict):
-    """What happens to what was not sent, and how it is kept; see `error_feedback.ErrorFeedback`."""
+    """What happens to what was not sent, and how it is kept; see
+    `error_feedback.ErrorFeedback`.
+    """
 
     form: str | None = None
     momentum: float = 0.1
@@ -67,8 +74,10 @@ class RuleSection(_Strict):
 
 
 class TopologySection(_Strict):
-    """Who is a worker: every rank (shard_size 1), or the node (its size, or "node"), reduced exactly inside; and whether
-    each rank's block of rows is compressed alone ("shard"), or whole matrices together ("matrix")."""
+    """Who is a worker: every rank (shard_size 1), or the node (its size, or "node"),
+    reduced exactly inside; and whether each rank's block of rows is compressed alone
+    ("shard"), or whole matrices together ("matrix").
+    """
 
     shard_size: int | str = 1
     shard_scope: str = "shard"
@@ -89,13 +98,17 @@ class _Common(_Strict):
 
 
 def _types_of_options() -> dict[str, Any]:
-    """Option of some compressor -> its type and that of others with an option of that name, or None where it is absent."""
+    """Option of some compressor -> its type and that of others with an option of that
+    name, or None where it is absent.
+    """
     types: dict[str, Any] = {}
     for kind in REGISTRY.values():
         hints = get_type_hints(kind)
         for option in kind.options():
             if option != "rank":
-                types[option] = types[option] | hints[option] if option in types else hints[option] | None
+                types[option] = (
+                    types[option] | hints[option] if option in types else hints[option] | None
+                )
     return types
 
 
@@ -106,7 +119,9 @@ _Keys = create_model("_Keys", __base__=_Common, **_OPTIONAL)
 
 
 class Section(_Keys):  # type: ignore[misc, valid-type]
-    """The whole section. Options of a compressor that are absent take the compressor's own defaults."""
+    """The whole section. Options of a compressor that are absent take the compressor's
+    own defaults.
+    """
 
     @classmethod
     def parse(cls, section: Mapping[str, Any]) -> Section:
@@ -119,11 +134,15 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
             The checked section.
 
         Raises:
-            ConfigError: an unknown key (with the nearest valid one), a wrong type, or a value that cannot work.
+            ConfigError: an unknown key (with the nearest valid one), a wrong type, or a
+                value that cannot work.
         """
         if not isinstance(section, Mapping):
-            raise ConfigError(f"{SECTION} must be an object with keys such as 'compressor', got {section!r}.")
-        if section.get("compressor") in METHODS:  # their keys are others
+            raise ConfigError(
+                f"{SECTION} must be an object with keys such as 'compressor', got {section!r}."
+            )
+        # their keys are others
+        if section.get("compressor") in METHODS:
             section = {"compressor": section["compressor"]}
         try:
             parsed = cls.model_validate(dict(section))
@@ -131,30 +150,40 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
             raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
         size, scope = parsed.topology.shard_size, parsed.topology.shard_scope
         if size != "node" and (isinstance(size, str) or size < 1):
-            raise ConfigError(f'{SECTION}.topology.shard_size={size!r} must be a number of ranks (1: no levels) or "node".')
+            raise ConfigError(
+                f"{SECTION}.topology.shard_size={size!r} must be a number of ranks (1: no levels)"
+                ' or "node".'
+            )
         if scope not in SCOPES:
-            raise ConfigError(f'{SECTION}.topology.shard_scope={scope!r} is unknown; use "shard" or "matrix".')
-        Reducer([], parsed.make_compressor(), Group(), **parsed.reducer_options())  # bad values fail here
+            raise ConfigError(
+                f'{SECTION}.topology.shard_scope={scope!r} is unknown; use "shard" or "matrix".'
+            )
+        # bad values fail here
+        Reducer([], parsed.make_compressor(), Group(), **parsed.reducer_options())
         return parsed
 
     @staticmethod
     def of(compressor: Compressor) -> dict[str, Any]:
-        """The section that says the same as a compressor; everything else of it has its default."""
+        """The section that says the same as a compressor; everything else of it has its
+        default.
+        """
         return compressor.describe()
 
     def make_compressor(self) -> Compressor:
         """The compressor that the section names, with its options."""
         if self.compressor in METHODS:
             raise UnsupportedError(
-                f"{SECTION}.compressor={self.compressor!r} cannot be used here: in the bidirectional methods "
-                f"({', '.join(sorted(METHODS))}) every worker has weights of its own, while this engine needs the same on "
-                "all ranks. In a plain training loop use CompressedOptimizer.from_config(base, section), or "
-                "lowrank_comm.bidirectional.BidirectionalOptimizer."
+                f"{SECTION}.compressor={self.compressor!r} cannot be used here: in the"
+                f" bidirectional methods ({', '.join(sorted(METHODS))}) every worker has weights of"
+                " its own, while this engine needs the same on all ranks. In a plain training loop"
+                " use CompressedOptimizer.from_config(base, section), or"
+                " lowrank_comm.bidirectional.BidirectionalOptimizer."
             )
         if self.compressor not in REGISTRY:
             raise ConfigError(
-                f"{SECTION}.compressor={self.compressor!r} is unknown{nearest(self.compressor, [*REGISTRY, *METHODS])} "
-                f"Known: {', '.join(sorted([*REGISTRY, *METHODS]))}."
+                f"{SECTION}.compressor={self.compressor!r} is"
+                f" unknown{nearest(self.compressor, [*REGISTRY, *METHODS])} Known:"
+                f" {', '.join(sorted([*REGISTRY, *METHODS]))}."
             )
         kind = REGISTRY[self.compressor]
         options = {key: getattr(self, key) for key in _OPTIONS if getattr(self, key) is not None}
@@ -162,8 +191,9 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
             if key not in kind.options():
                 owners = [name for name, cls in REGISTRY.items() if key in cls.options()]
                 raise ConfigError(
-                    f"{SECTION}.{key}={options[key]!r} has no meaning for compressor {self.compressor!r}; remove it, "
-                    f"or use a compressor that has it ({', '.join(owners)})."
+                    f"{SECTION}.{key}={options[key]!r} has no meaning for compressor"
+                    f" {self.compressor!r}; remove it, or use a compressor that has it"
+                    f" ({', '.join(owners)})."
                 )
         return kind(rank=self.rank, **options)
 
@@ -187,7 +217,10 @@ def _explain(detail: Any) -> str:
         for part in detail["loc"][:-1]:
             model = _SUB_MODELS.get(part, model)
         if detail["loc"] == (SECTION,):
-            return f"{path} is not a known key: give what stands under {SECTION!r}, and not the object around it."
+            return (
+                f"{path} is not a known key: give what stands under {SECTION!r}, and not the object"
+                " around it."
+            )
         return f"{path} is not a known key{nearest(str(detail['loc'][-1]), model.model_fields)}"
     if detail["type"] == "missing":
         return f"{path} is missing; a rule needs it."

@@ -1,4 +1,6 @@
-"""The errors of the library: every message names the key or parameter, the value found, and what to do about it."""
+"""The errors of the library: every message names the key or parameter, the value found,
+and what to do about it.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,32 @@ class LowRankCommError(RuntimeError):
 
 
 class ConfigError(LowRankCommError, ValueError):
-    """A setting is unknown, has the wrong type, or cannot work; raised before any collective is called."""
+    """A setting is unknown, has the wrong type, or cannot work; raised before any
+    collective is called.
+    """
 
 
 class ConfigMismatchError(LowRankCommError):
-    """The workers were started with different settings or different models; raised on all of them."""
+    """The workers were started with different settings or different models; raised on
+    all of them.
+    """
 
 
 class StateMismatchError(LowRankCommError):
-    """A checkpoint does not fit this run: loading it would lose or mix up what was learnt."""
+    """A checkpoint does not fit this run: loading it would lose or mix up what was
+    learnt.
+    """
 
 
 class UnsupportedError(LowRankCommError, NotImplementedError):
-    """The engine, its version, or a feature of it is one that the library cannot serve correctly."""
+    """The engine, its version, or a feature of it is one that the library cannot serve
+    correctly.
+    """
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for messages about an unknown word, or a full stop where nothing is near."""
+    """'; did you mean X?' for messages about an unknown word, or a full stop where
+    nothing is near.
+    """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else "."

@@ -1,7 +1,9 @@
-"""N workers in one process: the same compressors, reducer and packets as over a process group, without processes.
+"""N workers in one process: the same compressors, reducer and packets as over a process
+group, without processes.
 
-Every worker has a reducer of its own; a step runs their passes side by side and answers each buffer by the sum over the
-workers. Tests hold every engine against this, and the lab trains with it.
+Every worker has a reducer of its own; a step runs their passes side by side and answers
+each buffer by the sum over the workers. Tests hold every engine against this, and the
+lab trains with it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class _SimulatedGroup(Group):
         return self._rank
 
     def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
-        raise LowRankCommError("a simulated worker cannot communicate by itself; call Simulation's methods.")
+        raise LowRankCommError(
+            "a simulated worker cannot communicate by itself; call Simulation's methods."
+        )
 
 
 class Simulation:
@@ -54,8 +58,8 @@ class Simulation:
         compressor: the scheme.
         workers: N >= 1.
         dtype: of parameters given by shape.
-        options: further keyword arguments of `Reducer`: min_compression_rate, rules, error_feedback, wire_dtype, seed,
-            initial_basis.
+        options: further keyword arguments of `Reducer`: min_compression_rate, rules,
+            error_feedback, wire_dtype, seed, initial_basis.
 
     Example:
         >>> import torch
@@ -78,23 +82,33 @@ class Simulation:
     ) -> None:
         cpu = torch.device("cpu")
         slots = [
-            ParamInfo(name, tuple(s.shape), s.dtype, s.device) if isinstance(s, Tensor) else ParamInfo(name, tuple(s), dtype, cpu)
+            (
+                ParamInfo(name, tuple(s.shape), s.dtype, s.device)
+                if isinstance(s, Tensor)
+                else ParamInfo(name, tuple(s), dtype, cpu)
+            )
             for name, s in shapes.items()
         ]
-        self.reducers = [Reducer(slots, compressor, _SimulatedGroup(i, workers), **options) for i in range(workers)]
+        self.reducers = [
+            Reducer(slots, compressor, _SimulatedGroup(i, workers), **options)
+            for i in range(workers)
+        ]
         raise_if_different([reducer.describe() for reducer in self.reducers])
 
     def reduce(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
         """One step: what every worker applies. Nothing given is changed.
 
         Args:
-            gradients: one mapping for each worker; absent or None means that the worker has no gradient.
+            gradients: one mapping for each worker; absent or None means that the worker
+                has no gradient.
 
         Returns:
-            Parameter name -> averaged, decompressed gradient, None where no worker had one; {} for a vetoed step.
+            Parameter name -> averaged, decompressed gradient, None where no worker had
+            one; {} for a vetoed step.
 
         Raises:
-            LowRankCommError: workers applied different numbers (a defect of a compressor).
+            LowRankCommError: workers applied different numbers (a defect of a
+                compressor).
         """
         with full_precision(self.reducers[0].device):
             outcomes = self._run(gradients)
@@ -107,17 +121,29 @@ class Simulation:
         for other in applied[1:]:
             for name, tensor in applied[0].items():
                 if not _same_bits(tensor, other[name]):
-                    raise LowRankCommError(f"{name}: workers applied different numbers; the compressor is not consistent.")
+                    raise LowRankCommError(
+                        f"{name}: workers applied different numbers; the compressor is not"
+                        " consistent."
+                    )
         return applied[0]
 
     def _run(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> list[Outcome]:
         if len(gradients) != len(self.reducers):
-            raise LowRankCommError(f"got gradients of {len(gradients)} workers, the simulation has {len(self.reducers)}.")
+            raise LowRankCommError(
+                f"got gradients of {len(gradients)} workers, the simulation has"
+                f" {len(self.reducers)}."
+            )
         copies = [
-            [None if (g := given.get(slot.name)) is None else g.detach().clone() for slot in reducer.slots]
+            [
+                None if (g := given.get(slot.name)) is None else g.detach().clone()
+                for slot in reducer.slots
+            ]
             for reducer, given in zip(self.reducers, gradients, strict=True)
         ]
-        passes = [r.exchange(r.buckets[0], grads, 1.0) for r, grads in zip(self.reducers, copies, strict=True)]
+        passes = [
+            r.exchange(r.buckets[0], grads, 1.0)
+            for r, grads in zip(self.reducers, copies, strict=True)
+        ]
         asked = [next(one) for one in passes]
         while True:
             for exchange in zip(*asked, strict=True):
@@ -130,7 +156,10 @@ class Simulation:
                 except StopIteration as end:
                     passed.append(end.value)
             if passed:
-                return [r.finish(g, 1.0, [one]) for r, g, one in zip(self.reducers, copies, passed, strict=True)]
+                return [
+                    r.finish(g, 1.0, [one])
+                    for r, g, one in zip(self.reducers, copies, passed, strict=True)
+                ]
 
     def error_memory(self, worker: int) -> dict[str, Tensor]:
         """Parameter name -> error of one worker, live views."""

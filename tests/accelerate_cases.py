@@ -1,4 +1,6 @@
-"""Training loops with Accelerate, without Trainer; cases for the pool of test_accelerate.py."""
+"""Training loops with Accelerate, without Trainer; cases for the pool of
+test_accelerate.py.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,16 @@ def model_and_data() -> tuple[nn.Module, DataLoader[Any]]:
 
 
 def loop(
-    accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, loader: Any, epochs: int = 2
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    loader: Any,
+    epochs: int = 2,
 ) -> dict[str, Any]:
-    """The loop of Accelerate's own documentation. 18 batches over two ranks, two to a step: the last has one alone."""
+    """The loop of Accelerate's own documentation. 18 batches over two ranks, two to a
+    step: the last has one alone.
+    """
     losses, norms = [], []
     for _ in range(epochs):
         for x, y in loader:
@@ -55,7 +64,12 @@ def loop(
 
 
 def train(
-    rank: int, engine: str, section: dict[str, Any] | None, form: str = "compression", scaler: Any = None, **more: Any
+    rank: int,
+    engine: str,
+    section: dict[str, Any] | None,
+    form: str = "compression",
+    scaler: Any = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """One run; form: "compression" or "optimizer"."""
     with environment(engine):
@@ -87,7 +101,12 @@ def resumed(rank: int, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
             base = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
             scheduler = torch.optim.lr_scheduler.StepLR(base, 1, 0.95)
             model, optimizer, scheduler, loader = prepare(
-                accelerator, model, base, scheduler, loader, compression=RANK_2 | {"restart_every": 3}
+                accelerator,
+                model,
+                base,
+                scheduler,
+                loader,
+                compression=RANK_2 | {"restart_every": 3},
             )
             if first:
                 loop(accelerator, model, optimizer, scheduler, loader, epochs=1)
@@ -99,10 +118,14 @@ def resumed(rank: int, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def in_two_accelerators(rank: int, second: bool) -> dict[str, Any]:
-    """Two epochs of one optimizer, the second one in an accelerator of its own; then a step that is not finite."""
+    """Two epochs of one optimizer, the second one in an accelerator of its own; then a
+    step that is not finite.
+    """
     with environment("plain"):
         model, loader = model_and_data()
-        optimizer: Any = CompressedOptimizer.from_config(torch.optim.SGD(model.parameters(), lr=0.3), RANK_2)
+        optimizer: Any = CompressedOptimizer.from_config(
+            torch.optim.SGD(model.parameters(), lr=0.3), RANK_2
+        )
         ways: list[dict[str, Any]] = []
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         prepared = prepare(accelerator, model, optimizer, loader)
@@ -127,12 +150,15 @@ def overflow_on_one_rank(rank: int, scaled: bool) -> dict[str, Any]:
         accelerator = Accelerator(cpu=True)
         if scaled:
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-            accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # unscale before clipping
+            # unscale before clipping
+            accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
         model, loader = model_and_data()
         base = torch.optim.SGD(model.parameters(), lr=0.3)
         scheduler = torch.optim.lr_scheduler.StepLR(base, 1, 0.5)
         given = (model, base, scheduler, loader)
-        model, optimizer, scheduler, loader = prepare(accelerator, *given, compression=RANK_2 | {"rank": 1})
+        model, optimizer, scheduler, loader = prepare(
+            accelerator, *given, compression=RANK_2 | {"rank": 1}
+        )
         found: dict[str, Any] = {"skipped": [], "lr": [], "scale": [], "norms": []}
         for step, (x, y) in zip(range(4), loader, strict=False):
             loss = nn.functional.mse_loss(model(x), y)
@@ -147,7 +173,9 @@ def overflow_on_one_rank(rank: int, scaled: bool) -> dict[str, Any]:
             found["lr"].append(base.param_groups[0]["lr"])
             found["scale"].append(accelerator.scaler.get_scale() if scaled else None)
         found["parameters"] = [full(p) for p in model.parameters()]
-        found["error"] = float(sum(error.norm() for error in get(optimizer).error_memory().values()))  # type: ignore[union-attr]
+        found["error"] = float(
+            sum(error.norm() for error in get(optimizer).error_memory().values())
+        )  # type: ignore[union-attr]
         return found
 
 
@@ -177,7 +205,9 @@ def wrong_use(rank: int) -> dict[str, str]:
         with environment("ddp"):
             accelerator, (model, loader) = Accelerator(cpu=True), model_and_data()
             accelerator.scaler = torch.amp.GradScaler("cpu")
-            mine = CompressedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), PowerSGDPlus(rank=2))
+            mine = CompressedOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.1), PowerSGDPlus(rank=2)
+            )
             model, optimizer, loader = accelerator.prepare(model, mine, loader)
             mine.attach(model)
             x, y = next(iter(loader))
@@ -188,4 +218,13 @@ def wrong_use(rank: int) -> dict[str, str]:
     return said
 
 
-__all__ = ["CLIP", "FULL", "RANK_2", "Path", "overflow_on_one_rank", "resumed", "train", "wrong_use"]
+__all__ = [
+    "CLIP",
+    "FULL",
+    "RANK_2",
+    "Path",
+    "overflow_on_one_rank",
+    "resumed",
+    "train",
+    "wrong_use",
+]

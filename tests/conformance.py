@@ -1,4 +1,6 @@
-"""Every registered compressor as the conformance suite runs it: settings, and a worker's view of one compressed step."""
+"""Every registered compressor as the conformance suite runs it: settings, and a
+worker's view of one compressed step.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"restart_every": 3, "stagger": True},
     ],
     "acp": [{}, {"restart_every": 5}],
-    "greedylore": [{"restart_every": 3}, {"restart_every": 3, "basis": 4, "explore": 1, "probes": 2}],
+    "greedylore": [
+        {"restart_every": 3},
+        {"restart_every": 3, "basis": 4, "explore": 1, "probes": 2},
+    ],
     "galore": [
         {"restart_every": 3},
         {"restart_every": 3, "side": "long", "apply_full": True},
@@ -39,11 +44,17 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"restart_every": 3, "galore_until": 4},
         {"restart_every": 3, "scaled": True},
     ],
-    "atomo": [{}, {"sampling": "bernoulli"}, {"contractive": True, "error_feedback": {"form": "ef14"}}],
+    "atomo": [
+        {},
+        {"sampling": "bernoulli"},
+        {"contractive": True, "error_feedback": {"form": "ef14"}},
+    ],
     "random_projection": [{}, {"form": "unbiased"}],
     "identity": [{}],
 }
-"""By name in JSON. A compressor that is registered and not here fails `test_no_compressor_is_forgotten`."""
+"""By name in JSON. A compressor that is registered and not here fails
+`test_no_compressor_is_forgotten`.
+"""
 
 AROUND: list[dict[str, Any]] = [
     {"error_feedback": {"form": "ef21"}},
@@ -59,24 +70,36 @@ MATRICES = ("tall", "wide", "filter")
 
 
 def sections(around: bool = False) -> list[dict[str, Any]]:
-    """One section a variant; `around`: also the first variants with each of what may be around them."""
-    plain = [{"compressor": name, "rank": 2, **one} for name, many in SETTINGS.items() for one in many]
+    """One section a variant; `around`: also the first variants with each of what may be
+    around them.
+    """
+    plain = [
+        {"compressor": name, "rank": 2, **one} for name, many in SETTINGS.items() for one in many
+    ]
     if not around:
         return plain
     first = {name: {"compressor": name, "rank": 2, **many[0]} for name, many in SETTINGS.items()}
     return plain + [
-        {**section, **suited(section, one)} for one in AROUND for section in first.values() if goes_with(section, one)
+        {**section, **suited(section, one)}
+        for one in AROUND
+        for section in first.values()
+        if goes_with(section, one)
     ]
 
 
 def goes_with(section: Mapping[str, Any], around: Mapping[str, Any]) -> bool:
-    """Error feedback needs a contractive compressor; codes, something that is averaged, and error feedback."""
+    """Error feedback needs a contractive compressor; codes, something that is averaged,
+    and error feedback.
+    """
     compressor = compressor_of(section)
     if not compressor.low_rank:
         return False
     if "error_feedback" in around:
         return compressor.contractive
-    return not compressor.gathers and section.get("error_feedback", {}).get("form", compressor.feedback) == "ef14"
+    return (
+        not compressor.gathers
+        and section.get("error_feedback", {}).get("form", compressor.feedback) == "ef14"
+    )
 
 
 def suited(section: Mapping[str, Any], around: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +112,9 @@ def suited(section: Mapping[str, Any], around: dict[str, Any]) -> dict[str, Any]
 
 def label(section: Mapping[str, Any]) -> str:
     """For the tests' names."""
-    words = [f"{key}={value}" for key, value in section.items() if key not in ("compressor", "rank")]
+    words = [
+        f"{key}={value}" for key, value in section.items() if key not in ("compressor", "rank")
+    ]
     return " ".join([section["compressor"], *words])
 
 
@@ -106,11 +131,20 @@ def simulated(
 ) -> Simulation:
     """The simulation of a section, with every matrix compressed."""
     parsed = Section.parse({"min_compression_rate": 0, **section})
-    return Simulation(shapes, parsed.make_compressor(), workers, dtype=dtype, **{**parsed.reducer_options(), **more})
+    return Simulation(
+        shapes,
+        parsed.make_compressor(),
+        workers,
+        dtype=dtype,
+        **{**parsed.reducer_options(), **more},
+    )
 
 
 def drawn(
-    step: int, worker: int, shapes: Mapping[str, Sequence[int]] = SHAPES, dtype: torch.dtype = torch.float64
+    step: int,
+    worker: int,
+    shapes: Mapping[str, Sequence[int]] = SHAPES,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """One worker's gradients."""
     return {
@@ -122,13 +156,24 @@ def drawn(
 def state_of(reducer: Reducer) -> dict[str, Tensor]:
     """Everything that a reducer has learnt, copied, by name and symbol."""
     errors = {f"{name}/error": error.clone() for name, error in reducer.error_memory().items()}
-    return errors | {f"{name}/{k}": v.clone() for name, state in reducer.bases().items() for k, v in state.items()}
+    return errors | {
+        f"{name}/{k}": v.clone()
+        for name, state in reducer.bases().items()
+        for k, v in state.items()
+    }
 
 
 def one_step(
-    compressor: Compressor, deltas: Sequence[Tensor], t: int = 1, restart: bool = False, seed: int = 0, state: Any = None
+    compressor: Compressor,
+    deltas: Sequence[Tensor],
+    t: int = 1,
+    restart: bool = False,
+    seed: int = 0,
+    state: Any = None,
 ) -> list[Result]:
-    """One step from the initial state on given matrices (m, n), one a worker, with the plain driver."""
+    """One step from the initial state on given matrices (m, n), one a worker, with the
+    plain driver.
+    """
     m, n = deltas[0].shape
     context = at(compressor, Context(("w",), t, seed, min(compressor.rank, m, n), m=m), t, restart)
     like = torch.empty(0, dtype=deltas[0].dtype)

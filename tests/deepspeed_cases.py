@@ -1,4 +1,6 @@
-"""Cases of test_deepspeed.py that train: each runs on both ranks and returns what its test looks at."""
+"""Cases of test_deepspeed.py that train: each runs on both ranks and returns what its
+test looks at.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ from torch import Tensor, nn
 
 
 def parity(rank: int, stage: int, gas: int) -> dict[str, Any]:
-    """Full rank against the uncompressed engine: AdamW's losses, and momentum SGD's parameters; clipping at work."""
+    """Full rank against the uncompressed engine: AdamW's losses, and momentum SGD's
+    parameters; clipping at work.
+    """
     found: dict[str, Any] = {}
     for optimizer in ("adamw", "sgd"):
         losses, weights, norms = [], [], []
@@ -51,7 +55,9 @@ def parity(rank: int, stage: int, gas: int) -> dict[str, Any]:
 
 
 def variant(rank: int, **settings: Any) -> dict[str, Any]:
-    """Full rank against the uncompressed engine under another setting of DeepSpeed, momentum SGD."""
+    """Full rank against the uncompressed engine under another setting of DeepSpeed,
+    momentum SGD.
+    """
     losses, weights = [], []
     for section in (None, FULL_RANK):
         with engines(engine_of(config(**settings, section=section), "sgd")) as engine:
@@ -75,7 +81,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "random_projection": {"compressor": "random_projection"},
     "ef21": {"compressor": "powersgd_plus", "restart_every": 3, "error_feedback": {"form": "ef21"}},
     "rounds": {"compressor": "powersgd", "error_feedback": {"rounds": 2}},
-    "row_sparse": {"compressor": "powersgd", "rules": [{"match": "first.weight", "treatment": "row_sparse"}]},
+    "row_sparse": {
+        "compressor": "powersgd",
+        "rules": [{"match": "first.weight", "treatment": "row_sparse"}],
+    },
 }
 """Sections by what they show; of rank 2, and with every matrix compressed."""
 
@@ -90,7 +99,9 @@ def algorithms(rank: int, stage: int) -> dict[str, list[float]]:
 
 
 def simulated(gas: int, section: dict[str, Any] = RESTARTS, steps: int = 20) -> list[list[float]]:
-    """The same training without DeepSpeed and without processes: losses of every worker's micro-batches."""
+    """The same training without DeepSpeed and without processes: losses of every
+    worker's micro-batches.
+    """
     from lowrank_comm.config import Section
     from lowrank_comm.simulation import Simulation
 
@@ -127,9 +138,16 @@ def identical(rank: int, stage: int, dtype: str) -> dict[str, Tensor]:
 
 
 def veto(
-    rank: int, stage: int, dtype: str, section: dict[str, Any] = RESTARTS, nan_on: int = 0, **top: Any
+    rank: int,
+    stage: int,
+    dtype: str,
+    section: dict[str, Any] = RESTARTS,
+    nan_on: int = 0,
+    **top: Any,
 ) -> dict[str, Any]:
-    """NaN in one rank's data at step 3: nothing changes at that step, and training goes on as if it had never been."""
+    """NaN in one rank's data at step 3: nothing changes at that step, and training goes
+    on as if it had never been.
+    """
     made = config(stage, dtype, section=section, **top)
 
     def falling(optimizer: Any) -> Any:
@@ -160,7 +178,9 @@ def veto(
 
 
 def late_overflow(rank: int, stage: int, section: dict[str, Any] = RANK_2) -> dict[str, Any]:
-    """Every local gradient is finite, but what is decompressed is too large for fp16: DeepSpeed finds it in its step."""
+    """Every local gradient is finite, but what is decompressed is too large for fp16:
+    DeepSpeed finds it in its step.
+    """
     with engines(engine_of(config(stage, "fp16", section=section))) as engine:
         adapter = adapter_of(engine)
         train(engine, range(2), rank)
@@ -186,7 +206,9 @@ def late_overflow(rank: int, stage: int, section: dict[str, Any] = RANK_2) -> di
 
 
 def high_scale(rank: int, stage: int) -> dict[str, Any]:
-    """An initial loss scale under which local gradients overflow: vetoed until the scale has come down, then trained."""
+    """An initial loss scale under which local gradients overflow: vetoed until the
+    scale has come down, then trained.
+    """
     settings = config(stage, "fp16", section=RANK_2)
     settings["fp16"] |= {"initial_scale_power": 24, "loss_scale_window": 1000}
     with engines(engine_of(settings)) as engine:
@@ -202,8 +224,10 @@ def not_at_restarts(rank: int, step: int) -> bool:
 
 
 def resume(rank: int, folder: str, stage: int, dtype: str, gas: int, **top: Any) -> dict[str, Any]:
-    """Saved at step 4 of 8 and loaded by a fresh engine, against the run that went on, and one that never saved. One matrix
-    is not used when its restarts are due, so that it owes one when the run is saved."""
+    """Saved at step 4 of 8 and loaded by a fresh engine, against the run that went on,
+    and one that never saved. One matrix is not used when its restarts are due, so that
+    it owes one when the run is saved.
+    """
     made = config(stage, dtype, gas, section=RESTARTS, **top)
     with engines(engine_of(made)) as engine:
         train(engine, range(4), rank, detour=not_at_restarts)
@@ -215,7 +239,11 @@ def resume(rank: int, folder: str, stage: int, dtype: str, gas: int, **top: Any)
         engine.load_checkpoint(folder)
         adapter = adapter_of(engine)
         step = adapter.reducer.step
-        owed = [slot.name for slot in adapter.reducer.slots if adapter.reducer.restarts.deferred(slot.name)]
+        owed = [
+            slot.name
+            for slot in adapter.reducer.slots
+            if adapter.reducer.restarts.deferred(slot.name)
+        ]
         resumed = train(engine, range(4, 8), rank, detour=not_at_restarts)
         resumed_final = parameters(engine)
     with engines(engine_of(made)) as engine:
@@ -236,7 +264,9 @@ def resume(rank: int, folder: str, stage: int, dtype: str, gas: int, **top: Any)
 
 
 def traffic(rank: int, stage: int, gas: int) -> dict[str, Any]:
-    """What backward and step of an optimizer step hand to torch.distributed, and what the ledger says of it."""
+    """What backward and step of an optimizer step hand to torch.distributed, and what
+    the ledger says of it.
+    """
     with engines(engine_of(config(stage, gas=gas, section=RESTARTS))) as engine:
         adapter, steps = adapter_of(engine), []
         for step in range(5):
@@ -264,7 +294,10 @@ def traffic(rank: int, stage: int, gas: int) -> dict[str, Any]:
                 "collectives": adapter.ledger.collectives - collectives,
                 "report": dict(adapter.last_report.bytes),
             })  # fmt: skip
-        return {"steps": steps, "numel": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())}
+        return {
+            "steps": steps,
+            "numel": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
+        }
 
 
 USERS: dict[str, Detour] = {
@@ -276,7 +309,9 @@ USERS: dict[str, Detour] = {
 
 
 def detours(rank: int, stage: int, who: str) -> dict[str, Any]:
-    """A matrix that not all have a gradient for, against DeepSpeed's own stage 0, where a missing gradient is zero."""
+    """A matrix that not all have a gradient for, against DeepSpeed's own stage 0, where
+    a missing gradient is zero.
+    """
     weights = []
     for section, at in ((None, 0), (FULL_RANK, stage)):
         with engines(engine_of(config(at, section=section), "sgd")) as engine:
@@ -286,7 +321,9 @@ def detours(rank: int, stage: int, who: str) -> dict[str, Any]:
 
 
 def dropped(rank: int, stage: int) -> dict[str, Any]:
-    """Rank 0 has no gradient for a matrix that rank 1 has one for. (ZeRO-3 does not let ranks run different modules.)"""
+    """Rank 0 has no gradient for a matrix that rank 1 has one for. (ZeRO-3 does not let
+    ranks run different modules.)
+    """
     weights = []
     for section, at in ((None, 0), (FULL_RANK, stage)):
         with engines(engine_of(config(at, gas=2, section=section), "sgd")) as engine:
@@ -298,7 +335,10 @@ def dropped(rank: int, stage: int) -> dict[str, Any]:
                         engine.module.sometimes.weight.grad = None
                     engine.step()
             weights.append(parameters(engine))
-    return {"parameters": gap(*weights), "moved": gap(weights[0]["sometimes.weight"], seeded_toy().sometimes.weight)}
+    return {
+        "parameters": gap(*weights),
+        "moved": gap(weights[0]["sometimes.weight"], seeded_toy().sometimes.weight),
+    }
 
 
 def frozen_and_tied(rank: int, stage: int) -> dict[str, Any]:
@@ -329,7 +369,9 @@ def direct_backward(rank: int, stage: int) -> dict[str, Any]:
 
 
 def owned_boundary(rank: int, stage: int) -> dict[str, Any]:
-    """The caller owns the boundary: `managed_gradient_accumulation` false, three backwards and one step."""
+    """The caller owns the boundary: `managed_gradient_accumulation` false, three
+    backwards and one step.
+    """
     weights = []
     for section in (None, FULL_RANK):
         settings = config(stage, gas=3, section=section, managed_gradient_accumulation=False)
@@ -344,7 +386,9 @@ def owned_boundary(rank: int, stage: int) -> dict[str, Any]:
 
 
 def own_coalescing(rank: int, stage: int) -> dict[str, Any]:
-    """The user's own `with engine.coalesce_grad_reduction()`: three backwards, one pass at its end."""
+    """The user's own `with engine.coalesce_grad_reduction()`: three backwards, one pass
+    at its end.
+    """
     weights = []
     for section in (None, FULL_RANK):
         with engines(engine_of(config(stage, section=section), "sgd")) as engine:
@@ -360,19 +404,27 @@ def own_coalescing(rank: int, stage: int) -> dict[str, Any]:
 
 
 def float_accumulation(rank: int, who: str) -> dict[str, Any]:
-    """bfloat16 with fp32 accumulation over 4 micro-steps: each stage keeps the sums elsewhere, and all must agree."""
+    """bfloat16 with fp32 accumulation over 4 micro-steps: each stage keeps the sums
+    elsewhere, and all must agree.
+    """
     found = {}
     for stage in (1, 2) if who == "rank 1" else (1, 2, 3):
         settings = config(stage, "bf16", 4, RANK_2, data_types={"grad_accum_dtype": "fp32"})
         with engines(engine_of(settings)) as engine:
             losses = train(engine, range(6), rank, detour=USERS[who])
             assert {slot.dtype for slot in adapter_of(engine).reducer.slots} == {torch.float32}
-            found[stage] = {"losses": losses, "parameters": parameters(engine), "optimizer": type(engine.optimizer).__name__}
+            found[stage] = {
+                "losses": losses,
+                "parameters": parameters(engine),
+                "optimizer": type(engine.optimizer).__name__,
+            }
     return found
 
 
 def no_sync(rank: int, stage: int) -> dict[str, Any]:
-    """Two backwards inside `engine.no_sync()`, and a third outside of it before the step."""
+    """Two backwards inside `engine.no_sync()`, and a third outside of it before the
+    step.
+    """
     weights = []
     for section in (None, FULL_RANK):
         with engines(engine_of(config(stage, section=section), "sgd")) as engine:
@@ -390,14 +442,21 @@ def recomputed(rank: int, stage: int) -> dict[str, Any]:
     """Activation checkpointing of the kind that calls backward within backward."""
     weights = []
     for section in (None, FULL_RANK):
-        with engines(engine_of(config(stage, gas=2, section=section), "sgd", seeded_toy(recompute=True))) as engine:
+        with engines(
+            engine_of(config(stage, gas=2, section=section), "sgd", seeded_toy(recompute=True))
+        ) as engine:
             train(engine, range(5), rank)
             weights.append(parameters(engine))
-    return {"parameters": gap(*weights), "moved": gap(weights[0]["second.weight"], seeded_toy().second.weight.detach())}
+    return {
+        "parameters": gap(*weights),
+        "moved": gap(weights[0]["second.weight"], seeded_toy().second.weight.detach()),
+    }
 
 
 def partitioned_from_birth(rank: int) -> dict[str, Any]:
-    """Stage 3 with a model built under `zero.Init`, and parameters that are not kept whole between uses."""
+    """Stage 3 with a model built under `zero.Init`, and parameters that are not kept
+    whole between uses.
+    """
     import deepspeed
 
     weights = []

@@ -1,4 +1,6 @@
-"""Cases of test_deepspeed_levels.py: four ranks in two nodes of two, each case on all of them."""
+"""Cases of test_deepspeed_levels.py: four ranks in two nodes of two, each case on all
+of them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ from torch import Tensor
 WORLD, F = 4, 2
 SCOPES = ("shard", "matrix")
 STEPS = 10
-LOW_RANK = {1: RESTARTS | {"seed": 3}, 3: RANK_2 | {"seed": 3}}  # by the number of micro-steps
+# by the number of micro-steps
+LOW_RANK = {1: RESTARTS | {"seed": 3}, 3: RANK_2 | {"seed": 3}}
 SIZES = {
     "no divisor": (3, [None] * 4),
     "node without a launcher": ("node", [None] * 4),
@@ -46,13 +49,17 @@ SIZES = {
 }
 
 
-def two_levels(section: dict[str, Any], scope: str = "shard", size: int | str = F) -> dict[str, Any]:
+def two_levels(
+    section: dict[str, Any], scope: str = "shard", size: int | str = F
+) -> dict[str, Any]:
     return section | {"topology": {"shard_size": size, "shard_scope": scope}}
 
 
 @contextmanager
 def launched_with(ranks: str | None, by: str = "LOCAL_WORLD_SIZE") -> Iterator[None]:
-    """What a launcher tells of the ranks on this node: torchrun by this name, deepspeed by LOCAL_SIZE."""
+    """What a launcher tells of the ranks on this node: torchrun by this name, deepspeed
+    by LOCAL_SIZE.
+    """
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -65,11 +72,15 @@ def launched_with(ranks: str | None, by: str = "LOCAL_WORLD_SIZE") -> Iterator[N
         os.environ.update(kept)
 
 
-def parity(rank: int, stage: int, gas: int, section: dict[str, Any], dtype: str = "fp32", **top: Any) -> dict[str, Any]:
+def parity(
+    rank: int, stage: int, gas: int, section: dict[str, Any], dtype: str = "fp32", **top: Any
+) -> dict[str, Any]:
     """Full rank against DeepSpeed's own training."""
     losses, weights, norms = [], [], []
     for given in (None, section):
-        top_of_run = {key: dict(value) if isinstance(value, dict) else value for key, value in top.items()}
+        top_of_run = {
+            key: dict(value) if isinstance(value, dict) else value for key, value in top.items()
+        }
         with engines(engine_of(config(stage, dtype, gas, given, **top_of_run))) as engine:
             losses.append(train(engine, range(6), rank))
             weights.append(parameters(engine))
@@ -86,18 +97,25 @@ def parity(rank: int, stage: int, gas: int, section: dict[str, Any], dtype: str 
 
 def rank_2(rank: int, stage: int, gas: int, scope: str) -> dict[str, Any]:
     """Low rank: losses, parameters, memory, and the bytes of each step."""
-    with engines(engine_of(config(stage, gas=gas, section=two_levels(LOW_RANK[gas], scope)))) as engine:
+    with engines(
+        engine_of(config(stage, gas=gas, section=two_levels(LOW_RANK[gas], scope)))
+    ) as engine:
         adapter, losses, reports = adapter_of(engine), [], []
         for step in range(STEPS):
             losses += train(engine, range(step, step + 1), rank)
             reports.append(adapter.last_report)
-        # A matrix that nobody uses owes a restart from the first step on, where there are restarts, and sends nothing.
-        idle = sum(row.bytes for row in adapter.plan.rows if adapter.reducer.restarts.deferred(row.name))
+        # A matrix that nobody uses owes a restart from the first step on, where there
+        # are restarts, and sends nothing.
+        idle = sum(
+            row.bytes for row in adapter.plan.rows if adapter.reducer.restarts.deferred(row.name)
+        )
         return {
             "losses": losses,
             "parameters": parameters(engine),
             "errors": {name: tuple(e.shape) for name, e in adapter.error_memory().items()},
-            "largest": max(float(e.abs().max()) for e in adapter.error_memory().values() if e.numel()),
+            "largest": max(
+                float(e.abs().max()) for e in adapter.error_memory().values() if e.numel()
+            ),
             "reports": [(r.restarts, r.bytes, r.inside_bytes) for r in reports],
             "step bytes": adapter.plan.step_bytes - idle,
             "plan": str(adapter.plan),
@@ -105,14 +123,17 @@ def rank_2(rank: int, stage: int, gas: int, scope: str) -> dict[str, Any]:
 
 
 def simulated(gas: int, scope: str) -> list[list[float]]:
-    """The same in one process: nodes as workers, in shard scope each block of rows a matrix of its own."""
+    """The same in one process: nodes as workers, in shard scope each block of rows a
+    matrix of its own.
+    """
     from lowrank_comm import PowerSGD, PowerSGDPlus
 
     model = seeded_toy()
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     compressor = {1: PowerSGDPlus(rank=2, restart_every=3), 3: PowerSGD(rank=2)}[gas]
-    setup = harness.Setup("plain", compressor, nodes=2, scope=scope)  # with seed 3
+    # with seed 3
+    setup = harness.Setup("plain", compressor, nodes=2, scope=scope)
     average = harness._averages(setup, model, WORLD // F, F)
     losses: list[list[float]] = [[] for _ in range(WORLD)]
     for step in range(STEPS):
@@ -124,7 +145,9 @@ def simulated(gas: int, scope: str) -> list[list[float]]:
                 loss = loss_of(model(x), y)
                 (loss / gas).backward()
                 losses[rank].append(loss.item())
-            gradients.append({n: None if p.grad is None else p.grad.clone() for n, p in named.items()})
+            gradients.append(
+                {n: None if p.grad is None else p.grad.clone() for n, p in named.items()}
+            )
         nodes = [harness._mean(gradients[k : k + F]) for k in range(0, WORLD, F)]
         for name, mean in average(nodes).items():
             named[name].grad = torch.zeros_like(named[name]) if mean is None else mean
@@ -140,11 +163,16 @@ def some_users(rank: int, stage: int) -> dict[str, Any]:
         with engines(engine_of(config(at, section=section), "sgd")) as engine:
             train(engine, range(4), rank, detour=lambda rank, step: rank == 3 and step > 1)
             weights.append(parameters(engine))
-    return {"parameters": gap(*weights), "moved": gap(weights[0]["sometimes.weight"], seeded_toy().sometimes.weight)}
+    return {
+        "parameters": gap(*weights),
+        "moved": gap(weights[0]["sometimes.weight"], seeded_toy().sometimes.weight),
+    }
 
 
 def one_element(rank: int, stage: int, scope: str) -> dict[str, Any]:
-    """One NaN on rank 3, in a row that rank 0 of each node holds: the others' blocks are finite."""
+    """One NaN on rank 3, in a row that rank 0 of each node holds: the others' blocks
+    are finite.
+    """
     with engines(engine_of(config(stage, section=two_levels(RESTARTS, scope)))) as engine:
         adapter = adapter_of(engine)
         train(engine, range(2), rank)
@@ -176,20 +204,27 @@ def sizes(rank: int) -> dict[str, str]:
     found = {}
     for name, (size, told) in SIZES.items():
         with launched_with(told[rank]):
-            found[name] = message(lambda size=size: engine_of(config(2, section=two_levels(RANK_2, size=size))))
+            found[name] = message(
+                lambda size=size: engine_of(config(2, section=two_levels(RANK_2, size=size)))
+            )
     for name, size, by in (
         ("node", "node", "LOCAL_WORLD_SIZE"),
         ("node, by deepspeed", "node", "LOCAL_SIZE"),
         ("hint", 1, "LOCAL_WORLD_SIZE"),
     ):
-        with launched_with("2", by), engines(engine_of(config(1, section=two_levels(RANK_2, size=size)))) as engine:
+        with (
+            launched_with("2", by),
+            engines(engine_of(config(1, section=two_levels(RANK_2, size=size)))) as engine,
+        ):
             train(engine, range(1), rank)
             found[name] = str(adapter_of(engine).plan)
     return found
 
 
 def other_models(rank: int) -> str:
-    """Rank 3 trains fewer parameters than the others: to be told before anything is sent that would not fit."""
+    """Rank 3 trains fewer parameters than the others: to be told before anything is
+    sent that would not fit.
+    """
     model = seeded_toy()
     if rank == 3:
         model.second.weight.requires_grad_(False)
@@ -198,7 +233,9 @@ def other_models(rank: int) -> str:
 
 
 def mesh(rank: int) -> dict[str, Any]:
-    """DeepSpeed's own device mesh, whose data-parallel group is another object than the default group."""
+    """DeepSpeed's own device mesh, whose data-parallel group is another object than the
+    default group.
+    """
     from deepspeed.utils import groups as groups_of_deepspeed
 
     losses = []
@@ -243,7 +280,9 @@ class OwnGroup:
 
 
 def part_of_the_world(rank: int) -> dict[str, Any]:
-    """An engine of ranks 0, 2 and 3 that are one node, while rank 1 does something else; and where that cannot be."""
+    """An engine of ranks 0, 2 and 3 that are one node, while rank 1 does something
+    else; and where that cannot be.
+    """
     from deepspeed.utils import groups as groups_of_deepspeed
 
     group = dist.new_group([0, 2, 3])
@@ -251,21 +290,29 @@ def part_of_the_world(rank: int) -> dict[str, Any]:
     if rank != 1:
         losses = []
         for section in (None, two_levels(FULL_RANK, size=3)):
-            with engines(engine_of(config(1, section=section), "sgd", mpu=OwnGroup(group))) as engine:
+            with engines(
+                engine_of(config(1, section=section), "sgd", mpu=OwnGroup(group))
+            ) as engine:
                 losses.append(train(engine, range(3), rank))
                 if section is not None:
                     shards = adapter_of(engine).reducer.intra_node
-                    found = {"node": (shards.rank, shards.size), "workers": adapter_of(engine).reducer.group.size}
+                    found = {
+                        "node": (shards.rank, shards.size),
+                        "workers": adapter_of(engine).reducer.group.size,
+                    }
         found["losses"] = gap(*losses)
         found["no divisor"] = message(
             lambda: engine_of(config(1, section=two_levels(FULL_RANK)), "sgd", mpu=OwnGroup(group))
         )
     dist.barrier()
     further = dist.new_group([1, 2, 3])
-    extra = [dist.new_group([2])]  # rank 2 is in one group more than rank 3
+    # rank 2 is in one group more than rank 3
+    extra = [dist.new_group([2])]
     if rank != 0:
         found["uneven"] = message(
-            lambda: engine_of(config(1, section=two_levels(FULL_RANK, size=3)), "sgd", mpu=OwnGroup(further))
+            lambda: engine_of(
+                config(1, section=two_levels(FULL_RANK, size=3)), "sgd", mpu=OwnGroup(further)
+            )
         )
     groups_of_deepspeed.mpu = None
     dist.barrier()
@@ -280,14 +327,17 @@ def copies(adapter: Any) -> dict[str, Tensor]:
 
 
 def checkpoints(rank: int, folder: str, stage: int, scope: str) -> dict[str, Any]:
-    """Two levels -> two levels, bit by bit; two levels -> one -> two, by the mean error."""
+    """Two levels -> two levels, bit by bit; two levels -> one -> two, by the mean
+    error.
+    """
     two, one = config(stage, section=two_levels(RESTARTS, scope)), config(stage, section=RESTARTS)
     found: dict[str, Any] = {}
     with engines(engine_of(two)) as engine:
         train(engine, range(4), rank)
         engine.save_checkpoint(folder, tag="two")
         found["saved"] = copies(adapter_of(engine))
-        went_on, final = train(engine, range(4, 7), rank), (parameters(engine), state(adapter_of(engine)))
+        went_on = train(engine, range(4, 7), rank)
+        final = (parameters(engine), state(adapter_of(engine)))
     with engines(engine_of(two)) as engine:
         engine.load_checkpoint(folder, tag="two")
         found["step"] = adapter_of(engine).reducer.step
@@ -308,7 +358,9 @@ def checkpoints(rank: int, folder: str, stage: int, scope: str) -> dict[str, Any
 
 
 def ef21_in_other_blocks(rank: int, folder: str) -> dict[int, dict[str, Tensor]]:
-    """What EF21 keeps of this rank's blocks: before two ranks of a node save it, and where one or four load it."""
+    """What EF21 keeps of this rank's blocks: before two ranks of a node save it, and
+    where one or four load it.
+    """
     section = RESTARTS | {"error_feedback": {"form": "ef21_sgdm"}}
     found = {}
     for size in (F, 1, WORLD):
@@ -318,9 +370,15 @@ def ef21_in_other_blocks(rank: int, folder: str) -> dict[int, dict[str, Tensor]]
             else:
                 engine.load_checkpoint(folder)
             bases = adapter_of(engine).reducer.bases()
-            if size == F:  # which averages
+            # which averages
+            if size == F:
                 engine.save_checkpoint(folder)
-            found[size] = {f"{name}/{k}": tensor for name, kept in bases.items() for k, tensor in kept.items() if k != "Q"}
+            found[size] = {
+                f"{name}/{k}": tensor
+                for name, kept in bases.items()
+                for k, tensor in kept.items()
+                if k != "Q"
+            }
     return found
 
 
@@ -340,15 +398,31 @@ def cases(folder: str) -> dict[str, Case]:
             for gas in (1, 3):
                 add(f"rank 2 {stage} {scope} {gas}", rank_2, stage, gas, scope)
         for k, dtype in enumerate(("fp32", "bf16")):
-            add(f"veto {stage} {dtype}", training.veto, stage, dtype, two_levels(RESTARTS, SCOPES[k]), nan_on=3)
-        if stage < 3:  # ZeRO-3 gathers a module when it runs: all ranks must run the same
+            add(
+                f"veto {stage} {dtype}",
+                training.veto,
+                stage,
+                dtype,
+                two_levels(RESTARTS, SCOPES[k]),
+                nan_on=3,
+            )
+        # ZeRO-3 gathers a module when it runs: all ranks must run the same
+        if stage < 3:
             add(f"some users {stage}", some_users, stage)
         scope = SCOPES[stage % 2]
         add(f"checkpoints {stage}", checkpoints, f"{folder}/levels_{stage}", stage, scope)
     accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
     for stage in (1, 3):
         add(f"veto {stage} fp16", training.veto, stage, "fp16", two_levels(RESTARTS), nan_on=3)
-        add(f"veto {stage} bf16 fp32", training.veto, stage, "bf16", two_levels(RESTARTS), nan_on=1, **accumulate)
+        add(
+            f"veto {stage} bf16 fp32",
+            training.veto,
+            stage,
+            "bf16",
+            two_levels(RESTARTS),
+            nan_on=1,
+            **accumulate,
+        )
         add(f"late overflow {stage}", training.late_overflow, stage, two_levels(RANK_2))
     hpz = {"zero_hpz_partition_size": F, "stage3_param_persistence_threshold": 0}
     for dtype in ("fp32", "bf16"):

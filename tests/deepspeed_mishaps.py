@@ -1,5 +1,6 @@
-"""Cases of test_deepspeed.py in which something goes otherwise than planned: dropped gradients, engines that share things,
-exceptions, checkpoints of other runs."""
+"""Cases of test_deepspeed.py in which something goes otherwise than planned: dropped
+gradients, engines that share things, exceptions, checkpoints of other runs.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +56,10 @@ def nan_in(engine: Any) -> list[str]:
 
 
 def offloaded_veto(rank: int, stage: int, dtype: str, gas: int) -> dict[str, Any]:
-    """A skipped step with the optimizer on the CPU, where DeepSpeed keeps gradients from step to step: a matrix that
-    nobody uses, and one that is used in the skipped step and not in the next."""
+    """A skipped step with the optimizer on the CPU, where DeepSpeed keeps gradients
+    from step to step: a matrix that nobody uses, and one that is used in the skipped
+    step and not in the next.
+    """
 
     def only_at_first(rank: int, step: int) -> bool:
         return step < 4
@@ -72,18 +75,29 @@ def offloaded_veto(rank: int, stage: int, dtype: str, gas: int) -> dict[str, Any
 
 
 def unused_later(rank: int, stage: int) -> dict[str, Any]:
-    """With the optimizer on the CPU, a matrix without a gradient gets none, as at stage 0: not its last one again."""
+    """With the optimizer on the CPU, a matrix without a gradient gets none, as at stage
+    0: not its last one again.
+    """
     weights = []
     for at, section, more in ((0, None, {}), (stage, FULL_RANK, OFFLOAD)):
         with engines(
-            engine_of(config(at, section=section, **{k: dict(v) if k == "zero" else v for k, v in more.items()}), "sgd")
+            engine_of(
+                config(
+                    at,
+                    section=section,
+                    **{k: dict(v) if k == "zero" else v for k, v in more.items()},
+                ),
+                "sgd",
+            )
         ) as engine:
             train(engine, range(5), rank, detour=lambda rank, step: step < 2)
             weights.append(parameters(engine))
     return {"parameters": gap(*weights)}
 
 
-def dropped_pass(rank: int, stage: int, whose: str, section: dict[str, Any] = RESTARTS) -> dict[str, Any]:
+def dropped_pass(
+    rank: int, stage: int, whose: str, section: dict[str, Any] = RESTARTS
+) -> dict[str, Any]:
     """Backward, then zero_grad instead of a step: as if the batch had never been."""
     with engines(engine_of(config(stage, section=section), "sgd")) as engine:
         train(engine, range(2), rank)
@@ -101,7 +115,10 @@ def dropped_pass(rank: int, stage: int, whose: str, section: dict[str, Any] = RE
 
 def dropped_micro_steps(rank: int, stage: int) -> dict[str, Any]:
     """zero_grad between micro-steps: what is there is dropped, and that is said."""
-    with engines(engine_of(config(stage, gas=2, section=RANK_2), "sgd")) as engine, warnings_of_the_library() as log:
+    with (
+        engines(engine_of(config(stage, gas=2, section=RANK_2), "sgd")) as engine,
+        warnings_of_the_library() as log,
+    ):
         train(engine, range(1), rank)
         said_before = log.getvalue()
         x, y = batch(rank, 2)
@@ -116,7 +133,9 @@ def dropped_micro_steps(rank: int, stage: int) -> dict[str, Any]:
 
 
 def zero_grad_after_own_boundaries(rank: int, stage: int) -> str:
-    """The caller owns the boundary, steps, and clears the gradients as with any optimizer: nothing to be told."""
+    """The caller owns the boundary, steps, and clears the gradients as with any
+    optimizer: nothing to be told.
+    """
     settings = config(stage, gas=2, section=RANK_2, managed_gradient_accumulation=False)
     with engines(engine_of(settings, "sgd")) as engine, warnings_of_the_library() as log:
         for step in range(2):
@@ -130,21 +149,29 @@ def zero_grad_after_own_boundaries(rank: int, stage: int) -> str:
 
 
 def reused_optimizer(rank: int) -> dict[str, Any]:
-    """One torch optimizer in two fp32 engines of stage 0, one after the other; NaN in the second."""
+    """One torch optimizer in two fp32 engines of stage 0, one after the other; NaN in
+    the second.
+    """
     import deepspeed
 
     model = seeded_toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(2):
         settings = config(0, section=RESTARTS)
-        made = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+        made = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )[0]
         with engines(made) as engine:
             train(engine, range(step, step + 1), rank)
             train(engine, range(3, 4), rank, nan_at=3)
             skipped = engine.skipped_steps, engine.optimizer.overflow, engine.was_step_applied()
             train(engine, range(5, 6), rank)
             after = engine.optimizer.overflow
-    return {"skipped": skipped, "after": after, "nan": [n for n, p in model.named_parameters() if torch.isnan(p).any()]}
+    return {
+        "skipped": skipped,
+        "after": after,
+        "nan": [n for n, p in model.named_parameters() if torch.isnan(p).any()],
+    }
 
 
 def coalescing_and_plain(rank: int, stage: int) -> dict[str, Any]:
@@ -177,10 +204,14 @@ class Raises(torch.optim.lr_scheduler.LambdaLR):
 
 
 def raising_scheduler(rank: int, stage: int) -> dict[str, Any]:
-    """The parameters have had their step when it raises, so the error memory must have had it too."""
+    """The parameters have had their step when it raises, so the error memory must have
+    had it too.
+    """
     weights, steps = [], 0
     for scheduler in (None, Raises):
-        with engines(engine_of(config(stage, section=RESTARTS), "sgd", lr_scheduler=scheduler)) as engine:
+        with engines(
+            engine_of(config(stage, section=RESTARTS), "sgd", lr_scheduler=scheduler)
+        ) as engine:
             for step in range(6):
                 x, y = batch(rank, step)
                 engine.backward(loss_of(engine(x), y))
@@ -208,27 +239,35 @@ class OwnGroup:
 
 
 def engines_of_their_own(rank: int) -> dict[str, Any]:
-    """Ranks with engines in groups of their own, as in RLHF: other stages, other sections, or no engine at all."""
+    """Ranks with engines in groups of their own, as in RLHF: other stages, other
+    sections, or no engine at all.
+    """
     from deepspeed.utils import groups as groups_of_deepspeed
 
     from lowrank_comm.integrations.deepspeed import get
 
     groups = [dist.new_group([one]) for one in range(dist.get_world_size())]
     stage, section = ((0, None), (2, RANK_2))[rank]
-    with engines(engine_of(config(stage, section=section), "sgd", mpu=OwnGroup(groups[rank]))) as engine:
+    with engines(
+        engine_of(config(stage, section=section), "sgd", mpu=OwnGroup(groups[rank]))
+    ) as engine:
         losses = train(engine, range(2), rank)
         compressed = get(engine) is not None
     if rank == 0:
         with engines(engine_of(config(0), "sgd", mpu=OwnGroup(groups[0]))) as engine:
             train(engine, range(1), rank)
-    groups_of_deepspeed.mpu = None  # DeepSpeed keeps the last one for whoever comes after
+    # DeepSpeed keeps the last one for whoever comes after
+    groups_of_deepspeed.mpu = None
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (len(losses), compressed))  # nothing of one engine is left for others to receive
+    # nothing of one engine is left for others to receive
+    dist.all_gather_object(everyone, (len(losses), compressed))
     return {"found": everyone}
 
 
 def other_runs_checkpoints(rank: int, folder: str, stage: int) -> dict[str, Any]:
-    """Compressed and uncompressed runs that save into one folder and load each other's checkpoints."""
+    """Compressed and uncompressed runs that save into one folder and load each other's
+    checkpoints.
+    """
     found: dict[str, Any] = {}
     compressed, plain = config(stage, section=RESTARTS), config(stage)
     with engines(engine_of(compressed)) as engine:
@@ -238,12 +277,17 @@ def other_runs_checkpoints(rank: int, folder: str, stage: int) -> dict[str, Any]
         saved = state(adapter_of(engine))
     with engines(engine_of(plain)) as engine, warnings_of_the_library() as log:
         _, client_state = engine.load_checkpoint(folder, tag="shared")
-        found["loaded without the section"] = (log.getvalue(), client_state["mine"], "lowrank_comm" in client_state)
+        found["loaded without the section"] = (
+            log.getvalue(),
+            client_state["mine"],
+            "lowrank_comm" in client_state,
+        )
         found["weights only"] = len(log.getvalue())
         engine.load_checkpoint(folder, tag="shared", load_module_only=True)
         found["weights only"] -= len(log.getvalue())
         train(engine, range(2), rank)
-        engine.save_checkpoint(folder, tag="shared")  # over the compressed run's, whose file stays
+        # over the compressed run's, whose file stays
+        engine.save_checkpoint(folder, tag="shared")
     dist.barrier()
     with engines(engine_of(compressed)) as engine, warnings_of_the_library() as log:
         engine.load_checkpoint(folder, tag="shared")
@@ -253,9 +297,12 @@ def other_runs_checkpoints(rank: int, folder: str, stage: int) -> dict[str, Any]
             adapter_of(engine).reducer.step,
             max(float(e.abs().max()) for e in errors.values()),
         )
-    if rank == 0:  # what ds_to_universal does to our file: it stays beside the new folder
+    # what ds_to_universal does to our file: it stays beside the new folder
+    if rank == 0:
         (Path(folder) / "half").mkdir()
-        shutil.move(Path(folder) / "half_universal" / "lowrank_comm.safetensors", Path(folder) / "half")
+        shutil.move(
+            Path(folder) / "half_universal" / "lowrank_comm.safetensors", Path(folder) / "half"
+        )
     dist.barrier()
     with engines(engine_of(compressed)) as engine:
         engine.load_checkpoint(folder, tag="half_universal")

@@ -1,4 +1,6 @@
-"""A toy model, DeepSpeed engines around it, and what the cases of test_deepspeed.py compare and count."""
+"""A toy model, DeepSpeed engines around it, and what the cases of test_deepspeed.py
+compare and count.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ CLIP = 0.5
 
 
 class Toy(nn.Module):
-    """Matrices with m > n and m < n, biases, and a matrix that `forward` uses only where asked."""
+    """Matrices with m > n and m < n, biases, and a matrix that `forward` uses only
+    where asked.
+    """
 
     def __init__(self, recompute: bool = False) -> None:
         super().__init__()
@@ -36,7 +40,8 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor, detour: bool = False) -> Tensor:
         hidden = torch.tanh(self.first(x))
-        if self.recompute:  # backward within backward
+        # backward within backward
+        if self.recompute:
             hidden = torch.tanh(checkpoint(self.second, hidden, use_reentrant=True))
         else:
             hidden = torch.tanh(self.second(hidden))
@@ -44,7 +49,9 @@ class Toy(nn.Module):
 
 
 def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
-    """The micro-batch of a rank: different on every rank and step, the same in every run."""
+    """The micro-batch of a rank: different on every rank and step, the same in every
+    run.
+    """
     generator = torch.Generator().manual_seed(1000 * step + rank)
     x = torch.randn(MICRO_BATCH, 12, generator=generator)
     return x, torch.stack([x.sum(1), x[:, 0] * x[:, 1], x[:, 2], x[:, 3].sin(), x[:, 4]], 1)
@@ -54,8 +61,12 @@ def loss_of(output: Tensor, y: Tensor) -> Tensor:
     return (output.float() - y).pow(2).mean()
 
 
-def config(stage: int, dtype: str = "fp32", gas: int = 1, section: Any = None, **top: Any) -> dict[str, Any]:
-    """A DeepSpeed configuration; `zero` goes into its zero_optimization section, everything else in `top` to the top."""
+def config(
+    stage: int, dtype: str = "fp32", gas: int = 1, section: Any = None, **top: Any
+) -> dict[str, Any]:
+    """A DeepSpeed configuration; `zero` goes into its zero_optimization section,
+    everything else in `top` to the top.
+    """
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": gas,
@@ -78,7 +89,9 @@ def seeded_toy(recompute: bool = False) -> Toy:
     return Toy(recompute)
 
 
-def engine_of(settings: dict[str, Any], optimizer: str = "adamw", model: nn.Module | None = None, **more: Any) -> Any:
+def engine_of(
+    settings: dict[str, Any], optimizer: str = "adamw", model: nn.Module | None = None, **more: Any
+) -> Any:
     import deepspeed
 
     model = model or seeded_toy()
@@ -87,7 +100,9 @@ def engine_of(settings: dict[str, Any], optimizer: str = "adamw", model: nn.Modu
         base: Any = torch.optim.AdamW(trained, lr=0.02)
     else:
         base = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
-    return deepspeed.initialize(model=model, optimizer=base, config=settings, dist_init_required=False, **more)[0]
+    return deepspeed.initialize(
+        model=model, optimizer=base, config=settings, dist_init_required=False, **more
+    )[0]
 
 
 Detour = Callable[[int, int], bool]
@@ -108,8 +123,12 @@ def train(
     nan_on: int = 0,
     detour: Detour = nobody,
 ) -> list[float]:
-    """Optimizer steps with the engine's accumulation; the losses of this rank's micro-batches."""
-    dtype, gas, losses = next(engine.module.parameters()).dtype, engine.gradient_accumulation_steps(), []
+    """Optimizer steps with the engine's accumulation; the losses of this rank's
+    micro-batches.
+    """
+    dtype = next(engine.module.parameters()).dtype
+    gas = engine.gradient_accumulation_steps()
+    losses = []
     for step in steps:
         for micro in range(gas):
             x, y = batch(rank, gas * step + micro)
@@ -134,12 +153,18 @@ def parameters(engine: Any) -> dict[str, Tensor]:
 def state(adapter: Any) -> dict[str, Any]:
     """The reducer's state, copies."""
     errors = {name: e.clone() for name, e in adapter.error_memory().items()}
-    bases = {f"{name}/{key}": q.clone() for name, state in adapter.reducer.bases().items() for key, q in state.items()}
+    bases = {
+        f"{name}/{key}": q.clone()
+        for name, state in adapter.reducer.bases().items()
+        for key, q in state.items()
+    }
     return {"errors": errors, "bases": bases, "step": adapter.reducer.step}
 
 
 def gap(a: Any, b: Any) -> float:
-    """Largest difference between two equal structures of numbers and tensors; 0.0 is bit-equal (NaN equals nothing)."""
+    """Largest difference between two equal structures of numbers and tensors; 0.0 is
+    bit-equal (NaN equals nothing).
+    """
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         return max((gap(a[key], b[key]) for key in a), default=0.0)
@@ -171,7 +196,12 @@ def adapter_of(engine: Any) -> Any:
 
 # -------------------------------------------------------------------- counting what is sent
 
-REDUCTIONS = {"all_reduce": "tensor", "reduce": "tensor", "reduce_scatter": "input_list", "reduce_scatter_tensor": "input"}
+REDUCTIONS = {
+    "all_reduce": "tensor",
+    "reduce": "tensor",
+    "reduce_scatter": "input_list",
+    "reduce_scatter_tensor": "input",
+}
 """Collectives that could average gradients, and the argument that is sent."""
 OTHERS = {"all_gather": "tensor", "all_gather_into_tensor": "input_tensor", "broadcast": "tensor"}
 sent: list[tuple[str, int, int]] = []

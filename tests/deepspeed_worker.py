@@ -1,7 +1,9 @@
-"""What the two processes of test_deepspeed.py run: real DeepSpeed engines on a toy model, one case after the other.
+"""What the two processes of test_deepspeed.py run: real DeepSpeed engines on a toy
+model, one case after the other.
 
-A process group can be given to DeepSpeed only once in a process, so all cases run in one go, and the results go back by
-name: `{"value": ...}` or `{"error": traceback}` for each rank. The tests then look at one case each.
+A process group can be given to DeepSpeed only once in a process, so all cases run in
+one go, and the results go back by name: `{"value": ...}` or `{"error": traceback}` for
+each rank. The tests then look at one case each.
 """
 
 from __future__ import annotations
@@ -90,7 +92,9 @@ def refusals(rank: int) -> dict[str, str]:
         return PipelineModule([nn.Linear(12, 12), nn.Linear(12, 5)], num_stages=1)
 
     def compressed(model: nn.Module) -> Any:
-        return CompressedOptimizer(torch.optim.AdamW(model.named_parameters()), compressor=PowerSGD(rank=2))
+        return CompressedOptimizer(
+            torch.optim.AdamW(model.named_parameters()), compressor=PowerSGD(rank=2)
+        )
 
     autocast = {"enabled": True, "dtype": "float16"}
     offload = {"device": "cpu", "super_offload": True}
@@ -108,8 +112,15 @@ def refusals(rank: int) -> dict[str, str]:
         "super_offload": {"stage": 3, "zero": {"offload_optimizer": offload}},
         "deepcompile": {"stage": 3, "compile": {"deepcompile": True}},
         "contiguous_gradients": {"stage": 2, "zero": {"contiguous_gradients": False}},
-        "check_grad_overflow": {"stage": 1, "bf16": {"enabled": True, "check_grad_overflow": False}},
-        "compute_grad_norm": {"stage": 2, "zero": {"compute_grad_norm": False}, "gradient_clipping": 0.0},
+        "check_grad_overflow": {
+            "stage": 1,
+            "bf16": {"enabled": True, "check_grad_overflow": False},
+        },
+        "compute_grad_norm": {
+            "stage": 2,
+            "zero": {"compute_grad_norm": False},
+            "gradient_clipping": 0.0,
+        },
         "gradient_allreduce_op": {"gradient_allreduce_op": "sum"},
         "torch_autocast": {"stage": 1, "torch_autocast": autocast},
         "hybrid_engine": {"hybrid_engine": {"enabled": True}},
@@ -134,7 +145,9 @@ def refusals(rank: int) -> dict[str, str]:
         settings = config(given.pop("stage", 0), section=given.pop("section", RANK_2), **given)
         if "optimizer" in settings:
             client = None
-        start = functools.partial(deepspeed.initialize, model=model, config=settings, dist_init_required=False)
+        start = functools.partial(
+            deepspeed.initialize, model=model, config=settings, dist_init_required=False
+        )
         found[name] = message(functools.partial(start, optimizer=client))
         deepspeed.zero.partition_parameters.restore_init_context()
     return found
@@ -154,18 +167,30 @@ def mismatch(rank: int) -> dict[str, str]:
 
 
 def left_alone(rank: int) -> dict[str, Any]:
-    """An engine without the section, and one with it that does not train: ordinary engines."""
+    """An engine without the section, and one with it that does not train: ordinary
+    engines.
+    """
     import deepspeed
 
     from lowrank_comm.integrations.deepspeed import get
 
     found = {}
     settings = config(3, section=RANK_2)
-    inference = deepspeed.initialize(model=seeded_toy(), config=settings, dist_init_required=False)[0]
+    inference = deepspeed.initialize(model=seeded_toy(), config=settings, dist_init_required=False)[
+        0
+    ]
     for name, made in {"no section": engine_of(config(2)), "no optimizer": inference}.items():
         with engines(made) as engine:
-            touched = [key for key in ("allreduce_gradients", "save_checkpoint", "_take_model_step") if key in vars(engine)]
-            found[name] = (get(engine), touched, getattr(engine.optimizer, "_coalesce_grad_reduction", False))
+            touched = [
+                key
+                for key in ("allreduce_gradients", "save_checkpoint", "_take_model_step")
+                if key in vars(engine)
+            ]
+            found[name] = (
+                get(engine),
+                touched,
+                getattr(engine.optimizer, "_coalesce_grad_reduction", False),
+            )
     return found
 
 
@@ -192,9 +217,17 @@ def cases(folder: str) -> dict[str, Case]:
         add(f"identical {stage} fp32", training.identical, stage, "fp32")
         add(f"identical {stage} bf16", training.identical, stage, "bf16")
         add(f"late overflow {stage}", training.late_overflow, stage)
-        if stage > 0:  # at stage 0 this DeepSpeed never multiplies the loss by its scale
+        # at stage 0 this DeepSpeed never multiplies the loss by its scale
+        if stage > 0:
             add(f"high scale {stage}", training.high_scale, stage)
-        add(f"resume {stage} fp32", training.resume, f"{folder}/resume_{stage}_fp32", stage, "fp32", 2)
+        add(
+            f"resume {stage} fp32",
+            training.resume,
+            f"{folder}/resume_{stage}_fp32",
+            stage,
+            "fp32",
+            2,
+        )
         add(f"traffic {stage}", training.traffic, stage, 2)
         add(f"direct {stage}", training.direct_backward, stage)
         add(f"owned boundary {stage}", training.owned_boundary, stage)
@@ -203,21 +236,53 @@ def cases(folder: str) -> dict[str, Case]:
         add(f"recomputed {stage}", training.recomputed, stage)
         add(f"dropped {stage}", training.dropped, stage)
         for who in training.USERS:
-            if (stage, who) != (3, "rank 1"):  # ZeRO-3 gathers a module when it runs: all ranks must run the same
+            # ZeRO-3 gathers a module when it runs: all ranks must run the same
+            if (stage, who) != (3, "rank 1"):
                 add(f"detour {stage} {who}", training.detours, stage, who)
         if stage > 0:
             add(f"own coalescing {stage}", training.own_coalescing, stage)
             offload = {"offload_optimizer": {"device": "cpu"}}
-            add(f"variant offload {stage}", training.variant, stage=stage, zero=offload, zero_force_ds_cpu_optimizer=False)
-            add(f"variant buckets {stage}", training.variant, stage=stage, zero={"reduce_bucket_size": 300}, gas=2)
-            add(f"variant overlap {stage}", training.variant, stage=stage, zero={"overlap_comm": stage < 3}, gas=2)
+            add(
+                f"variant offload {stage}",
+                training.variant,
+                stage=stage,
+                zero=offload,
+                zero_force_ds_cpu_optimizer=False,
+            )
+            add(
+                f"variant buckets {stage}",
+                training.variant,
+                stage=stage,
+                zero={"reduce_bucket_size": 300},
+                gas=2,
+            )
+            add(
+                f"variant overlap {stage}",
+                training.variant,
+                stage=stage,
+                zero={"overlap_comm": stage < 3},
+                gas=2,
+            )
     add("resume 1 bf16 fp32", training.resume, f"{folder}/resume_bf16", 1, "bf16", 2, **accumulate)
     add("resume 3 fp16", training.resume, f"{folder}/resume_fp16", 3, "fp16", 1)
-    add("variant secondary partition", training.variant, stage=3, zero={"zero_hpz_partition_size": 2})
-    parameters_on_cpu = {"offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
+    add(
+        "variant secondary partition",
+        training.variant,
+        stage=3,
+        zero={"zero_hpz_partition_size": 2},
+    )
+    parameters_on_cpu = {
+        "offload_param": {"device": "cpu"},
+        "stage3_param_persistence_threshold": 0,
+    }
     add("variant offload of parameters", training.variant, stage=3, zero=parameters_on_cpu)
     add("variant round robin", training.variant, stage=2, zero={"round_robin_gradients": True})
-    add("variant autocast", training.variant, stage=2, torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    add(
+        "variant autocast",
+        training.variant,
+        stage=2,
+        torch_autocast={"enabled": True, "dtype": "bfloat16"},
+    )
     for who in ("nobody", "rank 1"):
         add(f"float accumulation {who}", training.float_accumulation, who)
     for stage in (0, 1):
@@ -227,14 +292,27 @@ def cases(folder: str) -> dict[str, Case]:
         for whose in ("engine", "optimizer"):
             add(f"dropped pass {stage} {whose}", mishaps.dropped_pass, stage, whose)
         add(f"dropped micro-steps {stage}", mishaps.dropped_micro_steps, stage)
-        add(f"zero_grad after own boundaries {stage}", mishaps.zero_grad_after_own_boundaries, stage)
+        add(
+            f"zero_grad after own boundaries {stage}", mishaps.zero_grad_after_own_boundaries, stage
+        )
         add(f"raising scheduler {stage}", mishaps.raising_scheduler, stage)
-        add(f"other runs {stage}", mishaps.other_runs_checkpoints, f"{folder}/other_runs_{stage}", stage)
+        add(
+            f"other runs {stage}",
+            mishaps.other_runs_checkpoints,
+            f"{folder}/other_runs_{stage}",
+            stage,
+        )
         if stage > 0:
             add(f"coalescing and plain {stage}", mishaps.coalescing_and_plain, stage)
             add(f"unused later {stage}", mishaps.unused_later, stage)
             for dtype, gas in (("fp32", 1), ("fp32", 2), ("bf16", 1), ("fp16", 1)):
-                add(f"offloaded veto {stage} {dtype} {gas}", mishaps.offloaded_veto, stage, dtype, gas)
+                add(
+                    f"offloaded veto {stage} {dtype} {gas}",
+                    mishaps.offloaded_veto,
+                    stage,
+                    dtype,
+                    gas,
+                )
     add("reused optimizer", mishaps.reused_optimizer)
     add("engines of their own", mishaps.engines_of_their_own)
     add("a part called module", mishaps.a_part_called_module)
@@ -246,8 +324,14 @@ def cases(folder: str) -> dict[str, Case]:
 
 def start(rank: int, world: int) -> None:
     """Hand the process group that is there to DeepSpeed."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # DeepSpeed wants to see them; nobody connects
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "DS_ACCELERATOR": "cpu",
+    }
+    # DeepSpeed wants to see them; nobody connects
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     count_collectives()
     logging.disable(logging.WARNING)
     import deepspeed
@@ -255,8 +339,9 @@ def start(rank: int, world: int) -> None:
     from lowrank_comm.integrations.deepspeed import skip_shm_extension
 
     skip_shm_extension()
-    # DeepSpeed refuses fp16 on a processor without instructions for it. torch computes it on any, and these tests are not
-    # about speed; without this line they would depend on the machine.
+    # DeepSpeed refuses fp16 on a processor without instructions for it. torch computes
+    # it on any, and these tests are not about speed; without this line they would
+    # depend on the machine.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
 
@@ -271,7 +356,8 @@ def run_all(rank: int, folder: str, listed: dict[str, Case]) -> dict[str, dict[s
     """Case after case; what each returned or raised."""
     results = {}
     for name, (case, arguments, options) in listed.items():
-        (Path(folder) / f"running_{rank}").write_text(name)  # for whoever wonders which case a process died in
+        # for whoever wonders which case a process died in
+        (Path(folder) / f"running_{rank}").write_text(name)
         try:
             results[name] = {"value": case(rank, *arguments, **options)}
         except Exception:
@@ -285,4 +371,8 @@ def alone(rank: int, folder: str) -> dict[str, Any]:
     with engines(engine_of(config(0, gas=2, section=RESTARTS))) as engine:
         engine.load_checkpoint(f"{folder}/resume_0_fp32")
         found = state(adapter_of(engine))
-        return {"loaded": found, "losses": train(engine, range(4, 8), rank), "steps": adapter_of(engine).reducer.step}
+        return {
+            "loaded": found,
+            "losses": train(engine, range(4, 8), rank),
+            "steps": adapter_of(engine).reducer.step,
+        }

@@ -1,8 +1,9 @@
-"""The smallest driver of a compressor's generators: N workers in one process, answers in plain arithmetic. No reducer,
-no buffers, no group.
+"""The smallest driver of a compressor's generators: N workers in one process, answers
+in plain arithmetic. No reducer, no buffers, no group.
 
-The tests hold the library's reducer against it, and look with it at what a compressor returns (what was sent, what was
-applied). And one step of the real optimizer, recorded."""
+The tests hold the library's reducer against it, and look with it at what a compressor
+returns (what was sent, what was applied). And one step of the real optimizer, recorded.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +17,30 @@ from torch import Tensor
 
 from lowrank_comm import CompressedOptimizer
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
-from lowrank_comm.compressors.requests import ComputeOnce, Gather, Mean, Read, Request, SumOverRows, WholeRows
+from lowrank_comm.compressors.requests import (
+    ComputeOnce,
+    Gather,
+    Mean,
+    Read,
+    Request,
+    SumOverRows,
+    WholeRows,
+)
 from lowrank_comm.compressors.restart_schedule import steady
 from lowrank_comm.simulation import Simulation
 
 
-def drive(compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[State], context: Context) -> list[Result]:
-    """One step of one batch for every worker. deltas: (B, m, n) for each worker. Returns each worker's result."""
+def drive(
+    compressor: Compressor, deltas: Sequence[Tensor], states: Sequence[State], context: Context
+) -> list[Result]:
+    """One step of one batch for every worker. deltas: (B, m, n) for each worker.
+    Returns each worker's result.
+    """
     contexts = [replace(context, worker=k, workers=len(deltas)) for k in range(len(deltas))]
-    runs = [compressor.step(Delta(d), state, one) for d, state, one in zip(deltas, states, contexts, strict=True)]
+    runs = [
+        compressor.step(Delta(d), state, one)
+        for d, state, one in zip(deltas, states, contexts, strict=True)
+    ]
     results: list[Result] = []
     asked: list[Request] = [next(run) for run in runs]
     while not results:
@@ -70,9 +86,18 @@ def dense(value: object) -> Tensor:
 
 
 class Workers:
-    """N workers that repeat `drive` with error feedback on a batch of named matrices of one shape."""
+    """N workers that repeat `drive` with error feedback on a batch of named matrices of
+    one shape.
+    """
 
-    def __init__(self, compressor: Compressor, names: tuple[str, ...], workers: int, basis: Tensor, seed: int = 0) -> None:
+    def __init__(
+        self,
+        compressor: Compressor,
+        names: tuple[str, ...],
+        workers: int,
+        basis: Tensor,
+        seed: int = 0,
+    ) -> None:
         self.compressor, self.names, self.seed, self.t = compressor, names, seed, 0
         self.rank = basis.shape[-1]
         self.states: list[State] = [{"Q": basis.clone()} for _ in range(workers)]
@@ -80,10 +105,14 @@ class Workers:
 
     def step(self, gradients: Sequence[Tensor]) -> list[Result]:
         """gradients: (B, m, n) for each worker. `errors` is e_{t+1} afterwards."""
-        errors = self.errors if self.errors is not None else [torch.zeros_like(g) for g in gradients]
+        errors = (
+            self.errors if self.errors is not None else [torch.zeros_like(g) for g in gradients]
+        )
         schedule = self.compressor.schedule(dict.fromkeys(self.names, 1))
         restart = schedule is not None and schedule.due(self.names[0], self.t)
-        context = at(self.compressor, Context(self.names, self.t, self.seed, self.rank), self.t, restart)
+        context = at(
+            self.compressor, Context(self.names, self.t, self.seed, self.rank), self.t, restart
+        )
         deltas = [g + e for g, e in zip(gradients, errors, strict=True)]
         results = drive(self.compressor, deltas, self.states, context)
         self.states = [result.state for result in results]
@@ -98,7 +127,9 @@ class Workers:
 def recorded_step(
     optimizer: CompressedOptimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """A step on this rank: the averaged compressed gradient, this worker's error memory and the parameters after it."""
+    """A step on this rank: the averaged compressed gradient, this worker's error memory
+    and the parameters after it.
+    """
     optimizer.reduce_gradients()
     applied = {name: p.grad.numpy().copy() for name, p in parameters.items()}
     optimizer.step()
@@ -109,6 +140,13 @@ def recorded_step(
     }
 
 
-def simulation(compressor: Compressor, shapes: Mapping[str, Sequence[int]], workers: int = 1, **options: Any) -> Simulation:
+def simulation(
+    compressor: Compressor, shapes: Mapping[str, Sequence[int]], workers: int = 1, **options: Any
+) -> Simulation:
     """The library's simulation with every matrix compressed, in float64 unless told."""
-    return Simulation(shapes, compressor, workers, **({"dtype": torch.float64, "min_compression_rate": 0} | options))
+    return Simulation(
+        shapes,
+        compressor,
+        workers,
+        **({"dtype": torch.float64, "min_compression_rate": 0} | options),
+    )

@@ -1,5 +1,6 @@
-"""What goes wrong or goes on in a run under an engine: overflows, exhausted data, interruptions. Each function runs on every
-rank of a gloo group."""
+"""What goes wrong or goes on in a run under an engine: overflows, exhausted data,
+interruptions. Each function runs on every rank of a gloo group.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,11 @@ def built(setup: Setup, scaler: Any = None) -> tuple[nn.Module, CompressedOptimi
     options = {"min_compression_rate": 0, "seed": 3, **setup.options}
     assert setup.compressor is not None
     optimizer = CompressedOptimizer(
-        setup.base(plain_names(model).items()), setup.compressor, process_group, shard_scope=setup.scope, **options
+        setup.base(plain_names(model).items()),
+        setup.compressor,
+        process_group,
+        shard_scope=setup.scope,
+        **options,
     )
     optimizer.attach(model, scaler=scaler)
     return model, optimizer
@@ -59,7 +64,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def overflow(rank: int, setup: Setup, culprit: int, unscale: bool) -> dict[str, Any]:
-    """A GradScaler; at step 2 the loss of one rank is infinite. What every rank did then, and at the end."""
+    """A GradScaler; at step 2 the loss of one rank is infinite. What every rank did
+    then, and at the end.
+    """
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
     model, optimizer = built(setup, scaler)
     seen: dict[str, Any] = {"scales": [], "equal": None}
@@ -96,7 +103,9 @@ def without_scaler(rank: int, setup: Setup, skipped: int) -> dict[str, Tensor]:
 
 
 def not_finite(rank: int, setup: Setup, culprit: int) -> list[bool]:
-    """NaN on one rank at step 1, without a scaler: whether it left everything as it was, and whether the run goes on."""
+    """NaN on one rank at step 1, without a scaler: whether it left everything as it
+    was, and whether the run goes on.
+    """
     model, optimizer = built(setup)
     found = []
     for step in range(3):
@@ -118,7 +127,10 @@ def exhausted(rank: int, setup: Setup, joins: bool) -> dict[str, Any]:
             loss_of(model, step, rank).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return {"parameters": {name: full(p) for name, p in plain_names(model).items()}, "step": optimizer.reducer.step}
+    return {
+        "parameters": {name: full(p) for name, p in plain_names(model).items()},
+        "step": optimizer.reducer.step,
+    }
 
 
 class OneBranch(nn.Module):
@@ -181,8 +193,12 @@ def second_backward(rank: int, setup: Setup) -> str:
     return "no error"
 
 
-def interrupted(rank: int, setup: Setup, stop: int, more: int, way: str, folder: str) -> tuple[dict[str, Tensor], ...]:
-    """`more` steps after `stop`: as they come, and after everything was saved and loaded into new objects."""
+def interrupted(
+    rank: int, setup: Setup, stop: int, more: int, way: str, folder: str
+) -> tuple[dict[str, Tensor], ...]:
+    """`more` steps after `stop`: as they come, and after everything was saved and
+    loaded into new objects.
+    """
     model, optimizer = built(setup)
     run(rank, model, optimizer, 0, stop, setup)
     saved = saved_state(model, optimizer, way, folder)
@@ -195,7 +211,14 @@ def interrupted(rank: int, setup: Setup, stop: int, more: int, way: str, folder:
     return expected, {name: full(p) for name, p in plain_names(fresh).items()}
 
 
-def run(rank: int, model: nn.Module, optimizer: CompressedOptimizer, first: int, count: int, setup: Setup) -> None:
+def run(
+    rank: int,
+    model: nn.Module,
+    optimizer: CompressedOptimizer,
+    first: int,
+    count: int,
+    setup: Setup,
+) -> None:
     for step in range(first, first + count):
         backward(loss_of(model, step, rank), optimizer)
         optimizer.step()
@@ -207,19 +230,29 @@ WHOLE_FROM_ALL = StateDictOptions(full_state_dict=True)
 
 
 def saved_state(model: nn.Module, optimizer: CompressedOptimizer, way: str, folder: str) -> Any:
-    """way: "file" (the compressor's own file beside the base optimizer's state) or "dcp" (everything in the state dict)."""
+    """way: "file" (the compressor's own file beside the base optimizer's state) or
+    "dcp" (everything in the state dict).
+    """
     optimizer.consolidate_error_memory()
     if way == "file":
         checkpoint.save(optimizer.reducer, folder)
-        return copy.deepcopy((get_model_state_dict(model), get_optimizer_state_dict(model, optimizer.base)))  # they are live
-    state = (get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE))
+        # they are live
+        return copy.deepcopy(
+            (get_model_state_dict(model), get_optimizer_state_dict(model, optimizer.base))
+        )
+    state = (
+        get_model_state_dict(model, options=WHOLE),
+        get_optimizer_state_dict(model, optimizer, options=WHOLE),
+    )
     if dist.get_rank() == 0:
         torch.save(state, Path(folder) / "whole.pt")
     dist.barrier()
     return None
 
 
-def load_state(model: nn.Module, optimizer: CompressedOptimizer, way: str, folder: str, saved: Any) -> None:
+def load_state(
+    model: nn.Module, optimizer: CompressedOptimizer, way: str, folder: str, saved: Any
+) -> None:
     if way == "file":
         of_model, of_optimizer = saved
         set_model_state_dict(model, of_model)
@@ -243,8 +276,12 @@ def first_part(rank: int, setup: Setup, stop: int, more: int, folder: str) -> di
     return {name: full(p) for name, p in plain_names(model).items()}
 
 
-def second_part(rank: int, setup: Setup, stop: int, more: int, folder: str, way: str) -> dict[str, Tensor]:
-    """Go on from what `first_part` saved, under another engine and with another number of workers."""
+def second_part(
+    rank: int, setup: Setup, stop: int, more: int, folder: str, way: str
+) -> dict[str, Tensor]:
+    """Go on from what `first_part` saved, under another engine and with another number
+    of workers.
+    """
     model, optimizer = built(setup)
     load_state(model, optimizer, "dcp", folder, None)
     if way == "file":
@@ -257,21 +294,34 @@ def second_part(rank: int, setup: Setup, stop: int, more: int, folder: str, way:
 def in_other_blocks(
     rank: int, first: Setup, second: Setup, stop: int, more: int, folder: str
 ) -> dict[str, dict[str, Tensor]]:
-    """What a run ends with that is saved in the blocks of `first` and goes on in those of `second`, by way of saving."""
+    """What a run ends with that is saved in the blocks of `first` and goes on in those
+    of `second`, by way of saving.
+    """
     model, optimizer = built(first)
     run(rank, model, optimizer, 0, stop, first)
     checkpoint.save(optimizer.reducer, folder)
     saved_state(model, optimizer, "dcp", folder)
-    flags = [entry.get("lowrank_comm_v_started") for entry in optimizer.state_dict()["state"].values()]
-    assert all(flag is None or bool(flag.all()) for flag in flags)  # whichever rank's torch.distributed.checkpoint takes
-    dcp.save({"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    flags = [
+        entry.get("lowrank_comm_v_started") for entry in optimizer.state_dict()["state"].values()
+    ]
+    # whichever rank's torch.distributed.checkpoint takes
+    assert all(flag is None or bool(flag.all()) for flag in flags)
+    dcp.save(
+        {"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer)},
+        checkpoint_id=folder,
+    )
     optimizer.detach()
     found = {}
     for way in ("file", "whole", "disk"):
         model, optimizer = built(second)
         if way == "disk":
-            state = {"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer)}
-            dcp.load(state, checkpoint_id=folder, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+            state = {
+                "m": get_model_state_dict(model),
+                "o": get_optimizer_state_dict(model, optimizer),
+            }
+            dcp.load(
+                state, checkpoint_id=folder, planner=dcp.DefaultLoadPlanner(allow_partial_load=True)
+            )
             set_model_state_dict(model, state["m"])
             set_optimizer_state_dict(model, optimizer, state["o"])
         else:
@@ -285,7 +335,9 @@ def in_other_blocks(
     return found
 
 
-def same_data(rank: int, model: nn.Module, optimizer: CompressedOptimizer, first: int, count: int) -> None:
+def same_data(
+    rank: int, model: nn.Module, optimizer: CompressedOptimizer, first: int, count: int
+) -> None:
     """Four parts of data, whatever the number of ranks: the mean gradient is the same."""
     world = dist.get_world_size()
     mine = range(rank * 4 // world, (rank + 1) * 4 // world)
@@ -297,7 +349,9 @@ def same_data(rank: int, model: nn.Module, optimizer: CompressedOptimizer, first
 
 
 def stale_gathered_state(rank: int, setup: Setup, folder: str) -> list[float]:
-    """State dicts made after the compressor's file was saved or loaded: the gap of their errors to those of the reducer."""
+    """State dicts made after the compressor's file was saved or loaded: the gap of
+    their errors to those of the reducer.
+    """
     model, optimizer = built(setup)
     run(rank, model, optimizer, 0, 2, setup)
     optimizer.consolidate_error_memory()
@@ -321,17 +375,28 @@ def gap_of_saved_errors(optimizer: CompressedOptimizer) -> float:
         entry = saved["state"][names.index(slot.name)].get("lowrank_comm_error")
         if entry is not None:
             mine = optimizer.reducer.error_memory()[slot.name]
-            whole = entry if entry.shape == mine.shape else optimizer.reducer.intra_node.own(entry, slot.dim)
+            whole = (
+                entry
+                if entry.shape == mine.shape
+                else optimizer.reducer.intra_node.own(entry, slot.dim)
+            )
             gap = max(gap, float((whole - mine).abs().max()))
     return gap
 
 
-def through_disk(rank: int, setup: Setup, stop: int, more: int, folder: str) -> tuple[dict[str, Tensor], ...]:
-    """As `interrupted`, by dcp.save and dcp.load, which reads in place into the state of a run that has made no step."""
+def through_disk(
+    rank: int, setup: Setup, stop: int, more: int, folder: str
+) -> tuple[dict[str, Tensor], ...]:
+    """As `interrupted`, by dcp.save and dcp.load, which reads in place into the state
+    of a run that has made no step.
+    """
     model, optimizer = built(setup)
     run(rank, model, optimizer, 0, stop, setup)
     optimizer.consolidate_error_memory()
-    dcp.save({"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    dcp.save(
+        {"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer)},
+        checkpoint_id=folder,
+    )
     run(rank, model, optimizer, stop, more, setup)
     expected = {name: full(p) for name, p in plain_names(model).items()}
     optimizer.detach()
@@ -345,7 +410,9 @@ def through_disk(rank: int, setup: Setup, stop: int, more: int, folder: str) -> 
 
 
 def failed_backward(rank: int, setup: Setup, fails: bool) -> dict[str, Tensor]:
-    """A backward pass that raises on all ranks after buckets have begun; the run goes on with one that is not the last."""
+    """A backward pass that raises on all ranks after buckets have begun; the run goes
+    on with one that is not the last.
+    """
     model, optimizer = built(setup)
     run(rank, model, optimizer, 0, 2, setup)
     if fails:
@@ -367,7 +434,9 @@ def _raise(*_: Any) -> None:
 
 
 def gone_without_detach(rank: int, setup: Setup) -> list[float]:
-    """The optimizer is dropped; the engine averages by itself again. The sum of the parameters before and after a step."""
+    """The optimizer is dropped; the engine averages by itself again. The sum of the
+    parameters before and after a step.
+    """
     model, optimizer = built(setup)
     run(rank, model, optimizer, 0, 1, setup)
     there = weakref.ref(optimizer)
@@ -419,7 +488,9 @@ def differing_within_a_node(rank: int, what: str) -> str:
         model.weight.fill_(float(rank % 2) if what == "weights" else 0.5)
     clip = 1.0 if what == "clipping" and rank % 2 else None
     base = torch.optim.SGD(model.named_parameters(), lr=0.1)
-    optimizer = CompressedOptimizer(base, PowerSGD(2), mesh, min_compression_rate=0, max_grad_norm=clip)
+    optimizer = CompressedOptimizer(
+        base, PowerSGD(2), mesh, min_compression_rate=0, max_grad_norm=clip
+    )
     model(torch.full((1, 8), 1.0 + rank)).sum().backward()
     try:
         optimizer.step()
@@ -429,7 +500,9 @@ def differing_within_a_node(rank: int, what: str) -> str:
 
 
 def unconsolidated(rank: int, setup: Setup) -> str:
-    """A state dict that was made without consolidation, loaded by the very rank that made it."""
+    """A state dict that was made without consolidation, loaded by the very rank that
+    made it.
+    """
     model, optimizer = built(setup)
     run(rank, model, optimizer, 0, 2, setup)
     with warnings.catch_warnings():

@@ -1,12 +1,15 @@
-"""The engine matrix: which test shows what of which engine. Written into docs/engines.md and README.md from the tests.
+"""The engine matrix: which test shows what of which engine. Written into
+docs/engines.md and README.md from the tests.
 
     python tests/engine_matrix.py            writes both
     python tests/engine_matrix.py --check    says whether both are as the tests are
 
-A test that carries `@pytest.mark.shows(column, ...)` fills its columns in the row of the engine that it runs: the id of its
-parameter `engine`, or `engine="..."` of the marker with the test's parameters filled in; `when="..."` restricts it to
-parameters that say so. A cell links to the test's file and
-names the test; where no test shows a thing, the cell says no, or why it cannot be."""
+A test that carries `@pytest.mark.shows(column, ...)` fills its columns in the row of
+the engine that it runs: the id of its parameter `engine`, or `engine="..."` of the
+marker with the test's parameters filled in; `when="..."` restricts it to parameters
+that say so. A cell links to the test's file and names the test; where no test shows a
+thing, the cell says no, or why it cannot be.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- engine matrix, written by tests/engine_matrix.py -->", "<!-- end of the engine matrix -->"
+BEGIN = "<!-- engine matrix, written by tests/engine_matrix.py -->"
+END = "<!-- end of the engine matrix -->"
 FILES = {ROOT / "docs/engines.md": "../tests", ROOT / "README.md": "tests"}
 
 COLUMNS = [
@@ -52,15 +56,24 @@ class _Collector:
                 row = self._row(item, marker)
                 unknown = [column for column in marker.args if column not in COLUMNS]
                 if row not in ROWS or unknown:
-                    raise pytest.UsageError(f"{item.nodeid}: no row {row!r}, or no columns {unknown}, in engine_matrix.py")
+                    raise pytest.UsageError(
+                        f"{item.nodeid}: no row {row!r}, or no columns {unknown}, in"
+                        " engine_matrix.py"
+                    )
                 for column in marker.args:
-                    self.cells.setdefault((row, column), (Path(item.fspath).name, item.originalname))
+                    self.cells.setdefault(
+                        (row, column), (Path(item.fspath).name, item.originalname)
+                    )
 
     @staticmethod
     def _row(item: Any, marker: Any) -> str:
         if "engine" in marker.kwargs:
             return str(marker.kwargs["engine"].format(**item.callspec.params))
-        names = [name for name in ROWS if item.callspec.id == name or f"-{name}" in f"-{item.callspec.id}"]
+        names = [
+            name
+            for name in ROWS
+            if item.callspec.id == name or f"-{name}" in f"-{item.callspec.id}"
+        ]
         return max(names, key=len, default=item.callspec.id)
 
 
@@ -69,7 +82,16 @@ def collected() -> dict[tuple[str, str], tuple[str, str]]:
     collector = _Collector()
     with contextlib.redirect_stdout(io.StringIO()) as said:
         code = pytest.main(
-            ["--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / "tests")], [collector]
+            [
+                "--collect-only",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--rootdir",
+                str(ROOT),
+                str(ROOT / "tests"),
+            ],
+            [collector],
         )
     if code != 0:
         raise SystemExit(said.getvalue())
@@ -85,13 +107,16 @@ def table(cells: dict[tuple[str, str], tuple[str, str]], folder: str) -> str:
         shown = []
         for column in COLUMNS:
             found = cells.get((row, column))
-            title = f' "{found[1]}"' if found and folder.startswith("..") else ""  # the README's stays readable as text
+            # the README's stays readable as text
+            title = f' "{found[1]}"' if found and folder.startswith("..") else ""
             shown.append(f"[Y]({folder}/{found[0]}{title})" if found else WHY_NOT.get(column, "no"))
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def written(path: Path, folder: str, cells: dict[tuple[str, str], tuple[str, str]]) -> tuple[str, str]:
+def written(
+    path: Path, folder: str, cells: dict[tuple[str, str], tuple[str, str]]
+) -> tuple[str, str]:
     """A file's text as it is, and as it should be."""
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
@@ -108,7 +133,10 @@ def main() -> int:
             if "--check" not in sys.argv:
                 path.write_text(should_be, encoding="utf-8")
     if "--check" in sys.argv and stale:
-        print(f"{', '.join(stale)}: the engine matrix is not as the tests are; run python tests/engine_matrix.py")
+        print(
+            f"{', '.join(stale)}: the engine matrix is not as the tests are; run python"
+            " tests/engine_matrix.py"
+        )
         return 1
     print("the engine matrix is as the tests are")
     return 0

@@ -1,8 +1,11 @@
-"""Engines under one harness: the same small model, data and optimizer in each, and the simulation that they must equal.
+"""Engines under one harness: the same small model, data and optimizer in each, and the
+simulation that they must equal.
 
-`train` runs in gloo processes, with compression or with the engine's own averaging; `simulated` does the same in one
-process from the paper's algorithm. The model has what trips up sharding: rows that do not divide by the ranks, biases, a
-LayerNorm, a layer whose gradient has less than full rank, and (on request) tied and unused parameters."""
+`train` runs in gloo processes, with compression or with the engine's own averaging;
+`simulated` does the same in one process from the paper's algorithm. The model has what
+trips up sharding: rows that do not divide by the ranks, biases, a LayerNorm, a layer
+whose gradient has less than full rank, and (on request) tied and unused parameters.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,16 @@ class Block(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + (checkpoint(self.body, x, use_reentrant=False) if self.recompute else self.body(x))
+        return x + (
+            checkpoint(self.body, x, use_reentrant=False) if self.recompute else self.body(x)
+        )
 
 
 class Net(nn.Module):
-    """12 -> 5 with two residual blocks. `idle` is a layer that no forward uses; `at_times`: two layers, one of a single row,
-    that every second forward uses, from the first on; `tied`: the head's weight is the first's."""
+    """12 -> 5 with two residual blocks. `idle` is a layer that no forward uses;
+    `at_times`: two layers, one of a single row, that every second forward uses, from
+    the first on; `tied`: the head's weight is the first's.
+    """
 
     def __init__(
         self,
@@ -71,7 +78,11 @@ class Net(nn.Module):
             self.head.weight = self.first.weight
         with torch.no_grad():
             for p in self.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) / DIM**0.5 if p.dim() > 1 else torch.ones_like(p))
+                p.copy_(
+                    torch.randn(p.shape, generator=generator) / DIM**0.5
+                    if p.dim() > 1
+                    else torch.ones_like(p)
+                )
         self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +97,8 @@ class Net(nn.Module):
 def loss_of(model: Callable[[Tensor], Tensor], step: int, worker: int, micro: int = 0) -> Tensor:
     """The loss of one worker on its own data."""
     generator = torch.Generator().manual_seed(100_000 + 1_000 * step + 10 * worker + micro)
-    x, y = torch.randn(BATCH, DIM, generator=generator), torch.randn(BATCH, OUT, generator=generator)
+    x = torch.randn(BATCH, DIM, generator=generator)
+    y = torch.randn(BATCH, OUT, generator=generator)
     return ((model(x).float() - y) ** 2).mean()
 
 
@@ -94,7 +106,8 @@ def loss_of(model: Callable[[Tensor], Tensor], step: int, worker: int, micro: in
 class Setup:
     """What is trained, and how.
 
-    engine: "plain", "ddp", "flat" (FSDP2), "hsdp" (the sub-mesh given to fully_shard), "native" (the 2-D mesh given).
+    engine: "plain", "ddp", "flat" (FSDP2), "hsdp" (the sub-mesh given to fully_shard),
+        "native" (the 2-D mesh given).
     nodes: for two levels; 0 for one. compressor: None for the engine's own averaging.
     """
 
@@ -104,22 +117,32 @@ class Setup:
     scope: str = "shard"
     steps: int = 6
     micro: int = 1
-    clip: float | None = None  # by the caller, between backward and step
+    # by the caller, between backward and step
+    clip: float | None = None
     adam: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # of CompressedOptimizer
-    wrap: dict[str, Any] = field(default_factory=dict)  # of DDP or fully_shard
+    # of CompressedOptimizer
+    options: dict[str, Any] = field(default_factory=dict)
+    # of DDP or fully_shard
+    wrap: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     compiled: bool = False
-    says: bool = True  # tells the engine which backward pass is the last one of a step
+    # tells the engine which backward pass is the last one of a step
+    says: bool = True
     lr: float = 0.05
 
     def base(self, named: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(named, lr=self.lr / 5) if self.adam else torch.optim.SGD(named, lr=self.lr, momentum=0.9)
+        return (
+            torch.optim.AdamW(named, lr=self.lr / 5)
+            if self.adam
+            else torch.optim.SGD(named, lr=self.lr, momentum=0.9)
+        )
 
 
 def mesh_of(setup: Setup) -> Any:
     return init_device_mesh(
-        "cpu", (setup.nodes, dist.get_world_size() // setup.nodes), mesh_dim_names=("replicate", "shard")
+        "cpu",
+        (setup.nodes, dist.get_world_size() // setup.nodes),
+        mesh_dim_names=("replicate", "shard"),
     )
 
 
@@ -169,7 +192,9 @@ def accumulating(setup: Setup, model: nn.Module, optimizer: Any, last: bool) -> 
 
 
 def backward(loss: Tensor, optimizer: Any) -> int:
-    """A backward pass. How many buckets had begun when it reached its end, before the rest is begun there."""
+    """A backward pass. How many buckets had begun when it reached its end, before the
+    rest is begun there.
+    """
     if not isinstance(optimizer, CompressedOptimizer):
         loss.backward()
         return 0
@@ -190,10 +215,20 @@ def backward(loss: Tensor, optimizer: Any) -> int:
 
 @contextlib.contextmanager
 def counted(between: Any, inside: Any) -> Iterator[Counter[str]]:
-    """Bytes that this process hands to the collectives of two groups, counted where torch is called; whoever calls."""
-    ranks = {tuple(dist.get_process_group_ranks(group)): name for name, group in (("between", between), ("inside", inside))}
+    """Bytes that this process hands to the collectives of two groups, counted where
+    torch is called; whoever calls.
+    """
+    ranks = {
+        tuple(dist.get_process_group_ranks(group)): name
+        for name, group in (("between", between), ("inside", inside))
+    }
     seen: Counter[str] = Counter()
-    originals = [(dist, "all_reduce"), (shards, "_all_gather"), (shards, "_reduce_scatter"), (dist, "all_gather")]
+    originals = [
+        (dist, "all_reduce"),
+        (shards, "_all_gather"),
+        (shards, "_reduce_scatter"),
+        (dist, "all_gather"),
+    ]
 
     def counting(call: Callable[..., Any], which: int) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -219,7 +254,10 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def plain_names(model: nn.Module) -> dict[str, Tensor]:
-    return {name.removeprefix("module.").replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+    return {
+        name.removeprefix("module.").replace("_orig_mod.", ""): p
+        for name, p in model.named_parameters()
+    }
 
 
 def train(rank: int, setup: Setup) -> dict[str, Any]:
@@ -231,7 +269,9 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         options = {"min_compression_rate": 0, "seed": 3, **setup.options}
         if process_group is not None:
             options.update(process_group=process_group)
-        optimizer = CompressedOptimizer(optimizer, setup.compressor, shard_scope=setup.scope, **options)
+        optimizer = CompressedOptimizer(
+            optimizer, setup.compressor, shard_scope=setup.scope, **options
+        )
         plan = optimizer.attach(model)
     elif setup.engine in ("plain", "hsdp"):
         raise AssertionError("has no averaging of its own over all ranks")
@@ -268,19 +308,28 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         "reports": reports,
         "early": early,
         "carried": carried,
-        "plan": None if plan is None else (str(plan), plan.step_bytes, plan.average_bytes, plan.error_bytes),
+        "plan": None
+        if plan is None
+        else (str(plan), plan.step_bytes, plan.average_bytes, plan.error_bytes),
     }
     if setup.compressor is not None:
         memory = optimizer.error_memory()
         result["errors"] = {name: full(e) for name, e in memory.items()}
-        result["local errors"] = {n: tuple((e.to_local() if isinstance(e, DTensor) else e).shape) for n, e in memory.items()}
+        result["local errors"] = {
+            n: tuple((e.to_local() if isinstance(e, DTensor) else e).shape)
+            for n, e in memory.items()
+        }
         optimizer.detach()
     return result
 
 
-def simulated(setup: Setup, world: int, then: Setup | None = None, at: int = 0, lost: str = "") -> dict[str, Any]:
-    """The same training in this process: nodes (or ranks) as workers, their gradients averaged by `Simulation`. `then`,
-    `at`: saved at this step and gone on with so, see `goes_on`."""
+def simulated(
+    setup: Setup, world: int, then: Setup | None = None, at: int = 0, lost: str = ""
+) -> dict[str, Any]:
+    """The same training in this process: nodes (or ranks) as workers, their gradients
+    averaged by `Simulation`. `then`, `at`: saved at this step and gone on with so, see
+    `goes_on`.
+    """
     model = Net(**setup.model)
     optimizer = setup.base(model.named_parameters())
     workers = setup.nodes or world
@@ -303,7 +352,12 @@ def simulated(setup: Setup, world: int, then: Setup | None = None, at: int = 0, 
                 loss.backward()
                 total += loss.item()
             losses[rank].append(total)
-            gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
+            gradients.append(
+                {
+                    name: None if p.grad is None else p.grad.clone()
+                    for name, p in model.named_parameters()
+                }
+            )
         nodes = [_mean(gradients[k * ranks : (k + 1) * ranks]) for k in range(workers)]
         for name, grad in average(nodes).items():
             model.get_parameter(name).grad = grad
@@ -325,13 +379,19 @@ def _mean(gradients: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]
 OF_THE_REDUCER = ("min_compression_rate", "rules", "wire_dtype", "error_feedback", "quantization")
 
 
-def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """node gradients -> what all apply: exact without a compressor, else by the simulation, perhaps block by block."""
+def _averages(
+    setup: Setup, model: nn.Module, workers: int, ranks: int
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """node gradients -> what all apply: exact without a compressor, else by the
+    simulation, perhaps block by block.
+    """
     if setup.compressor is None:
         return _mean
     ranks = 1 if setup.scope == "matrix" else ranks
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    options = {"min_compression_rate": 0, "seed": 3} | {k: v for k, v in setup.options.items() if k in OF_THE_REDUCER}
+    options = {"min_compression_rate": 0, "seed": 3} | {
+        k: v for k, v in setup.options.items() if k in OF_THE_REDUCER
+    }
     blocks = [
         {
             name: (rows.stop - rows.start, *shape[1:])
@@ -340,7 +400,9 @@ def _averages(setup: Setup, model: nn.Module, workers: int, ranks: int) -> Calla
         }
         for f in range(ranks)
     ]
-    return functools.partial(_reduced, [Simulation(block, setup.compressor, workers, **options) for block in blocks])
+    return functools.partial(
+        _reduced, [Simulation(block, setup.compressor, workers, **options) for block in blocks]
+    )
 
 
 def _reduced(simulations: list[Simulation], nodes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -349,19 +411,26 @@ def _reduced(simulations: list[Simulation], nodes: list[dict[str, Any]]) -> dict
     for f, simulation in enumerate(simulations):
         names = [slot.name for slot in simulation.reducers[0].slots]
         cut = [
-            {n: None if node[n] is None else node[n][block_of(len(node[n]), len(simulations), f)] for n in names}
+            {
+                n: None if node[n] is None else node[n][block_of(len(node[n]), len(simulations), f)]
+                for n in names
+            }
             for node in nodes
         ]
         parts.append(simulation.reduce(cut))
     return {
-        name: None if parts[0][name] is None else torch.cat([part[name] for part in parts if name in part])
+        name: None
+        if parts[0][name] is None
+        else torch.cat([part[name] for part in parts if name in part])
         for name in parts[0]
     }
 
 
 def goes_on(olds: list[Simulation], news: list[Simulation], at: int, lost: str = "") -> None:
-    """A run with EF21 in other blocks and with other workers: every worker has the mean of what the workers kept, its rows
-    where they belong now; bases are new. `lost`: a symbol that starts anew instead."""
+    """A run with EF21 in other blocks and with other workers: every worker has the mean
+    of what the workers kept, its rows where they belong now; bases are new. `lost`: a
+    symbol that starts anew instead.
+    """
     for new in news:
         for reducer in new.reducers:
             reducer.continue_at(at)
@@ -378,7 +447,11 @@ def goes_on(olds: list[Simulation], news: list[Simulation], at: int, lost: str =
                 for reducer in new.reducers:
                     if name in reducer.bases():
                         started = {"v_started": torch.ones(1, 1)} if symbol == "v" else {}
-                        reducer.set_state(name, None, {symbol: whole[block_of(len(whole), len(news), f)], **started})
+                        reducer.set_state(
+                            name,
+                            None,
+                            {symbol: whole[block_of(len(whole), len(news), f)], **started},
+                        )
 
 
 def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

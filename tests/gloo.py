@@ -1,12 +1,17 @@
-"""Real gloo processes for the tests: started once a session, a fresh default process group for every case.
+"""Real gloo processes for the tests: started once a session, a fresh default process
+group for every case.
 
-A *case* is a module-level function `case(rank, *arguments)`. `GlooPool.run(case, world, *arguments)` calls it on
-`world` processes at once, each of them a member of a new default group of that size, and returns the values by rank. An
-exception on any rank comes back as `CaseFailed` with every rank's traceback. Nothing hangs: a case that is not done in
-time, or that left a rank waiting for a dead one, costs the processes their life; the next case starts new ones.
+A *case* is a module-level function `case(rank, *arguments)`. `GlooPool.run(case, world,
+*arguments)` calls it on `world` processes at once, each of them a member of a new
+default group of that size, and returns the values by rank. An exception on any rank
+comes back as `CaseFailed` with every rank's traceback. Nothing hangs: a case that is
+not done in time, or that left a rank waiting for a dead one, costs the processes their
+life; the next case starts new ones.
 
-Processes are forked from one that has imported what takes seconds (torch, and of the engines' libraries those that the tests
-have imported, too) and has done nothing else: no thread runs in it, and no group was ever made."""
+Processes are forked from one that has imported what takes seconds (torch, and of the
+engines' libraries those that the tests have imported, too) and has done nothing else:
+no thread runs in it, and no group was ever made.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +32,26 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=30)
 """How long one collective may wait for a rank that never comes."""
 GRACE = 5.0
 """Seconds the other ranks get to end by themselves once one of them has raised."""
-CORE = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "numpy", "pydantic", "safetensors.torch")
+CORE = (
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch._dynamo",
+    "numpy",
+    "pydantic",
+    "safetensors.torch",
+)
 LIBRARIES = {
-    "transformers": ("transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft"),
+    "transformers": (
+        "transformers.trainer",
+        "transformers.models.llama.modeling_llama",
+        "accelerate",
+        "peft",
+    ),
     "deepspeed": ("deepspeed",),
 }
-"""What is imported before processes are forked: always, and once the tests have imported the library."""
+"""What is imported before processes are forked: always, and once the tests have
+imported the library.
+"""
 
 
 class CaseFailed(AssertionError):
@@ -40,9 +59,12 @@ class CaseFailed(AssertionError):
 
 
 def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> None:
-    """The life of one process: receive a case, join the group, run it, answer, leave the group."""
+    """The life of one process: receive a case, join the group, run it, answer, leave
+    the group.
+    """
     os.environ.clear()
-    os.environ.update(environment)  # of now; that of the process which was forked is older
+    # of now; that of the process which was forked is older
+    os.environ.update(environment)
     import torch
     import torch.distributed as dist
 
@@ -56,8 +78,11 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
             store, world, case, arguments = pickle.loads(message)
             torch.manual_seed(0)
             shared = dist.FileStore(store, world)
-            dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
-            dist.barrier()  # all are connected before one may end
+            dist.init_process_group(
+                "gloo", store=shared, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
+            )
+            # all are connected before one may end
+            dist.barrier()
             answer = pickle.dumps((True, case(rank, *arguments)))
             _wait_for_all(shared, world)
         except BaseException:
@@ -71,8 +96,9 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
 def _wait_for_all(store: Any, world: int) -> None:
     """Until all ranks have done the case, or for GRACE if some never do.
 
-    A rank that leaves closes its connections, also those of a subgroup to which a slower rank is still connecting; that one
-    would fail with "connectFullMesh failed ... Connection closed by peer".
+    A rank that leaves closes its connections, also those of a subgroup to which a
+    slower rank is still connecting; that one would fail with "connectFullMesh failed
+    ... Connection closed by peer".
     """
     deadline = time.monotonic() + GRACE
     done = store.add("done", 1)
@@ -90,9 +116,12 @@ class GlooPool:
         self._folder = tempfile.TemporaryDirectory(prefix="gloo_")
         self._cases = 0
 
-    def run(self, case: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
-        """`case(rank, *arguments)` on ranks 0 .. world-1; their values by rank. (Pickled here, so tensors travel by
-        value.)"""
+    def run(
+        self, case: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0
+    ) -> list[Any]:
+        """`case(rank, *arguments)` on ranks 0 .. world-1; their values by rank.
+        (Pickled here, so tensors travel by value.)
+        """
         if not self._workers:
             self._start()
         self._cases += 1
@@ -122,7 +151,11 @@ class GlooPool:
                     deadline = min(deadline, time.monotonic() + GRACE)
         if failures:
             self._stop()
-            raise CaseFailed("\n".join(f"--- rank {rank} of {world}\n{text}" for rank, text in sorted(failures.items())))
+            raise CaseFailed(
+                "\n".join(
+                    f"--- rank {rank} of {world}\n{text}" for rank, text in sorted(failures.items())
+                )
+            )
         return values
 
     def close(self) -> None:
@@ -131,13 +164,25 @@ class GlooPool:
 
     def _start(self) -> None:
         if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
+            # a machine's own name need not resolve
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         context = multiprocessing.get_context("forkserver")
-        wanted = [*CORE, *(name for library, names in LIBRARIES.items() if library in sys.modules for name in names)]
-        context.set_forkserver_preload(wanted)  # of effect before the first start only
+        wanted = [
+            *CORE,
+            *(
+                name
+                for library, names in LIBRARIES.items()
+                if library in sys.modules
+                for name in names
+            ),
+        ]
+        # of effect before the first start only
+        context.set_forkserver_preload(wanted)
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, there, dict(os.environ)), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, there, dict(os.environ)), daemon=True
+            )
             process.start()
             there.close()
             self._workers.append((process, here))

@@ -1,9 +1,12 @@
-"""Several runs of a script of examples/ in one start of its processes, since starting takes longer than a short run.
+"""Several runs of a script of examples/ in one start of its processes, since starting
+takes longer than a short run.
 
-    torchrun --nproc_per_node 4 tests/in_turn.py train_engines "--engine ddp" "--engine zero1"
+    torchrun --nproc_per_node 4 tests/in_turn.py train_engines "--engine ddp" "--engine
+    zero1"
 
-Each further argument is a command line of the script. The runs share the process group, which DeepSpeed takes only once in a
-process; what a run says stands between two lines of `BETWEEN`.
+Each further argument is a command line of the script. The runs share the process group,
+which DeepSpeed takes only once in a process; what a run says stands between two lines
+of `BETWEEN`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ BETWEEN = "=== next run in the same processes ==="
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    # DeepSpeed's launcher adds it
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     name, *runs = words
     script: Any = importlib.import_module(name)
     import torch.distributed as dist
@@ -36,7 +40,8 @@ def main() -> None:
             print(BETWEEN, flush=True)
         sys.argv = [f"{name}.py", *run.split()]
         script.main()
-        if "accelerate" in sys.modules:  # for the next Trainer
+        # for the next Trainer
+        if "accelerate" in sys.modules:
             from accelerate.state import AcceleratorState, GradientState
 
             AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,7 +1,8 @@
-"""What a test needs of the machine: it skips where that is missing, and fails where it was promised to be there.
+"""What a test needs of the machine: it skips where that is missing, and fails where it
+was promised to be there.
 
-.ci/run sets LOWRANK_COMM_CLUSTER_TESTS=1 on machines where it has installed what the cluster tests need, so that none of
-them is passed over there unnoticed.
+.ci/run sets LOWRANK_COMM_CLUSTER_TESTS=1 on machines where it has installed what the
+cluster tests need, so that none of them is passed over there unnoticed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ PROMISE = "LOWRANK_COMM_CLUSTER_TESTS"
 
 
 def require(missing: str | None) -> None:
-    """Go on if nothing is missing (None); else skip with this reason, or fail with it if the promise is set."""
+    """Go on if nothing is missing (None); else skip with this reason, or fail with it
+    if the promise is set.
+    """
     if missing is None:
         return
     if os.environ.get(PROMISE) == "1":

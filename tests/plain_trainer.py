@@ -1,6 +1,8 @@
-"""A Trainer script like anybody's, which knows nothing of lowrank_comm: test_launch.py runs it through the launcher.
+"""A Trainer script like anybody's, which knows nothing of lowrank_comm: test_launch.py
+runs it through the launcher.
 
-Trains a few steps with checkpoints, then resumes from the middle with a fresh model, and writes both curves.
+Trains a few steps with checkpoints, then resumes from the middle with a fresh model,
+and writes both curves.
 """
 
 import argparse
@@ -25,8 +27,15 @@ class Sentences(torch.utils.data.Dataset):
 
 def trainer(given: argparse.Namespace) -> Trainer:
     set_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, use_cache=False, tie_word_embeddings=True, **sizes))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, use_cache=False, tie_word_embeddings=True, **sizes)
+    )
     arguments = TrainingArguments(
         given.output_dir, deepspeed=given.deepspeed, max_steps=6, save_steps=3, logging_steps=1, report_to=[], use_cpu=True,
         learning_rate=1e-2, per_device_train_batch_size=4, gradient_accumulation_steps=2, disable_tqdm=True, seed=0,
@@ -47,7 +56,13 @@ def main() -> None:
         logs = [log for log in one.state.log_history if "loss" in log]
         curves[name] = {log["step"]: [log["loss"], log["grad_norm"]] for log in logs}
     if one.is_world_process_zero():
-        seen = {"curves": curves, "local_rank": given.local_rank, "argv": sys.argv, "name": __name__, "path": sys.path[0]}
+        seen = {
+            "curves": curves,
+            "local_rank": given.local_rank,
+            "argv": sys.argv,
+            "name": __name__,
+            "path": sys.path[0],
+        }
         with Path(given.output_dir, "seen.json").open("w") as file:
             json.dump(seen, file)
 

@@ -1,6 +1,8 @@
-"""GaLore and GoLore in NumPy, as schemes of communication and as AdamW in the projected space, written from the papers'
-descriptions. Nothing of the compressors is used; random subspaces are made of the numbers of `randomness.gaussian`, which
-are part of what is specified."""
+"""GaLore and GoLore in NumPy, as schemes of communication and as AdamW in the projected
+space, written from the papers' descriptions. Nothing of the compressors is used; random
+subspaces are made of the numbers of `randomness.gaussian`, which are part of what is
+specified.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def orth(a: Matrix) -> Matrix:
     columns: list[Matrix] = []
     for column in a.T:
         for _ in range(2):
-            column = column - sum((np.dot(other, column) * other for other in columns), np.zeros_like(column))
+            column = column - sum(
+                (np.dot(other, column) * other for other in columns), np.zeros_like(column)
+            )
         columns.append(column / np.linalg.norm(column))
     return np.stack(columns, axis=1)
 
@@ -38,9 +42,11 @@ def singular_subspace(mean: Matrix, rows: bool, r: int) -> Matrix:
 
 
 class Projection:
-    """One matrix, N workers: the projector at each step, what is applied, what each worker keeps.
+    """One matrix, N workers: the projector at each step, what is applied, what each
+    worker keeps.
 
-    rule: "galore", "golore", or "every step" (random projection). `galore_until`: GaLore's refreshes before that step.
+    rule: "galore", "golore", or "every step" (random projection). `galore_until`:
+        GaLore's refreshes before that step.
     """
 
     def __init__(
@@ -56,7 +62,11 @@ class Projection:
         feedback: bool = False,
         seed: int = 0,
     ) -> None:
-        self.name, self.rank, self.tau, self.rule, self.seed = name, min(rank, *shape), tau, rule, seed
+        self.name = name
+        self.rank = min(rank, *shape)
+        self.tau = tau
+        self.rule = rule
+        self.seed = seed
         self.rows = on_rows(*shape, side)
         self.s = shape[0] if self.rows else shape[1]
         self.galore_until, self.feedback = galore_until, feedback
@@ -87,7 +97,9 @@ class Projection:
 
 
 class ProjectedAdam:
-    """AdamW whose moments are kept in coordinates of the subspace; for a matrix W of shape (m, n), starting at W."""
+    """AdamW whose moments are kept in coordinates of the subspace; for a matrix W of
+    shape (m, n), starting at W.
+    """
 
     def __init__(
         self,
@@ -101,7 +113,11 @@ class ProjectedAdam:
         second_moment: str,
     ) -> None:
         self.w, self.subspace, self.second_moment = w.copy(), subspace, second_moment
-        self.lr, self.betas, self.eps, self.weight_decay, self.scale = lr, betas, eps, weight_decay, scale
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.scale = scale
         free = w.shape[1] if subspace.rows else w.shape[0]
         self.first, self.second = np.zeros((free, subspace.rank)), np.zeros((free, subspace.rank))
         self.t = self.t_second = 0
@@ -120,14 +136,18 @@ class ProjectedAdam:
             self.first = self.first @ overlap
             if self.second_moment == "rotate":
                 rest = 1.0 - (overlap**2).sum(axis=0)
-                self.second = self.second @ overlap**2 + self.second.mean(axis=1, keepdims=True) * rest
+                self.second = (
+                    self.second @ overlap**2 + self.second.mean(axis=1, keepdims=True) * rest
+                )
             elif self.second_moment == "reset":
                 self.second, self.t_second = np.zeros_like(self.second), 0
         self.t, self.t_second = self.t + 1, self.t_second + 1
         r, (b1, b2) = self.coordinates(mean), self.betas
         self.first = b1 * self.first + (1 - b1) * r
         self.second = b2 * self.second + (1 - b2) * r**2
-        direction = (self.first / (1 - b1**self.t)) / (np.sqrt(self.second / (1 - b2**self.t_second)) + self.eps)
+        direction = (self.first / (1 - b1**self.t)) / (
+            np.sqrt(self.second / (1 - b2**self.t_second)) + self.eps
+        )
         if self.t_second < self.t:
             direction *= min(1.0, self.t_second / 10)
         full = direction @ self.subspace.p.T

@@ -1,15 +1,19 @@
-"""A SLURM cluster of several nodes on one machine, for tests of sbatch files: the real daemons, nothing simulated.
+"""A SLURM cluster of several nodes on one machine, for tests of sbatch files: the real
+daemons, nothing simulated.
 
     with SlurmLab(nodes=2) as slurm:
         job = slurm.submit("--nodes", "2", "job.sbatch", "--max_steps", "10")
         assert slurm.wait(job, timeout=120)["JobState"] == "COMPLETED"
 
-munged, slurmctld and one slurmd a node run as root on the loopback, on free ports, with all their files in one temporary
-directory; no service and no file of the machine is used. They live in a PID namespace of their own, so that they end
-together with every job and step when its first process does, and that one dies with the test process, however it ends.
-Nodes are called n0, n1, ...; these names do not resolve, as on some real clusters, and share the machine's file system.
-A node claims two GPUs, which SLURM counts but nobody checks: enough for a job to ask for `--gpus-per-node`. A job in the
-partition `high` preempts one in `low` (the default), which gets SIGTERM, five seconds of grace, and is requeued.
+munged, slurmctld and one slurmd a node run as root on the loopback, on free ports, with
+all their files in one temporary directory; no service and no file of the machine is
+used. They live in a PID namespace of their own, so that they end together with every
+job and step when its first process does, and that one dies with the test process,
+however it ends. Nodes are called n0, n1, ...; these names do not resolve, as on some
+real clusters, and share the machine's file system. A node claims two GPUs, which SLURM
+counts but nobody checks: enough for a job to ask for `--gpus-per-node`. A job in the
+partition `high` preempts one in `low` (the default), which gets SIGTERM, five seconds
+of grace, and is requeued.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-# cred_expire: a requeued job starts again after so many seconds; with the default of 120 a test would wait two minutes.
+# cred_expire: a requeued job starts again after so many seconds; with the default of
+# 120 a test would wait two minutes.
 CONFIGURATION = """\
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -67,11 +72,13 @@ PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 NODE = (
-    "NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=2000 Gres=gpu:2 State=UNKNOWN"
+    "NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=2000"
+    " Gres=gpu:2 State=UNKNOWN"
 )
 # SLURM wants a device file for each GPU and only looks whether it is there.
 GPUS = "AutoDetect=off\nName=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
-# The first process of the namespace. Its shell waits for all, and takes in the orphans of jobs.
+# The first process of the namespace. Its shell waits for all, and takes in the orphans
+# of jobs.
 DAEMONS = """\
 munged --foreground --force --socket={folder}/munge.socket --key-file={folder}/munge.key --pid-file={folder}/munged.pid \
 --log-file={folder}/munged.log --seed-file={folder}/munged.seed --num-threads=1 &
@@ -93,7 +100,10 @@ def missing() -> str | None:
     if absent:
         return f"SLURM is not installed: no {', '.join(absent)} (apt-get install slurm-wlm munge)"
     tried = subprocess.run(
-        ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
+        ["unshare", "--pid", "--fork", "--mount-proc", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return f"no PID namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
@@ -119,7 +129,8 @@ def remove_ownerless() -> None:
 
 
 def die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class SlurmLab:
@@ -131,19 +142,25 @@ class SlurmLab:
     def __enter__(self) -> SlurmLab:
         remove_ownerless()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
-        assert len(str(self.folder)) < 90, f"{self.folder}: too long for a socket's path; set TMPDIR to a shorter one"
+        assert len(str(self.folder)) < 90, (
+            f"{self.folder}: too long for a socket's path; set TMPDIR to a shorter one"
+        )
         self.folder.chmod(0o755)
         (self.folder / "state").mkdir()
         self.environment = {"SLURM_CONF": str(self.folder / "slurm.conf")}
         host, (port, *ports) = socket.gethostname().split(".")[0], free_ports(self.nodes + 1)
-        nodes = "\n".join(NODE.format(i=i, host=host, port=ports[i], cpus=self.cpus) for i in range(self.nodes))
+        nodes = "\n".join(
+            NODE.format(i=i, host=host, port=ports[i], cpus=self.cpus) for i in range(self.nodes)
+        )
         configuration = CONFIGURATION.format(host=host, port=port, folder=self.folder, nodes=nodes)
         (self.folder / "slurm.conf").write_text(configuration, encoding="utf-8")
         (self.folder / "gres.conf").write_text(GPUS, encoding="utf-8")
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
-        daemons = "\n".join(f"slurmd -D -N n{i} -f {self.folder}/slurm.conf &" for i in range(self.nodes))
+        daemons = "\n".join(
+            f"slurmd -D -N n{i} -f {self.folder}/slurm.conf &" for i in range(self.nodes)
+        )
         with (self.folder / "daemons.log").open("wb") as log:
             self.process = subprocess.Popen(
                 ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "sh", "-c",
@@ -157,12 +174,17 @@ class SlurmLab:
             raise
         return self
 
-    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
-        self.process.kill()  # takes the namespace's first process with it, and the kernel then everything in there
+    def __exit__(
+        self, kind: type | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # takes the namespace's first process with it, and the kernel then everything in
+        # there
+        self.process.kill()
         self.process.wait()
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and self.folder.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)  # again while a process that is just ending still writes
+            # again while a process that is just ending still writes
+            shutil.rmtree(self.folder, ignore_errors=True)
             time.sleep(0.05)
 
     def wait_until_idle(self, timeout: float) -> None:
@@ -175,14 +197,24 @@ class SlurmLab:
             time.sleep(0.1)
         raise AssertionError(f"the nodes did not become idle: {states!r}\n{self.logs()}")
 
-    def call(self, *command: str, env: dict[str, str] | None = None, cwd: Path | None = None, check: bool = True) -> str:
+    def call(
+        self,
+        *command: str,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        check: bool = True,
+    ) -> str:
         """Run one of SLURM's commands; gives what it printed."""
         whole = {**os.environ, **self.environment, **(env or {})}
-        done = subprocess.run(command, env=whole, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, env=whole, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+        )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, *words: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    def submit(
+        self, *words: str, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         """`sbatch` with these words; gives the job's number."""
         return self.call("sbatch", "--parsable", *words, env=env, cwd=cwd).strip().split(";")[0]
 
@@ -199,9 +231,14 @@ class SlurmLab:
             if told["JobState"] in ENDED:
                 return told
             time.sleep(0.2)
-        raise AssertionError(f"job {job} is still {told['JobState']} after {timeout:g} s\n{self.logs()}")
+        raise AssertionError(
+            f"job {job} is still {told['JobState']} after {timeout:g} s\n{self.logs()}"
+        )
 
     def logs(self, lines: int = 15) -> str:
         """The last lines of every daemon."""
         files = sorted(self.folder.glob("*.log"))
-        return "\n".join(f"== {f.name}\n" + "\n".join(f.read_text(errors="replace").splitlines()[-lines:]) for f in files)
+        return "\n".join(
+            f"== {f.name}\n" + "\n".join(f.read_text(errors="replace").splitlines()[-lines:])
+            for f in files
+        )

@@ -22,11 +22,16 @@ def test_full_rank_is_uncompressed(gloo: GlooPool, engine: str, form: str) -> No
     theirs = gloo.run(cases.train, world, engine, None)
     ours = gloo.run(cases.train, world, engine, cases.FULL, form)
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine["wrapped"] == other["wrapped"] == ("DistributedDataParallel" if engine == "ddp" else "Sequential")
+        assert (
+            mine["wrapped"]
+            == other["wrapped"]
+            == ("DistributedDataParallel" if engine == "ddp" else "Sequential")
+        )
         assert sum(norm > cases.CLIP for norm in other["norms"]) > 5
         assert mine["norms"] == pytest.approx(other["norms"], rel=1e-4)
         assert mine["lr"] == other["lr"]
-        assert mine["steps"] == len(other["norms"])  # one pass for two micro-batches, or for the one at an epoch's end
+        # one pass for two micro-batches, or for the one at an epoch's end
+        assert mine["steps"] == len(other["norms"])
         torch.testing.assert_close(mine["parameters"], other["parameters"], rtol=1e-4, atol=1e-5)
 
 
@@ -50,7 +55,8 @@ def test_a_step_that_one_rank_cannot_make_is_skipped_by_all(gloo: GlooPool, scal
     ranks = gloo.run(cases.overflow_on_one_rank, 2, scaled)
     for found in ranks:
         assert found["skipped"] == [False, True, False, False]
-        # Accelerate's scheduler goes as many steps as there are processes, and waits for a step that was skipped.
+        # Accelerate's scheduler goes as many steps as there are processes, and waits
+        # for a step that was skipped.
         assert found["lr"] == [0.075, 0.075, 0.01875, 0.0046875]
         assert found["scale"] == ([1024.0, 512.0, 512.0, 512.0] if scaled else [None] * 4)
         assert found["norms"][0] < 10, "the norm is that of the gradient without the scale"
@@ -59,9 +65,11 @@ def test_a_step_that_one_rank_cannot_make_is_skipped_by_all(gloo: GlooPool, scal
 
 
 def test_one_optimizer_in_two_accelerators_one_after_the_other(gloo: GlooPool) -> None:
-    """As in one: gradients are averaged at the end of backward, so that clipping acts on what was decoded, and the second
-    accelerator is told of a step that was skipped."""
-    (whole,), (parted,) = gloo.run(cases.in_two_accelerators, 1, False), gloo.run(cases.in_two_accelerators, 1, True)
+    """As in one: gradients are averaged at the end of backward, so that clipping acts
+    on what was decoded, and the second accelerator is told of a step that was skipped.
+    """
+    (whole,) = gloo.run(cases.in_two_accelerators, 1, False)
+    (parted,) = gloo.run(cases.in_two_accelerators, 1, True)
     assert parted["losses"] == whole["losses"]
     assert parted["norms"] == whole["norms"]
     assert parted["steps"] == whole["steps"]

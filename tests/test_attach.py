@@ -1,4 +1,6 @@
-"""attach: what it finds, what it says, and what it refuses, each refusal on all ranks and with the fix."""
+"""attach: what it finds, what it says, and what it refuses, each refusal on all ranks
+and with the fix.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,20 @@ def test_attach_prints_once_what_it_returns(gloo: GlooPool, engine: Setup) -> No
     assert [text for text, _, _ in results[1:]] == [""] * (WORLD - 1)
     text, plan, _ = results[0]
     assert text == plan + "\n"
-    name = {"plain": "plain model", "ddp": "DDP", "flat": "FSDP2, flat"}.get(engine.engine, "FSDP2, HSDP")
+    name = {"plain": "plain model", "ddp": "DDP", "flat": "FSDP2, flat"}.get(
+        engine.engine, "FSDP2, HSDP"
+    )
     assert f", {name}" in text.splitlines()[0]
     assert ("2 nodes of 2 ranks" in text) == bool(engine.nodes)
-    for words in ("low-rank: 6 matrices", "dense:    8 parameters", "whole model: ", "error memory"):
+    for words in (
+        "low-rank: 6 matrices",
+        "dense:    8 parameters",
+        "whole model: ",
+        "error memory",
+    ):
         assert words in text
-    assert ("capped by" in text) == (engine.scope == "matrix" or not engine.nodes)  # else dense is a small part
+    # else dense is a small part
+    assert ("capped by" in text) == (engine.scope == "matrix" or not engine.nodes)
     model = sum(p.numel() for p in Net().parameters() if p.dim() == 2) * 4
     ranks = 2 if engine.nodes else 1
     assert sum(memory for _, _, memory in results[:ranks]) == model
@@ -65,7 +75,9 @@ def refused(rank: int, what: str) -> str:
     attached: nn.Module = model
     optimizer: CompressedOptimizer | None = None
     if what == "fsdp1":
-        attached = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        attached = FullyShardedDataParallel(
+            model, use_orig_params=True, device_id=torch.device("cpu")
+        )
     elif what == "built before fully_shard":
         optimizer = compressed(model)
         fully_shard(model)
@@ -108,7 +120,9 @@ def refused(rank: int, what: str) -> str:
 
         ddp.register_comm_hook(None, allreduce_hook)
     elif what == "two wrappers":
-        attached = nn.ModuleList([DistributedDataParallel(model.blocks[0]), DistributedDataParallel(model.blocks[1])])
+        attached = nn.ModuleList(
+            [DistributedDataParallel(model.blocks[0]), DistributedDataParallel(model.blocks[1])]
+        )
     elif what == "overlap under FSDP2":
         fully_shard(model)
         optimizer = compressed(model, overlap=True)
@@ -141,8 +155,17 @@ def refused(rank: int, what: str) -> str:
 
 
 REFUSED = {
-    "a group that is not DDP's": ["ConfigError", "process_group covers the ranks", "Leave process_group out"],
-    "parameters of nobody": ["ConfigError", "8 trainable parameters", "first.bias", "parameter group"],
+    "a group that is not DDP's": [
+        "ConfigError",
+        "process_group covers the ranks",
+        "Leave process_group out",
+    ],
+    "parameters of nobody": [
+        "ConfigError",
+        "8 trainable parameters",
+        "first.bias",
+        "parameter group",
+    ],
     "two optimizers": ["ConfigError", "another CompressedOptimizer", "detach()"],
     "fsdp1": ["UnsupportedError", "FSDP1", "fully_shard"],
     "built before fully_shard": ["ConfigError", "none of this model's", "after fully_shard"],
@@ -179,7 +202,9 @@ def never_attached(rank: int, how: str) -> str:
     if how == "ddp":
         model = DistributedDataParallel(model)
     elif how == "native":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        fully_shard(
+            model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        )
     elif how == "hooks":
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
@@ -237,7 +262,9 @@ def test_a_step_without_any_gradient_is_told_once(gloo: GlooPool) -> None:
 
 
 def compiled_as_a_whole(rank: int, setup: Setup) -> list[float]:
-    """attach is given what torch.compile returns. The sum of the parameters after two steps."""
+    """attach is given what torch.compile returns. The sum of the parameters after two
+    steps.
+    """
     model, process_group = wrapped(setup)
     whole = torch.compile(model, backend="eager")
     optimizer = compressed(model, process_group)
@@ -256,7 +283,9 @@ def test_a_model_that_was_compiled_as_a_whole(gloo: GlooPool, name: str) -> None
 
 
 def copied(rank: int) -> int:
-    """A wrapped and attached model can still be copied, as for an average of its weights."""
+    """A wrapped and attached model can still be copied, as for an average of its
+    weights.
+    """
     model = DistributedDataParallel(Net())
     optimizer = compressed(model)
     optimizer.attach(model)
@@ -295,8 +324,10 @@ def test_a_parameter_added_after_attach_is_refused(gloo: GlooPool, name: str) ->
 
 
 def attached_twice(rank: int, setup: Setup) -> list[float]:
-    """Steps with one optimizer after another on the same wrapped model; and a step of the engine alone after detach. The
-    largest parameter after each, the same on all ranks while somebody averages."""
+    """Steps with one optimizer after another on the same wrapped model; and a step of
+    the engine alone after detach. The largest parameter after each, the same on all
+    ranks while somebody averages.
+    """
     model, process_group = wrapped(setup)
 
     def state() -> float:
@@ -344,7 +375,8 @@ def re_wrapped(rank: int) -> list[int]:
 def test_ddps_own_all_reduce_is_not_paid(gloo: GlooPool) -> None:
     for counts in gloo.run(re_wrapped, 2):
         assert counts[0] == 0
-        assert counts[2:] == [0, 0, 0]  # in the second iteration DDP agrees on its buckets anew
+        # in the second iteration DDP agrees on its buckets anew
+        assert counts[2:] == [0, 0, 0]
 
 
 # ---------------------------------------------------------------- loops that know which backward pass is the last
@@ -353,7 +385,9 @@ def test_ddps_own_all_reduce_is_not_paid(gloo: GlooPool) -> None:
 def test_a_plain_model_is_averaged_at_the_end_of_the_last_pass() -> None:
     torch.manual_seed(0)
     model = nn.Linear(16, 16)
-    optimizer = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(rank=1))
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(rank=1)
+    )
     last = False
     optimizer.attach(model, is_last_backward=lambda: last)
     assert optimizer.is_attached_to(model)
@@ -368,7 +402,8 @@ def test_a_plain_model_is_averaged_at_the_end_of_the_last_pass() -> None:
     torch.testing.assert_close(sent + optimizer.error_memory()["weight"], 2 * one)
     optimizer.step()
     assert torch.equal(model.weight.grad, sent), "nothing is averaged again"
-    optimizer.attach(model)  # nobody says it any more
+    # nobody says it any more
+    optimizer.attach(model)
     optimizer.zero_grad()
     (model(x) ** 2).sum().backward()
     assert int(torch.linalg.matrix_rank(model.weight.grad, rtol=1e-4)) > 1
@@ -378,7 +413,9 @@ def test_averaging_in_step_contradicts_it() -> None:
     model = nn.Linear(16, 16)
     base = torch.optim.SGD(model.named_parameters(), lr=0.1)
     optimizer = CompressedOptimizer(base, PowerSGD(rank=1), reduce_at="step")
-    with pytest.raises(ConfigError, match='reduce_at="step" averages gradients after whoever clips'):
+    with pytest.raises(
+        ConfigError, match='reduce_at="step" averages gradients after whoever clips'
+    ):
         optimizer.attach(model, is_last_backward=lambda: True)
 
 
@@ -392,7 +429,8 @@ def test_a_state_that_was_loaded_before_is_not_lost() -> None:
     again = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(rank=1))
     again.load_state_dict(state)
     before = again.error_memory()["weight"].clone()
-    again.attach(model)  # a plain model goes on as it is
+    # a plain model goes on as it is
+    again.attach(model)
     assert torch.equal(again.error_memory()["weight"], before)
 
 

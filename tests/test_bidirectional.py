@@ -1,4 +1,6 @@
-"""`BidirectionalOptimizer` over real processes: equal to the simulation, the veto, resume, GradScaler, what is refused."""
+"""`BidirectionalOptimizer` over real processes: equal to the simulation, the veto,
+resume, GradScaler, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,26 @@ from lowrank_comm import (
     StateMismatchError,
     UnsupportedError,
 )
-from lowrank_comm.bidirectional import M3, M4, BidirectionalOptimizer, BidirectionalSimulation, InkheartSGD, MarinaP, Method
+from lowrank_comm.bidirectional import (
+    M3,
+    M4,
+    BidirectionalOptimizer,
+    BidirectionalSimulation,
+    InkheartSGD,
+    MarinaP,
+    Method,
+)
 from lowrank_comm.numerics.randomness import stream
 
 SHAPES = {"matrix": (5, 3), "vector": (4,), "scalar": ()}
 D = 20
 METHODS_RUN: list[Method] = [
-    InkheartSGD(2, 0.3, uplink_fraction=0.4),  # G < n divides n: broadcasts in fixed groups
-    InkheartSGD(4, 0.3, uplink_fraction=0.4, mask="independent"),  # G = n: scatter
-    InkheartSGD(3, 0.3, uplink_fraction=0.4),  # G does not divide n: scatter, workers permuted
+    # G < n divides n: broadcasts in fixed groups
+    InkheartSGD(2, 0.3, uplink_fraction=0.4),
+    # G = n: scatter
+    InkheartSGD(4, 0.3, uplink_fraction=0.4, mask="independent"),
+    # G does not divide n: scatter, workers permuted
+    InkheartSGD(3, 0.3, uplink_fraction=0.4),
     MarinaP(2),
     M3(4, 0.3, uplink_fraction=0.4),
     M4(2, 0.3, uplink_fraction=0.4),
@@ -38,7 +51,9 @@ METHODS_RUN: list[Method] = [
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(torch.full(shape, 0.5, dtype=dtype)) for name, shape in SHAPES.items()}
+    return {
+        name: nn.Parameter(torch.full(shape, 0.5, dtype=dtype)) for name, shape in SHAPES.items()
+    }
 
 
 def flat(named: dict[str, nn.Parameter]) -> Tensor:
@@ -52,16 +67,26 @@ def pull(w: Tensor, t: int, worker: int) -> Tensor:
 
 
 def set_gradients(named: dict[str, nn.Parameter], gradient: Tensor) -> None:
-    for p, piece in zip(named.values(), gradient.split([p.numel() for p in named.values()]), strict=True):
+    for p, piece in zip(
+        named.values(), gradient.split([p.numel() for p in named.values()]), strict=True
+    ):
         p.grad = piece.reshape(p.shape).clone()
 
 
-def build(named: dict[str, nn.Parameter], method: Method, kind: str = "sgd", **keywords: Any) -> BidirectionalOptimizer:
-    base = torch.optim.SGD(named.items(), lr=0.2) if kind == "sgd" else torch.optim.AdamW(named.items(), lr=0.05)
+def build(
+    named: dict[str, nn.Parameter], method: Method, kind: str = "sgd", **keywords: Any
+) -> BidirectionalOptimizer:
+    base = (
+        torch.optim.SGD(named.items(), lr=0.2)
+        if kind == "sgd"
+        else torch.optim.AdamW(named.items(), lr=0.05)
+    )
     return BidirectionalOptimizer(base, method, **keywords)
 
 
-def train(optimizer: BidirectionalOptimizer, named: dict[str, nn.Parameter], rank: int, steps: range) -> None:
+def train(
+    optimizer: BidirectionalOptimizer, named: dict[str, nn.Parameter], rank: int, steps: range
+) -> None:
     for t in steps:
         set_gradients(named, pull(flat(named), t, rank))
         optimizer.step()
@@ -84,7 +109,9 @@ def trajectory(rank: int, method: Method) -> tuple[list[Tensor], list[Tensor], A
 @pytest.mark.parametrize("method", METHODS_RUN, ids=repr)
 def test_processes_equal_the_simulation(gloo: GlooPool, method: Method) -> None:
     answers = gloo.run(trajectory, 4, method)
-    simulation = BidirectionalSimulation(method, torch.full((D,), 0.5, dtype=torch.float64), 4, gamma=0.2, seed=3)
+    simulation = BidirectionalSimulation(
+        method, torch.full((D,), 0.5, dtype=torch.float64), 4, gamma=0.2, seed=3
+    )
     differed = False
     for t in range(25):
         w = simulation.points
@@ -94,9 +121,11 @@ def test_processes_equal_the_simulation(gloo: GlooPool, method: Method) -> None:
             torch.testing.assert_close(servers[t], simulation.x, rtol=1e-12, atol=1e-12)
             assert torch.equal(servers[t], answers[0][1][t])
         differed |= not torch.equal(answers[1][0][t], answers[2][0][t])
-    assert differed  # the workers' weights are their own
+    # the workers' weights are their own
+    assert differed
     coordinates, sent = answers[1][2]
-    assert coordinates == simulation.ledger.coordinates  # the busiest link, by the same formula
+    # the busiest link, by the same formula
+    assert coordinates == simulation.ledger.coordinates
     assert sent["uplink"] == 8 * coordinates["uplink"] and sent["control"] == 25 * 16
     assert all(answer[2] == answers[0][2] for answer in answers)
 
@@ -122,7 +151,11 @@ def test_alone_and_uncompressed_it_is_the_base_exactly() -> None:
     for kind in ("sgd", "adamw"):
         named, plain = parameters(), parameters()
         optimizer = build(named, InkheartSGD(1, uplink_fraction=1.0), kind)
-        base = torch.optim.SGD(plain.items(), lr=0.2) if kind == "sgd" else torch.optim.AdamW(plain.items(), lr=0.05)
+        base = (
+            torch.optim.SGD(plain.items(), lr=0.2)
+            if kind == "sgd"
+            else torch.optim.AdamW(plain.items(), lr=0.05)
+        )
         for t in range(10):
             train(optimizer, named, 0, range(t, t + 1))
             set_gradients(plain, pull(flat(plain), t, 0))
@@ -154,7 +187,9 @@ def real_loop(rank: int) -> tuple[list[float], bool, bool]:
         if t % 40 == 0 or t == 119:
             own = [p.detach().clone() for p in model.parameters()]
             with optimizer.at_server_parameters(), torch.no_grad():
-                losses.append(float((model(held_out).squeeze(1) - held_out.sum(dim=1)).square().mean()))
+                losses.append(
+                    float((model(held_out).squeeze(1) - held_out.sum(dim=1)).square().mean())
+                )
             assert all(torch.equal(a, b) for a, b in zip(own, model.parameters(), strict=True))
     return losses, bool(optimizer.base.state), optimizer.is_server
 
@@ -162,10 +197,12 @@ def real_loop(rank: int) -> tuple[list[float], bool, bool]:
 @pytest.mark.filterwarnings("ignore:4 parameters have no names")
 def test_a_model_learns_and_is_evaluated_at_x(gloo: GlooPool) -> None:
     answers = gloo.run(real_loop, 4)
-    assert all(losses == answers[0][0] for losses, _, _ in answers)  # the same x everywhere
+    # the same x everywhere
+    assert all(losses == answers[0][0] for losses, _, _ in answers)
     assert answers[0][0][-1] < 0.5 * answers[0][0][0]
     assert [server for _, _, server in answers] == [True, False, False, False]
-    assert [holds for _, holds, _ in answers] == [True, False, False, False]  # Adam's moments are on the server only
+    # Adam's moments are on the server only
+    assert [holds for _, holds, _ in answers] == [True, False, False, False]
 
 
 # ---------------------------------------------------------------- the veto
@@ -174,7 +211,12 @@ def test_a_model_learns_and_is_evaluated_at_x(gloo: GlooPool) -> None:
 def everything(optimizer: BidirectionalOptimizer, named: dict[str, nn.Parameter]) -> list[Tensor]:
     saved = optimizer.state_dict()
     own = [value.clone() for value in saved["lowrank_comm_bidirectional"]["tensors"].values()]
-    moments = [v.clone() for entry in saved["state"].values() for v in entry.values() if isinstance(v, Tensor)]
+    moments = [
+        v.clone()
+        for entry in saved["state"].values()
+        for v in entry.values()
+        if isinstance(v, Tensor)
+    ]
     return [flat(named), *own, *moments]
 
 
@@ -187,7 +229,8 @@ def vetoed(rank: int, method: Method, at: str) -> tuple[bool, bool, int]:
     if at == "rank 2" and rank == 2:
         gradient[7] = math.nan
     if at == "sum":
-        gradient[:] = 3e38  # finite on each worker, and not when scaled up and added
+        # finite on each worker, and not when scaled up and added
+        gradient[:] = 3e38
     set_gradients(named, gradient)
     optimizer.step()
     after = everything(optimizer, named)
@@ -199,7 +242,12 @@ def vetoed(rank: int, method: Method, at: str) -> tuple[bool, bool, int]:
 
 @pytest.mark.parametrize(
     ("method", "at"),
-    [(METHODS_RUN[0], "rank 2"), (METHODS_RUN[4], "rank 2"), (METHODS_RUN[5], "rank 2"), (METHODS_RUN[0], "sum")],
+    [
+        (METHODS_RUN[0], "rank 2"),
+        (METHODS_RUN[4], "rank 2"),
+        (METHODS_RUN[5], "rank 2"),
+        (METHODS_RUN[0], "sum"),
+    ],
     ids=repr,
 )
 def test_a_vetoed_step_leaves_all_state_as_it_was(gloo: GlooPool, method: Method, at: str) -> None:
@@ -226,7 +274,8 @@ def scaled(rank: int) -> tuple[list[float], list[bool]]:
         scales.append(scaler.get_scale())
         skipped.append(optimizer.step_was_skipped)
     x = torch.cat([p.reshape(-1) for p in optimizer.server_parameters().values()])
-    torch.testing.assert_close(x, torch.full((D,), 0.5 - 2 * 0.2))  # two steps, without the scale
+    # two steps, without the scale
+    torch.testing.assert_close(x, torch.full((D,), 0.5 - 2 * 0.2))
     return scales, skipped
 
 
@@ -237,14 +286,17 @@ def test_a_grad_scaler_is_lowered_on_all_workers(gloo: GlooPool) -> None:
 # ---------------------------------------------------------------- resume
 
 
-def interrupted(rank: int, method: Method, folder: str, dtype: torch.dtype, kind: str = "adamw") -> tuple[bool, bool]:
+def interrupted(
+    rank: int, method: Method, folder: str, dtype: torch.dtype, kind: str = "adamw"
+) -> tuple[bool, bool]:
     named = parameters(dtype)
     optimizer = build(named, method, kind, seed=5)
     train(optimizer, named, rank, range(6))
     torch.save(optimizer.state_dict(), Path(folder) / f"{rank}.pt")
     train(optimizer, named, rank, range(6, 12))
     again = parameters(dtype)
-    resumed = build(again, method, kind, seed=0)  # the seed is the run's, from the file
+    # the seed is the run's, from the file
+    resumed = build(again, method, kind, seed=0)
     resumed.load_state_dict(torch.load(Path(folder) / f"{rank}.pt", weights_only=True))
     train(resumed, again, rank, range(6, 12))
     one, two = everything(optimizer, named), everything(resumed, again)
@@ -263,7 +315,10 @@ def elsewhere(rank: int, method: Method, folder: str) -> tuple[Tensor, Tensor, T
     saved = torch.load(Path(folder) / "0.pt", weights_only=True)
     optimizer.load_state_dict(saved)
     start = flat(named)
-    state = {k: v.clone() for k, v in optimizer.state_dict()["lowrank_comm_bidirectional"]["tensors"].items()}
+    state = {
+        k: v.clone()
+        for k, v in optimizer.state_dict()["lowrank_comm_bidirectional"]["tensors"].items()
+    }
     if "y" in state:
         assert torch.equal(state["y"][0], saved["lowrank_comm_bidirectional"]["tensors"]["y_bar"])
         assert torch.equal(state["v"], state["y"])
@@ -272,12 +327,17 @@ def elsewhere(rank: int, method: Method, folder: str) -> tuple[Tensor, Tensor, T
     return saved["lowrank_comm_bidirectional"]["tensors"]["x"], start, x, sorted(state)
 
 
-@pytest.mark.parametrize("method", [METHODS_RUN[0], M3(2, 0.3, uplink_fraction=0.4), METHODS_RUN[5]], ids=repr)
-def test_another_number_of_workers_starts_at_x(gloo: GlooPool, method: Method, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method", [METHODS_RUN[0], M3(2, 0.3, uplink_fraction=0.4), METHODS_RUN[5]], ids=repr
+)
+def test_another_number_of_workers_starts_at_x(
+    gloo: GlooPool, method: Method, tmp_path: Path
+) -> None:
     gloo.run(interrupted, 4, method, str(tmp_path), torch.float64, "sgd")
     for rank, (x, start, end, names) in enumerate(gloo.run(elsewhere, 2, method, str(tmp_path))):
         assert torch.equal(start, x) and ("x" in names) == (rank == 0)
-        assert float((end - 1.5).norm()) < 1.0  # the mean of the two targets; noise stays
+        # the mean of the two targets; noise stays
+        assert float((end - 1.5).norm()) < 1.0
         assert float((start - 1.5).norm()) > 1.0
 
 
@@ -297,7 +357,9 @@ def misfit(rank: int, folder: str) -> str:
     return "loaded"
 
 
-def test_a_state_that_fits_not_everywhere_is_refused_everywhere(gloo: GlooPool, tmp_path: Path) -> None:
+def test_a_state_that_fits_not_everywhere_is_refused_everywhere(
+    gloo: GlooPool, tmp_path: Path
+) -> None:
     gloo.run(interrupted, 2, METHODS_RUN[5], str(tmp_path), torch.float64, "sgd")
     for told in gloo.run(misfit, 2, str(tmp_path)):
         assert told.startswith("rank 1: ") and "'matrix' is [3, 5] there and [5, 3] here" in told
@@ -346,7 +408,12 @@ def wrapped(rank: int, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "engine"), [("ddp attached", "DistributedDataParallel"), ("ddp", "DistributedDataParallel"), ("fsdp2", "FSDP2")]
+    ("how", "engine"),
+    [
+        ("ddp attached", "DistributedDataParallel"),
+        ("ddp", "DistributedDataParallel"),
+        ("fsdp2", "FSDP2"),
+    ],
 )
 def test_engines_that_need_equal_weights_are_refused(gloo: GlooPool, how: str, engine: str) -> None:
     for told in gloo.run(wrapped, 2, how):
@@ -357,7 +424,9 @@ def test_deepspeed_and_fsdp1_parameters_are_refused() -> None:
     for mark in ("ds_id", "_is_flat_param"):
         parameter = nn.Parameter(torch.zeros(3))
         setattr(parameter, mark, 1)
-        optimizer = BidirectionalOptimizer(torch.optim.SGD([("p", parameter)], lr=0.1), InkheartSGD(1))
+        optimizer = BidirectionalOptimizer(
+            torch.optim.SGD([("p", parameter)], lr=0.1), InkheartSGD(1)
+        )
         parameter.grad = torch.zeros(3)
         with pytest.raises(UnsupportedError, match="held in shards"):
             optimizer.step()
@@ -377,7 +446,8 @@ def differing(rank: int, what: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("what", "named"), [("values", "values of the parameters"), ("method", "uplink_fraction"), ("seed", "seed")]
+    ("what", "named"),
+    [("values", "values of the parameters"), ("method", "uplink_fraction"), ("seed", "seed")],
 )
 def test_workers_must_agree(gloo: GlooPool, what: str, named: str) -> None:
     assert all(named in told for told in gloo.run(differing, 2, what))
@@ -444,7 +514,9 @@ def test_a_state_dict_goes_through_torch_save() -> None:
 
 
 def the_page(rank: int, folder: str) -> float:
-    """The example of docs/bidirectional.md, in a group that is there already; rank 0's loss at the end."""
+    """The example of docs/bidirectional.md, in a group that is there already; rank 0's
+    loss at the end.
+    """
     page = (Path(__file__).resolve().parent.parent / "docs" / "bidirectional.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     assert "init_process_group" in code
@@ -460,14 +532,20 @@ def the_page(rank: int, folder: str) -> float:
 def test_the_pages_example_trains(gloo: GlooPool, tmp_path: Path) -> None:
     losses = gloo.run(the_page, 2, str(tmp_path))
     assert all(loss < 0.8 * math.log(10) for loss in losses)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "optimizer_0.pt", "optimizer_1.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.pt",
+        "optimizer_0.pt",
+        "optimizer_1.pt",
+    }
 
 
 def of_the_other_kind(rank: int) -> tuple[str, str]:
     named = parameters()
     ours = build(named, InkheartSGD(2, uplink_fraction=0.4))
     train(ours, named, rank, range(3))
-    gradients = CompressedOptimizer(torch.optim.SGD(parameters().items(), lr=0.1), PowerSGD(2), min_compression_rate=0)
+    gradients = CompressedOptimizer(
+        torch.optim.SGD(parameters().items(), lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
     for group in gradients.param_groups:
         for p in group["params"]:
             p.grad = torch.ones_like(p)

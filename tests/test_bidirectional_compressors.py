@@ -1,4 +1,6 @@
-"""RandK and grouped PermK: unbiased for every worker, with the omega they say, no indices sent; and controls that fail."""
+"""RandK and grouped PermK: unbiased for every worker, with the omega they say, no
+indices sent; and controls that fail.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ D = len(V)
 
 
 def moments(draws: Tensor) -> tuple[float, float]:
-    """Largest deviation of the mean from V in standard errors, and the measured omega. draws: (DRAWS, D)."""
+    """Largest deviation of the mean from V in standard errors, and the measured omega.
+    draws: (DRAWS, D).
+    """
     error = (draws.std(dim=0) / len(draws) ** 0.5).clamp_min(1e-12)
     deviation = ((draws.mean(dim=0) - V).abs() / error).max()
     return float(deviation), float((draws - V).square().sum(dim=1).mean() / V.square().sum())
@@ -41,7 +45,8 @@ def test_randk_is_unbiased_with_its_omega(mask: str) -> None:
     assert deviation < 4
     spread = (draws - V).square().sum(dim=1).std() / DRAWS**0.5 / V.square().sum()
     assert abs(omega - randk.omega(D)) < 4 * float(spread)
-    biased, _ = moments(draws * 3 / D)  # the control: not scaled up
+    # the control: not scaled up
+    biased, _ = moments(draws * 3 / D)
     assert biased > 100
 
 
@@ -56,7 +61,8 @@ def test_masks_of_workers_are_independent_per_coordinate(mask: str) -> None:
         kept = torch.zeros(2, D).scatter_(1, indices, 1.0)
         both += kept.prod(dim=0)
     p = 0.09
-    assert ((both / DRAWS - p).abs() < 4.5 * (p * (1 - p) / DRAWS) ** 0.5).all()  # ten coordinates at once
+    # ten coordinates at once
+    assert ((both / DRAWS - p).abs() < 4.5 * (p * (1 - p) / DRAWS) ** 0.5).all()
 
 
 @pytest.mark.parametrize("mask", ["window", "independent"])
@@ -72,7 +78,8 @@ def test_a_worker_draws_what_the_server_draws_for_it(mask: str) -> None:
 
 
 def test_mean_of_messages_is_mean_of_what_they_stand_for() -> None:
-    randk, vectors = RandK(0.4), torch.randn(6, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    randk = RandK(0.4)
+    vectors = torch.randn(6, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     indices = randk.indices(0, 0, 6, range(6), D)
     values = randk.compress(vectors, indices)
     assert values.shape == (6, 4)
@@ -110,7 +117,8 @@ def test_permk_is_unbiased_for_every_worker_with_its_omega(groups: int, n: int) 
     draws = torch.stack([permk.draw(1, t, n, D).restrict(V, range(n)) for t in range(DRAWS)])
     for i in range(n):
         deviation, omega = moments(draws[:, i])
-        assert deviation < 4.5, f"worker {i}"  # ten coordinates of n workers at once
+        # ten coordinates of n workers at once
+        assert deviation < 4.5, f"worker {i}"
         spread = (draws[:, i] - V).square().sum(dim=1).std() / DRAWS**0.5 / V.square().sum()
         assert abs(omega - permk.omega(n)) < 4.5 * float(spread)
     if n % groups == 0:
@@ -118,30 +126,52 @@ def test_permk_is_unbiased_for_every_worker_with_its_omega(groups: int, n: int) 
 
 
 def biased(blocks: Blocks, t: int, how: str) -> Blocks:
-    if how == "permutation":  # every worker hears of its own coordinates only
-        return replace(blocks, permutation=PermK(blocks.count).draw(1, 0, len(blocks.group), D).permutation, shift=0)
-    return replace(blocks, shift=0)  # the first groups always have the longer blocks
+    # every worker hears of its own coordinates only
+    if how == "permutation":
+        return replace(
+            blocks,
+            permutation=PermK(blocks.count).draw(1, 0, len(blocks.group), D).permutation,
+            shift=0,
+        )
+    # the first groups always have the longer blocks
+    return replace(blocks, shift=0)
 
 
 @pytest.mark.parametrize("how", ["permutation", "shift"])
 def test_controls_a_fixed_permutation_or_fixed_long_blocks_are_biased(how: str) -> None:
-    draws = [biased(PermK(4).draw(1, t, 4, D), t, how).restrict(V, range(4)) for t in range(DRAWS // 5)]
+    draws = [
+        biased(PermK(4).draw(1, t, 4, D), t, how).restrict(V, range(4)) for t in range(DRAWS // 5)
+    ]
     stacked = torch.stack(draws)
-    assert torch.allclose(stacked.mean(dim=(0, 1)), V)  # the mean over the workers does not show it
+    # the mean over the workers does not show it
+    assert torch.allclose(stacked.mean(dim=(0, 1)), V)
     assert max(moments(stacked[:, i])[0] for i in range(4)) > 6
 
 
 def test_draws_leave_the_global_state_alone_and_do_not_depend_on_it() -> None:
     state = torch.get_rng_state()
-    first = (PermK(3).draw(0, 1, 7, D).permutation, RandK(0.3, "independent").indices(0, 1, 2, [0, 1], D))
+    first = (
+        PermK(3).draw(0, 1, 7, D).permutation,
+        RandK(0.3, "independent").indices(0, 1, 2, [0, 1], D),
+    )
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    second = (PermK(3).draw(0, 1, 7, D).permutation, RandK(0.3, "independent").indices(0, 1, 2, [0, 1], D))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
+    second = (
+        PermK(3).draw(0, 1, 7, D).permutation,
+        RandK(0.3, "independent").indices(0, 1, 2, [0, 1], D),
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first, second, strict=True)
+        if a is not None and b is not None
+    )
     torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize(("fraction", "mask", "named"), [(0, "window", "0"), (1.5, "window", "1.5"), (0.5, "hash", "hash")])
+@pytest.mark.parametrize(
+    ("fraction", "mask", "named"),
+    [(0, "window", "0"), (1.5, "window", "1.5"), (0.5, "hash", "hash")],
+)
 def test_bad_values_are_named(fraction: float, mask: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         RandK(fraction, mask)

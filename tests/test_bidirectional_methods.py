@@ -1,4 +1,6 @@
-"""Methods on the simulated transport: invariants, independent references, the theorems' bounds, the veto."""
+"""Methods on the simulated transport: invariants, independent references, the theorems'
+bounds, the veto.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ from lowrank_comm.numerics.randomness import stream
 D, N = 11, 4
 EXAMPLES: list[Method] = [
     InkheartSGD(4, 0.3, uplink_fraction=0.4),
-    InkheartSGD(3, 0.3, uplink_fraction=0.4, mask="independent"),  # G divides neither n nor d
+    # G divides neither n nor d
+    InkheartSGD(3, 0.3, uplink_fraction=0.4, mask="independent"),
     MarinaP(2, 0.2),
     M3(4, 0.3, uplink_fraction=0.4, model_weight=0.6),
     M4(4, 0.3, uplink_fraction=0.4, gradient_weight=0.5),
@@ -45,14 +48,20 @@ EXAMPLES: list[Method] = [
 
 
 def pull(points: Tensor, t: int) -> Tensor:
-    """Gradients of 0.5 ||w - target_i||^2 with noise of worker and step, a function of (points, t)."""
+    """Gradients of 0.5 ||w - target_i||^2 with noise of worker and step, a function of
+    (points, t).
+    """
     noise = torch.randn(points.shape, generator=stream(0, "test", t, "noise"), dtype=torch.float64)
     targets = torch.arange(points.shape[0], dtype=torch.float64)[:, None] + 1
     return points - targets + 0.3 * noise
 
 
-def run(method: Method, steps: int, n: int = N, gamma: float = 0.2, seed: int = 3) -> BidirectionalSimulation:
-    simulation = BidirectionalSimulation(method, torch.zeros(D, dtype=torch.float64), n, gamma=gamma, seed=seed)
+def run(
+    method: Method, steps: int, n: int = N, gamma: float = 0.2, seed: int = 3
+) -> BidirectionalSimulation:
+    simulation = BidirectionalSimulation(
+        method, torch.zeros(D, dtype=torch.float64), n, gamma=gamma, seed=seed
+    )
     for t in range(steps):
         assert simulation.step(pull(simulation.points, t))
     return simulation
@@ -60,26 +69,39 @@ def run(method: Method, steps: int, n: int = N, gamma: float = 0.2, seed: int = 
 
 @pytest.mark.parametrize("method", EXAMPLES, ids=repr)
 def test_the_mean_of_the_workers_points_is_x(method: Method) -> None:
-    simulation = BidirectionalSimulation(method, torch.zeros(D, dtype=torch.float64), N, gamma=0.2, seed=1)
+    simulation = BidirectionalSimulation(
+        method, torch.zeros(D, dtype=torch.float64), N, gamma=0.2, seed=1
+    )
     apart = 0.0
     for t in range(300):
         simulation.step(pull(simulation.points, t))
         w = simulation.state["w"]
         torch.testing.assert_close(w.mean(dim=0), simulation.x, rtol=0, atol=1e-12)
         apart = max(apart, float((w - simulation.x).norm()))
-    assert apart > 0.01  # they do differ from one another
+    # they do differ from one another
+    assert apart > 0.01
     if "y" in simulation.state:
-        torch.testing.assert_close(simulation.state["y"].mean(dim=0), simulation.state["y_bar"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            simulation.state["y"].mean(dim=0), simulation.state["y_bar"], rtol=0, atol=1e-12
+        )
 
 
-def test_control_a_fixed_permutation_per_worker_pulls_the_points_away_from_x(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean over the workers hides it; each one's own w_i - x, averaged over steps, does not vanish any more."""
+def test_control_a_fixed_permutation_per_worker_pulls_the_points_away_from_x(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mean over the workers hides it; each one's own w_i - x, averaged over steps,
+    does not vanish any more.
+    """
 
     def drift() -> float:
-        method, total = InkheartSGD(4, 0.02, uplink_fraction=1.0), torch.zeros(N, 8, dtype=torch.float64)
-        simulation = BidirectionalSimulation(method, torch.zeros(8, dtype=torch.float64), N, gamma=0.05)
+        method = InkheartSGD(4, 0.02, uplink_fraction=1.0)
+        total = torch.zeros(N, 8, dtype=torch.float64)
+        simulation = BidirectionalSimulation(
+            method, torch.zeros(8, dtype=torch.float64), N, gamma=0.05
+        )
         for _ in range(2000):
-            simulation.step(torch.ones(N, 8, dtype=torch.float64))  # x moves on steadily
+            # x moves on steadily
+            simulation.step(torch.ones(N, 8, dtype=torch.float64))
             total += simulation.state["w"] - simulation.x
         return float(total.norm()) / 2000
 
@@ -97,9 +119,13 @@ def test_draws_do_not_depend_on_torchs_default_dtype_or_device() -> None:
 
     def drawn() -> list[Any]:
         context = [Context(3, t, 5, 8, (0,), True, torch.device("cpu")) for t in range(100)]
-        blocks = [PermK(groups).draw(3, 1, 5, 8) for groups in (2, 5)]  # of changing and of fixed members
+        # of changing and of fixed members
+        blocks = [PermK(groups).draw(3, 1, 5, 8) for groups in (2, 5)]
         whole = torch.arange(1.0, 9.0, dtype=torch.float32, device="cpu")
-        return [[one.coin("downlink coin", 0.3) for one in context], *(b.restrict(whole, range(5)).tolist() for b in blocks)]
+        return [
+            [one.coin("downlink coin", 0.3) for one in context],
+            *(b.restrict(whole, range(5)).tolist() for b in blocks),
+        ]
 
     expected = drawn()
     assert 10 < sum(expected[0]) < 50
@@ -133,7 +159,9 @@ def test_uncompressed_it_is_plain_sgd_exactly(method: Method) -> None:
 
 @dataclass
 class Reference:
-    """The methods in NumPy, worker by worker, from their pseudo-code; only the random draws are the library's."""
+    """The methods in NumPy, worker by worker, from their pseudo-code; only the random
+    draws are the library's.
+    """
 
     method: Method
     seed: int = 3
@@ -176,7 +204,9 @@ class Reference:
                 if t == 0 or self.coin(t, "uplink coin", m.uplink_probability(D)):
                     y_bar = g.mean(axis=0)
                 else:
-                    y_bar = y_bar + np.mean([self.randk(g[i] - last[i], t, i) for i in range(N)], axis=0)
+                    y_bar = y_bar + np.mean(
+                        [self.randk(g[i] - last[i], t, i) for i in range(N)], axis=0
+                    )
                 last, estimate = g, y_bar
             elif isinstance(m, InkheartSGD):
                 estimate = np.mean([self.randk(g[i], t, i) for i in range(N)], axis=0)
@@ -204,7 +234,9 @@ def test_an_independent_reference(method: Method) -> None:
 @pytest.mark.parametrize("method", EXAMPLES, ids=repr)
 def test_zero_gradients_then_progress_and_a_single_coordinate(method: Method) -> None:
     for d in (D, 1):
-        simulation = BidirectionalSimulation(method, torch.ones(d, dtype=torch.float64), N, gamma=0.05)
+        simulation = BidirectionalSimulation(
+            method, torch.ones(d, dtype=torch.float64), N, gamma=0.05
+        )
         for _ in range(3):
             assert simulation.step(torch.zeros(N, d, dtype=torch.float64))
         assert torch.equal(simulation.x, torch.ones(d, dtype=torch.float64))
@@ -232,7 +264,9 @@ def test_same_seed_same_bits(method: Method) -> None:
     state = torch.get_rng_state()
     first = run(method, 20).x
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, run(method, 20).x) and not torch.equal(first, run(method, 20, seed=4).x)
+    assert torch.equal(first, run(method, 20).x) and not torch.equal(
+        first, run(method, 20, seed=4).x
+    )
 
 
 def test_sigma_0_and_a_1_make_m4_marina_with_marina_p() -> None:
@@ -254,8 +288,12 @@ def test_ledger_and_clock_are_the_formula() -> None:
     ledger = simulation.ledger
     dense = ledger.coordinates["downlink_dense"] // D
     assert 0.15 * steps < dense < 0.45 * steps
-    assert ledger.up == steps * 4 and ledger.coordinates["downlink"] == (steps - dense) * 3  # K = 0.4 * 11, d/G = 11/4
-    assert ledger.bytes["uplink"] == 4 * ledger.coordinates["uplink"] and (ledger.steps, ledger.vetoed) == (steps, 0)
+    # K = 0.4 * 11, d/G = 11/4
+    assert ledger.up == steps * 4 and ledger.coordinates["downlink"] == (steps - dense) * 3
+    assert ledger.bytes["uplink"] == 4 * ledger.coordinates["uplink"] and (
+        ledger.steps,
+        ledger.vetoed,
+    ) == (steps, 0)
     assert clock.seconds == pytest.approx(steps * 2.0 * 3 + 0.5 * (ledger.up + ledger.down))
 
 
@@ -263,11 +301,22 @@ def test_ledger_and_clock_are_the_formula() -> None:
 
 
 def laplacian(d: int) -> Tensor:
-    return 0.508 * torch.eye(d) - 0.25 * torch.diag(torch.ones(d - 1), 1) - 0.25 * torch.diag(torch.ones(d - 1), -1)
+    return (
+        0.508 * torch.eye(d)
+        - 0.25 * torch.diag(torch.ones(d - 1), 1)
+        - 0.25 * torch.diag(torch.ones(d - 1), -1)
+    )
 
 
 def mean_squared_gradient(
-    method: Method, n: int, gamma: float, steps: int, batch: int, first_batch: int, tilt: float = 0.0, seed: int = 0
+    method: Method,
+    n: int,
+    gamma: float,
+    steps: int,
+    batch: int,
+    first_batch: int,
+    tilt: float = 0.0,
+    seed: int = 0,
 ) -> tuple[float, Problem]:
     """Mean over t < T of ||grad f(x_t)||^2 on a quadratic with noise, sigma^2 = 4."""
     d = 64
@@ -275,13 +324,17 @@ def mean_squared_gradient(
     b = 0.15 * torch.randn(d, generator=stream(0, "test", 0, "b"), dtype=torch.float64)
     tilts = tilt * torch.randn(n, d, generator=stream(0, "test", 0, "tilts"), dtype=torch.float64)
     tilts -= tilts.mean(dim=0)
-    simulation = BidirectionalSimulation(method, torch.zeros(d, dtype=torch.float64), n, gamma=gamma, seed=seed)
+    simulation = BidirectionalSimulation(
+        method, torch.zeros(d, dtype=torch.float64), n, gamma=gamma, seed=seed
+    )
     noise, total = stream(seed, "test", 0, "sgd noise"), 0.0
     for t in range(steps):
         total += float((a @ simulation.x - b).square().sum())
         scale = 2.0 / math.sqrt(d * (first_batch if t == 0 else batch))
         w = simulation.points
-        assert simulation.step(w @ a - b + tilts + scale * torch.randn(n, d, generator=noise, dtype=torch.float64))
+        assert simulation.step(
+            w @ a - b + tilts + scale * torch.randn(n, d, generator=noise, dtype=torch.float64)
+        )
     gap = 0.5 * float(b @ torch.linalg.solve(a, b))
     return total / steps, Problem(1.008, gap, 4.0, structure=0.0)
 
@@ -304,12 +357,16 @@ def test_m4s_bound_holds_in_runs_with_heterogeneous_data() -> None:
     first = math.ceil(batch / 0.05)
     gap = mean_squared_gradient(method, n, 0.1, 1, batch, first)[1].gap
     problem = Problem(1.008, gap, 4.0, structure=0.0)
-    measured, _ = mean_squared_gradient(method, n, method.step_size(problem, n, 64), steps, batch, first, tilt=0.3)
+    measured, _ = mean_squared_gradient(
+        method, n, method.step_size(problem, n, 64), steps, batch, first, tilt=0.3
+    )
     assert 0 < measured <= method.bound(problem, n, 64, batch, first, steps) < 3
 
 
 def test_m4_speeds_up_linearly_in_n_times_b() -> None:
-    """With a and gamma growing as sqrt(nB) both terms of the bound fall as 1/sqrt(nB): log-log slope -0.5 +- 0.08."""
+    """With a and gamma growing as sqrt(nB) both terms of the bound fall as 1/sqrt(nB):
+    log-log slope -0.5 +- 0.08.
+    """
     d, steps, points = 32, 1500, []
     for n, batch in ((2, 1), (4, 2), (8, 4), (32, 4)):
         a = 0.015 * math.sqrt(n * batch)
@@ -320,7 +377,8 @@ def test_m4_speeds_up_linearly_in_n_times_b() -> None:
             noise = stream(seed, "test", 0, "sgd noise")
             tilts = torch.linspace(-1, 1, n, dtype=torch.float64)[:, None]
             for t in range(steps):
-                total += float(simulation.x.square().sum())  # f = ||x||^2/2
+                # f = ||x||^2/2
+                total += float(simulation.x.square().sum())
                 scale = 2.0 / math.sqrt(d * (math.ceil(batch / a) if t == 0 else batch))
                 drawn = torch.randn(n, d, generator=noise, dtype=torch.float64)
                 assert simulation.step(simulation.points + tilts + scale * drawn)
@@ -332,15 +390,27 @@ def test_m4_speeds_up_linearly_in_n_times_b() -> None:
 
 def test_step_sizes_by_hand() -> None:
     problem = Problem(2.0, gap=3.0, variance=4.0, structure=0.5, worst_smoothness=5.0)
-    method = InkheartSGD(4, uplink_fraction=0.25)  # omega = 3, G - 1 = 3, p = 1/4
-    conditions = [1 / 4, 8 / 72, math.sqrt(0.25 / 24) / 0.5, 2 * 0.25 / (6 * 0.25), math.sqrt(8 * 0.25 / 72) / 2]
+    # omega = 3, G - 1 = 3, p = 1/4
+    method = InkheartSGD(4, uplink_fraction=0.25)
+    conditions = [
+        1 / 4,
+        8 / 72,
+        math.sqrt(0.25 / 24) / 0.5,
+        2 * 0.25 / (6 * 0.25),
+        math.sqrt(8 * 0.25 / 72) / 2,
+    ]
     assert method.largest_step_size(problem, 8, 64) == pytest.approx(min(conditions))
     noise_rule = math.sqrt(2 * 3 * 8 * 5 / (3 * 2 * 4 * 4 * 10_000))
     assert method.step_size(problem, 8, 64, batch=5, steps=10_000) == pytest.approx(noise_rule)
-    assert method.bound(problem, 8, 64, 5, 100, 0.01) == pytest.approx(12 / 1 + 6 * 2 * 0.01 * 4 * 4 / 40)
+    assert method.bound(problem, 8, 64, 5, 100, 0.01) == pytest.approx(
+        12 / 1 + 6 * 2 * 0.01 * 4 * 4 / 40
+    )
     assert InkheartSGD(1, uplink_fraction=1.0).largest_step_size(problem, 8, 64) == 0.25
-    assert MarinaP(4).largest_step_size(problem, 8, 64) == pytest.approx(min(conditions[0], conditions[2], conditions[3]))
-    m4 = M4(4, uplink_fraction=0.25, gradient_weight=0.5)  # q = 1/4
+    assert MarinaP(4).largest_step_size(problem, 8, 64) == pytest.approx(
+        min(conditions[0], conditions[2], conditions[3])
+    )
+    # q = 1/4
+    m4 = M4(4, uplink_fraction=0.25, gradient_weight=0.5)
     x = 4.5 * 4 / 0.25 + 15 * 3 * 0.25 / (0.25 * 0.25) + 18 * 3 * 4 * 25 / (0.25 * 8)
     gamma = 1 / (4 + 2 * math.sqrt(x))
     assert m4.step_size(problem, 8, 64) == pytest.approx(gamma)
@@ -353,7 +423,9 @@ def test_plans_reach_their_eps_by_their_own_bounds_and_fall_with_n() -> None:
     problem, seconds = Problem(1.0, gap=1.0, variance=4.0, structure=0.0), []
     for n in (1, 16, 256):
         chosen = inkheart_module.plan(problem, n, 128, h=1.0, kappa=1.5, eps=0.01)
-        assert chosen.method.bound(problem, n, 128, chosen.batch, chosen.steps, chosen.gamma) <= 0.01 * (1 + 1e-9)
+        assert chosen.method.bound(
+            problem, n, 128, chosen.batch, chosen.steps, chosen.gamma
+        ) <= 0.01 * (1 + 1e-9)
         assert chosen.gamma <= chosen.method.largest_step_size(problem, n, 128)
         seconds.append(chosen.seconds)
     assert seconds[0] > seconds[1] > seconds[2]
@@ -363,9 +435,15 @@ def test_plans_reach_their_eps_by_their_own_bounds_and_fall_with_n() -> None:
 
 @pytest.mark.parametrize("kappa", [0.01, 1.5])
 @pytest.mark.parametrize("structure", [None, 0.3, 0.0])
-def test_inkhearts_plan_takes_the_divisor_of_n_with_the_fewest_seconds(structure: float | None, kappa: float) -> None:
+def test_inkhearts_plan_takes_the_divisor_of_n_with_the_fewest_seconds(
+    structure: float | None, kappa: float
+) -> None:
     """A large L_A bounds gamma so much that the largest G is the worst."""
-    problem, n, d, eps, seconds = Problem(1.0, gap=1.0, variance=4.0, structure=structure), 64, 128, 0.01, {}
+    problem = Problem(1.0, gap=1.0, variance=4.0, structure=structure)
+    n = 64
+    d = 128
+    eps = 0.01
+    seconds = {}
     chosen = inkheart_module.plan(problem, n, d, h=1.0, kappa=kappa, eps=eps)
     for groups in (1, 2, 4, 8, 16, 32, 64):
         method = InkheartSGD(groups, uplink_fraction=chosen.method.uplink_fraction)
@@ -373,7 +451,9 @@ def test_inkhearts_plan_takes_the_divisor_of_n_with_the_fewest_seconds(structure
         gamma = min(method.largest_step_size(problem, n, d), eps / (2 * noise))
         steps = math.ceil(4 * problem.gap / (gamma * (eps - gamma * noise)))
         down = d if groups == 1 else d / groups + (1 - 1 / groups) * d / groups
-        seconds[groups] = steps * (chosen.batch + kappa * (chosen.method.uplink_fraction * d + down))
+        seconds[groups] = steps * (
+            chosen.batch + kappa * (chosen.method.uplink_fraction * d + down)
+        )
     assert chosen.seconds == pytest.approx(min(seconds.values()), rel=1e-9)
     assert chosen.seconds == pytest.approx(seconds[chosen.method.downlink_groups], rel=1e-9)
     if structure is None:
@@ -396,7 +476,10 @@ def test_inkhearts_plan_takes_the_divisor_of_n_with_the_fewest_seconds(structure
         (lambda: M3(model_weight=True), "model_weight=True"),
         (lambda: M3(mask="random"), "mask='random'"),
         (lambda: MarinaP(8).groups(4), "downlink_groups=8"),
-        (lambda: BidirectionalSimulation(MarinaP(8), torch.zeros(3), 4, gamma=0.1), "downlink_groups=8"),
+        (
+            lambda: BidirectionalSimulation(MarinaP(8), torch.zeros(3), 4, gamma=0.1),
+            "downlink_groups=8",
+        ),
         (lambda: BidirectionalSimulation(MarinaP(2), torch.zeros(3), 4, gamma=0.0), "gamma=0.0"),
         (lambda: BidirectionalSimulation(MarinaP(), torch.zeros(3), 0, gamma=0.1), "workers=0"),
         (lambda: Problem(0.0, 1.0, 1.0), "smoothness=0.0"),

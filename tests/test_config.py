@@ -1,4 +1,6 @@
-"""Bad input is a clear error before training starts: in Python, in the JSON section, and between ranks."""
+"""Bad input is a clear error before training starts: in Python, in the JSON section,
+and between ranks.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ FULL = {
 
 def test_the_documented_section() -> None:
     section = Section.parse(json.loads(json.dumps(FULL)))
-    assert section.make_compressor() == PowerSGDPlus(4, restart_every=200, consensus_restart=True, stagger=True)
+    assert section.make_compressor() == PowerSGDPlus(
+        4, restart_every=200, consensus_restart=True, stagger=True
+    )
     options = section.reducer_options()
     assert options["seed"] == 7
     assert options["min_compression_rate"] == 2.0
@@ -55,7 +59,10 @@ def test_the_documented_section() -> None:
         ({}, PowerSGDPlus(4, restart_every=200)),
         ({"compressor": "powersgd"}, PowerSGD(4)),
         ({"compressor": "powersgd", "rank": 2}, PowerSGD(2)),
-        ({"compressor": "powersgd_plus", "rank": 2, "restart": "randomized"}, PowerSGDPlus(2, restart="randomized")),
+        (
+            {"compressor": "powersgd_plus", "rank": 2, "restart": "randomized"},
+            PowerSGDPlus(2, restart="randomized"),
+        ),
         ({"compressor": "identity"}, Identity()),
     ],
 )
@@ -70,8 +77,14 @@ BAD = {
     ),
     "unknown key": ({"restart_evry": 100}, ["restart_evry", "restart_every"]),
     "unknown key, no rank": ({"rnak": 4}, ["rnak", "'rank'"]),
-    "unknown key in error_feedback": ({"error_feedback": {"dtyp": None}}, ["error_feedback.dtyp", "'dtype'"]),
-    "unknown key in a rule": ({"rules": [{"match": "a", "treatmnt": "dense"}]}, ["treatmnt", "'treatment'"]),
+    "unknown key in error_feedback": (
+        {"error_feedback": {"dtyp": None}},
+        ["error_feedback.dtyp", "'dtype'"],
+    ),
+    "unknown key in a rule": (
+        {"rules": [{"match": "a", "treatmnt": "dense"}]},
+        ["treatmnt", "'treatment'"],
+    ),
     "rule without a pattern": ({"rules": [{"treatment": "dense"}]}, ["match"]),
     "rank 0": ({"rank": 0}, ["rank", "0"]),
     "rank negative": ({"rank": -3}, ["rank", "-3"]),
@@ -90,18 +103,30 @@ BAD = {
     "unknown compressor, far off": ({"compressor": "zip"}, ["zip", "powersgd", "identity"]),
     "compressor auto": ({"compressor": "auto"}, ["compressor", "auto"]),
     "unknown restart": ({"restart": "svdd"}, ["svdd", "svd", "randomized"]),
-    "a key of another compressor": ({"compressor": "powersgd", "restart_every": 5}, ["restart_every", "powersgd_plus"]),
-    "options that contradict": ({"restart": "randomized", "exact_restart": True}, ["exact_restart", "svd"]),
+    "a key of another compressor": (
+        {"compressor": "powersgd", "restart_every": 5},
+        ["restart_every", "powersgd_plus"],
+    ),
+    "options that contradict": (
+        {"restart": "randomized", "exact_restart": True},
+        ["exact_restart", "svd"],
+    ),
     "negative rate": ({"min_compression_rate": -0.5}, ["min_compression_rate", "-0.5"]),
     "rate nan": ({"min_compression_rate": float("nan")}, ["min_compression_rate", "nan"]),
     "rate auto": ({"min_compression_rate": "auto"}, ["min_compression_rate", "auto"]),
     "rate a bool": ({"min_compression_rate": True}, ["min_compression_rate", "True"]),
     "unknown wire dtype": ({"wire_dtype": "float8"}, ["wire_dtype", "float8"]),
     "wire dtype auto": ({"wire_dtype": "auto"}, ["wire_dtype", "auto"]),
-    "error memory in float16": ({"error_feedback": {"dtype": "float16"}}, ["error_feedback.dtype", "float16"]),
+    "error memory in float16": (
+        {"error_feedback": {"dtype": "float16"}},
+        ["error_feedback.dtype", "float16"],
+    ),
     "error dtype auto": ({"error_feedback": {"dtype": "auto"}}, ["error_feedback.dtype", "auto"]),
     "rounding unknown": ({"error_feedback": {"rounding": "up"}}, ["rounding", "up"]),
-    "treatment unknown": ({"rules": [{"match": "a", "treatment": "dence"}]}, ["treatment", "dence"]),
+    "treatment unknown": (
+        {"rules": [{"match": "a", "treatment": "dence"}]},
+        ["treatment", "dence"],
+    ),
     "seed a float": ({"seed": 1.5}, ["seed", "1.5"]),
     "shard size": ({"topology": {"shard_size": 0}}, ["shard_size", "0"]),
     "shard size a word": ({"topology": {"shard_size": "host"}}, ["shard_size", "host", "node"]),
@@ -112,8 +137,9 @@ BAD = {
 
 @pytest.mark.parametrize(("section", "words"), BAD.values(), ids=BAD.keys())
 def test_a_bad_section_is_named(section: dict[str, Any], words: list[str]) -> None:
-    """The error names the key and the value, is a ValueError too, and comes from parse() alone: nothing has been
-    started by then."""
+    """The error names the key and the value, is a ValueError too, and comes from
+    parse() alone: nothing has been started by then.
+    """
     with pytest.raises(ConfigError) as caught:
         Section.parse(section)
     assert isinstance(caught.value, ValueError)
@@ -143,8 +169,14 @@ def test_a_section_that_is_no_object(section: Any) -> None:
         (lambda: PowerSGDPlus(4, restart_every=None), ["restart_every", "None"]),
         (lambda: PowerSGDPlus(4, restart="svdd"), ["restart", "svdd", "randomized"]),
         (lambda: PowerSGDPlus(4, stagger="yes"), ["stagger", "yes"]),
-        (lambda: PowerSGDPlus(4, restart="randomized", consensus_restart=True), ["consensus_restart", "svd"]),
-        (lambda: PowerSGDPlus(4, exact_restart=True, consensus_restart=True), ["exact_restart", "consensus_restart"]),
+        (
+            lambda: PowerSGDPlus(4, restart="randomized", consensus_restart=True),
+            ["consensus_restart", "svd"],
+        ),
+        (
+            lambda: PowerSGDPlus(4, exact_restart=True, consensus_restart=True),
+            ["exact_restart", "consensus_restart"],
+        ),
         (lambda: optimizer(min_compression_rate=-1), ["min_compression_rate", "-1"]),
         (lambda: optimizer(min_compression_rate="auto"), ["min_compression_rate", "auto"]),
         (lambda: optimizer(seed=0.5), ["seed", "0.5"]),
@@ -156,25 +188,41 @@ def test_a_section_that_is_no_object(section: Any) -> None:
         (lambda: optimizer(seed=2**64), ["seed", str(2**64), "64 bits"]),
         (lambda: optimizer(rules=[{"match": "a"}]), ["rules", "Rule", "'match'"]),
         (lambda: optimizer(rules=[Rule(3)]), ["match=3", "pattern"]),
-        (lambda: optimizer(error_feedback={"dtype": "bfloat16"}), ["error_feedback", "ErrorFeedback", "bfloat16"]),
+        (
+            lambda: optimizer(error_feedback={"dtype": "bfloat16"}),
+            ["error_feedback", "ErrorFeedback", "bfloat16"],
+        ),
         (lambda: optimizer(process_group="workers"), ["process_group", "workers", "DeviceMesh"]),
         (
             lambda: (
                 CompressedOptimizer(
-                    torch.optim.SGD([("z", torch.nn.Parameter(torch.ones(6, 8, dtype=torch.complex64)))]), PowerSGD(2)
+                    torch.optim.SGD(
+                        [("z", torch.nn.Parameter(torch.ones(6, 8, dtype=torch.complex64)))]
+                    ),
+                    PowerSGD(2),
                 ).plan
             ),
             ["z", "complex64"],
         ),
-        (lambda: optimizer(initial_basis={"weigth": torch.ones(3, 2)}).plan, ["initial_basis", "weigth"]),
-        (lambda: optimizer(initial_basis={"weight": torch.ones(8, 2)}).plan, ["initial_basis", "weight", "6"]),
+        (
+            lambda: optimizer(initial_basis={"weigth": torch.ones(3, 2)}).plan,
+            ["initial_basis", "weigth"],
+        ),
+        (
+            lambda: optimizer(initial_basis={"weight": torch.ones(8, 2)}).plan,
+            ["initial_basis", "weight", "6"],
+        ),
         (lambda: CompressedOptimizer(torch.nn.Linear(6, 8), compressor=PowerSGD(2)), ["Linear"]),
         (
-            lambda: CompressedOptimizer(torch.optim.LBFGS([torch.nn.Parameter(torch.ones(6, 8))]), PowerSGD(2)),
+            lambda: CompressedOptimizer(
+                torch.optim.LBFGS([torch.nn.Parameter(torch.ones(6, 8))]), PowerSGD(2)
+            ),
             ["optimizer=LBFGS", "use SGD"],
         ),
         (
-            lambda: CompressedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(6, 8))]), compressor="powersgd"),
+            lambda: CompressedOptimizer(
+                torch.optim.SGD([torch.nn.Parameter(torch.ones(6, 8))]), compressor="powersgd"
+            ),
             ["powersgd"],
         ),
     ],
@@ -206,7 +254,9 @@ def test_a_section_makes_an_optimizer() -> None:
     assert set(made.error_memory()) == {"weight"}
     assert made.last_report.bytes["factors"] == 4 * 2 * (60 + 50)
     with pytest.raises(ConfigError, match="'rank'"):
-        CompressedOptimizer.from_config(torch.optim.SGD(model.named_parameters(), lr=0.1), {"rnk": 2})
+        CompressedOptimizer.from_config(
+            torch.optim.SGD(model.named_parameters(), lr=0.1), {"rnk": 2}
+        )
 
 
 # --- different settings on two ranks ---------------------------------------------------------------------------------
@@ -235,13 +285,22 @@ DIFFERENT = {
         [{"compressor": PowerSGD(2)}, {"compressor": PowerSGDPlus(2)}],
         ["compressor", "powersgd", "powersgd_plus"],
     ),
-    "identity": ([{"compressor": PowerSGD(2)}, {"compressor": Identity()}], ["compressor", "powersgd", "identity"]),
-    "tau": ([{"compressor": PowerSGDPlus(2, 100)}, {"compressor": PowerSGDPlus(2, 200)}], ["restart_every", "100", "200"]),
+    "identity": (
+        [{"compressor": PowerSGD(2)}, {"compressor": Identity()}],
+        ["compressor", "powersgd", "identity"],
+    ),
+    "tau": (
+        [{"compressor": PowerSGDPlus(2, 100)}, {"compressor": PowerSGDPlus(2, 200)}],
+        ["restart_every", "100", "200"],
+    ),
     "restart": (
         [{"compressor": PowerSGDPlus(2)}, {"compressor": PowerSGDPlus(2, restart="randomized")}],
         ["restart", "svd", "randomized"],
     ),
-    "seed": ([{"compressor": PowerSGD(2), "seed": 1}, {"compressor": PowerSGD(2), "seed": 11}], ["seed", "1", "11"]),
+    "seed": (
+        [{"compressor": PowerSGD(2), "seed": 1}, {"compressor": PowerSGD(2), "seed": 11}],
+        ["seed", "1", "11"],
+    ),
     "rate": (
         [{"compressor": PowerSGD(2), "rate": 0}, {"compressor": PowerSGD(2), "rate": 3}],
         ["min_compression_rate", "0", "3"],
@@ -251,7 +310,10 @@ DIFFERENT = {
         ["wire_dtype", "None", "bfloat16"],
     ),
     "a shape": (
-        [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "shapes": {"w": (12, 10), "b": (4,)}}],
+        [
+            {"compressor": PowerSGD(2)},
+            {"compressor": PowerSGD(2), "shapes": {"w": (12, 10), "b": (4,)}},
+        ],
         ["parameters", "w", "(12, 9)", "(12, 10)"],
     ),
     "a parameter": (
@@ -271,15 +333,22 @@ DIFFERENT = {
         ["reduce_at", "backward", "step"],
     ),
     "a basis": (
-        [{"compressor": PowerSGD(1), "initial_basis": {"w": torch.ones(9, 1)}}, {"compressor": PowerSGD(1)}],
+        [
+            {"compressor": PowerSGD(1), "initial_basis": {"w": torch.ones(9, 1)}},
+            {"compressor": PowerSGD(1)},
+        ],
         ["initial_basis"],
     ),
 }
 
 
 @pytest.mark.parametrize(("settings", "words"), DIFFERENT.values(), ids=DIFFERENT.keys())
-def test_different_settings_on_two_ranks(gloo: GlooPool, settings: list[dict[str, Any]], words: list[str]) -> None:
-    """A ConfigMismatchError on every rank, within seconds, that names the field and both values; never a hang."""
+def test_different_settings_on_two_ranks(
+    gloo: GlooPool, settings: list[dict[str, Any]], words: list[str]
+) -> None:
+    """A ConfigMismatchError on every rank, within seconds, that names the field and
+    both values; never a hang.
+    """
     texts = gloo.run(disagree, 2, settings, timeout=20.0)
     assert texts[0] == texts[1]
     for word in words:
@@ -302,11 +371,17 @@ def test_a_rank_that_is_not_in_the_group_is_told(gloo: GlooPool) -> None:
 
 
 def loads_an_earlier_state(rank: int, of_rank: list[int]) -> str:
-    """Three steps on, both ranks go back to an earlier one; with tau = 2, a restart is due on one of them only."""
+    """Three steps on, both ranks go back to an earlier one; with tau = 2, a restart is
+    due on one of them only.
+    """
     model = torch.nn.Linear(9, 12)
     torch.nn.init.ones_(model.weight)
     torch.nn.init.ones_(model.bias)
-    made = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGDPlus(2, 2), min_compression_rate=0)
+    made = CompressedOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1),
+        PowerSGDPlus(2, 2),
+        min_compression_rate=0,
+    )
 
     def step() -> None:
         made.zero_grad()
@@ -338,7 +413,9 @@ def test_ranks_that_loaded_different_steps(gloo: GlooPool) -> None:
 def different_weights(rank: int, alike: bool) -> str:
     torch.manual_seed(0 if alike else rank)
     model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.Linear(12, 3)).to(torch.bfloat16)
-    made = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0)
+    made = CompressedOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
     model(torch.ones(2, 9, dtype=torch.bfloat16)).sum().backward()
     try:
         made.step()
@@ -348,18 +425,26 @@ def different_weights(rank: int, alike: bool) -> str:
 
 
 def test_models_that_start_from_different_weights(gloo: GlooPool) -> None:
-    """DDP broadcasts them; here nothing would, and every worker would train a model of its own without a word."""
+    """DDP broadcasts them; here nothing would, and every worker would train a model of
+    its own without a word.
+    """
     for text in gloo.run(different_weights, 3, False):
-        assert "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)" in text
+        assert (
+            "values of the parameters (seed all workers alike, or broadcast the parameters from"
+            " rank 0)" in text
+        )
     assert gloo.run(different_weights, 3, True) == ["no error"] * 3
 
 
 def test_one_rank_of_four_that_differs(gloo: GlooPool) -> None:
     """All four raise, also those that agree with one another."""
     same = {"compressor": PowerSGD(2)}
-    for text in gloo.run(disagree, 4, [same, same, {"compressor": PowerSGD(4)}, same], timeout=20.0):
+    for text in gloo.run(
+        disagree, 4, [same, same, {"compressor": PowerSGD(4)}, same], timeout=20.0
+    ):
         assert "rank" in text
-        assert "rank 2" in text  # who
+        # who
+        assert "rank 2" in text
 
 
 def test_equal_settings_raise_nothing(gloo: GlooPool) -> None:

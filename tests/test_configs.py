@@ -1,6 +1,8 @@
-"""Every file in configs/ trains: the real launcher, the real Trainer, two workers, a few steps of the example.
+"""Every file in configs/ trains: the real launcher, the real Trainer, two workers, a
+few steps of the example.
 
-The configuration of `make train` has a start of its own, by the README's command; the others follow each other in one start.
+The configuration of `make train` has a start of its own, by the README's command; the
+others follow each other in one start.
 """
 
 from __future__ import annotations
@@ -55,10 +57,25 @@ def launch(script: str, *words: str) -> str:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     environment["PYTHONPATH"] = str(ROOT)
-    command = [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), script, *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    command = [
+        str(folder / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(port),
+        script,
+        *words,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
 
@@ -106,8 +123,9 @@ def assert_trained(path: Path, output: Path, printed: str) -> None:
     assert "lowrank_comm: powersgd" in printed
     sent = {kind: size for kind, size in summary["bytes"].items() if kind != "consolidation"}
     ratio = summary["uncompressed_bytes"] / sum(sent.values())
-    # Three steps: PowerSGD+ sends the whole of every matrix in the first one, PowerSGD never does.
-    saves = 2 if path.stem.endswith("zero3") else 1  # of the last checkpoint: at ZeRO-3, Trainer saves the model by another
+    # Three steps: PowerSGD+ sends the whole of every matrix in the first one, PowerSGD
+    # never does. of the last checkpoint: at ZeRO-3, Trainer saves the model by another
+    saves = 2 if path.stem.endswith("zero3") else 1
     assert summary["bytes"]["consolidation"] < saves * summary["uncompressed_bytes"] / STEPS
     assert ratio > (15 if path.stem == "ds_powersgd" else 2)
 
@@ -115,11 +133,37 @@ def assert_trained(path: Path, output: Path, printed: str) -> None:
 @pytest.mark.slow
 def test_the_example_alone_without_a_launcher(tmp_path: Path) -> None:
     """One process and no process group: as an IDE or a debugger starts it."""
-    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in launchers} | {"PYTHONPATH": str(ROOT)}
-    words = ["--compression", "configs/powersgd_plus.json", "--output_dir", str(tmp_path), "--max_steps", str(STEPS)]
-    command = [sys.executable, "examples/train.py", *words, "--held_out_tokens", "4000", "--eval_on_start", "False"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    launchers = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in launchers} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    words = [
+        "--compression",
+        "configs/powersgd_plus.json",
+        "--output_dir",
+        str(tmp_path),
+        "--max_steps",
+        str(STEPS),
+    ]
+    command = [
+        sys.executable,
+        "examples/train.py",
+        *words,
+        "--held_out_tokens",
+        "4000",
+        "--eval_on_start",
+        "False",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "over 1 worker" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
-"""Theorem 1: PowerSGD stays trapped, PowerSGD+ leaves. In exact rational arithmetic, in the float window, and in the
-example's figure."""
+"""Theorem 1: PowerSGD stays trapped, PowerSGD+ leaves. In exact rational arithmetic, in
+the float window, and in the example's figure.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +41,21 @@ def slope(x: Fraction) -> Fraction:
 
 def matmul(a: Rational, b: Rational) -> Rational:
     return [
-        [sum((x * y for x, y in zip(row, column, strict=True)), Fraction(0)) for column in zip(*b, strict=True)] for row in a
+        [
+            sum((x * y for x, y in zip(row, column, strict=True)), Fraction(0))
+            for column in zip(*b, strict=True)
+        ]
+        for row in a
     ]
 
 
 def combine(*terms: tuple[Fraction | int, Rational]) -> Rational:
     """Sum of c * matrix."""
     rows, columns = len(terms[0][1]), len(terms[0][1][0])
-    return [[sum((c * m[i][j] for c, m in terms), Fraction(0)) for j in range(columns)] for i in range(rows)]
+    return [
+        [sum((c * m[i][j] for c, m in terms), Fraction(0)) for j in range(columns)]
+        for i in range(rows)
+    ]
 
 
 def transposed(a: Rational) -> Rational:
@@ -55,12 +63,15 @@ def transposed(a: Rational) -> Rational:
 
 
 class RationalPowerSGD:
-    """Rank-1 PowerSGD without a square root: P~ P~^T = p p^T / (p^T p) is rational, and Q = Delta^T p has the direction
-    of the paper's Q."""
+    """Rank-1 PowerSGD without a square root: P~ P~^T = p p^T / (p^T p) is rational, and
+    Q = Delta^T p has the direction of the paper's Q.
+    """
 
     def __init__(self, size: int, workers: int, basis: Sequence[int | Fraction]) -> None:
         self.q: Rational = [[Fraction(b)] for b in basis]
-        self.errors: list[Rational] = [[[Fraction(0)] * size for _ in range(size)] for _ in range(workers)]
+        self.errors: list[Rational] = [
+            [[Fraction(0)] * size for _ in range(size)] for _ in range(workers)
+        ]
 
     def step(self, gradients: Sequence[Rational]) -> Rational:
         count = len(gradients)
@@ -89,11 +100,19 @@ def functional(x: Rational) -> Fraction:
     return x[0][0] - x[0][1] - x[1][0] + x[1][1]
 
 
-@pytest.mark.parametrize("start", [[[1, 0], [0, 1]], [[Fraction(1, 3), 0], [0, Fraction(1, 7)]]], ids=["|x| > 1", "|x| < 1"])
+@pytest.mark.parametrize(
+    "start",
+    [[[1, 0], [0, 1]], [[Fraction(1, 3), 0], [0, Fraction(1, 7)]]],
+    ids=["|x| > 1", "|x| < 1"],
+)
 @pytest.mark.parametrize("workers", [1, 3, 5])
-def test_powersgd_is_trapped_in_exact_arithmetic(workers: int, start: list[list[Fraction | int]]) -> None:
-    """200 steps of momentum SGD, learning rates that change, any Q_{-1}: the slope psi' stays exactly what it was, the
-    updates are multiples of B, the errors multiples of A; uncompressed, the same oracle moves at once."""
+def test_powersgd_is_trapped_in_exact_arithmetic(
+    workers: int, start: list[list[Fraction | int]]
+) -> None:
+    """200 steps of momentum SGD, learning rates that change, any Q_{-1}: the slope psi'
+    stays exactly what it was, the updates are multiples of B, the errors multiples of
+    A; uncompressed, the same oracle moves at once.
+    """
     sigma, momentum_factor = Fraction(3), Fraction(9, 10)
     x: Rational = [[Fraction(entry) for entry in row] for row in start]
     uncompressed = [list(row) for row in x]
@@ -107,14 +126,19 @@ def test_powersgd_is_trapped_in_exact_arithmetic(workers: int, start: list[list[
         assert applied[0] == applied[1] == [applied[0][0]] * 2
         assert all(combine((error[0][0], A2)) == error for error in compressor.errors)
         momentum = combine((momentum_factor, momentum), (1, applied))
-        # Momentum's denominators would grow by a digit a step. Rounded to another multiple of B, they do not.
+        # Momentum's denominators would grow by a digit a step. Rounded to another
+        # multiple of B, they do not.
         momentum = combine((momentum[0][0].limit_denominator(10**6), B2))
         x = combine((1, x), (-Fraction(1, 10 + t), momentum))
         assert slope(functional(x)) == first
         if t < 10:
             gradients = [oracle(functional(uncompressed), int(coin), sigma) for coin in row]
-            uncompressed = combine((1, uncompressed), *((-Fraction(1, 10 * workers), g) for g in gradients))
-    assert functional(uncompressed) != functional([[Fraction(entry) for entry in row] for row in start])
+            uncompressed = combine(
+                (1, uncompressed), *((-Fraction(1, 10 * workers), g) for g in gradients)
+            )
+    assert functional(uncompressed) != functional(
+        [[Fraction(entry) for entry in row] for row in start]
+    )
     assert any(error[0][0] != 0 for error in compressor.errors)
 
 
@@ -122,9 +146,16 @@ def test_powersgd_is_trapped_in_exact_arithmetic(workers: int, start: list[list[
 
 
 def paper_problem(
-    section: dict[str, Any], dtype: torch.dtype, workers: int, steps: int, basis: tuple[float, float], rotation: int | None
+    section: dict[str, Any],
+    dtype: torch.dtype,
+    workers: int,
+    steps: int,
+    basis: tuple[float, float],
+    rotation: int | None,
 ) -> list[float]:
-    """D^T X D before each step, by the library, on the paper's own 2 x 2 problem (sigma = 3, all coins +1 at first)."""
+    """D^T X D before each step, by the library, on the paper's own 2 x 2 problem (sigma
+    = 3, all coins +1 at first).
+    """
     run = theorem1.train(
         theorem1.Problem(1, workers, 3.0, dtype, rotation),
         section,
@@ -140,19 +171,30 @@ POWERSGD = {"compressor": "powersgd", "rank": 1}
 POWERSGD_PLUS = {"compressor": "powersgd_plus", "rank": 1}
 
 
-@pytest.mark.parametrize(("dtype", "window", "tolerance"), [(torch.float64, 8, 1e-3), (torch.float32, 5, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "window", "tolerance"), [(torch.float64, 8, 1e-3), (torch.float32, 5, 1e-3)]
+)
 @pytest.mark.parametrize("basis", [(0.3, 1.1), (-2.0, 0.5), (1.0, 0.0)])
 @pytest.mark.parametrize("workers", [1, 3, 5])
 @pytest.mark.parametrize("rotation", [None, 0], ids=["paper's coordinates", "rotated"])
 def test_powersgd_is_trapped_within_the_float_window(
-    rotation: int | None, workers: int, basis: tuple[float, float], dtype: torch.dtype, window: int, tolerance: float
+    rotation: int | None,
+    workers: int,
+    basis: tuple[float, float],
+    dtype: torch.dtype,
+    window: int,
+    tolerance: float,
 ) -> None:
-    """Round-off frees PowerSGD after some 9 steps in float64, 6 in float32, where coordinates are not the paper's; before
-    that nothing of the gradient comes through, while PowerSGD+ that restarts within the window has moved."""
+    """Round-off frees PowerSGD after some 9 steps in float64, 6 in float32, where
+    coordinates are not the paper's; before that nothing of the gradient comes through,
+    while PowerSGD+ that restarts within the window has moved.
+    """
     trapped = paper_problem(POWERSGD, dtype, workers, window + 1, basis, rotation)
     assert trapped[0] == pytest.approx(2.0, rel=1e-6)
     assert max(abs(value - 2.0) for value in trapped) < tolerance
-    free = paper_problem(POWERSGD_PLUS | {"restart_every": 2}, dtype, workers, window + 1, basis, rotation)
+    free = paper_problem(
+        POWERSGD_PLUS | {"restart_every": 2}, dtype, workers, window + 1, basis, rotation
+    )
     assert abs(free[-1] - 2.0) > 0.02
 
 
@@ -164,7 +206,9 @@ def test_round_off_opens_the_trap_in_rotated_coordinates() -> None:
 
 @pytest.mark.parametrize("restart", ["svd", "randomized"])
 def test_powersgd_plus_converges_on_the_papers_problem(restart: str) -> None:
-    """N = 4, tau = 10, decaying rate: mean ||grad f||^2 = 4 psi'^2 over the last quarter of 600 steps."""
+    """N = 4, tau = 10, decaying rate: mean ||grad f||^2 = 4 psi'^2 over the last
+    quarter of 600 steps.
+    """
     section = POWERSGD_PLUS | {"restart_every": 10, "restart": restart}
     values = paper_problem(section, torch.float64, 4, 600, (0.3, 1.1), None)
     squared = [4 * (2 * value if abs(value) <= 1 else 2.0) ** 2 for value in values]
@@ -176,8 +220,9 @@ def test_powersgd_plus_converges_on_the_papers_problem(restart: str) -> None:
 
 
 def test_the_examples_powersgd_is_exact(example: ModuleType) -> None:
-    """The library's float64 PowerSGD in the example against rational arithmetic: every update equal, number by number,
-    for 300 steps."""
+    """The library's float64 PowerSGD in the example against rational arithmetic: every
+    update equal, number by number, for 300 steps.
+    """
     steps = 300
     problem = example.PROBLEM
     run = theorem1.train(problem, example.SECTIONS["PowerSGD"], example.OPTIMIZERS["MSGD"], steps)
@@ -187,20 +232,27 @@ def test_the_examples_powersgd_is_exact(example: ModuleType) -> None:
     rational = RationalPowerSGD(4, problem.workers, [1, 0, 0, 0])
     sigma, first_slope = Fraction(int(problem.sigma)), Fraction(2)
     for row, update in zip(problem.coins(steps, 0), run.updates, strict=True):
-        expected = rational.step([combine((first_slope * (1 - int(coin)), a), (sigma * int(coin), b)) for coin in row])
+        expected = rational.step(
+            [combine((first_slope * (1 - int(coin)), a), (sigma * int(coin), b)) for coin in row]
+        )
         assert [[Fraction(value) for value in line] for line in update.tolist()] == expected
     assert run.trapped_exactly
     assert max(abs(loss - 3.0) for loss in run.losses) < 1e-11
 
 
-def test_the_example_draws_figure_1(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_draws_figure_1(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "figure.png"
     runs = example.main(["--steps", "250", "--output", str(picture)])
     for optimizer in ("MSGD", "Adam"):
-        trapped, free, plain = (runs[optimizer][name] for name in ("PowerSGD", "PowerSGD+", "uncompressed"))
+        trapped, free, plain = (
+            runs[optimizer][name] for name in ("PowerSGD", "PowerSGD+", "uncompressed")
+        )
         assert trapped.trapped_exactly
         assert not free.trapped_exactly
-        assert min(trapped.squared_gradients) == max(trapped.squared_gradients) == 64.0  # psi'^2 ||A||^2
+        # psi'^2 ||A||^2
+        assert min(trapped.squared_gradients) == max(trapped.squared_gradients) == 64.0
         assert max(free.losses[-50:]) < 0.05 * free.losses[0]
         assert max(plain.losses[-50:]) < 0.05 * plain.losses[0]
     assert picture.read_bytes().startswith(b"\x89PNG")

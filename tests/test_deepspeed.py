@@ -1,7 +1,9 @@
-"""The DeepSpeed adapter against DeepSpeed itself and against the simulation, on two gloo processes.
+"""The DeepSpeed adapter against DeepSpeed itself and against the simulation, on two
+gloo processes.
 
-The processes run every case of deepspeed_worker.py once; the tests look at one case each. What `moved` and the like guard
-against is a test that would also pass if nothing had happened.
+The processes run every case of deepspeed_worker.py once; the tests look at one case
+each. What `moved` and the like guard against is a test that would also pass if nothing
+had happened.
 """
 
 from __future__ import annotations
@@ -55,14 +57,17 @@ def test_the_processes_ran_every_case(results: dict[int, dict[str, Any]], tmp_pa
 # ---------------------------------------------------------------- the same training
 
 
-@pytest.mark.shows("full rank", "accumulation", "clipping", "AdamW", engine="DeepSpeed ZeRO-{stage}")
+@pytest.mark.shows(
+    "full rank", "accumulation", "clipping", "AdamW", engine="DeepSpeed ZeRO-{stage}"
+)
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_rank_is_the_uncompressed_engine(look: Look, stage: int, gas: int) -> None:
     for found in look(f"parity {stage} {gas}"):
         assert found["adamw"]["losses"] < 1e-5
         assert found["sgd"]["parameters"] < 1e-5
-        if stage > 0:  # stage 0 in fp32 does not tell its norm
+        # stage 0 in fp32 does not tell its norm
+        if stage > 0:
             ours, theirs = found["norms"]
             assert ours > toy.CLIP, "clipping must be at work"
             assert math.isclose(ours, theirs, rel_tol=1e-5)
@@ -91,11 +96,20 @@ def simulated_algorithm(name: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("name", deepspeed_cases.ALGORITHMS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_algorithm_gives_the_losses_of_the_simulation(look: Look, stage: int, name: str) -> None:
-    for losses, of_worker in zip(look(f"algorithms {stage}"), simulated_algorithm(name), strict=True):
+def test_every_algorithm_gives_the_losses_of_the_simulation(
+    look: Look, stage: int, name: str
+) -> None:
+    for losses, of_worker in zip(
+        look(f"algorithms {stage}"), simulated_algorithm(name), strict=True
+    ):
         assert toy.gap(losses[name], of_worker) < 1e-4
-    others = [simulated_algorithm(other) for other in deepspeed_cases.ALGORITHMS if other not in (name, "row_sparse")]
-    assert all(toy.gap(other[0], simulated_algorithm(name)[0]) > 1e-4 for other in others)  # the comparison can fail
+    others = [
+        simulated_algorithm(other)
+        for other in deepspeed_cases.ALGORITHMS
+        if other not in (name, "row_sparse")
+    ]
+    # the comparison can fail
+    assert all(toy.gap(other[0], simulated_algorithm(name)[0]) > 1e-4 for other in others)
 
 
 @pytest.mark.shows("bf16", when="bf16", engine="DeepSpeed ZeRO-{stage}")
@@ -119,17 +133,22 @@ def test_all_ranks_hold_the_same_bits_after_50_steps(look: Look, stage: int, dty
         ("variant secondary partition", 1e-5),
         ("variant offload of parameters", 1e-5),
         ("variant round robin", 1e-5),
-        ("variant autocast", 1e-2),  # bfloat16 activations, and DeepSpeed's own reduction in bfloat16
+        # bfloat16 activations, and DeepSpeed's own reduction in bfloat16
+        ("variant autocast", 1e-2),
     ],
 )
-def test_other_settings_of_deepspeed_train_the_same(look: Look, case: str, tolerance: float) -> None:
+def test_other_settings_of_deepspeed_train_the_same(
+    look: Look, case: str, tolerance: float
+) -> None:
     for found in look(case):
         assert found["losses"] < tolerance
         assert found["parameters"] < tolerance
 
 
 @pytest.mark.parametrize("who", ["nobody", "rank 1"])
-def test_fp32_accumulation_of_bfloat16_gradients_is_kept_at_every_stage(look: Look, who: str) -> None:
+def test_fp32_accumulation_of_bfloat16_gradients_is_kept_at_every_stage(
+    look: Look, who: str
+) -> None:
     for found in look(f"float accumulation {who}"):
         kinds = {stage: value.pop("optimizer") for stage, value in found.items()}
         assert kinds[1] == "BF16_Optimizer"
@@ -137,7 +156,9 @@ def test_fp32_accumulation_of_bfloat16_gradients_is_kept_at_every_stage(look: Lo
         assert all(toy.gap(found[1], other) == 0.0 for other in found.values())
 
 
-OWN_BOUNDARIES = [f"owned boundary {stage}" for stage in STAGES] + [f"own coalescing {stage}" for stage in (1, 2, 3)]
+OWN_BOUNDARIES = [f"owned boundary {stage}" for stage in STAGES] + [
+    f"own coalescing {stage}" for stage in (1, 2, 3)
+]
 OWN_BOUNDARIES += ["no_sync 0", "no_sync 1"]
 
 
@@ -152,7 +173,8 @@ def test_boundaries_that_the_caller_owns(look: Look, case: str) -> None:
 def test_loss_backward_is_as_good_as_engine_backward(look: Look, stage: int) -> None:
     for found in look(f"direct {stage}"):
         if stage == 0:
-            assert "engine.backward(loss)" in found["refused"]  # DeepSpeed's own words
+            # DeepSpeed's own words
+            assert "engine.backward(loss)" in found["refused"]
         else:
             assert found == {"losses": 0.0}
 
@@ -160,7 +182,12 @@ def test_loss_backward_is_as_good_as_engine_backward(look: Look, stage: int) -> 
 # ---------------------------------------------------------------- which parameters
 
 
-USERS = [f"{stage} {who}" for stage in STAGES for who in deepspeed_cases.USERS if (stage, who) != (3, "rank 1")]
+USERS = [
+    f"{stage} {who}"
+    for stage in STAGES
+    for who in deepspeed_cases.USERS
+    if (stage, who) != (3, "rank 1")
+]
 
 
 @pytest.mark.parametrize("case", USERS)
@@ -177,7 +204,9 @@ def test_a_gradient_that_is_missing_on_one_rank(look: Look, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_activation_checkpointing_that_calls_backward_within_backward(look: Look, stage: int) -> None:
+def test_activation_checkpointing_that_calls_backward_within_backward(
+    look: Look, stage: int
+) -> None:
     for found in look(f"recomputed {stage}"):
         assert found["parameters"] < 1e-5
         assert found["moved"] > 1e-3
@@ -192,26 +221,39 @@ def test_a_model_that_was_built_partitioned(look: Look) -> None:
 def test_frozen_and_tied_parameters(look: Look, stage: int) -> None:
     for found in look(f"frozen and tied {stage}"):
         assert found["parameters"] < 1e-5
-        assert found["names"] == ["first.weight", "first.bias", "sometimes.weight", "last.weight", "last.bias"]
+        assert found["names"] == [
+            "first.weight",
+            "first.bias",
+            "sometimes.weight",
+            "last.weight",
+            "last.bias",
+        ]
 
 
 # ---------------------------------------------------------------- steps that do not count
 
-VETOES = [f"{stage} {dtype}" for stage in STAGES for dtype in toy.DTYPES] + [f"{stage} bf16 fp32" for stage in (1, 2, 3)]
+VETOES = [f"{stage} {dtype}" for stage in STAGES for dtype in toy.DTYPES] + [
+    f"{stage} bf16 fp32" for stage in (1, 2, 3)
+]
 
 
 @pytest.mark.shows("NaN on one rank", engine="DeepSpeed ZeRO-{case[0]}")
 @pytest.mark.parametrize("case", VETOES)
-def test_nan_on_one_rank_skips_the_step_everywhere_and_leaves_no_trace(look: Look, case: str) -> None:
+def test_nan_on_one_rank_skips_the_step_everywhere_and_leaves_no_trace(
+    look: Look, case: str
+) -> None:
     for found in look(f"veto {case}"):
-        assert found["changed"] == 0.0  # parameters, error memory, bases, step counter: bit-equal
+        # parameters, error memory, bases, step counter: bit-equal
+        assert found["changed"] == 0.0
         assert not found["applied"]
         assert found["skipped"] == 1
-        assert found["scheduled"] == 5  # six steps, one skipped
+        # six steps, one skipped
+        assert found["scheduled"] == 5
         assert found["moved"] > 1e-3
         if "fp16" not in case:
             assert found["later"] == found["final"] == 0.0
-        elif case != "0 fp16":  # the skip lowered the loss scale, so the smallest gradients round otherwise
+        elif case != "0 fp16":
+            # the skip lowered the loss scale, so the smallest gradients round otherwise
             assert max(found["later"], found["final"]) < 1e-5
         # At stage 0 this DeepSpeed divides by a loss scale that it never multiplied by.
 
@@ -219,31 +261,46 @@ def test_nan_on_one_rank_skips_the_step_everywhere_and_leaves_no_trace(look: Loo
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, stage: int) -> None:
     for found in look(f"late overflow {stage}"):
-        expected = {"changed": 0.0, "applied": False, "skipped": 1, "scale fell": True, "vetoed": 0, "steps": 4}
+        expected = {
+            "changed": 0.0,
+            "applied": False,
+            "skipped": 1,
+            "scale fell": True,
+            "vetoed": 0,
+            "steps": 4,
+        }
         assert found == expected
 
 
 @pytest.mark.shows("fp16 + scaler", engine="DeepSpeed ZeRO-{stage}")
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_loss_scale_that_is_too_high_comes_down_and_never_enters_the_error_memory(look: Look, stage: int) -> None:
+def test_a_loss_scale_that_is_too_high_comes_down_and_never_enters_the_error_memory(
+    look: Look, stage: int
+) -> None:
     for found in look(f"high scale {stage}"):
         applied, skipped, vetoed = found["counted"]
         assert applied + skipped == 20
         assert skipped == vetoed > 2
-        assert 0 < found["largest error"] < 10  # a gradient's size; the scale is above 10 000
+        # a gradient's size; the scale is above 10 000
+        assert 0 < found["largest error"] < 10
 
 
 @pytest.mark.parametrize(
-    "case", [f"{stage} {what}" for stage in (1, 2, 3) for what in ("fp32 1", "fp32 2", "bf16 1", "fp16 1")]
+    "case",
+    [f"{stage} {what}" for stage in (1, 2, 3) for what in ("fp32 1", "fp32 2", "bf16 1", "fp16 1")],
 )
-def test_a_skipped_step_leaves_no_nan_behind_where_the_optimizer_is_on_the_cpu(look: Look, case: str) -> None:
+def test_a_skipped_step_leaves_no_nan_behind_where_the_optimizer_is_on_the_cpu(
+    look: Look, case: str
+) -> None:
     """DeepSpeed keeps gradients there from step to step, and applies what it finds."""
     for found in look(f"offloaded veto {case}"):
         assert found == {"unused": (1, []), "used": (1, [])}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_matrix_without_a_gradient_does_not_get_its_last_one_again(look: Look, stage: int) -> None:
+def test_a_matrix_without_a_gradient_does_not_get_its_last_one_again(
+    look: Look, stage: int
+) -> None:
     for found in look(f"unused later {stage}"):
         assert found["parameters"] < 1e-5
 
@@ -272,7 +329,8 @@ def test_zero_grad_after_a_step_is_not_told(look: Look, stage: int) -> None:
 
 def test_a_torch_optimizer_that_serves_two_engines(look: Look) -> None:
     for found in look("reused optimizer"):
-        assert found["skipped"] == (1, True, False)  # what Accelerate asks for after the step, too
+        # what Accelerate asks for after the step, too
+        assert found["skipped"] == (1, True, False)
         assert found["after"] is False
         assert found["nan"] == []
 
@@ -353,20 +411,31 @@ def test_what_is_sent_is_what_the_ledger_says_and_nothing_else(look: Look, stage
     gradients = {"factors", "restart", "broadcast", "dense", "control"}
     for found in look(f"traffic {stage}"):
         for step, seen in enumerate(found["steps"]):
-            assert seen["early"] == []  # micro-steps only accumulate
+            # micro-steps only accumulate
+            assert seen["early"] == []
             reductions = [one for one in seen["backward"] if one[0] in toy.REDUCTIONS]
             assert {name for name, _, _ in reductions} == {"all_reduce"}
-            assert sum(size for _, _, size in reductions) == sum(seen["ledger"].get(kind, 0) for kind in gradients)
+            assert sum(size for _, _, size in reductions) == sum(
+                seen["ledger"].get(kind, 0) for kind in gradients
+            )
             assert len(reductions) == seen["collectives"] == 2
-            assert all(elements <= 2 for _, elements, _ in seen["step"])  # norm and overflow flag
+            # norm and overflow flag
+            assert all(elements <= 2 for _, elements, _ in seen["step"])
             assert {kind: count for kind, count in seen["report"].items() if count} == {
-                kind: count for kind, count in seen["ledger"].items() if count and kind != "fingerprint"
+                kind: count
+                for kind, count in seen["ledger"].items()
+                if count and kind != "fingerprint"
             }
-            fingerprint = [size for name, _, size in seen["backward"] if name == "all_gather" and size in (8, 32)]
+            fingerprint = [
+                size
+                for name, _, size in seen["backward"]
+                if name == "all_gather" and size in (8, 32)
+            ]
             assert sum(fingerprint if step == 0 else []) == seen["ledger"].get("fingerprint", 0)
         matrices = sum(m * n for m, n in ((24, 12), (20, 24), (20, 20), (5, 20)))
         assert found["numel"] == matrices + 24 + 5
-        unused = (20, 20, 2)  # nobody has a gradient for it: its restart is sent once, and owed from then on
+        # nobody has a gradient for it: its restart is sent once, and owed from then on
+        unused = (20, 20, 2)
         for step, seen in enumerate(found["steps"]):
             sizes = [(24, 12, 2), (20, 24, 2), (5, 20, 2), *([unused] if step == 0 else [])]
             assert seen["ledger"]["dense"] == 4 * (24 + 5)
@@ -387,8 +456,14 @@ REFUSED = {
     "shard_size": ["lowrank_comm.topology.shard_size=3", "choose a divisor of 2"],
     "no object": ["lowrank_comm must be an object"],
     "no JSON": ["lowrank_comm.wire_dtype=torch.bfloat16"],
-    "misspelt section": ["'lowrank_com' in the DeepSpeed configuration is not a section", "did you mean 'lowrank_comm'"],
-    "zero_quantized_gradients": ["zero_optimization.zero_quantized_gradients=True", "Set it to false"],
+    "misspelt section": [
+        "'lowrank_com' in the DeepSpeed configuration is not a section",
+        "did you mean 'lowrank_comm'",
+    ],
+    "zero_quantized_gradients": [
+        "zero_optimization.zero_quantized_gradients=True",
+        "Set it to false",
+    ],
     "zenflow": ["zero_optimization.zenflow", "Remove the section"],
     "super_offload": ["zero_optimization.offload_optimizer.super_offload=True"],
     "deepcompile": ["compile.deepcompile=True"],
@@ -465,7 +540,11 @@ def test_a_missing_private_name_is_reported_with_the_version() -> None:
         _take_model_step = None
 
     with pytest.raises(UnsupportedError) as raised:
-        seams.check(Engine(), ("_take_model_step", "_flush_coalesced_reduction_zero3"), "the engine")
-    assert f"DeepSpeed {deepspeed.__version__} has no _flush_coalesced_reduction_zero3" in str(raised.value)
+        seams.check(
+            Engine(), ("_take_model_step", "_flush_coalesced_reduction_zero3"), "the engine"
+        )
+    assert f"DeepSpeed {deepspeed.__version__} has no _flush_coalesced_reduction_zero3" in str(
+        raised.value
+    )
     assert f"tested with DeepSpeed {seams.TESTED}" in str(raised.value)
     assert "_take_model_step" not in str(raised.value)

@@ -1,6 +1,8 @@
-"""Two levels under DeepSpeed, against DeepSpeed itself and against the simulation: two nodes of two gloo processes.
+"""Two levels under DeepSpeed, against DeepSpeed itself and against the simulation: two
+nodes of two gloo processes.
 
-As in test_deepspeed.py, the processes run every case of deepspeed_levels.py once, and the tests look at one case each.
+As in test_deepspeed.py, the processes run every case of deepspeed_levels.py once, and
+the tests look at one case each.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def whole(blocks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(570)
-@pytest.mark.shows("full rank", "accumulation", "clipping", "AdamW", engine="DeepSpeed ZeRO-{stage}, two levels")
+@pytest.mark.shows(
+    "full rank", "accumulation", "clipping", "AdamW", engine="DeepSpeed ZeRO-{stage}, two levels"
+)
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_rank_is_deepspeeds_own_training(look: Look, stage: int, gas: int) -> None:
@@ -58,13 +62,16 @@ def test_full_rank_is_deepspeeds_own_training(look: Look, stage: int, gas: int) 
         assert found["losses"] < 1e-5
         assert found["moved"] > 1e-2
         ours, theirs = found["norms"]
-        if stage > 0:  # stage 0 in fp32 does not tell its norm
+        # stage 0 in fp32 does not tell its norm
+        if stage > 0:
             assert ours > toy.CLIP, "clipping must be at work"
             assert math.isclose(ours, theirs, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_with_a_secondary_partition_inside_the_node(look: Look, dtype: str, tolerance: float) -> None:
+def test_with_a_secondary_partition_inside_the_node(
+    look: Look, dtype: str, tolerance: float
+) -> None:
     for found in look(f"hpz {dtype}"):
         assert found["hpz"] == levels.F
         assert found["losses"] < tolerance
@@ -88,7 +95,9 @@ RUNS = [f"{stage} {scope} {gas}" for stage in STAGES for scope in levels.SCOPES 
 
 @pytest.mark.shows("rank r = simulation", engine="DeepSpeed ZeRO-{case[0]}, two levels")
 @pytest.mark.parametrize("case", RUNS)
-def test_rank_2_gives_the_losses_of_the_simulation_and_equal_parameters(look: Look, case: str) -> None:
+def test_rank_2_gives_the_losses_of_the_simulation_and_equal_parameters(
+    look: Look, case: str
+) -> None:
     _, scope, gas = case.split()
     found = look(f"rank 2 {case}")
     for rank, expected in zip(found, simulated(int(gas), scope), strict=True):
@@ -113,7 +122,10 @@ def test_error_memory_is_divided_by_the_ranks_of_a_node(look: Look, case: str) -
         for name, p in toy.seeded_toy().named_parameters():
             if p.dim() == 2:
                 half = -(-p.shape[0] // 2)
-                assert [block[name] for block in blocks] == [(half, p.shape[1]), (p.shape[0] - half, p.shape[1])]
+                assert [block[name] for block in blocks] == [
+                    (half, p.shape[1]),
+                    (p.shape[0] - half, p.shape[1]),
+                ]
 
 
 @pytest.mark.shows("bytes = formula", engine="DeepSpeed ZeRO-{case[0]}, two levels")
@@ -126,7 +138,12 @@ def test_the_ranks_of_a_node_send_what_the_plan_says(look: Look, case: str) -> N
             if any(restarts for restarts, _, _ in steps):
                 continue
             ordinary += 1
-            sent = sum(size for _, by_kind, _ in steps for kind, size in by_kind.items() if kind != "control")
+            sent = sum(
+                size
+                for _, by_kind, _ in steps
+                for kind, size in by_kind.items()
+                if kind != "control"
+            )
             assert sent == found[0]["step bytes"]
             for _, by_kind, inside in steps:
                 assert 0 < by_kind["control"] < 200
@@ -144,9 +161,12 @@ VETOES += [f"{stage} {what}" for stage in (1, 3) for what in ("fp16", "bf16 fp32
 @pytest.mark.shows("bf16", when="bf16", engine="DeepSpeed ZeRO-{case[0]}, two levels")
 @pytest.mark.shows("fp16 + scaler", when="fp16", engine="DeepSpeed ZeRO-{case[0]}, two levels")
 @pytest.mark.parametrize("case", VETOES)
-def test_nan_on_one_rank_skips_the_step_on_all_nodes_and_leaves_no_trace(look: Look, case: str) -> None:
+def test_nan_on_one_rank_skips_the_step_on_all_nodes_and_leaves_no_trace(
+    look: Look, case: str
+) -> None:
     for found in look(f"veto {case}"):
-        assert found["changed"] == 0.0  # parameters, error memory, bases, step counter: bit-equal
+        # parameters, error memory, bases, step counter: bit-equal
+        assert found["changed"] == 0.0
         assert not found["applied"]
         assert found["skipped"] == 1
         assert found["scheduled"] == 5
@@ -170,7 +190,14 @@ def test_zero_grad_instead_of_a_step_drops_the_pass(look: Look, stage: int) -> N
 @pytest.mark.parametrize("stage", [1, 3])
 def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, stage: int) -> None:
     for found in look(f"late overflow {stage}"):
-        expected = {"changed": 0.0, "applied": False, "skipped": 1, "scale fell": True, "vetoed": 0, "steps": 4}
+        expected = {
+            "changed": 0.0,
+            "applied": False,
+            "skipped": 1,
+            "scale fell": True,
+            "vetoed": 0,
+            "steps": 4,
+        }
         assert found == expected
 
 
@@ -181,25 +208,32 @@ def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, s
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_of_one_and_two_levels(look: Look, stage: int) -> None:
     found = look(f"checkpoints {stage}")
-    saved, back = whole([rank["saved"] for rank in found[:2]]), whole([rank["and back"] for rank in found[:2]])
+    saved = whole([rank["saved"] for rank in found[:2]])
+    back = whole([rank["and back"] for rank in found[:2]])
     assert max(float(error.abs().max()) for error in saved.values()) > 1e-3
     for rank, one in enumerate(found):
         assert one["step"] == 4
         assert one["resumed"] == one["state"] == 0.0
         assert toy.gap(one["by one level"], saved) == 0.0
         assert toy.gap(one["saved by one level"], back) == 0.0
-        assert toy.gap(one["saved"], found[rank % 2]["saved"]) == 0.0  # the mean of both nodes
+        # the mean of both nodes
+        assert toy.gap(one["saved"], found[rank % 2]["saved"]) == 0.0
         assert toy.gap(one["and back"], found[rank % 2]["and back"]) == 0.0
         assert one["step back"] == 8
         assert all(map(math.isfinite, one["goes on"]))
 
 
 def test_what_ef21_keeps_goes_on_in_other_blocks(look: Look) -> None:
-    """y and the mean v of both nodes, whole; `last.weight` has five rows, of which the fourth rank of four has none."""
+    """y and the mean v of both nodes, whole; `last.weight` has five rows, of which the
+    fourth rank of four has none.
+    """
     found = look("EF21 in other blocks")
     one = found[0][1]
     for key in one:
-        kept, in_four = ([rank[size][key] for rank in found if key in rank[size]] for size in (levels.F, levels.WORLD))
+        kept, in_four = (
+            [rank[size][key] for rank in found if key in rank[size]]
+            for size in (levels.F, levels.WORLD)
+        )
         assert len(in_four) == (3 if key.startswith("last") else 4)
         assert all(torch.equal(rank[1][key], one[key]) for rank in found)
         if key.endswith("v_started"):
@@ -209,17 +243,30 @@ def test_what_ef21_keeps_goes_on_in_other_blocks(look: Look) -> None:
         assert torch.equal(torch.cat(in_four), one[key])
         means = torch.cat([(kept[k] + kept[k + levels.F]) / 2 for k in range(levels.F)])
         torch.testing.assert_close(one[key], means)
-        assert torch.equal(kept[0], kept[levels.F]) == (key.endswith("y") or "sometimes" in key)  # v is each node's own
+        # v is each node's own
+        assert torch.equal(kept[0], kept[levels.F]) == (key.endswith("y") or "sometimes" in key)
 
 
 # ---------------------------------------------------------------- who is a node
 
 WRONG = {
     "no divisor": ["lowrank_comm.topology.shard_size=3", "choose a divisor of 4"],
-    "node without a launcher": ['lowrank_comm.topology.shard_size="node"', "LOCAL_WORLD_SIZE", "rank 0 has no number there"],
-    "node, one rank not told": ['lowrank_comm.topology.shard_size="node"', "rank 3 has no number there", "give the number"],
+    "node without a launcher": [
+        'lowrank_comm.topology.shard_size="node"',
+        "LOCAL_WORLD_SIZE",
+        "rank 0 has no number there",
+    ],
+    "node, one rank not told": [
+        'lowrank_comm.topology.shard_size="node"',
+        "rank 3 has no number there",
+        "give the number",
+    ],
     "node, no number": ['lowrank_comm.topology.shard_size="node"', "rank 0 has no number there"],
-    "no whole node": ['lowrank_comm.topology.shard_size="node"', "3 ranks were started on each node", "(0, 1, 2, 3)"],
+    "no whole node": [
+        'lowrank_comm.topology.shard_size="node"',
+        "3 ranks were started on each node",
+        "(0, 1, 2, 3)",
+    ],
     "nodes that differ": [
         'lowrank_comm.topology.shard_size="node"',
         "2 ranks on the node of rank 0 and 1 on that of rank 2",
@@ -238,7 +285,12 @@ def test_sizes_that_cannot_be_are_refused_on_all_ranks(look: Look, case: str) ->
 
 def test_the_plan_tells_of_both_levels(look: Look) -> None:
     for found in look("sizes"):
-        for words in ("over 2 nodes of 2 ranks, DeepSpeed", "ZeRO stage 1", "1/2 of the error memory", "inside a node"):
+        for words in (
+            "over 2 nodes of 2 ranks, DeepSpeed",
+            "ZeRO stage 1",
+            "1/2 of the error memory",
+            "inside a node",
+        ):
             assert words in found["node"]
         assert "hint" not in found["node"]
         assert found["node, by deepspeed"] == found["node"]

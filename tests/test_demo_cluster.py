@@ -1,4 +1,6 @@
-"""The comparison over slow links, on four real hosts (network namespaces): facts that do not depend on the clock."""
+"""The comparison over slow links, on four real hosts (network namespaces): facts that
+do not depend on the clock.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ HOSTS, STEPS = 4, 10
 
 def labs() -> list[str]:
     """Namespaces that this process' labs have left."""
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["ip", "netns", "list"], capture_output=True, text=True, check=True
+    ).stdout
     return [line for line in listed.splitlines() if line.startswith(f"lrc{os.getpid()}x")]
 
 
@@ -35,7 +39,9 @@ def labs() -> list[str]:
 def test_compression_saves_bytes_on_the_wire(tmp_path: Path) -> None:
     require(netlab.missing())
     # Faster links than the default's: nothing here is about time.
-    plain, compressed = demo_cluster.compare(HOSTS, 500, STEPS, "S", demo_cluster.COMPRESSED, tmp_path, timeout=250)
+    plain, compressed = demo_cluster.compare(
+        HOSTS, 500, STEPS, "S", demo_cluster.COMPRESSED, tmp_path, timeout=250
+    )
     assert labs() == []
     for run in (plain, compressed):
         assert [step["step"] for step in run.steps] == list(range(1, STEPS + 1))
@@ -43,19 +49,24 @@ def test_compression_saves_bytes_on_the_wire(tmp_path: Path) -> None:
         assert len(run.network.sent) == HOSTS
         assert run.summary.setup["workers"] == HOSTS
     assert plain.summary.differences(compressed.summary) == []
-    # Beside the gradients the kernel counts headers, the evaluation, and the broadcast of the parameters at the start: as
-    # many bytes as the gradient has, at most once from each host on average.
+    # Beside the gradients the kernel counts headers, the evaluation, and the broadcast
+    # of the parameters at the start: as many bytes as the gradient has, at most once
+    # from each host on average.
     gradients = plain.summary.uncompressed_bytes / STEPS
     ring = 2 * (HOSTS - 1) / HOSTS * gradients * STEPS
     mean = [sum(run.network.sent) / HOSTS for run in (plain, compressed)]
     assert ring < mean[0] < 1.02 * ring + gradients
-    # One step of the ten restarts and sends as much as an uncompressed one; so the ratio is far below that of a long run.
+    # One step of the ten restarts and sends as much as an uncompressed one; so the
+    # ratio is far below that of a long run.
     for sent, fewer in zip(plain.network.sent, compressed.network.sent, strict=True):
         assert sent > 3 * fewer
     assert mean[1] < 1.02 * compressed.all_reduced + gradients
 
     figures = json.loads((tmp_path / demo_cluster.FIGURES).read_text())
-    assert [run["sent_by_host"] for run in figures["runs"]] == [plain.network.sent, compressed.network.sent]
+    assert [run["sent_by_host"] for run in figures["runs"]] == [
+        plain.network.sent,
+        compressed.network.sent,
+    ]
     assert figures["network"]["mbit_per_second"] == 500
     assert (tmp_path / demo_cluster.PLOT).read_bytes().startswith(b"\x89PNG")
     console = Console(width=100, record=True, file=io.StringIO())
@@ -67,10 +78,14 @@ def test_compression_saves_bytes_on_the_wire(tmp_path: Path) -> None:
 def test_a_failing_run_ends_all_hosts_and_leaves_nothing() -> None:
     require(netlab.missing())
     script = (
-        "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0 if rank == 1 else 60); sys.exit('told by 1')"
+        "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0 if rank == 1 else 60);"
+        " sys.exit('told by 1')"
     )
     began = time.monotonic()
-    with pytest.raises(netlab.LabError, match=r"host 1 ended with 1: \s*told by 1"), netlab.Lab(3, 100) as lab:
+    with (
+        pytest.raises(netlab.LabError, match=r"host 1 ended with 1: \s*told by 1"),
+        netlab.Lab(3, 100) as lab,
+    ):
         lab.run([sys.executable, "-c", script])
     assert time.monotonic() - began < 30
     assert labs() == []
@@ -101,16 +116,19 @@ def test_the_counters_see_what_crosses_the_link() -> None:
     assert 2_000_000 < done.sent[0] < 2_200_000
     assert done.sent[0] <= done.received[1] + 1000
     assert done.sent[1] < 200_000
-    assert done.seconds > 1.5  # 2 s by the rate: the link is no faster, however loaded the machine
+    # 2 s by the rate: the link is no faster, however loaded the machine
+    assert done.seconds > 1.5
 
 
 def test_a_lab_whose_owner_was_killed_is_removed_by_the_next() -> None:
     require(netlab.missing())
     code = (
-        "import netlab, sys, time; lab = netlab.Lab(1, 100); lab.up(); print(lab.name, flush=True); "
-        "lab.run([sys.executable, '-c', 'import time; time.sleep(300)'])"
+        "import netlab, sys, time; lab = netlab.Lab(1, 100); lab.up(); print(lab.name, flush=True);"
+        " lab.run([sys.executable, '-c', 'import time; time.sleep(300)'])"
     )
-    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True
+    )
     assert owner.stdout is not None
     name = owner.stdout.readline().strip()
     deadline = time.monotonic() + 20
@@ -126,4 +144,6 @@ def test_a_lab_whose_owner_was_killed_is_removed_by_the_next() -> None:
 
 
 def pids(name: str) -> str:
-    return subprocess.run(["ip", "netns", "pids", f"{name}0"], capture_output=True, text=True, check=False).stdout
+    return subprocess.run(
+        ["ip", "netns", "pids", f"{name}0"], capture_output=True, text=True, check=False
+    ).stdout

@@ -1,4 +1,6 @@
-"""What the examples report about a run: the log that goes on after a resume, the summary, the table and the plot."""
+"""What the examples report about a run: the log that goes on after a resume, the
+summary, the table and the plot.
+"""
 
 import io
 import json
@@ -45,17 +47,23 @@ class Run:
             self.recorder.on_step_begin(None, self.state, None)
             if self.handle is not None:
                 self.handle.ledger.count()
-                self.handle.last_report = SimpleNamespace(seconds={"compress": 0.25}, captured_energy=step / 10)
+                self.handle.last_report = SimpleNamespace(
+                    seconds={"compress": 0.25}, captured_energy=step / 10
+                )
             self.state.global_step = step
             control = SimpleNamespace(should_log=step % log_every == 0)
             self.recorder.on_step_end(None, self.state, control)
             if control.should_log:
                 self.recorder.on_log(None, self.state, None, logs={"loss": 8.0 / step})
             if step == save_at:
-                self.handle.ledger.bytes["consolidation"] = self.handle.ledger.bytes.get("consolidation", 0) + 7
+                self.handle.ledger.bytes["consolidation"] = (
+                    self.handle.ledger.bytes.get("consolidation", 0) + 7
+                )
                 self.recorder.on_save(None, self.state, None)
         self.recorder.on_train_end(None, self.state, None)
-        return self.recorder.summary("powersgd_plus rank 4", SETUP, {"compressor": "powersgd_plus"} if self.handle else None)
+        return self.recorder.summary(
+            "powersgd_plus rank 4", SETUP, {"compressor": "powersgd_plus"} if self.handle else None
+        )
 
 
 def test_summary_of_a_compressed_run(tmp_path):
@@ -85,14 +93,19 @@ def test_gradient_bytes_count_tied_parameters_once_and_frozen_ones_not_at_all():
 
 @pytest.mark.parametrize("log_every", [1, 2, 3])
 def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path, log_every):
-    """Whatever is logged when: the checkpoint's own line has the totals, its own bytes included."""
+    """Whatever is logged when: the checkpoint's own line has the totals, its own bytes
+    included.
+    """
     whole = Run(tmp_path / "whole").steps(1, 4, log_every, save_at=2)
     cut = tmp_path / "cut"
-    Run(cut).steps(1, 3, log_every, save_at=2)  # died after step 3; its last checkpoint is of step 2
+    # died after step 3; its last checkpoint is of step 2
+    Run(cut).steps(1, 3, log_every, save_at=2)
     with (cut / report.LOG).open("a") as file:
-        file.write('{"step": 3, "lo')  # in the middle of a line
+        # in the middle of a line
+        file.write('{"step": 3, "lo')
     resumed = Run(cut)
-    resumed.handle.ledger.restarts = 3  # this worker's ledger restarts nothing by itself
+    # this worker's ledger restarts nothing by itself
+    resumed.handle.ledger.restarts = 3
     summary = resumed.steps(3, 4, log_every)
     assert summary.bytes == whole.bytes == {"factors": 40, "restart": 100, "consolidation": 7}
     assert summary.uncompressed_bytes == whole.uncompressed_bytes
@@ -101,7 +114,9 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path, log_every):
 
 
 def test_a_run_that_is_resumed_in_another_folder(tmp_path):
-    """Its totals go on with the log beside the checkpoint; without one, it says from where it counts."""
+    """Its totals go on with the log beside the checkpoint; without one, it says from
+    where it counts.
+    """
     whole = Run(tmp_path / "whole").steps(1, 4, save_at=2)
     Run(tmp_path / "old").steps(1, 2, save_at=2)
     resumed = Run(tmp_path / "new", checkpoint=tmp_path / "old" / "checkpoint-2")
@@ -119,9 +134,15 @@ def test_times_leave_out_the_first_steps_however_rare_the_logs(tmp_path):
     summary = run.steps(1, 4, log_every=3)
     lines = report.logged_steps(tmp_path)
     assert [line["warm_up"] for line in lines] == [False, False]
-    assert summary.captured_energy == pytest.approx((0.1 + 0.2 + 0.3 + 0.4) / 4)  # each step counts once
+    # each step counts once
+    assert summary.captured_energy == pytest.approx((0.1 + 0.2 + 0.3 + 0.4) / 4)
     every = Run(tmp_path / "every").steps(1, 4)
-    assert [line["warm_up"] for line in report.logged_steps(tmp_path / "every")] == [True, True, False, False]
+    assert [line["warm_up"] for line in report.logged_steps(tmp_path / "every")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert every.phases == {"compress": pytest.approx(0.25)}
 
 
@@ -129,20 +150,28 @@ def test_rare_logs_still_count_every_step(tmp_path):
     run = Run(tmp_path)
     summary = run.steps(1, 4, log_every=3)
     lines = report.logged_steps(tmp_path)
-    assert [(line["step"], line["steps"]) for line in lines] == [(3, 3), (4, 1)]  # the last step is logged in any case
+    # the last step is logged in any case
+    assert [(line["step"], line["steps"]) for line in lines] == [(3, 3), (4, 1)]
     assert lines[0]["captured_energy"] == pytest.approx(0.2)
     assert lines[0]["phases"] == {"compress": pytest.approx(0.25)}
     assert summary.total_bytes == 140
     assert summary.first_loss_steps == 3
-    assert (summary.last_loss_steps, summary.last_loss) == (4, pytest.approx((3 * 8 / 3 + 8 / 4) / 4))
+    assert (summary.last_loss_steps, summary.last_loss) == (
+        4,
+        pytest.approx((3 * 8 / 3 + 8 / 4) / 4),
+    )
 
 
 def test_perplexities_belong_to_the_start_and_the_end_only(tmp_path):
     run = Run(tmp_path)
-    assert run.steps(1, 3).last_perplexity is None  # evaluated before the first step, never after the last
+    # evaluated before the first step, never after the last
+    assert run.steps(1, 3).last_perplexity is None
     run.recorder.on_evaluate(None, run.state, None, metrics={"eval_loss": 1.0})
     summary = run.recorder.summary("name", SETUP, None)
-    assert (summary.first_perplexity, summary.last_perplexity) == (pytest.approx(math.e**2), pytest.approx(math.e))
+    assert (summary.first_perplexity, summary.last_perplexity) == (
+        pytest.approx(math.e**2),
+        pytest.approx(math.e),
+    )
 
 
 def test_table_and_plot_of_two_runs(tmp_path):
@@ -181,7 +210,8 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 def test_log_lines_are_json_with_totals(tmp_path):
     Run(tmp_path).steps(1, 2)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 2]  # an evaluation, two steps, the end
+    # an evaluation, two steps, the end
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
     assert [line["bytes_total"] for line in lines[1:]] == [110, 120, 120]
 
 

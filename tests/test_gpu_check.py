@@ -1,5 +1,6 @@
-"""examples/gpu_check.py, on the CPU: what needs no GPU passes, the rest is skipped with its reason, a failure is an exit
-code."""
+"""examples/gpu_check.py, on the CPU: what needs no GPU passes, the rest is skipped with
+its reason, a failure is an exit code.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +21,24 @@ def launched(processes: int, *arguments: str) -> dict[str, list[str]]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     done = subprocess.run(
         [*command, str(ROOT / "examples" / "gpu_check.py"), "--device", "cpu", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{processes} x CPU" in done.stdout
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line.startswith("│")]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in done.stdout.splitlines()
+        if line.startswith("│")
+    ]
     return {name: cells for name, *cells in rows}
 
 
@@ -52,7 +63,9 @@ def test_four_processes() -> None:
     assert {name for name, (result, _) in rows.items() if result != "passed"} == set(NEEDS_A_GPU)
 
 
-def test_a_failed_check_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_check_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also without a launcher, as a single process."""
 
     def wrong(device: gpu_check.Device) -> str:

@@ -1,4 +1,6 @@
-"""The lab's framework: presets, resumable runs, pages that are functions of the published rows."""
+"""The lab's framework: presets, resumable runs, pages that are functions of the
+published rows.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PRESETS = [
     name
     for name in names()
-    if importlib.util.find_spec("lowrank_comm.lab.experiments." + name.rpartition("_")[0]) is not None
+    if importlib.util.find_spec("lowrank_comm.lab.experiments." + name.rpartition("_")[0])
+    is not None
 ]
 
 
@@ -59,7 +62,11 @@ class Toy(Experiment):
         self.ran.append(case.key)
         if case.params["k"] == settings.broken:
             raise ValueError("broken on purpose")
-        return {"square": settings.scale * case.params["k"] ** 2, "third": 1 / 3, "lost": float("nan")}
+        return {
+            "square": settings.scale * case.params["k"] ** 2,
+            "third": 1 / 3,
+            "lost": float("nan"),
+        }
 
     def figures(self, settings: ToySettings, rows: Any) -> dict[str, Figure]:
         figure = Figure()
@@ -68,7 +75,10 @@ class Toy(Experiment):
 
     def page(self, settings: ToySettings, rows: Any) -> str:
         values = ", ".join(str(row["result"]["square"]) for row in rows)
-        return f"Squares: {values}; a third: {rows[0]['result']['third']}.\n\n![the squares](squares.png)"
+        return (
+            f"Squares: {values}; a third: {rows[0]['result']['third']}.\n\n![the"
+            " squares](squares.png)"
+        )
 
 
 @pytest.fixture
@@ -82,7 +92,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> type[Toy]:
 
 
 def toy_preset(**settings: Any) -> Preset:
-    return checked({"experiment": "toy", "description": "Squares.", "settings": settings}, "toy_small", "toy")
+    return checked(
+        {"experiment": "toy", "description": "Squares.", "settings": settings}, "toy_small", "toy"
+    )
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -94,11 +106,18 @@ def test_a_run_goes_on_where_it_stopped(toy: type[Toy], tmp_path: Path) -> None:
     again = run_preset(toy_preset(), tmp_path)
     assert (again.finished, again.failed, toy.ran) == (3, {}, ["case0", "case1", "case2"])
     rows = ordered_rows(toy_preset(), tmp_path)
-    assert [(row["key"], row["result"]["square"]) for row in rows] == [("case0", 0.0), ("case1", 1.0), ("case2", 4.0)]
-    assert rows[0]["result"]["lost"] is None  # not finite
+    assert [(row["key"], row["result"]["square"]) for row in rows] == [
+        ("case0", 0.0),
+        ("case1", 1.0),
+        ("case2", 4.0),
+    ]
+    # not finite
+    assert rows[0]["result"]["lost"] is None
 
 
-def test_a_case_that_fails_is_run_again_and_does_not_stop_the_others(toy: type[Toy], tmp_path: Path) -> None:
+def test_a_case_that_fails_is_run_again_and_does_not_stop_the_others(
+    toy: type[Toy], tmp_path: Path
+) -> None:
     ended = run_preset(toy_preset(broken=1), tmp_path)
     assert ended.finished == 2
     assert "broken on purpose" in ended.failed["case1"]
@@ -121,23 +140,33 @@ def test_a_line_that_a_kill_has_cut_off_is_run_again(toy: type[Toy], tmp_path: P
 
 def test_rows_of_other_settings_are_refused_with_the_fix(toy: type[Toy], tmp_path: Path) -> None:
     run_preset(toy_preset(), tmp_path)
-    with pytest.raises(ConfigError, match=r"3 rows that were made for other settings.*--output-dir.*delete that file"):
+    with pytest.raises(
+        ConfigError,
+        match=r"3 rows that were made for other settings.*--output-dir.*delete that file",
+    ):
         run_preset(toy_preset(scale=2.0), tmp_path)
 
 
-def test_rows_of_another_version_are_kept_and_named(toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_another_version_are_kept_and_named(
+    toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_preset(toy_preset(), tmp_path, only="case[01]")
     monkeypatch.setattr(running, "code", lambda: "another")
     console = Console(record=True, width=300)
     toy.ran.clear()
     run_preset(toy_preset(), tmp_path, console=console)
     assert toy.ran == ["case2"]
-    assert "2 of 2 finished cases were run by another version of the sources (the first: case0)" in console.export_text()
+    assert (
+        "2 of 2 finished cases were run by another version of the sources (the first: case0)"
+        in console.export_text()
+    )
     rows = read_lines(tmp_path / "rows.jsonl")
     assert len({row["code"] for row in rows}) == 2
     told = json.loads(published_text({}, rows).splitlines()[0])["meta"]["code"]
     assert told == sorted({row["code"] for row in rows})
-    (tmp_path / "rows.jsonl").write_text("".join(line({k: v for k, v in row.items() if k != "code"}) for row in rows))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(line({k: v for k, v in row.items() if k != "code"}) for row in rows)
+    )
     run_preset(toy_preset(), tmp_path, console=console)
     assert "3 of 3 finished cases were run by another version" in console.export_text()
 
@@ -145,7 +174,9 @@ def test_rows_of_another_version_are_kept_and_named(toy: type[Toy], tmp_path: Pa
 def test_under_torchrun_a_case_that_fails_ends_the_call(
     toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that went on to the next case would meet the others in another collective."""
+    """A process that went on to the next case would meet the others in another
+    collective.
+    """
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LowRankCommError, match=r"case1 failed(.|\n)*broken on purpose"):
         run_preset(toy_preset(broken=1), tmp_path)
@@ -174,8 +205,12 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         read_lines(file)
 
 
-def test_bad_calls_are_refused(toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="'nothing' fits no case; the keys are case0, case1, case2"):
+def test_bad_calls_are_refused(
+    toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ConfigError, match="'nothing' fits no case; the keys are case0, case1, case2"
+    ):
         run_preset(toy_preset(), tmp_path, only="nothing")
     with pytest.raises(ConfigError, match="--jobs 0 must be at least 1"):
         run_preset(toy_preset(), tmp_path, jobs=0)
@@ -191,10 +226,16 @@ def test_bad_calls_are_refused(toy: type[Toy], tmp_path: Path, monkeypatch: pyte
     ("content", "message"),
     [
         ([1], "must be a mapping"),
-        ({"experiment": "speedup", "setings": {}}, "'setings' is not a known key; did you mean 'settings'"),
+        (
+            {"experiment": "speedup", "setings": {}},
+            "'setings' is not a known key; did you mean 'settings'",
+        ),
         ({"settings": {}}, "does not name its experiment"),
         ({"experiment": "speedap"}, "'speedap' is unknown; did you mean 'speedup'"),
-        ({"experiment": "speedup", "settings": {"stepps": 3}}, "settings.stepps is not a known key; did you mean 'steps'"),
+        (
+            {"experiment": "speedup", "settings": {"stepps": 3}},
+            "settings.stepps is not a known key; did you mean 'steps'",
+        ),
         ({"experiment": "speedup", "settings": {}}, "settings.methods is missing"),
         (
             {"experiment": "speedup", "settings": {"methods": [{"name": "a", "section": {}}] * 2}},
@@ -213,7 +254,10 @@ def test_presets_are_found_by_experiment_by_name_and_by_file(tmp_path: Path) -> 
     file = tmp_path / "mine.yaml"
     file.write_text((FOLDER / "traffic_small.yaml").read_text())
     assert load(str(file)).settings == load("traffic").settings
-    for name, message in (("traffik", "did you mean 'traffic'"), (str(tmp_path / "none.yaml"), "is not there")):
+    for name, message in (
+        ("traffik", "did you mean 'traffic'"),
+        (str(tmp_path / "none.yaml"), "is not there"),
+    ):
         with pytest.raises(ConfigError, match=message):
             load(name)
     with pytest.raises(ConfigError, match="--preset large is unknown; use small or paper"):
@@ -233,7 +277,9 @@ def sections(value: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_run(name: str) -> None:
-    """It fits its experiment's schema, its keys differ, and every section in it is one that the library accepts."""
+    """It fits its experiment's schema, its keys differ, and every section in it is one
+    that the library accepts.
+    """
     preset = load(name)
     keys = [case.key for case in preset.experiment.cases(preset.settings)]
     assert len(keys) == len(set(keys)) > 0
@@ -248,15 +294,20 @@ def test_every_preset_can_be_run(name: str) -> None:
 def publish(folder: Path, results: Path, **settings: Any) -> list[Path]:
     preset = toy_preset(**settings)
     run_preset(preset, folder)
-    return pages.publish(json.loads((folder / "run.json").read_text()), ordered_rows(preset, folder), results)
+    return pages.publish(
+        json.loads((folder / "run.json").read_text()), ordered_rows(preset, folder), results
+    )
 
 
-def test_a_page_is_a_function_of_the_published_file(toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_is_a_function_of_the_published_file(
+    toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pages, "published_files", lambda folder: sorted(folder.glob("*.jsonl")))
     written = publish(tmp_path / "run", tmp_path / "results")
     file, page, picture, index = written
     text = page.read_text()
-    assert "Squares: 0.0, 1.0, 4.0; a third: 0.333333." in text  # six digits
+    # six digits
+    assert "Squares: 0.0, 1.0, 4.0; a third: 0.333333." in text
     assert "![the squares](toy/squares.png)" in text
     assert "`python -m lowrank_comm.lab run toy`" in text
     assert "Seeds 0, 1. 3 cases" in text
@@ -278,14 +329,21 @@ def test_missing_cases_are_named(toy: type[Toy], tmp_path: Path) -> None:
     assert "Not run, or failed: `case2`." in page.read_text()
 
 
-def test_a_page_must_show_its_figures(toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_must_show_its_figures(
+    toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(toy, "page", lambda self, settings, rows: "![another](other.png)")
-    with pytest.raises(ConfigError, match=r"shows the figures \['other'\], drawn are \['squares'\]"):
+    with pytest.raises(
+        ConfigError, match=r"shows the figures \['other'\], drawn are \['squares'\]"
+    ):
         publish(tmp_path / "run", tmp_path / "results")
 
 
 def test_numbers_that_json_does_not_have() -> None:
-    assert line({"a": float("inf"), "b": [1.23456789, (1, None)]}, digits=3) == '{"a":null,"b":[1.23,[1,null]]}\n'
+    assert (
+        line({"a": float("inf"), "b": [1.23456789, (1, None)]}, digits=3)
+        == '{"a":null,"b":[1.23,[1,null]]}\n'
+    )
     assert plain({"x": True, "n": 12345678}, digits=3) == {"x": True, "n": 12345678}
 
 
@@ -299,7 +357,8 @@ def test_formulas() -> None:
 
 
 @pytest.mark.parametrize(
-    "formula", ["__import__('os')", "m.real", "q + 1", "m ** n", "min()", "1.5 * m", "m +", "-m", "True"]
+    "formula",
+    ["__import__('os')", "m.real", "q + 1", "m ** n", "min()", "1.5 * m", "m +", "-m", "True"],
 )
 def test_what_is_no_formula_is_refused(formula: str) -> None:
     with pytest.raises(ConfigError, match="formula"):
@@ -339,8 +398,12 @@ settings:
 
 
 @pytest.mark.slow
-def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two processes side by side, then nothing left to do, then published; errors are one line and exit code 2."""
+def test_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes side by side, then nothing left to do, then published; errors are
+    one line and exit code 2.
+    """
     (tmp_path / "tiny.yaml").write_text(TINY)
     done = command("run", "tiny.yaml", "--output-dir", "out", "--jobs", "2", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -55,8 +55,12 @@ def test_tokenizer_gives_every_text_back():
     tokenizer = data.as_transformers_tokenizer(data.train_tokenizer([TEXT], VOCABULARY))
     assert len(tokenizer) <= VOCABULARY
     for text in (TEXT, "naïve 汉字 🙂\t\r\n  two  blanks "):
-        assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
-    assert len(tokenizer(TEXT)["input_ids"]) < len(TEXT) / 2  # merges were learnt
+        assert (
+            tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False)
+            == text
+        )
+    # merges were learnt
+    assert len(tokenizer(TEXT)["input_ids"]) < len(TEXT) / 2
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
@@ -120,7 +124,9 @@ def test_other_text_other_vocabulary_or_other_tokenizer_is_another_entry(tmp_pat
     cache = tmp_path / "cache"
     data.load_corpus(cache, str(text_file), VOCABULARY)
     data.load_corpus(cache, str(text_file), VOCABULARY - 20)
-    own = data.as_transformers_tokenizer(data.train_tokenizer(["something else entirely\n" * 9], VOCABULARY - 30))
+    own = data.as_transformers_tokenizer(
+        data.train_tokenizer(["something else entirely\n" * 9], VOCABULARY - 30)
+    )
     with_own = data.load_corpus(cache, str(text_file), VOCABULARY, own)
     assert with_own.tokenizer is own
     text_file.write_text(TEXT + "More.\n")
@@ -132,7 +138,9 @@ def test_other_text_other_vocabulary_or_other_tokenizer_is_another_entry(tmp_pat
 def test_workers_that_start_at_once_all_get_whole_files(tmp_path, text_file):
     cache = tmp_path / "cache"
     with ThreadPoolExecutor(4) as pool:
-        corpora = list(pool.map(lambda _: data.load_corpus(cache, str(text_file), VOCABULARY), range(4)))
+        corpora = list(
+            pool.map(lambda _: data.load_corpus(cache, str(text_file), VOCABULARY), range(4))
+        )
     assert all(np.array_equal(corpora[0].ids, corpus.ids) for corpus in corpora)
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
 

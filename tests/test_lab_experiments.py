@@ -1,4 +1,6 @@
-"""What the lab's experiments measure, at small sizes: the claims, and that gloo processes give the simulation's numbers."""
+"""What the lab's experiments measure, at small sizes: the claims, and that gloo
+processes give the simulation's numbers.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ POWERSGD_PLUS = {"compressor": "powersgd_plus", "rank": 2, "restart_every": 5}
 # --- traffic ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", Traffic().cases(load("traffic").settings), ids=lambda case: case.key)
+@pytest.mark.parametrize(
+    "case", Traffic().cases(load("traffic").settings), ids=lambda case: case.key
+)
 def test_measured_traffic_is_the_formula(case: Case) -> None:
     """Of every method in the preset, to the last element."""
     settings = load("traffic").settings
@@ -34,20 +38,26 @@ def test_measured_traffic_is_the_formula(case: Case) -> None:
 
 def test_no_algorithm_is_forgotten() -> None:
     for name in ("traffic_small", "traffic_paper"):
-        assert {method.section["compressor"] for method in load(name).settings.methods} == set(REGISTRY), name
+        assert {method.section["compressor"] for method in load(name).settings.methods} == set(
+            REGISTRY
+        ), name
 
 
 def test_a_wrong_formula_is_seen() -> None:
     settings = load("traffic").settings
     wrong = settings.methods[1].model_copy(update={"sent": "r * (m + n) + 1"})
     case = Case("x", {"method": wrong.name, "m": 64, "n": 48})
-    assert not Traffic().run(settings.model_copy(update={"methods": [wrong]}), case, silent)["agrees"]
+    assert not Traffic().run(settings.model_copy(update={"methods": [wrong]}), case, silent)[
+        "agrees"
+    ]
 
 
 # --- speed-up --------------------------------------------------------------------------------------------------------
 
 
-def speedup(method: str, workers: int, backend: str = "simulation", **changes: Any) -> dict[str, float]:
+def speedup(
+    method: str, workers: int, backend: str = "simulation", **changes: Any
+) -> dict[str, float]:
     content = {
         "workers": [1, 4],
         "steps": 120,
@@ -68,7 +78,9 @@ def speedup(method: str, workers: int, backend: str = "simulation", **changes: A
 
 @pytest.mark.parametrize("method", ["SGD", "PowerSGD+"])
 def test_four_workers_halve_the_squared_gradient(method: str) -> None:
-    """Slope -1/2 between N = 1 and N = 4, by +- 0.08 as the experiment asks; seeds together."""
+    """Slope -1/2 between N = 1 and N = 4, by +- 0.08 as the experiment asks; seeds
+    together.
+    """
     one, four = speedup(method, 1), speedup(method, 4)
     slope = _slope({1: sum(one.values()), 4: sum(four.values())})
     assert slope is not None
@@ -115,24 +127,37 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
 def trapped(section: dict[str, Any], sigma: float) -> tuple[float, float]:
     """||grad f||^2 at the start and at the end."""
     curve = galore_trap.train(
-        section, size=10, block=4, sigma=sigma, rate=0.05, steps=200, seeds=[0], every=50, progress=silent
+        section,
+        size=10,
+        block=4,
+        sigma=sigma,
+        rate=0.05,
+        steps=200,
+        seeds=[0],
+        every=50,
+        progress=silent,
     )[0]
     return curve[0], curve[-1]
 
 
 def test_galore_never_moves_where_noise_is_stronger_and_golore_does() -> None:
-    galore, golore = ({"compressor": name, "rank": 4, "restart_every": 10} for name in ("galore", "golore"))
+    galore, golore = (
+        {"compressor": name, "rank": 4, "restart_every": 10} for name in ("galore", "golore")
+    )
     start, end = trapped(galore, sigma=1.0)
     assert start == 1.5
     assert end == pytest.approx(1.5, abs=1e-12)
-    assert trapped(galore, sigma=0.4)[1] < 0.9  # the control: noise below the gradient
+    # the control: noise below the gradient
+    assert trapped(galore, sigma=0.4)[1] < 0.9
     assert trapped(golore, sigma=1.0)[1] < 0.1
 
 
 # --- error memories --------------------------------------------------------------------------------------------------
 
 
-def drifted(section: dict[str, Any], averaged: bool, checkpoints: tuple[int, ...], noise: float = 0.5) -> dict[str, Any]:
+def drifted(
+    section: dict[str, Any], averaged: bool, checkpoints: tuple[int, ...], noise: float = 0.5
+) -> dict[str, Any]:
     return drift.measure(
         section,
         averaged=averaged,
@@ -150,7 +175,8 @@ def test_the_averaged_residual_drifts_and_the_local_one_does_not() -> None:
     local = drifted(section, False, (50, 400))["deviation"]
     averaged = drifted(section, True, (50, 400))["deviation"]
     assert local["400"] < 1.8 * local["50"]
-    assert averaged["400"] > 1.8 * averaged["50"]  # a random walk: sqrt(8) = 2.8 in expectation
+    # a random walk: sqrt(8) = 2.8 in expectation
+    assert averaged["400"] > 1.8 * averaged["50"]
 
 
 def test_sixteen_bits_lose_what_thirty_two_keep() -> None:
@@ -188,7 +214,9 @@ def test_a_teachers_gradient_is_that_of_its_loss() -> None:
 
 def test_a_copy_that_diverges_does_not_stop_the_others() -> None:
     problem = teacher.TeacherProblem(steps=40, workers=2)
-    result = teacher.train(problem, {"compressor": "identity"}, [(0, 0.1), (0, 500.0)], 0.9, silent)["final"]
+    result = teacher.train(
+        problem, {"compressor": "identity"}, [(0, 0.1), (0, 500.0)], 0.9, silent
+    )["final"]
     alone = teacher.train(problem, {"compressor": "identity"}, [(0, 0.1)], 0.9, silent)["final"]
     assert result == pytest.approx([alone[0], float("inf")], rel=1e-9)
 

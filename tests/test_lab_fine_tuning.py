@@ -1,4 +1,6 @@
-"""The lab's fine-tuning: tasks made of news, GLUE from files, scores, runs of a small encoder, what a page says."""
+"""The lab's fine-tuning: tasks made of news, GLUE from files, scores, runs of a small
+encoder, what a page says.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,45 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from lowrank_comm import ConfigError
 from lowrank_comm.compressors import REGISTRY
 from lowrank_comm.lab.data.metrics import METRICS, accuracy, f1, matthews, pearson, spearman
-from lowrank_comm.lab.data.sentence_tasks import BBC, GLUE, Example, Task, bbc_documents, bbc_task, glue_task
+from lowrank_comm.lab.data.sentence_tasks import (
+    BBC,
+    GLUE,
+    Example,
+    Task,
+    bbc_documents,
+    bbc_task,
+    glue_task,
+)
 from lowrank_comm.lab.experiment import Case
-from lowrank_comm.lab.experiments.fine_tuning import FineTuning, FineTuningSettings, batches, with_tau
+from lowrank_comm.lab.experiments.fine_tuning import (
+    FineTuning,
+    FineTuningSettings,
+    batches,
+    with_tau,
+)
 from lowrank_comm.lab.experiments.fine_tuning_page import PAPER, paper_average
 from lowrank_comm.lab.runner.preset import load
 from lowrank_comm.lab.runner.running import ordered_rows, run_preset
 from lowrank_comm.lab.training.training import Method
 
 EXPERIMENT = FineTuning()
-WORDS = ("good", "bad", "film", "song", "very", "quite", "the", "a", "was", "is", "not", "he", "she", "saw", "heard")
+WORDS = (
+    "good",
+    "bad",
+    "film",
+    "song",
+    "very",
+    "quite",
+    "the",
+    "a",
+    "was",
+    "is",
+    "not",
+    "he",
+    "she",
+    "saw",
+    "heard",
+)
 
 
 def quiet(share: float, text: str) -> None:
@@ -37,7 +68,8 @@ def quiet(share: float, text: str) -> None:
 def needs(package: str, version: str) -> Any:
     name = package.replace("_", "-")
     return pytest.mark.skipif(
-        importlib.util.find_spec(package) is None, reason=f"{name} is not installed: pip install --no-deps {name}=={version}"
+        importlib.util.find_spec(package) is None,
+        reason=f"{name} is not installed: pip install --no-deps {name}=={version}",
     )
 
 
@@ -67,7 +99,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Files of all eight tasks with the hub's fields. A sentence with "good" has the highest label, so it can be learnt."""
+    """Files of all eight tasks with the hub's fields. A sentence with "good" has the
+    highest label, so it can be learnt.
+    """
     folder = tmp_path_factory.mktemp("glue")
     draw = np.random.default_rng(0)
     for name, task in GLUE.items():
@@ -76,9 +110,16 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
             rows = []
             for index in range(count):
                 good = index % 2
-                texts = [" ".join(draw.choice(WORDS[2:], 5)) + (" good" if good else " bad") for _ in task.fields]
+                texts = [
+                    " ".join(draw.choice(WORDS[2:], 5)) + (" good" if good else " bad")
+                    for _ in task.fields
+                ]
                 label: float = 5.0 * good if task.labels == 1 else good * (task.labels - 1)
-                rows.append(json.dumps(dict(zip(task.fields, texts, strict=True)) | {"label": label, "idx": index}))
+                rows.append(
+                    json.dumps(
+                        dict(zip(task.fields, texts, strict=True)) | {"label": label, "idx": index}
+                    )
+                )
             (folder / name / f"{part}.jsonl").write_text("\n".join(rows) + "\n")
     return str(folder)
 
@@ -99,8 +140,12 @@ def settings_of(glue: str, encoder: str, **changes: Any) -> FineTuningSettings:
     return FineTuningSettings.model_validate(contents(glue, encoder, **changes)["settings"])
 
 
-def run(settings: FineTuningSettings, task: str = "sst2", method: str = "powersgd_plus", seed: int = 1) -> Any:
-    return EXPERIMENT.run(settings, Case("x", {"task": task, "method": method, "seed": seed}), quiet)
+def run(
+    settings: FineTuningSettings, task: str = "sst2", method: str = "powersgd_plus", seed: int = 1
+) -> Any:
+    return EXPERIMENT.run(
+        settings, Case("x", {"task": task, "method": method, "seed": seed}), quiet
+    )
 
 
 # ------------------------------------------------------------------ presets
@@ -116,7 +161,12 @@ def test_the_papers_preset_is_its_table_4() -> None:
     assert [plan.weight_decay for plan in plans] == [0.01, 0.02, 0.01, 0.02, 0.01, 0.02, 0.02, 0.01]
     assert [plan.restart_every for plan in plans] == [50, 80, 80, 200, 200, 50, 80, 100]
     assert {plan.epochs for plan in plans} == {10}
-    assert (settings.rank, settings.warmup_share, settings.length, settings.workers) == (4, 0.06, 512, 4)
+    assert (settings.rank, settings.warmup_share, settings.length, settings.workers) == (
+        4,
+        0.06,
+        512,
+        4,
+    )
 
 
 @pytest.mark.parametrize("size", ["small", "paper"])
@@ -125,7 +175,9 @@ def test_every_method_of_the_presets_works_with_the_tasks_tau(size: str) -> None
     keys = [case.key for case in EXPERIMENT.cases(settings)]
     assert len(set(keys)) == len(settings.tasks) * len(settings.methods) * len(settings.seeds)
     for method in settings.methods.values():
-        compressor = with_tau(method, 37).checked(4 if method.has_rank else None, 0).make_compressor()
+        compressor = (
+            with_tau(method, 37).checked(4 if method.has_rank else None, 0).make_compressor()
+        )
         if "restart_every" in REGISTRY[method.section["compressor"]].options():
             assert compressor.restart_every == 37
 
@@ -144,7 +196,9 @@ def test_a_section_that_says_its_tau_keeps_it() -> None:
         ({"reference": "other"}, "reference='other'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(glue: str, encoder: str, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be_are_refused(
+    glue: str, encoder: str, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         settings_of(glue, encoder, **changes)
 
@@ -158,16 +212,22 @@ def test_every_task_of_glue_is_read_and_trained_on(glue: str, encoder: str, name
     assert (len(task.training), len(task.held_out)) == (64, 32)
     assert (task.training[0].second is None) == (name in ("cola", "sst2"))
     assert task.training[1].label == {"stsb": 5.0, "mnli": 2.0}.get(name, 1.0)
-    settings = settings_of(glue, encoder, tasks={name: {"batch": 8, "steps": 2, "learning_rate": 0.01}})
+    settings = settings_of(
+        glue, encoder, tasks={name: {"batch": 8, "steps": 2, "learning_rate": 0.01}}
+    )
     found = run(settings, name)
     assert set(found["scores"]) == set(GLUE[name].metrics)
     assert -100 <= found["score"] <= 100
     assert (found["steps"], found["held_out_examples"]) == (2, 32)
 
 
-def test_a_data_set_of_the_package_datasets_gives_the_same_task(glue: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_data_set_of_the_package_datasets_gives_the_same_task(
+    glue: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     """The code that asks a hub, with a data set of the package in its place."""
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+    datasets = pytest.importorskip(
+        "datasets", reason="datasets is not installed: pip install datasets"
+    )
     files = {part: f"{glue}/mnli/{part}.jsonl" for part in ("train", "validation_matched")}
     loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path))
     asked = []
@@ -178,7 +238,10 @@ def test_a_data_set_of_the_package_datasets_gives_the_same_task(glue: str, tmp_p
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert glue_task("mnli", "nyu-mll/glue") == glue_task("mnli", glue)
-    assert asked == [("nyu-mll/glue", "mnli", "train"), ("nyu-mll/glue", "mnli", "validation_matched")]
+    assert asked == [
+        ("nyu-mll/glue", "mnli", "train"),
+        ("nyu-mll/glue", "mnli", "validation_matched"),
+    ]
 
 
 def test_files_that_do_not_fit_are_named(glue: str, tmp_path: Path) -> None:
@@ -208,7 +271,11 @@ def test_the_tasks_made_of_news_are_balanced_and_their_parts_apart() -> None:
     assert len(documents) > 1_900
     assert {document.topic for document in documents} == set(range(5))
     of_headline = {document.headline: document.topic for document in documents}
-    where = {sentence: place for place, document in enumerate(documents) for sentence in document.sentences}
+    where = {
+        sentence: place
+        for place, document in enumerate(documents)
+        for sentence in document.sentences
+    }
     for name in BBC:
         task = bbc_task(name)
         assert task == bbc_task(name)
@@ -218,7 +285,9 @@ def test_the_tasks_made_of_news_are_balanced_and_their_parts_apart() -> None:
             counts = np.bincount([int(example.label) for example in part])
             assert counts.min() > (0.35 if task.labels == 2 else 0.12) * len(part)
     topic = bbc_task("topic")
-    assert sum(of_headline[example.first] == example.label for example in topic.training) > 0.99 * len(topic.training)
+    assert sum(
+        of_headline[example.first] == example.label for example in topic.training
+    ) > 0.99 * len(topic.training)
     pairs = bbc_task("same_document")
     documents_of = [
         {where[text] for example in part for text in (example.first, example.second)}
@@ -241,7 +310,9 @@ def test_news_that_are_not_installed_are_named(monkeypatch: Any) -> None:
 @needs_news
 @needs_encoder
 def test_the_small_presets_encoder_learns_the_class_of_a_headline() -> None:
-    """A short run of the preset's own encoder and task: far above chance (0.23 for the largest class)."""
+    """A short run of the preset's own encoder and task: far above chance (0.23 for the
+    largest class).
+    """
     settings = load("fine_tuning").settings
     plan = settings.tasks["topic"].model_copy(update={"steps": 15})
     short = settings.model_copy(update={"tasks": {"topic": plan}, "held_out_examples": 100})
@@ -270,7 +341,8 @@ def test_correlations_against_numpy() -> None:
     assert pearson(list(x), list(x + y)) == pytest.approx(np.corrcoef(x, x + y)[0, 1])
     order = np.argsort(np.argsort(x)), np.argsort(np.argsort(x + y))
     assert spearman(list(x), list(x + y)) == pytest.approx(np.corrcoef(*order)[0, 1])
-    bits, others = x > 0, x + y > 0  # Matthews' coefficient is Pearson's of two-valued variables
+    # Matthews' coefficient is Pearson's of two-valued variables
+    bits, others = x > 0, x + y > 0
     assert matthews(list(bits), list(others)) == pytest.approx(np.corrcoef(bits, others)[0, 1])
 
 
@@ -288,7 +360,8 @@ def test_a_task_that_can_be_learnt_is_learnt(glue: str, encoder: str) -> None:
     assert run(settings, "sst2")["score"] > 90
     assert run(settings, "stsb")["score"] > 90
     frozen = settings_of(glue, encoder, tasks={"sst2": plan | {"learning_rate": 0.0}})
-    assert run(frozen, "sst2")["score"] < 75  # the control: nothing learnt, two classes
+    # the control: nothing learnt, two classes
+    assert run(frozen, "sst2")["score"] < 75
 
 
 def test_methods_of_a_seed_share_head_and_batches(glue: str, encoder: str) -> None:
@@ -317,21 +390,31 @@ def as_process(rank: int, settings: dict[str, Any]) -> Any:
     return run(FineTuningSettings.model_validate(settings))
 
 
-def test_processes_and_the_simulation_train_the_same_model(encoder: str, glue: str, tmp_path: Path, gloo: Any) -> None:
-    """Without dropout, which workers draw for themselves. A held-out example of a number shows the smallest difference."""
+def test_processes_and_the_simulation_train_the_same_model(
+    encoder: str, glue: str, tmp_path: Path, gloo: Any
+) -> None:
+    """Without dropout, which workers draw for themselves. A held-out example of a
+    number shows the smallest difference.
+    """
     calm = tmp_path / "calm"
     model = BertModel.from_pretrained(encoder)
     model.config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     model.save_pretrained(calm)
     BertTokenizer.from_pretrained(encoder).save_pretrained(calm)
-    settings = settings_of(glue, str(calm), tasks={"sst2": {"batch": 8, "steps": 5, "learning_rate": 0.01}})
+    settings = settings_of(
+        glue, str(calm), tasks={"sst2": {"batch": 8, "steps": 5, "learning_rate": 0.01}}
+    )
     simulated = run(settings)
     ranks: Sequence[Any] = gloo.run(as_process, 2, settings.model_dump(mode="json"), timeout=200.0)
     assert ranks[0]["score"] == ranks[1]["score"] == simulated["score"]
-    assert [loss for _, loss in ranks[0]["curve"]] == pytest.approx([loss for _, loss in simulated["curve"]], rel=1e-4)
+    assert [loss for _, loss in ranks[0]["curve"]] == pytest.approx(
+        [loss for _, loss in simulated["curve"]], rel=1e-4
+    )
 
 
-def test_a_run_goes_on_and_an_unknown_compressor_fails_alone(glue: str, encoder: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_and_an_unknown_compressor_fails_alone(
+    glue: str, encoder: str, tmp_path: Path
+) -> None:
     methods = contents(glue, encoder)["settings"]["methods"]
     methods["other"] = {"label": "other", "section": {"compressor": "not_there"}}
     file = tmp_path / "tiny.yaml"
@@ -371,14 +454,19 @@ def test_the_page_tells_what_the_rows_say(glue: str, encoder: str) -> None:
     methods = contents(glue, encoder)["settings"]["methods"]
     methods["powersgd"] = {"label": "PowerSGD", "section": {"compressor": "powersgd"}}
     plan = {"batch": 8, "steps": 3}
-    settings = settings_of(glue, encoder, methods=methods, tasks={"sst2": plan, "rte": plan}, seeds=[1, 2, 3])
+    settings = settings_of(
+        glue, encoder, methods=methods, tasks={"sst2": plan, "rte": plan}, seeds=[1, 2, 3]
+    )
     rows = rows_of({
         ("sst2", "full"): [90.0, 92.0, 91.0], ("rte", "full"): [80.0, 82.0, 81.0],
         ("sst2", "powersgd_plus"): [90.5, 91.0, 91.3], ("rte", "powersgd_plus"): [79.0, 83.0, 81.0],
         ("sst2", "powersgd"): [85.0, 87.2, 86.0], ("rte", "powersgd"): [75.0, 77.0, 76.1],
     })  # fmt: skip
     page = EXPERIMENT.page(settings, rows)
-    assert "| full precision | 91.00 ± 1.00 | 81.00 ± 1.00 | 86.00 ± 1.00 | 1.000 ± 0.000 | 1.000 | 8.0 |" in page
+    assert (
+        "| full precision | 91.00 ± 1.00 | 81.00 ± 1.00 | 86.00 ± 1.00 | 1.000 ± 0.000 | 1.000 |"
+        " 8.0 |" in page
+    )
     assert "PowerSGD+ > PowerSGD (paper: 86.28 > 85.76): holds" in page
     assert "full precision > PowerSGD+ (paper: 86.39 > 86.28): undecided, inside the spread" in page
     assert "| PowerSGD | -4.93 ± 0.29 | -4.97 ± 0.14 | -4.95 ± 0.12 |" in page
@@ -386,7 +474,9 @@ def test_the_page_tells_what_the_rows_say(glue: str, encoder: str) -> None:
     assert "90.50 ± 0.71 (1 of 3 diverged)" in EXPERIMENT.page(settings, worse)
     turned = [row | {"params": row["params"] | {"method": {"powersgd": "powersgd_plus", "powersgd_plus": "powersgd"}.get(
         row["params"]["method"], row["params"]["method"])}} for row in rows]  # fmt: skip
-    assert "PowerSGD+ > PowerSGD (paper: 86.28 > 85.76): **contradicted**" in EXPERIMENT.page(settings, turned)
+    assert "PowerSGD+ > PowerSGD (paper: 86.28 > 85.76): **contradicted**" in EXPERIMENT.page(
+        settings, turned
+    )
 
 
 def test_the_papers_averages_are_those_of_its_columns() -> None:

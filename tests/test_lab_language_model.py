@@ -1,4 +1,6 @@
-"""The lab's language model: texts and who sees which blocks, tuning before the final runs, what a page says of its rows."""
+"""The lab's language model: texts and who sees which blocks, tuning before the final
+runs, what a page says of its rows.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ from lowrank_comm.lab.training.workers import join_processes
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = LanguageModel()
 IMPORTS = 200.0
-"""Seconds for a case whose processes import transformers first; some when the machine is idle."""
+"""Seconds for a case whose processes import transformers first; some when the machine
+is idle.
+"""
 
 
 def quiet(share: float, text: str) -> None:
@@ -76,9 +80,19 @@ def settings_of(text_file: Path, **changes: Any) -> LanguageModelSettings:
 
 
 def run(
-    settings: LanguageModelSettings, method: str = "powersgd", rank: int | None = 2, seed: int = 1, **extra: Any
+    settings: LanguageModelSettings,
+    method: str = "powersgd",
+    rank: int | None = 2,
+    seed: int = 1,
+    **extra: Any,
 ) -> dict:
-    params = {"part": "final", "method": method, "rank": rank, "seed": seed, "learning_rate": 0.004} | extra
+    params = {
+        "part": "final",
+        "method": method,
+        "rank": rank,
+        "seed": seed,
+        "learning_rate": 0.004,
+    } | extra
     return EXPERIMENT.run(settings, Case("x", params), quiet)
 
 
@@ -88,7 +102,10 @@ def run(
 PRESETS = {size: load("language_model", size) for size in ("small", "paper")}
 
 
-@pytest.mark.parametrize(("size", "name"), [(size, name) for size, one in PRESETS.items() for name in one.settings.methods])
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [(size, name) for size, one in PRESETS.items() for name in one.settings.methods],
+)
 def test_every_method_of_the_presets_works(size: str, name: str) -> None:
     method = PRESETS[size].settings.methods[name]
     kind, restart = method.section["compressor"], method.section.get("restart", "svd")
@@ -106,10 +123,21 @@ def test_the_keys_of_the_presets_differ(size: str) -> None:
 
 def test_the_papers_preset_is_its_table_5() -> None:
     settings = PRESETS["paper"].settings
-    for training, steps, tokens in ((settings.training, 10_000, 1.31e9), (settings.larger.training, 20_000, 2.62e9)):
+    for training, steps, tokens in (
+        (settings.training, 10_000, 1.31e9),
+        (settings.larger.training, 20_000, 2.62e9),
+    ):
         recipe = training.recipe
-        assert (recipe.steps, recipe.warmup_steps, recipe.schedule, recipe.clip) == (steps, steps // 10, "cosine", 1.0)
-        assert settings.workers * training.batch * settings.text.sequence_length * steps == pytest.approx(tokens, rel=1e-2)
+        assert (recipe.steps, recipe.warmup_steps, recipe.schedule, recipe.clip) == (
+            steps,
+            steps // 10,
+            "cosine",
+            1.0,
+        )
+        assert (
+            settings.workers * training.batch * settings.text.sequence_length * steps
+            == pytest.approx(tokens, rel=1e-2)
+        )
     assert settings.learning_rates == [1e-3, 2e-3, 4e-3]
     assert {m.section.get("restart_every", 200) for m in settings.methods.values()} == {200}
 
@@ -118,7 +146,9 @@ def test_the_papers_models_have_the_size_of_their_names() -> None:
     with torch.device("meta"):
         for name, millions in (("60M", 58.1), ("130M", 134.1)):
             model = new_llama(name, LLAMAS[name]["vocab_size"], 256)
-            assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+            assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+                millions, abs=0.1
+            )
 
 
 def test_tuning_is_at_one_rank_on_a_seed_of_its_own(text_file: Path) -> None:
@@ -148,16 +178,22 @@ def tuned(method: str, perplexities: dict[float, float | None]) -> list[dict]:
 
 def test_a_final_run_takes_the_best_learning_rate_of_its_method(text_file: Path) -> None:
     settings = settings_of(text_file)
-    case = next(case for case in EXPERIMENT.cases(settings) if case.key == "final/powersgd/r2/seed1")
+    case = next(
+        case for case in EXPERIMENT.cases(settings) if case.key == "final/powersgd/r2/seed1"
+    )
     others = tuned("adam", {0.001: 1.0, 0.004: 9.0})
 
     def rate(own: dict[float, float | None]) -> float:
-        return EXPERIMENT.prepared(settings, case, others + tuned("powersgd", own)).params["learning_rate"]
+        return EXPERIMENT.prepared(settings, case, others + tuned("powersgd", own)).params[
+            "learning_rate"
+        ]
 
     assert rate({0.001: 50.0, 0.004: 40.0}) == 0.004
     assert rate({0.001: 40.0, 0.004: 50.0}) == 0.001
     assert rate({0.001: 50.0, 0.004: None}) == 0.001
-    with pytest.raises(ConfigError, match=r"lacks the learning rates \[0.004\].*--only 'tune/powersgd/\*'"):
+    with pytest.raises(
+        ConfigError, match=r"lacks the learning rates \[0.004\].*--only 'tune/powersgd/\*'"
+    ):
         rate({0.001: 40.0})
     with pytest.raises(ConfigError, match="diverged at every learning rate"):
         rate({0.001: None, 0.004: None})
@@ -187,7 +223,9 @@ def test_a_row_depends_on_what_is_in_the_text(tmp_path: Path) -> None:
 
 
 def test_a_whole_run_tunes_first_and_goes_on_where_it_was(text_file: Path, tmp_path: Path) -> None:
-    """A compressor that there is not fails its own cases only; a second call runs nothing that is finished."""
+    """A compressor that there is not fails its own cases only; a second call runs
+    nothing that is finished.
+    """
     methods = contents(text_file)["settings"]["methods"]
     methods["other"] = {"label": "other", "section": {"compressor": "not_there"}}
     preset_file = tmp_path / "tiny.yaml"
@@ -201,7 +239,9 @@ def test_a_whole_run_tunes_first_and_goes_on_where_it_was(text_file: Path, tmp_p
     rows = {row["key"]: row for row in ordered_rows(preset, tmp_path / "out")}
     assert len(rows) == 6
     for name, key in (("adam", "final/adam/seed1"), ("powersgd", "final/powersgd/r2/seed1")):
-        losses = {rate: rows[f"tune/{name}/lr{rate:g}"]["result"]["loss"] for rate in (0.001, 0.004)}
+        losses = {
+            rate: rows[f"tune/{name}/lr{rate:g}"]["result"]["loss"] for rate in (0.001, 0.004)
+        }
         assert rows[key]["params"]["learning_rate"] == min(losses, key=lambda rate: losses[rate])
     page = EXPERIMENT.page(preset.settings, list(rows.values()))
     shown = set(re.findall(r"\]\(([\w-]+)\.png\)", page))
@@ -217,10 +257,12 @@ def test_a_whole_run_tunes_first_and_goes_on_where_it_was(text_file: Path, tmp_p
 def test_methods_start_from_the_same_model_and_batches(text_file: Path) -> None:
     settings, state = settings_of(text_file), torch.get_rng_state()
     dense, compressed, other = run(settings, "adam", None), run(settings), run(settings, seed=2)
-    assert dense["curve"][0] == compressed["curve"][0]  # before the first update
+    # before the first update
+    assert dense["curve"][0] == compressed["curve"][0]
     assert dense["curve"][-1] != compressed["curve"][-1]
     assert other["curve"][0] != dense["curve"][0]
-    assert run(settings) == compressed  # from the seed, to the last bit
+    # from the seed, to the last bit
+    assert run(settings) == compressed
     assert torch.equal(torch.get_rng_state(), state)
     assert dense["sent"]["ratio"] == pytest.approx(1.0, abs=1e-2)
     assert compressed["sent"]["ratio"] > 3
@@ -230,12 +272,17 @@ def test_methods_start_from_the_same_model_and_batches(text_file: Path) -> None:
 def test_training_lowers_the_held_out_loss(text_file: Path) -> None:
     recipe = {"steps": 40, "warmup_steps": 4}
     settings = settings_of(text_file, training={"model": "S", "batch": 2, "recipe": recipe})
-    assert run(settings)["loss"] < math.log(300) - 1.5  # log of the vocabulary: nothing learnt
+    # log of the vocabulary: nothing learnt
+    assert run(settings)["loss"] < math.log(300) - 1.5
 
 
 def test_micro_batches_change_nothing(text_file: Path) -> None:
     whole = run(settings_of(text_file))
-    micro = run(settings_of(text_file, training=contents(text_file)["settings"]["training"] | {"micro_batch": 1}))
+    micro = run(
+        settings_of(
+            text_file, training=contents(text_file)["settings"]["training"] | {"micro_batch": 1}
+        )
+    )
     assert micro["loss"] == pytest.approx(whole["loss"], rel=1e-4)
 
 
@@ -245,7 +292,8 @@ def test_a_run_that_diverges_is_a_result(text_file: Path) -> None:
     found = run(settings, learning_rate=1e30)
     assert found["diverged"]
     assert found["perplexity"] is None
-    assert found["steps"] < 60  # given up after so many skipped steps
+    # given up after so many skipped steps
+    assert found["steps"] < 60
 
 
 def test_schedules() -> None:
@@ -262,14 +310,18 @@ def as_process(rank: int, settings: dict[str, Any], seed: int) -> dict[str, Any]
 
 
 def test_processes_and_the_simulation_train_the_same_model(text_file: Path, gloo: Any) -> None:
-    """Each process is a worker, with a CompressedOptimizer; the held-out loss is shared, and the same on all."""
+    """Each process is a worker, with a CompressedOptimizer; the held-out loss is
+    shared, and the same on all.
+    """
     settings = settings_of(text_file)
     simulated = run(settings)
     ranks = gloo.run(as_process, 2, settings.model_dump(mode="json"), 1, timeout=IMPORTS)
     assert ranks[0]["loss"] == ranks[1]["loss"] == pytest.approx(simulated["loss"], rel=1e-5)
     own, counted = ranks[0]["sent"]["bytes"], simulated["sent"]["bytes"]
-    assert {kind: count for kind, count in own.items() if kind != "fingerprint"} == counted  # workers compare settings once
-    assert ranks[0]["curve"][0][1] != ranks[1]["curve"][0][1]  # each has batches of its own
+    # workers compare settings once
+    assert {kind: count for kind, count in own.items() if kind != "fingerprint"} == counted
+    # each has batches of its own
+    assert ranks[0]["curve"][0][1] != ranks[1]["curve"][0][1]
     other = gloo.run(as_process, 2, settings.model_dump(mode="json"), 2, timeout=IMPORTS)
     assert other[0]["loss"] != pytest.approx(simulated["loss"], rel=1e-5)
 
@@ -285,7 +337,8 @@ def with_wrong_number(rank: int, settings: dict[str, Any]) -> str:
 def test_another_number_of_processes_is_refused(text_file: Path, gloo: Any) -> None:
     settings = settings_of(text_file, workers=3).model_dump(mode="json")
     assert all(
-        "workers=3, but 2 processes" in message for message in gloo.run(with_wrong_number, 2, settings, timeout=IMPORTS)
+        "workers=3, but 2 processes" in message
+        for message in gloo.run(with_wrong_number, 2, settings, timeout=IMPORTS)
     )
 
 
@@ -297,10 +350,19 @@ def test_torchrun_writes_every_row_once(text_file: Path, tmp_path: Path) -> None
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "lowrank_comm.lab", "run", str(preset), "--output-dir", str(tmp_path / "out"),
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    keys = [json.loads(line)["key"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    keys = [
+        json.loads(line)["key"]
+        for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
+    ]
     assert keys == [case.key for case in EXPERIMENT.cases(load(str(preset)).settings)]
     assert (tmp_path / "out" / "language_model.md").is_file()
 
@@ -334,7 +396,8 @@ def test_workers_share_the_blocks_and_the_seed_gives_the_order(text_file: Path) 
         return [tuple(block.tolist()) for stream in streams for batch in stream for block in batch]
 
     first = epoch(1)
-    assert len(set(first)) == len(first) == 80  # no block twice in an epoch, whichever the worker
+    # no block twice in an epoch, whichever the worker
+    assert len(set(first)) == len(first) == 80
     assert epoch(1) == first
     assert epoch(2) != first
     judged = [{tuple(block.tolist()) for block in text.held_out(part)} for part in (0, 1)]
@@ -345,8 +408,12 @@ def test_workers_share_the_blocks_and_the_seed_gives_the_order(text_file: Path) 
 
 @pytest.fixture
 def documents(tmp_path: Path, text_file: Path) -> TextSettings:
-    """C4's files in small: JSON lines, one of them compressed, and a tokenizer in a folder."""
-    load_corpus(text_file.parent / "cache", str(text_file), 300).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    """C4's files in small: JSON lines, one of them compressed, and a tokenizer in a
+    folder.
+    """
+    load_corpus(text_file.parent / "cache", str(text_file), 300).tokenizer.save_pretrained(
+        tmp_path / "tokenizer"
+    )
     rows = [json.dumps({"text": f"document {k} " * 12, "url": "x"}) for k in range(30)]
     (tmp_path / "c4-train.0.json").write_text("\n".join(rows[:10]) + "\n")
     with gzip.open(tmp_path / "c4-train.1.json.gz", "wt") as file:
@@ -362,10 +429,13 @@ def test_a_stream_of_documents_is_dealt_to_the_workers(documents: TextSettings) 
     text = load_text(documents)
 
     def numbers(blocks: list[torch.Tensor]) -> set[str]:
-        return set(re.findall(r"document (\d+) ", text._tokenizer.decode(torch.cat(blocks).flatten())))
+        return set(
+            re.findall(r"document (\d+) ", text._tokenizer.decode(torch.cat(blocks).flatten()))
+        )
 
     seen = [numbers(list(islice(text.batches(worker, 2, 2, 0), 120))) for worker in (0, 1)]
-    assert seen[0] == {str(k) for k in range(0, 20, 2)}  # 120 batches are more than one pass over the files
+    # 120 batches are more than one pass over the files
+    assert seen[0] == {str(k) for k in range(0, 20, 2)}
     assert seen[1] == {str(k) for k in range(1, 20, 2)}
     parts = [text.held_out(part) for part in (0, 1)]
     assert len(parts[0]) == len(parts[1]) == 5
@@ -373,14 +443,18 @@ def test_a_stream_of_documents_is_dealt_to_the_workers(documents: TextSettings) 
     assert not torch.equal(torch.stack(parts[0]), torch.stack(parts[1]))
 
 
-def test_a_model_is_trained_on_a_stream_of_documents(text_file: Path, documents: TextSettings) -> None:
+def test_a_model_is_trained_on_a_stream_of_documents(
+    text_file: Path, documents: TextSettings
+) -> None:
     settings = settings_of(text_file, text=documents.model_dump())
     found = run(settings)
     assert not found["diverged"]
     assert found["steps"] == 4
 
 
-def test_a_data_set_of_the_package_datasets_gives_the_same_blocks(documents: TextSettings, tmp_path: Path) -> None:
+def test_a_data_set_of_the_package_datasets_gives_the_same_blocks(
+    documents: TextSettings, tmp_path: Path
+) -> None:
     """The code that asks a hub, on a folder in its place."""
     pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
     folder = tmp_path / "data"
@@ -389,9 +463,13 @@ def test_a_data_set_of_the_package_datasets_gives_the_same_blocks(documents: Tex
     lines += gzip.decompress((tmp_path / "c4-train.1.json.gz").read_bytes()).decode().splitlines()
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "validation.jsonl").write_text((tmp_path / "c4-validation.json").read_text())
-    hub = documents.model_copy(update={"documents": None, "held_out_documents": None, "hub": str(folder)})
+    hub = documents.model_copy(
+        update={"documents": None, "held_out_documents": None, "hub": str(folder)}
+    )
     ours, theirs = load_text(documents), load_text(hub)
-    for a, b in zip(islice(ours.batches(1, 2, 2, 0), 5), islice(theirs.batches(1, 2, 2, 0), 5), strict=True):
+    for a, b in zip(
+        islice(ours.batches(1, 2, 2, 0), 5), islice(theirs.batches(1, 2, 2, 0), 5), strict=True
+    ):
         assert torch.equal(a, b)
     assert torch.equal(torch.stack(ours.held_out(1)), torch.stack(theirs.held_out(1)))
 
@@ -401,7 +479,10 @@ def test_a_data_set_of_the_package_datasets_gives_the_same_blocks(documents: Tex
     [
         ({"file": "a.txt", "hub": "allenai/c4"}, "give one of file and hub"),
         ({"hub": "allenai/c4"}, "needs a tokenizer"),
-        ({"documents": "a.jsonl", "tokenizer": "t5-base"}, "documents and held_out_documents go together"),
+        (
+            {"documents": "a.jsonl", "tokenizer": "t5-base"},
+            "documents and held_out_documents go together",
+        ),
         ({"sequence_length": 64, "held_out_tokens": 100}, "two blocks"),
     ],
 )
@@ -410,7 +491,9 @@ def test_a_text_that_cannot_be_is_refused(changes: dict[str, Any], message: str)
         TextSettings(**changes)
 
 
-def test_files_that_are_not_there_or_no_json_are_named(documents: TextSettings, tmp_path: Path) -> None:
+def test_files_that_are_not_there_or_no_json_are_named(
+    documents: TextSettings, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"no file fits the pattern .*nothing"):
         load_text(documents.model_copy(update={"documents": str(tmp_path / "nothing*.json")}))
     (tmp_path / "c4-train.0.json").write_text('{"text": "fine"}\nnot json\n')
@@ -438,15 +521,24 @@ def test_only_common_seeds_are_compared() -> None:
 
 
 def test_a_difference_is_told_by_its_spread() -> None:
-    """t_{0.975, 2} = 4.303: three differences of mean 1 and deviation s differ from zero if 1 > 4.303 s / sqrt(3)."""
+    """t_{0.975, 2} = 4.303: three differences of mean 1 and deviation s differ from
+    zero if 1 > 4.303 s / sqrt(3).
+    """
     clear, unclear = Spread(3, 1.0, 0.40), Spread(3, 1.0, 0.41)
-    assert (clear.sign, unclear.sign, Spread(3, -1.0, 0.1).sign, Spread(1, 1.0, None).sign) == (1, 0, -1, None)
+    assert (clear.sign, unclear.sign, Spread(3, -1.0, 0.1).sign, Spread(1, 1.0, None).sign) == (
+        1,
+        0,
+        -1,
+        None,
+    )
     assert "a > b: holds" in verdict("a > b", clear, 1, 2)
     assert "**contradicted**" in verdict("a < b", clear, -1, 2)
     assert "undecided, inside the spread" in verdict("a < b", unclear, -1, 2)
     assert "no difference seen, as claimed" in verdict("a = b", unclear, 0, 2)
     assert "**a difference is seen**" in verdict("a = b", clear, 0, 2)
-    assert "no spread is known; the sign is the other one" in verdict("a < b", Spread(1, 1.0, None), -1, 2)
+    assert "no spread is known; the sign is the other one" in verdict(
+        "a < b", Spread(1, 1.0, None), -1, 2
+    )
     assert verdict("a < b", None, -1, 2) == "a < b: not measured."
 
 
@@ -479,8 +571,10 @@ def four(text_file: Path) -> LanguageModelSettings:
 def test_the_page_tells_what_the_rows_say(four: LanguageModelSettings) -> None:
     rows = rows_of({
         ("adam", None): [100.0, 110.0, 105.0],
-        ("powersgd", 4): [120.0, 132.0, 126.0],  # 1.2 times full precision on every seed
-        ("powersgd_plus", 4): [121.0, 131.0, 126.2],  # now above PowerSGD, now below
+        # 1.2 times full precision on every seed
+        ("powersgd", 4): [120.0, 132.0, 126.0],
+        # now above PowerSGD, now below
+        ("powersgd_plus", 4): [121.0, 131.0, 126.2],
         ("galore", 4): [None, 400.0, 410.0],
         ("powersgd", 8): [110.0, 121.1, 115.5],
     })  # fmt: skip
@@ -492,16 +586,21 @@ def test_the_page_tells_what_the_rows_say(four: LanguageModelSettings) -> None:
     assert f"{PAPER['60M']['powersgd_plus'][4] / PAPER['60M']['adam'][None]:.3f}" in plus
     assert "(1 of 3 diverged)" in page
     assert "rank 4, full precision < PowerSGD (paper: 29.88 < 36.11): holds" in page
-    assert "rank 4, PowerSGD+ < PowerSGD (paper: 35.46 < 36.11): undecided, inside the spread" in page
+    assert (
+        "rank 4, PowerSGD+ < PowerSGD (paper: 35.46 < 36.11): undecided, inside the spread" in page
+    )
     assert "rank 8, PowerSGD+ > PowerSGD (paper: 32.63 > 32.57): not measured." in page
     assert "rank 4, PowerSGD < GaLore (paper: 36.11 < 94.96): holds" in page
     assert "PowerSGD: rank 8 < rank 4: holds" in page
 
 
 def test_the_page_says_where_the_paper_is_contradicted(four: LanguageModelSettings) -> None:
-    rows = rows_of({("powersgd", 4): [120.0, 130.0, 125.0], ("powersgd_plus", 4): [124.0, 134.1, 129.2]})
-    assert "PowerSGD+ < PowerSGD (paper: 35.46 < 36.11): **contradicted** (left minus right +4.10" in EXPERIMENT.page(
-        four, rows
+    rows = rows_of(
+        {("powersgd", 4): [120.0, 130.0, 125.0], ("powersgd_plus", 4): [124.0, 134.1, 129.2]}
+    )
+    assert (
+        "PowerSGD+ < PowerSGD (paper: 35.46 < 36.11): **contradicted** (left minus right +4.10"
+        in EXPERIMENT.page(four, rows)
     )
 
 

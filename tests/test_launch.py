@@ -1,4 +1,6 @@
-"""The launcher: what it hands on, and an unchanged Trainer script under `deepspeed --module`."""
+"""The launcher: what it hands on, and an unchanged Trainer script under `deepspeed
+--module`.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,44 @@ HERE = Path(__file__).resolve().parent
     ("given", "expected"),
     [
         (["train.py"], (False, "train.py", [])),
-        # DeepSpeed's launcher puts the rank first; the script sees it where `deepspeed train.py` would put it.
-        (["--local_rank=1", "train.py", "--lr", "3"], (False, "train.py", ["--local_rank=1", "--lr", "3"])),
-        (["train.py", "--local_rank=1", "-m", "--", "x"], (False, "train.py", ["--local_rank=1", "-m", "--", "x"])),
-        (["--local_rank=0", "-m", "package.train", "--help"], (True, "package.train", ["--local_rank=0", "--help"])),
+        # DeepSpeed's launcher puts the rank first; the script sees it where `deepspeed
+        # train.py` would put it.
+        (
+            ["--local_rank=1", "train.py", "--lr", "3"],
+            (False, "train.py", ["--local_rank=1", "--lr", "3"]),
+        ),
+        (
+            ["train.py", "--local_rank=1", "-m", "--", "x"],
+            (False, "train.py", ["--local_rank=1", "-m", "--", "x"]),
+        ),
+        (
+            ["--local_rank=0", "-m", "package.train", "--help"],
+            (True, "package.train", ["--local_rank=0", "--help"]),
+        ),
     ],
 )
-def test_the_scripts_own_words_stay_its_own(given: list[str], expected: tuple[bool, str, list[str]]) -> None:
+def test_the_scripts_own_words_stay_its_own(
+    given: list[str], expected: tuple[bool, str, list[str]]
+) -> None:
     assert parse(given) == expected
 
 
-@pytest.mark.parametrize("given", [[], ["--local", "1", "train.py"], ["--mod", "package.train"], ["--unknown", "train.py"]])
-def test_nothing_is_abbreviated_or_guessed(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [[], ["--local", "1", "train.py"], ["--mod", "package.train"], ["--unknown", "train.py"]],
+)
+def test_nothing_is_abbreviated_or_guessed(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         parse(given)
     assert "usage:" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_script_sees_what_python_would_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_sees_what_python_would_show_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("deepspeed")
     (tmp_path / "neighbour.py").write_text("value = 7\n")
     script = tmp_path / "script.py"
@@ -51,7 +72,13 @@ def test_the_script_sees_what_python_would_show_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     main([str(script), str(tmp_path / "seen"), "--x"])
     seen = json.loads((tmp_path / "seen").read_text())
-    assert seen == ["__main__", [str(script), str(tmp_path / "seen"), "--x"], 7, str(tmp_path), str(script)]
+    assert seen == [
+        "__main__",
+        [str(script), str(tmp_path / "seen"), "--x"],
+        7,
+        str(tmp_path),
+        str(script),
+    ]
 
 
 @pytest.mark.slow
@@ -81,7 +108,8 @@ def test_an_unchanged_trainer_script_is_compressed_and_resumes(tmp_path: Path) -
         cwd=tmp_path, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    assert ran.stdout.count("lowrank_comm: powersgd_plus") == 2  # once an engine, on rank 0 only
+    # once an engine, on rank 0 only
+    assert ran.stdout.count("lowrank_comm: powersgd_plus") == 2
     assert "ZeRO stage 2 (DeepSpeedZeroOptimizer)" in ran.stdout
     seen = json.loads((out / "seen.json").read_text())
     assert seen["name"] == "__main__"

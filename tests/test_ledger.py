@@ -1,4 +1,6 @@
-"""The byte ledger: the payload by kind is exact, and equals what passes through torch.distributed's collectives."""
+"""The byte ledger: the payload by kind is exact, and equals what passes through
+torch.distributed's collectives.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,20 @@ from lowrank_comm import CompressedOptimizer, Identity, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
 
-MATRICES = {"tall": (40, 12), "tall_too": (40, 12), "wide": (12, 40), "filter": (16, 4, 3, 3), "thin": (50, 3)}
+MATRICES = {
+    "tall": (40, 12),
+    "tall_too": (40, 12),
+    "wide": (12, 40),
+    "filter": (16, 4, 3, 3),
+    "thin": (50, 3),
+}
 DENSE = {"bias": (5,), "scale": ()}
 SHAPES = MATRICES | DENSE
 RANK, TAU = 4, 3
 CONTROL = 1 + len(SHAPES)
-"""Elements of the control numbers: one finite flag, and for each parameter whether it has a gradient."""
+"""Elements of the control numbers: one finite flag, and for each parameter whether it
+has a gradient.
+"""
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -61,18 +71,24 @@ every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 
 @every_compressor
 @pytest.mark.parametrize(
-    ("dtype", "wire", "element"), [(torch.float32, None, 4), (torch.float64, None, 8), (torch.float32, "bfloat16", 2)]
+    ("dtype", "wire", "element"),
+    [(torch.float32, None, 4), (torch.float64, None, 8), (torch.float32, "bfloat16", 2)],
 )
 def test_payload_by_kind_over_two_periods(
     compressor: Compressor, dtype: torch.dtype, wire: str | None, element: int
 ) -> None:
     workers = 2
-    sim = Simulation(SHAPES, compressor, workers, dtype=dtype, min_compression_rate=0, wire_dtype=wire)
+    sim = Simulation(
+        SHAPES, compressor, workers, dtype=dtype, min_compression_rate=0, wire_dtype=wire
+    )
     total: Counter[str] = Counter()
     for t in range(2 * TAU):
         sim.reduce(
             [
-                {name: torch.as_tensor(gradient(shape, t, k), dtype=dtype) for name, shape in SHAPES.items()}
+                {
+                    name: torch.as_tensor(gradient(shape, t, k), dtype=dtype)
+                    for name, shape in SHAPES.items()
+                }
                 for k in range(workers)
             ]
         )
@@ -80,7 +96,9 @@ def test_payload_by_kind_over_two_periods(
         total.update(expected)
         for report in sim.last_reports:
             control = report.bytes["control"]
-            assert {kind: count for kind, count in report.bytes.items() if kind != "control"} == expected
+            assert {
+                kind: count for kind, count in report.bytes.items() if kind != "control"
+            } == expected
             assert control == CONTROL * element
             assert report.uncompressed_bytes == (WHOLE + IN_DENSE) * dtype.itemsize
             assert report.ratio == report.uncompressed_bytes / (sum(expected.values()) + control)
@@ -94,8 +112,9 @@ def test_payload_by_kind_over_two_periods(
 
 
 def counted(rank: int, compressor: Compressor) -> dict[str, Any]:
-    """Count at torch.distributed's own functions: bytes of every tensor that a collective is called with, step by
-    step."""
+    """Count at torch.distributed's own functions: bytes of every tensor that a
+    collective is called with, step by step.
+    """
     calls: list[tuple[str, int]] = []
 
     def watch(name: str, tensor_at: int) -> None:
@@ -122,9 +141,13 @@ def counted(rank: int, compressor: Compressor) -> dict[str, Any]:
     try:
         for name, tensor_at in places.items():
             watch(name, tensor_at)
-        parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+        parameters = {
+            name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()
+        }
         optimizer = CompressedOptimizer(
-            torch.optim.SGD(parameters.items(), lr=0.1), compressor=compressor, min_compression_rate=0
+            torch.optim.SGD(parameters.items(), lr=0.1),
+            compressor=compressor,
+            min_compression_rate=0,
         )
         per_step, reports = [], []
         for t in range(2 * TAU):
@@ -134,7 +157,8 @@ def counted(rank: int, compressor: Compressor) -> dict[str, Any]:
             optimizer.step()
             per_step.append(calls[before:])
             reports.append(optimizer.last_report)
-        of_steps, of_the_ledger = len(calls), (dict(optimizer.ledger.bytes), optimizer.ledger.collectives)
+        of_steps = len(calls)
+        of_the_ledger = (dict(optimizer.ledger.bytes), optimizer.ledger.collectives)
         optimizer.consolidate_error_memory()
         return {
             "consolidation": calls[of_steps:],
@@ -154,26 +178,40 @@ def counted(rank: int, compressor: Compressor) -> dict[str, Any]:
 
 @every_compressor
 @pytest.mark.parametrize("workers", [2, 3])
-def test_ledger_equals_what_the_collectives_carried(gloo: GlooPool, compressor: Compressor, workers: int) -> None:
+def test_ledger_equals_what_the_collectives_carried(
+    gloo: GlooPool, compressor: Compressor, workers: int
+) -> None:
     phases = {PowerSGD: 2, Identity: 1}
     for seen in gloo.run(counted, workers, compressor):
         all_calls = seen["start"] + [call for step in seen["steps"] for call in step]
         assert sum(size for _, size in all_calls) == sum(seen["ledger"].values())
-        of_gradients = [[size for name, size in step if name == "all_reduce"] for step in seen["steps"]]
-        for t, (step, report, collectives) in enumerate(zip(of_gradients, seen["bytes"], seen["collectives"], strict=True)):
+        of_gradients = [
+            [size for name, size in step if name == "all_reduce"] for step in seen["steps"]
+        ]
+        for t, (step, report, collectives) in enumerate(
+            zip(of_gradients, seen["bytes"], seen["collectives"], strict=True)
+        ):
             assert sum(step) == sum(report.values())
-            assert {kind: size for kind, size in report.items() if kind != "control"} == payload(compressor, t)
+            assert {kind: size for kind, size in report.items() if kind != "control"} == payload(
+                compressor, t
+            )
             assert report["control"] == 4 * CONTROL
             restart = isinstance(compressor, PowerSGDPlus) and t % TAU == 0
-            expected = (2 if compressor.restart == "svd" else 4) if restart else phases.get(type(compressor), 2)
-            assert collectives == len(step) == expected  # as many as there are phases, however many matrices
+            expected = (
+                (2 if compressor.restart == "svd" else 4)
+                if restart
+                else phases.get(type(compressor), 2)
+            )
+            # as many as there are phases, however many matrices
+            assert collectives == len(step) == expected
         assert seen["ledger_collectives"] == sum(seen["collectives"])
         assert sum(size for _, size in seen["consolidation"]) == seen["consolidation in the ledger"]
         assert len(seen["consolidation"]) == seen["consolidation's collectives"]
         matrices = sum(math.prod(shape) for shape in SHAPES.values() if len(shape) > 1)
         assert seen["consolidation in the ledger"] == (4 * matrices if compressor.low_rank else 0)
         fingerprint = sum(size for _, size in all_calls) - sum(map(sum, of_gradients))
-        assert fingerprint == seen["ledger"]["fingerprint"] < 100  # once, and small
+        # once, and small
+        assert fingerprint == seen["ledger"]["fingerprint"] < 100
         assert all(name == "all_reduce" for step in seen["steps"][1:] for name, _ in step)
 
 

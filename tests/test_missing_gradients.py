@@ -1,5 +1,7 @@
-"""Steps in which nobody has a gradient for a parameter: its restarts come later and its turns wait, for every registered
-compressor, and a checkpoint in the middle of that changes nothing."""
+"""Steps in which nobody has a gradient for a parameter: its restarts come later and its
+turns wait, for every registered compressor, and a checkpoint in the middle of that
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,12 @@ from lowrank_comm.checkpointing.tag import Tag, tag_of
 from lowrank_comm.checkpointing.tensors import restore, tensors_of
 from lowrank_comm.communication import Group
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered, steady
+from lowrank_comm.compressors.restart_schedule import (
+    RestartHistory,
+    RestartSchedule,
+    staggered,
+    steady,
+)
 from lowrank_comm.config import Section
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.reducer import Reducer
@@ -59,19 +66,35 @@ def with_even_period(section: Given) -> Given:
 
 
 VARIANTS = [with_even_period(section) for section in sections() if compressor_of(section).low_rank]
-COMBINATIONS = [with_even_period(section) for section in sections(around=True) if compressor_of(section).low_rank]
+COMBINATIONS = [
+    with_even_period(section)
+    for section in sections(around=True)
+    if compressor_of(section).low_rank
+]
 every_variant = pytest.mark.parametrize("section", VARIANTS, ids=label)
 every_combination = pytest.mark.parametrize("section", COMBINATIONS, ids=label)
 
 
-def given(t: int, worker: int, workers: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """One worker's gradients by the patterns; at every third step one worker alone has those that there are."""
-    there = {name for name, pattern in PATTERNS.items() if pattern(t) and (t % 3 != 0 or worker == t % workers)}
+def given(
+    t: int, worker: int, workers: int = 2, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """One worker's gradients by the patterns; at every third step one worker alone has
+    those that there are.
+    """
+    there = {
+        name
+        for name, pattern in PATTERNS.items()
+        if pattern(t) and (t % 3 != 0 or worker == t % workers)
+    }
     return {name: g for name, g in drawn(t, worker, SHAPES, dtype).items() if name in there}
 
 
-def in_words(schedule: RestartSchedule | None, name: str, t: int) -> tuple[bool, bool, RestartHistory]:
-    """From the list of steps so far, anew: whether the matrix owes a restart at t, is due, and its past."""
+def in_words(
+    schedule: RestartSchedule | None, name: str, t: int
+) -> tuple[bool, bool, RestartHistory]:
+    """From the list of steps so far, anew: whether the matrix owes a restart at t, is
+    due, and its past.
+    """
     owed, restarts, age = False, 0, 0
     for step in range(t):
         owed |= schedule is not None and schedule.due(name, step)
@@ -85,8 +108,10 @@ def in_words(schedule: RestartSchedule | None, name: str, t: int) -> tuple[bool,
 
 @every_variant
 def test_an_owed_restart_comes_with_the_next_gradient_and_is_counted_then(section: Given) -> None:
-    """Restarts in the report, and every byte of the ledger by the formula: a matrix that owes a restart sends nothing until
-    it comes; a restart that is merely due is sent though nobody has a gradient, and not counted."""
+    """Restarts in the report, and every byte of the ledger by the formula: a matrix
+    that owes a restart sends nothing until it comes; a restart that is merely due is
+    sent though nobody has a gradient, and not counted.
+    """
     if section.get("sampling") == "bernoulli" or "galore_until" in section:
         pytest.skip("its count of bytes is random, or depends on t")
     compressor = compressor_of(section)
@@ -100,10 +125,15 @@ def test_an_owed_restart_comes_with_the_next_gradient_and_is_counted_then(sectio
             owed, due, past = in_words(schedule, name, t)
             restarts += (owed or due) and pattern(t)
             if pattern(t) or not owed:
-                elements += compressor.elements_in(9, 6, 2, compressor.variant(past, owed or due), owed or due)
+                elements += compressor.elements_in(
+                    9, 6, 2, compressor.variant(past, owed or due), owed or due
+                )
         report = sim.last_reports[0]
         assert report.restarts == restarts, t
-        assert sum(report.bytes.values()) - report.bytes["control"] == 8 * elements, (t, report.bytes)
+        assert sum(report.bytes.values()) - report.bytes["control"] == 8 * elements, (
+            t,
+            report.bytes,
+        )
         total += restarts
     assert sim.reducers[0].ledger.restarts == total
     assert schedule is None or total > 3 * len(PATTERNS)
@@ -112,7 +142,9 @@ def test_an_owed_restart_comes_with_the_next_gradient_and_is_counted_then(sectio
 @pytest.mark.parametrize("restart", ["svd", "randomized"])
 def test_a_restart_that_is_owed_for_long_costs_nothing_until_it_comes(restart: str) -> None:
     """Neither bytes nor collectives; and then one collective more."""
-    sim = simulation(PowerSGDPlus(2, restart_every=TAU, restart=restart), {"w": (12, 7), "idle": (12, 7)}, 2)
+    sim = simulation(
+        PowerSGDPlus(2, restart_every=TAU, restart=restart), {"w": (12, 7), "idle": (12, 7)}, 2
+    )
     alone = simulation(PowerSGDPlus(2, restart_every=TAU, restart=restart), {"w": (12, 7)}, 2)
     for t in range(3 * TAU):
         gradients = [{"w": torch.from_numpy(gradient((12, 7), t, worker))} for worker in range(2)]
@@ -124,10 +156,13 @@ def test_a_restart_that_is_owed_for_long_costs_nothing_until_it_comes(restart: s
         if t > 0:
             assert {**report.bytes, "control": 0} == {**other.bytes, "control": 0}
     assert report.collectives == 2
-    sim.reduce([{"idle": g["w"], **g} for g in gradients])  # where "w" restarts as well
+    # where "w" restarts as well
+    sim.reduce([{"idle": g["w"], **g} for g in gradients])
     sim.reduce([dict(g) for g in gradients])
     assert sim.reducers[0].ledger.restarts == 3 + 2
-    late = simulation(PowerSGDPlus(2, restart_every=TAU, restart=restart), {"w": (12, 7), "idle": (12, 7)}, 2)
+    late = simulation(
+        PowerSGDPlus(2, restart_every=TAU, restart=restart), {"w": (12, 7), "idle": (12, 7)}, 2
+    )
     counts = []
     for t in range(3):
         late.reduce([{"w": g["w"], **({"idle": g["w"]} if t == 1 else {})} for g in gradients])
@@ -174,12 +209,17 @@ def test_a_parameter_that_joins_late_owes_the_restart_of_the_start() -> None:
 
 @pytest.mark.parametrize("ends", ["vetoed", "rolled back"])
 def test_a_step_that_does_not_count_changes_nothing(ends: str) -> None:
-    """An owed restart in such a step is still owed after it, one that came due in it is not owed, and turns stay."""
+    """An owed restart in such a step is still owed after it, one that came due in it is
+    not owed, and turns stay.
+    """
     slots = [ParamInfo(name, (9, 6), torch.float64, torch.device("cpu")) for name in ("w", "idle")]
     reducer = Reducer(slots, Acp(2, restart_every=TAU), Group(), min_compression_rate=0)
     for t in range(TAU + 2):
         for counts in (False, True):
-            grads = [torch.from_numpy(gradient((9, 6), t, 0)), None if t == 0 else torch.from_numpy(gradient((9, 6), t, 1))]
+            grads = [
+                torch.from_numpy(gradient((9, 6), t, 0)),
+                None if t == 0 else torch.from_numpy(gradient((9, 6), t, 1)),
+            ]
             if t % TAU == 0:
                 grads.reverse()
             if not counts and ends == "vetoed":
@@ -194,14 +234,22 @@ def test_a_step_that_does_not_count_changes_nothing(ends: str) -> None:
                 reducer.rollback()
             assert (reducer.restarts.unsteady(), reducer.step) == (before, t)
             assert reducer.last_report.restarts == 0
-    assert reducer.ledger.restarts == 4  # "idle" at 0 and TAU, "w" at the step after each
+    # "idle" at 0 and TAU, "w" at the step after each
+    assert reducer.ledger.restarts == 4
 
 
-@pytest.mark.parametrize("compressor", [GreedyLore(2, restart_every=9), PowerSGDPlus(2, restart_every=9)], ids=repr)
-def test_one_workers_nan_in_an_owed_restart_changes_nothing_anywhere(compressor: Compressor) -> None:
+@pytest.mark.parametrize(
+    "compressor", [GreedyLore(2, restart_every=9), PowerSGDPlus(2, restart_every=9)], ids=repr
+)
+def test_one_workers_nan_in_an_owed_restart_changes_nothing_anywhere(
+    compressor: Compressor,
+) -> None:
     """Its packet is the second, when the flag of the first has been raised by nobody."""
     sim = simulation(compressor, {"w": (9, 6), "late": (9, 6)}, 2)
-    gradients = [{name: torch.from_numpy(gradient((9, 6), k, 0, j)) for j, name in enumerate(("w", "late"))} for k in (0, 1)]
+    gradients = [
+        {name: torch.from_numpy(gradient((9, 6), k, 0, j)) for j, name in enumerate(("w", "late"))}
+        for k in (0, 1)
+    ]
     sim.reduce([{"w": one["w"]} for one in gradients])
     before = [state_of(reducer) for reducer in sim.reducers]
     bad = copy.deepcopy(gradients)
@@ -209,7 +257,11 @@ def test_one_workers_nan_in_an_owed_restart_changes_nothing_anywhere(compressor:
     assert sim.reduce(bad) == {}
     for reducer, state in zip(sim.reducers, before, strict=True):
         assert all(torch.equal(tensor, state[key]) for key, tensor in state_of(reducer).items())
-        assert (reducer.restarts.deferred("late"), reducer.step, reducer.ledger.restarts) == (True, 1, 1)
+        assert (reducer.restarts.deferred("late"), reducer.step, reducer.ledger.restarts) == (
+            True,
+            1,
+            1,
+        )
     sim.reduce(gradients)
     assert sim.last_reports[0].restarts == 1
 
@@ -219,8 +271,10 @@ def test_one_workers_nan_in_an_owed_restart_changes_nothing_anywhere(compressor:
 
 @every_combination
 def test_gradients_in_every_other_step_are_followed(section: Given) -> None:
-    """With an even period: a constant rank-2 gradient arrives (with error feedback of any form, or a subspace from the
-    gradient), and the subspace is found anew once a period."""
+    """With an even period: a constant rank-2 gradient arrives (with error feedback of
+    any form, or a subspace from the gradient), and the subspace is found anew once a
+    period.
+    """
     x = torch.from_numpy(spectrum_matrix(8, 6, np.array([3.0, 2.0])))
     total = {name: torch.zeros(8, 6, dtype=torch.float64) for name in ("odd", "even")}
     sim = simulated(section, dict.fromkeys(total, (8, 6)), 2)
@@ -230,17 +284,30 @@ def test_gradients_in_every_other_step_are_followed(section: Given) -> None:
         assert out[other] is None
         total[name] += out[name]
     restarts = sim.reducers[0].restarts.schedule is not None
-    assert sim.reducers[0].ledger.restarts == (2 * 120 // TAU + section.get("stagger", False) if restarts else 0)
-    form = Section.parse(section).reducer_options()["error_feedback"].for_compressor(compressor_of(section)).form
+    assert sim.reducers[0].ledger.restarts == (
+        2 * 120 // TAU + section.get("stagger", False) if restarts else 0
+    )
+    form = (
+        Section.parse(section)
+        .reducer_options()["error_feedback"]
+        .for_compressor(compressor_of(section))
+        .form
+    )
     if form != "none" or (section["compressor"] == "galore" and "side" not in section):
         for mean in (total["odd"] / 60, total["even"] / 60):
             assert float((mean - x).norm() / x.norm()) < 0.35
 
 
-@pytest.mark.parametrize("compressor", [GreedyLore(2, restart_every=TAU), GaLore(2, restart_every=TAU), Acp(2)], ids=repr)
+@pytest.mark.parametrize(
+    "compressor", [GreedyLore(2, restart_every=TAU), GaLore(2, restart_every=TAU), Acp(2)], ids=repr
+)
 @pytest.mark.parametrize("pattern", ["odd", "even"])
-def test_nothing_of_a_low_rank_gradient_is_left_behind(compressor: Compressor, pattern: str) -> None:
-    """Of a rank-2 gradient at rank 2 all arrives from the first restart on; with ACP, soon."""
+def test_nothing_of_a_low_rank_gradient_is_left_behind(
+    compressor: Compressor, pattern: str
+) -> None:
+    """Of a rank-2 gradient at rank 2 all arrives from the first restart on; with ACP,
+    soon.
+    """
     x = torch.from_numpy(spectrum_matrix(8, 6, np.array([3.0, 2.0])))
     sim = simulation(compressor, {"w": (8, 6)}, 2)
     for t in range(60):
@@ -250,18 +317,31 @@ def test_nothing_of_a_low_rank_gradient_is_left_behind(compressor: Compressor, p
 
 
 def test_acp_takes_turns_in_the_steps_that_a_matrix_has() -> None:
-    """Its numbers, bytes and subspaces in those steps are those of a run that has no others."""
+    """Its numbers, bytes and subspaces in those steps are those of a run that has no
+    others.
+    """
     for scheme in (Acp(2), Acp(2, restart_every=3, restart="svd")):
         basis = {"w": torch.from_numpy(np.random.default_rng(3).standard_normal((6, 2)))}
         alone, among = (simulation(scheme, {"w": (9, 6)}, 2, initial_basis=basis) for _ in range(2))
         if scheme.restart_every is not None:
-            period = scheme.restart_every  # of own steps: every third of the run is a restart's, every step in it counts
-            among = simulation(Acp(2, restart_every=2 * period, restart="svd"), {"w": (9, 6)}, 2, initial_basis=basis)
+            # of own steps: every third of the run is a restart's, every step in it
+            # counts
+            period = scheme.restart_every
+            among = simulation(
+                Acp(2, restart_every=2 * period, restart="svd"),
+                {"w": (9, 6)},
+                2,
+                initial_basis=basis,
+            )
         for k in range(9):
-            gradients = [{"w": torch.from_numpy(gradient((9, 6), k, worker))} for worker in range(2)]
+            gradients = [
+                {"w": torch.from_numpy(gradient((9, 6), k, worker))} for worker in range(2)
+            ]
             expected = alone.reduce(gradients)["w"]
             among.reduce([{}, {}])
-            torch.testing.assert_close(among.reduce(gradients)["w"], expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                among.reduce(gradients)["w"], expected, rtol=1e-12, atol=1e-12
+            )
             one, other = alone.last_reports[0].bytes, among.last_reports[0].bytes
             assert {kind: n for kind, n in one.items() if kind != "control"} == {
                 kind: n for kind, n in other.items() if kind != "control"
@@ -269,12 +349,17 @@ def test_acp_takes_turns_in_the_steps_that_a_matrix_has() -> None:
 
 
 def test_every_kth_greedy_restart_of_a_matrix_finds_a_basis() -> None:
-    """Counted by its own restarts: by the step, one with gradients at t = 1 mod 4 would never have come to it."""
+    """Counted by its own restarts: by the step, one with gradients at t = 1 mod 4 would
+    never have come to it.
+    """
     scheme = PowerSGDPlus(2, restart_every=2, restart="greedy", basis_every=2)
     sim = simulation(scheme, {"rare": (9, 6)}, 2)
     found = []
     for t in range(24):
-        gradients = [{"rare": torch.from_numpy(gradient((9, 6), t, k))} if PATTERNS["rare"](t) else {} for k in range(2)]
+        gradients = [
+            {"rare": torch.from_numpy(gradient((9, 6), t, k))} if PATTERNS["rare"](t) else {}
+            for k in range(2)
+        ]
         before = sim.reducers[0].bases()["rare"]["U"]
         sim.reduce(gradients)
         if gradients[0]:
@@ -312,7 +397,10 @@ def test_resume_is_bit_equal_with_restarts_owed_and_turns_apart(section: Given) 
     assert owed == {name for name in SHAPES if in_words(schedule, name, TAU + 1)[0]}
     assert owed or schedule is None
     for one, other in zip(straight.reducers, resumed.reducers, strict=True):
-        tensors = {name: {k: v.clone() for k, v in parts.items()} for name, parts in tensors_of(one).items()}
+        tensors = {
+            name: {k: v.clone() for k, v in parts.items()}
+            for name, parts in tensors_of(one).items()
+        }
         other._worker = other.here
         restore(other, tag_of(one), tensors)
     for t in range(TAU + 1, 3 * TAU):
@@ -324,14 +412,23 @@ def test_resume_is_bit_equal_with_restarts_owed_and_turns_apart(section: Given) 
         assert straight.last_reports[0].restarts == resumed.last_reports[0].restarts
 
 
-def optimizer_of(compressor: Compressor) -> tuple[dict[str, torch.nn.Parameter], CompressedOptimizer]:
-    parameters = {name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()}
+def optimizer_of(
+    compressor: Compressor,
+) -> tuple[dict[str, torch.nn.Parameter], CompressedOptimizer]:
+    parameters = {
+        name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        for name, shape in SHAPES.items()
+    }
     base = torch.optim.SGD(parameters.items(), lr=0.1, momentum=0.9)
     return parameters, CompressedOptimizer(base, compressor, min_compression_rate=0, seed=3)
 
 
 def advance(
-    parameters: Mapping[str, torch.nn.Parameter], optimizer: CompressedOptimizer, steps: range, rank: int, workers: int
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: CompressedOptimizer,
+    steps: range,
+    rank: int,
+    workers: int,
 ) -> list[dict[str, Any]]:
     """What was applied, and the restarts, step by step."""
     seen = []
@@ -340,7 +437,10 @@ def advance(
         for name, parameter in parameters.items():
             parameter.grad = gradients.get(name)
         optimizer.reduce_gradients()
-        applied = {name: None if p.grad is None else p.grad.numpy().copy() for name, p in parameters.items()}
+        applied = {
+            name: None if p.grad is None else p.grad.numpy().copy()
+            for name, p in parameters.items()
+        }
         optimizer.step()
         seen.append({**applied, "restarts": optimizer.last_report.restarts})
     return seen
@@ -357,7 +457,9 @@ COMPRESSORS = [
 
 
 def over_gloo(rank: int, compressor: Compressor) -> dict[str, Any]:
-    """A run that is saved in the middle, with a restart owed, by state dict; and one that resumes from it."""
+    """A run that is saved in the middle, with a restart owed, by state dict; and one
+    that resumes from it.
+    """
     parameters, optimizer = optimizer_of(compressor)
     history = advance(parameters, optimizer, range(FIRST), rank, 2)
     optimizer.consolidate_error_memory()
@@ -376,7 +478,9 @@ def over_gloo(rank: int, compressor: Compressor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-def test_two_processes_equal_the_simulation_through_a_checkpoint(gloo: GlooPool, compressor: Compressor) -> None:
+def test_two_processes_equal_the_simulation_through_a_checkpoint(
+    gloo: GlooPool, compressor: Compressor
+) -> None:
     sim = Simulation(SHAPES, compressor, 2, dtype=torch.float64, min_compression_rate=0, seed=3)
     expected = []
     for t in range(ALL):
@@ -391,7 +495,9 @@ def test_two_processes_equal_the_simulation_through_a_checkpoint(gloo: GlooPool,
                     assert one[name] is None
                     assert again[name] is None
                 else:
-                    np.testing.assert_allclose(one[name], np.asarray(other[name]), rtol=1e-9, atol=1e-11)
+                    np.testing.assert_allclose(
+                        one[name], np.asarray(other[name]), rtol=1e-9, atol=1e-11
+                    )
                     assert np.array_equal(one[name], again[name])
 
 
@@ -420,8 +526,9 @@ def test_workers_that_loaded_unlike_states_are_told_and_do_not_hang(gloo: GlooPo
 
 @pytest.mark.parametrize("keeps_the_top", [True, False])
 def test_state_dicts_carry_what_is_owed(keeps_the_top: bool) -> None:
-    """Also where torch.distributed.checkpoint has dropped the top-level key; and a state from before, whose tag has six
-    numbers, owes nothing."""
+    """Also where torch.distributed.checkpoint has dropped the top-level key; and a
+    state from before, whose tag has six numbers, owes nothing.
+    """
     parameters, optimizer = optimizer_of(COMPRESSORS[0])
     advance(parameters, optimizer, range(FIRST), 0, 1)
     expected = optimizer.reducer.restarts.unsteady()
@@ -441,7 +548,9 @@ def test_state_dicts_carry_what_is_owed(keeps_the_top: bool) -> None:
 
 def test_files_carry_what_is_owed(tmp_path: Path) -> None:
     """As DeepSpeed's checkpoints; a tag from before has no such entry."""
-    slots = [ParamInfo(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()]
+    slots = [
+        ParamInfo(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()
+    ]
     one, other = (Reducer(slots, COMPRESSORS[0], Group(), min_compression_rate=0) for _ in range(2))
     for t in range(FIRST):
         gradients = given(t, 0, 1)
@@ -451,14 +560,18 @@ def test_files_carry_what_is_owed(tmp_path: Path) -> None:
     assert library_checkpoint.load(other, tmp_path)
     assert other.restarts.unsteady() == one.restarts.unsteady() != {}
     assert all(torch.equal(state_of(one)[key], state_of(other)[key]) for key in state_of(one))
-    old = json.loads(json.dumps({"kind": "mean", "rank": 0, "world": 1, "step": FIRST, "seed": 0, "format": 1}))
+    old = json.loads(
+        json.dumps({"kind": "mean", "rank": 0, "world": 1, "step": FIRST, "seed": 0, "format": 1})
+    )
     restore(other, Tag(**old), tensors_of(one))
     assert (other.restarts.unsteady(), other.step) == ({}, FIRST)
 
 
 def test_a_basis_of_another_rank_does_not_wait_for_the_next_period() -> None:
-    """GaLore, saved at rank 2 behind a refresh and loaded at rank 4 of a gradient of rank 4: a random basis, which it would
-    keep for the rest of the period, sees a part of it; the refresh that it owes comes at once."""
+    """GaLore, saved at rank 2 behind a refresh and loaded at rank 4 of a gradient of
+    rank 4: a random basis, which it would keep for the rest of the period, sees a part
+    of it; the refresh that it owes comes at once.
+    """
     shape, left = (16, 12), torch.Generator().manual_seed(0)
     factors = [torch.randn(k, 4, generator=left, dtype=torch.float64) for k in shape]
     given = factors[0] @ factors[1].T

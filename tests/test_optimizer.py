@@ -63,15 +63,23 @@ def loss_of(model: nn.Module, step: int, worker: int = 0) -> Tensor:
 
 
 def compressed(
-    model: nn.Module, base: Builder = BASES["MSGD"], compressor: Compressor | None = None, **options: Any
+    model: nn.Module,
+    base: Builder = BASES["MSGD"],
+    compressor: Compressor | None = None,
+    **options: Any,
 ) -> CompressedOptimizer:
     return CompressedOptimizer(
-        base(model.named_parameters()), compressor=compressor or PowerSGD(2), **({"min_compression_rate": 0} | options)
+        base(model.named_parameters()),
+        compressor=compressor or PowerSGD(2),
+        **({"min_compression_rate": 0} | options),
     )
 
 
 def distance(one: nn.Module, other: nn.Module) -> float:
-    return max(float((p - q).detach().abs().max()) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    return max(
+        float((p - q).detach().abs().max())
+        for p, q in zip(one.parameters(), other.parameters(), strict=True)
+    )
 
 
 # --- the base is the base --------------------------------------------------------------------------------------------
@@ -93,10 +101,8 @@ def test_it_is_an_optimizer_that_shares_what_the_base_owns(base: str) -> None:
 @every_base
 def test_full_rank_equals_the_base_alone(base: str) -> None:
     plain, squeezed = network(), network()
-    inner, outer = (
-        BASES[base](plain.named_parameters()),
-        compressed(squeezed, BASES[base], PowerSGDPlus(99, restart_every=4)),
-    )
+    inner = BASES[base](plain.named_parameters())
+    outer = compressed(squeezed, BASES[base], PowerSGDPlus(99, restart_every=4))
     for t in range(10):
         for model, optimizer in ((plain, inner), (squeezed, outer)):
             optimizer.zero_grad()
@@ -107,7 +113,9 @@ def test_full_rank_equals_the_base_alone(base: str) -> None:
 
 
 def full_rank_training(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Full-rank compression against an uncompressed all-reduce written here: losses and parameters of both."""
+    """Full-rank compression against an uncompressed all-reduce written here: losses and
+    parameters of both.
+    """
     dtype, micro_steps, max_norm = settings["dtype"], settings["micro_steps"], settings["max_norm"]
     base, world = BASES[settings["base"]], torch.distributed.get_world_size()
     plain, squeezed = network(dtype=dtype), network(dtype=dtype)
@@ -127,7 +135,9 @@ def full_rank_training(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
                     torch.distributed.all_reduce(p.grad)
                     p.grad /= world
                 if max_norm:
-                    clipped |= float(nn.utils.clip_grad_norm_(model.parameters(), max_norm)) > max_norm
+                    clipped |= (
+                        float(nn.utils.clip_grad_norm_(model.parameters(), max_norm)) > max_norm
+                    )
             optimizer.step()
     return {
         "loss": float(np.abs(np.subtract(*losses)).max()),
@@ -140,16 +150,20 @@ def full_rank_training(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("micro_steps", [1, 3])
 @pytest.mark.parametrize("max_norm", [None, 0.2])
-@pytest.mark.parametrize(("base", "dtype"), [("AdamW", torch.float32), ("MSGD", torch.float32), ("AdamW", torch.float64)])
+@pytest.mark.parametrize(
+    ("base", "dtype"), [("AdamW", torch.float32), ("MSGD", torch.float32), ("AdamW", torch.float64)]
+)
 def test_full_rank_training_equals_uncompressed_training(
     gloo: GlooPool, base: str, dtype: torch.dtype, micro_steps: int, max_norm: float | None
 ) -> None:
-    """Two ranks, gradient accumulation, clipping: losses to 1e-5, and parameters too where Adam does not turn round-off
-    into steps."""
+    """Two ranks, gradient accumulation, clipping: losses to 1e-5, and parameters too
+    where Adam does not turn round-off into steps.
+    """
     settings = {"base": base, "dtype": dtype, "micro_steps": micro_steps, "max_norm": max_norm}
     for seen in gloo.run(full_rank_training, 2, settings):
         assert seen["loss"] < 1e-5
-        assert seen["passes"] == 12  # one communication a step, whatever the number of micro-steps
+        # one communication a step, whatever the number of micro-steps
+        assert seen["passes"] == 12
         assert seen["clipped"] == (max_norm is not None)
         assert seen["moved"] > 1e-3
         if base == "MSGD" or dtype == torch.float64:
@@ -172,9 +186,14 @@ def test_full_rank_training_equals_uncompressed_training(
     ids=["lambda", "cosine", "one cycle", "sequential"],
 )
 def test_schedulers_drive_the_base(scheduler: Callable[..., Any]) -> None:
-    """Rates (and OneCycleLR's momentum) reach the base; no warning that step() was not called."""
+    """Rates (and OneCycleLR's momentum) reach the base; no warning that step() was not
+    called.
+    """
     plain, squeezed = network(), network()
-    pairs = [(plain, BASES["MSGD"](plain.named_parameters())), (squeezed, compressed(squeezed, compressor=PowerSGD(99)))]
+    pairs = [
+        (plain, BASES["MSGD"](plain.named_parameters())),
+        (squeezed, compressed(squeezed, compressor=PowerSGD(99))),
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedulers = [scheduler(optimizer) for _, optimizer in pairs]
@@ -205,8 +224,12 @@ def test_step_hooks_run_once_a_step() -> None:
     model = network()
     optimizer = compressed(model)
     calls: list[str] = []
-    optimizer.register_step_pre_hook(lambda o, *_: calls.append("before") if o is optimizer else None)
-    optimizer.register_step_post_hook(lambda o, *_: calls.append("after") if o is optimizer else None)
+    optimizer.register_step_pre_hook(
+        lambda o, *_: calls.append("before") if o is optimizer else None
+    )
+    optimizer.register_step_post_hook(
+        lambda o, *_: calls.append("after") if o is optimizer else None
+    )
     optimizer.base.register_step_post_hook(lambda *_: calls.append("base"))
     for t in range(2):
         loss_of(model, t).backward()
@@ -215,7 +238,9 @@ def test_step_hooks_run_once_a_step() -> None:
 
 
 def test_closure() -> None:
-    """step(closure) computes loss and gradients anew with gradients enabled, reduces them, and gives the loss back."""
+    """step(closure) computes loss and gradients anew with gradients enabled, reduces
+    them, and gives the loss back.
+    """
     plain, squeezed = network(), network()
     outer, twin = compressed(squeezed), compressed(plain)
 
@@ -235,7 +260,9 @@ def test_closure() -> None:
 
 
 def test_reduce_gradients_is_idempotent() -> None:
-    """By hand or not, once or thrice: one communication a step. New gradients are reduced again."""
+    """By hand or not, once or thrice: one communication a step. New gradients are
+    reduced again.
+    """
     one, other = network(), network()
     by_hand, by_step = compressed(one), compressed(other)
     for t in range(4):
@@ -253,10 +280,13 @@ def test_reduce_gradients_is_idempotent() -> None:
 
 
 def test_new_gradients_after_a_reduction_without_a_step_are_reduced_again() -> None:
-    """The averaged gradients were dropped past the optimizer (model.zero_grad()), or added to: what the base sees is
-    averaged in any case."""
+    """The averaged gradients were dropped past the optimizer (model.zero_grad()), or
+    added to: what the base sees is averaged in any case.
+    """
     dropped, added, twin = network(), network(), network()
-    optimizers = {name: compressed(m) for name, m in (("dropped", dropped), ("added", added), ("twin", twin))}
+    optimizers = {
+        name: compressed(m) for name, m in (("dropped", dropped), ("added", added), ("twin", twin))
+    }
     loss_of(dropped, 0).backward()
     optimizers["dropped"].reduce_gradients()
     dropped.zero_grad()
@@ -277,7 +307,9 @@ def test_new_gradients_after_a_reduction_without_a_step_are_reduced_again() -> N
     assert optimizers["added"].ledger.steps == 2
 
 
-def test_gradients_that_the_caller_replaces_between_reduction_and_step_are_not_averaged_twice() -> None:
+def test_gradients_that_the_caller_replaces_between_reduction_and_step_are_not_averaged_twice() -> (
+    None
+):
     """Clipping of one's own need not be in place."""
     one, other = network(), network()
     by_hand, twin = compressed(one), compressed(other)
@@ -294,7 +326,9 @@ def test_gradients_that_the_caller_replaces_between_reduction_and_step_are_not_a
 
 
 def test_gradient_accumulation_without_zero_grad_between() -> None:
-    """Three micro-steps accumulate in p.grad as with any optimizer; the sum is compressed once."""
+    """Three micro-steps accumulate in p.grad as with any optimizer; the sum is
+    compressed once.
+    """
     whole, parts = network(), network()
     one, other = compressed(whole), compressed(parts)
     for t in range(3):
@@ -310,7 +344,9 @@ def test_gradient_accumulation_without_zero_grad_between() -> None:
 
 
 def test_clipping_acts_on_the_averaged_gradient() -> None:
-    """After step() p.grad is what the base saw: the reduced gradient, clipped by its own true norm."""
+    """After step() p.grad is what the base saw: the reduced gradient, clipped by its
+    own true norm.
+    """
     clipped, plain = network(), network()
     with_limit, without = compressed(clipped, max_grad_norm=0.05), compressed(plain)
     for t in range(3):
@@ -319,12 +355,13 @@ def test_clipping_acts_on_the_averaged_gradient() -> None:
             loss_of(model, t).backward()
             optimizer.reduce_gradients()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
-        assert (
-            nn.utils.get_total_norm([p.grad for p in clipped.parameters()]) > 0.05
-        )  # not yet: the caller may still look at it
+        # not yet: the caller may still look at it
+        assert nn.utils.get_total_norm([p.grad for p in clipped.parameters()]) > 0.05
         with_limit.step()
         without.step()
-        assert float(nn.utils.get_total_norm([p.grad for p in clipped.parameters()])) == pytest.approx(0.05, rel=1e-4)
+        assert float(
+            nn.utils.get_total_norm([p.grad for p in clipped.parameters()])
+        ) == pytest.approx(0.05, rel=1e-4)
         assert distance(clipped, plain) < 1e-14
 
 
@@ -338,11 +375,15 @@ def test_a_norm_below_the_limit_is_left_alone() -> None:
 
 
 def test_add_param_group_keeps_what_is_in_the_error_memory() -> None:
-    """A layer that is unfrozen later takes part from the next step; the others' errors and bases are kept."""
+    """A layer that is unfrozen later takes part from the next step; the others' errors
+    and bases are kept.
+    """
     model, twin = network(), network()
     first, second = model[0], model[2]
     growing = CompressedOptimizer(
-        torch.optim.SGD([(f"0.{n}", p) for n, p in first.named_parameters()], lr=0.05), PowerSGD(2), min_compression_rate=0
+        torch.optim.SGD([(f"0.{n}", p) for n, p in first.named_parameters()], lr=0.05),
+        PowerSGD(2),
+        min_compression_rate=0,
     )
     whole = compressed(twin, lambda p: torch.optim.SGD(p, lr=0.05))
     with torch.no_grad():
@@ -351,7 +392,9 @@ def test_add_param_group_keeps_what_is_in_the_error_memory() -> None:
         if t == 3:
             assert set(growing.error_memory()) == {"0.weight"}
             before = growing.error_memory()["0.weight"].clone()
-            growing.add_param_group({"params": [(f"2.{n}", p) for n, p in second.named_parameters()]})
+            growing.add_param_group(
+                {"params": [(f"2.{n}", p) for n, p in second.named_parameters()]}
+            )
             assert len(growing.param_groups) == 2
             assert torch.equal(growing.error_memory()["0.weight"], before)
             assert not growing.error_memory()["2.weight"].any()
@@ -363,7 +406,9 @@ def test_add_param_group_keeps_what_is_in_the_error_memory() -> None:
         growing.step()
         whole.step()
         assert float((first.weight - twin[0].weight).detach().abs().max()) < 1e-12
-        assert all(torch.equal(p, s) for p, s in zip(second.parameters(), start, strict=True)) == (t < 3)
+        assert all(torch.equal(p, s) for p, s in zip(second.parameters(), start, strict=True)) == (
+            t < 3
+        )
     assert set(growing.error_memory()) == {"0.weight", "2.weight"}
 
 
@@ -404,7 +449,9 @@ def test_error_memory_is_a_live_view_in_the_parameters_shape() -> None:
     view = optimizer.error_memory()["0.weight"]
     assert view.shape == model[0].weight.shape
     before = view.clone()
-    model(torch.randn(1, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).pow(2).sum().backward()
+    model(
+        torch.randn(1, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ).pow(2).sum().backward()
     optimizer.step()
     assert not torch.equal(view, before)
     assert torch.equal(view, optimizer.error_memory()["0.weight"])
@@ -425,7 +472,9 @@ def test_copying_and_pickling_are_refused() -> None:
 def test_parameters_without_names() -> None:
     model = network()
     optimizer = CompressedOptimizer(
-        torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1),
+        torch.optim.SGD(
+            [{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1
+        ),
         PowerSGD(2),
         min_compression_rate=0,
     )
@@ -450,7 +499,9 @@ def test_names_given_beside_the_base() -> None:
 
 def test_names_from_attach_which_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     model = network()
-    optimizer = CompressedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0)
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
     plan = optimizer.attach(model)
     printed = capsys.readouterr().out
     assert str(plan) in printed
@@ -458,15 +509,20 @@ def test_names_from_attach_which_prints_the_plan(capsys: pytest.CaptureFixture[s
     assert set(optimizer.error_memory()) == {"0.weight", "2.weight"}
     loss_of(model, 0).backward()
     optimizer.step()
-    assert capsys.readouterr().out == ""  # once
+    # once
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.filterwarnings("ignore:the names of all parameters start with")
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
 def test_wrappers_are_stripped_from_names(prefix: str) -> None:
     model = network()
     named = [(prefix + name, p) for name, p in model.named_parameters()]
-    optimizer = CompressedOptimizer(torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0)
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
     assert set(optimizer.error_memory()) == {"0.weight", "2.weight"}
 
 
@@ -499,7 +555,9 @@ def test_attach_refuses_what_it_cannot_serve() -> None:
 
 def test_attach_after_a_step_with_other_names_says_what_to_do() -> None:
     model = network()
-    optimizer = CompressedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0)
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
     loss_of(model, 0).backward()
     with pytest.warns(UserWarning, match="no names"):
         optimizer.step()
@@ -510,12 +568,16 @@ def test_attach_after_a_step_with_other_names_says_what_to_do() -> None:
 def test_parameters_that_are_added_later_rename_no_others() -> None:
     model = nn.ModuleDict({"module": nn.Linear(6, 5), "head": nn.Linear(5, 4)}).double()
     first = [(f"module.{name}", p) for name, p in model["module"].named_parameters()]
-    optimizer = CompressedOptimizer(torch.optim.SGD(first, lr=0.1), PowerSGD(2), min_compression_rate=0)
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(first, lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
     model["module"](torch.ones(2, 6, dtype=torch.float64)).sum().backward()
     with pytest.warns(UserWarning, match="DistributedDataParallel"):
         optimizer.step()
     kept = optimizer.error_memory()["weight"].clone()
-    optimizer.add_param_group({"params": [(f"head.{name}", p) for name, p in model["head"].named_parameters()]})
+    optimizer.add_param_group(
+        {"params": [(f"head.{name}", p) for name, p in model["head"].named_parameters()]}
+    )
     assert set(optimizer.error_memory()) == {"weight", "head.weight"}
     assert torch.equal(optimizer.error_memory()["weight"], kept)
 
@@ -531,17 +593,22 @@ def test_a_part_of_the_model_that_is_called_module() -> None:
     model = Outer()
     assert set(compressed(model).error_memory()) == {"weight", "module.weight"}
     named = [(f"module.{name}", p) for name, p in model.named_parameters()]
-    wrapped = CompressedOptimizer(torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0)
+    wrapped = CompressedOptimizer(
+        torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
     assert set(wrapped.error_memory()) == {"weight", "module.weight"}
 
 
 def test_names_that_look_wrapped_are_told() -> None:
     """Without attach(), a model wrapped by DDP would be averaged twice without a word."""
     named = [(f"module.{name}", p) for name, p in network().named_parameters()]
-    optimizer = CompressedOptimizer(torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0)
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
     with pytest.warns(UserWarning, match="DistributedDataParallel") as caught:
         optimizer.error_memory()
-    assert caught[0].filename == __file__  # whose line it is
+    # whose line it is
+    assert caught[0].filename == __file__
 
 
 def test_the_plan_tells_what_may_surprise() -> None:
@@ -587,7 +654,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_style_precision() -> Iterator[None]:
-    """torch's newer settings, which do not go together with `torch.get_float32_matmul_precision`."""
+    """torch's newer settings, which do not go together with
+    `torch.get_float32_matmul_precision`.
+    """
     backends = {torch.backends.mkldnn.matmul: "bf16", torch.backends.cuda.matmul: "tf32"}
     before = {backend: backend.fp32_precision for backend in backends}
     for backend, precision in backends.items():
@@ -602,10 +671,16 @@ def new_style_precision() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "inside",
-    [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: matmul_precision("medium"), new_style_precision],
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: matmul_precision("medium"),
+        new_style_precision,
+    ],
     ids=["autocast", "medium", "new style"],
 )
-def test_a_step_computes_in_full_precision_whatever_torch_is_set_to(inside: Callable[[], Any]) -> None:
+def test_a_step_computes_in_full_precision_whatever_torch_is_set_to(
+    inside: Callable[[], Any],
+) -> None:
     one, _ = run_three_steps(contextlib.nullcontext)
     other, optimizer = run_three_steps(inside)
     assert distance(one, other) == 0.0
@@ -616,11 +691,17 @@ def test_draws_do_not_depend_on_torchs_default_dtype_or_device() -> None:
     expected = gaussian(3, ("a", "b"), 5, "test", (40, 3), torch.float64, torch.device("cpu"))
     try:
         torch.set_default_dtype(torch.float64)
-        assert torch.equal(gaussian(3, ("a", "b"), 5, "test", (40, 3), torch.float64, torch.device("cpu")), expected)
+        assert torch.equal(
+            gaussian(3, ("a", "b"), 5, "test", (40, 3), torch.float64, torch.device("cpu")),
+            expected,
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
-        assert torch.equal(gaussian(3, ("a", "b"), 5, "test", (40, 3), torch.float64, torch.device("cpu")), expected)
+        assert torch.equal(
+            gaussian(3, ("a", "b"), 5, "test", (40, 3), torch.float64, torch.device("cpu")),
+            expected,
+        )
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------
@@ -636,7 +717,8 @@ def test_the_report_of_a_step() -> None:
         before = {name: e.clone() for name, e in optimizer.error_memory().items()}
         given = {name: p.grad.clone() for name, p in model.named_parameters()}
         optimizer.reduce_gradients()
-        in_between = optimizer.last_report  # reading early must not spoil the report after the step
+        # reading early must not spoil the report after the step
+        in_between = optimizer.last_report
         optimizer.step()
         report = optimizer.last_report
         assert (report.step, report.applied, in_between.step) == (t, True, t)
@@ -651,18 +733,30 @@ def test_the_report_of_a_step() -> None:
 
 def truth(sent_of: list[tuple[Tensor, Tensor]]) -> float:
     """||Delta - residual||^2 / ||Delta||^2 from (Delta, residual) pairs."""
-    return sum(float((d - r).norm()) ** 2 for d, r in sent_of) / sum(float(d.norm()) ** 2 for d, _ in sent_of)
+    return sum(float((d - r).norm()) ** 2 for d, r in sent_of) / sum(
+        float(d.norm()) ** 2 for d, _ in sent_of
+    )
 
 
 def captured(rank: int, compressor: Compressor) -> list[tuple[float | None, float]]:
-    """The report's captured energy and the true one. At step 2 one of two twin matrices has no gradient anywhere."""
-    parameters = {name: nn.Parameter(torch.zeros(9, 6, dtype=torch.float64)) for name in ("one", "twin")}
-    optimizer = CompressedOptimizer(torch.optim.SGD(parameters.items(), lr=0.1), compressor, min_compression_rate=0)
+    """The report's captured energy and the true one. At step 2 one of two twin matrices
+    has no gradient anywhere.
+    """
+    parameters = {
+        name: nn.Parameter(torch.zeros(9, 6, dtype=torch.float64)) for name in ("one", "twin")
+    }
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(parameters.items(), lr=0.1), compressor, min_compression_rate=0
+    )
     found = []
     for t in range(5):
         optimizer.zero_grad()
         for k, (name, p) in enumerate(parameters.items()):
-            p.grad = None if (t == 2 and name == "twin") else torch.from_numpy(gradient((9, 6), t, rank, k))
+            p.grad = (
+                None
+                if (t == 2 and name == "twin")
+                else torch.from_numpy(gradient((9, 6), t, rank, k))
+            )
         deltas = {
             n: e + p.grad
             for (n, e), p in zip(optimizer.error_memory().items(), parameters.values(), strict=True)
@@ -673,9 +767,11 @@ def captured(rank: int, compressor: Compressor) -> list[tuple[float | None, floa
         for name, delta in deltas.items():
             applied = parameters[name].grad
             u = torch.linalg.svd(applied)[0][:, : torch.linalg.matrix_rank(applied)]
-            pairs.append((delta, delta - u @ (u.T @ delta)))  # sent is the projection on the range of what is applied
+            # sent is the projection on the range of what is applied
+            pairs.append((delta, delta - u @ (u.T @ delta)))
         before = optimizer.last_report.captured_energy if t % 2 else None
-        optimizer.consolidate_error_memory()  # changes the memory, not what was captured
+        # changes the memory, not what was captured
+        optimizer.consolidate_error_memory()
         found.append((optimizer.last_report.captured_energy, truth(pairs)))
         assert before in (None, found[-1][0])
     return found
@@ -683,10 +779,16 @@ def captured(rank: int, compressor: Compressor) -> list[tuple[float | None, floa
 
 @pytest.mark.parametrize(
     "compressor",
-    [PowerSGD(2), PowerSGDPlus(2, restart_every=2), PowerSGDPlus(2, restart_every=2, consensus_restart=True)],
+    [
+        PowerSGD(2),
+        PowerSGDPlus(2, restart_every=2),
+        PowerSGDPlus(2, restart_every=2, consensus_restart=True),
+    ],
     ids=repr,
 )
-def test_captured_energy_is_the_share_of_delta_that_was_sent(gloo: GlooPool, compressor: Compressor) -> None:
+def test_captured_energy_is_the_share_of_delta_that_was_sent(
+    gloo: GlooPool, compressor: Compressor
+) -> None:
     for found in gloo.run(captured, 2, compressor):
         for said, true in found:
             assert said == pytest.approx(true, rel=1e-9)
@@ -711,18 +813,25 @@ def test_a_report_outlives_added_parameters() -> None:
 
 
 def missing(rank: int) -> dict[str, Any]:
-    """Step 1: rank 0 has no gradient for `some`, nobody has one for `nobody` and `no_bias`. Steps 0 and 2 are
-    complete."""
+    """Step 1: rank 0 has no gradient for `some`, nobody has one for `nobody` and
+    `no_bias`. Steps 0 and 2 are complete.
+    """
     shapes = {"all": (9, 6), "some": (9, 6), "nobody": (9, 6), "some_bias": (4,), "no_bias": (3,)}
-    parameters = {name: nn.Parameter(torch.ones(shape, dtype=torch.float64)) for name, shape in shapes.items()}
+    parameters = {
+        name: nn.Parameter(torch.ones(shape, dtype=torch.float64)) for name, shape in shapes.items()
+    }
     optimizer = CompressedOptimizer(
-        torch.optim.SGD(parameters.items(), lr=0.1, momentum=0.9), PowerSGD(2), min_compression_rate=0
+        torch.optim.SGD(parameters.items(), lr=0.1, momentum=0.9),
+        PowerSGD(2),
+        min_compression_rate=0,
     )
     report: dict[str, Any] = {}
     for t in range(3):
         optimizer.zero_grad()
         for k, (name, p) in enumerate(parameters.items()):
-            absent = t == 1 and (name in ("nobody", "no_bias") or (name.startswith("some") and rank == 0))
+            absent = t == 1 and (
+                name in ("nobody", "no_bias") or (name.startswith("some") and rank == 0)
+            )
             p.grad = None if absent else torch.from_numpy(gradient(shapes[name], t, rank, k))
         if t == 1:
             before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -731,20 +840,30 @@ def missing(rank: int) -> dict[str, Any]:
         optimizer.step()
         if t == 1:
             report["none"] = sorted(name for name, p in parameters.items() if p.grad is None)
-            report["unmoved"] = sorted(name for name, p in parameters.items() if torch.equal(p, before[name]))
-            report["grads"] = {name: p.grad.numpy().copy() for name, p in parameters.items() if p.grad is not None}
+            report["unmoved"] = sorted(
+                name for name, p in parameters.items() if torch.equal(p, before[name])
+            )
+            report["grads"] = {
+                name: p.grad.numpy().copy() for name, p in parameters.items() if p.grad is not None
+            }
             report["errors_before"] = {name: e.numpy() for name, e in errors.items()}
-            report["errors"] = {name: e.numpy().copy() for name, e in optimizer.error_memory().items()}
+            report["errors"] = {
+                name: e.numpy().copy() for name, e in optimizer.error_memory().items()
+            }
             report["same_basis"] = sorted(
-                n for n, parts in optimizer.reducer.bases().items() if torch.equal(parts["Q"], bases[n])
+                n
+                for n, parts in optimizer.reducer.bases().items()
+                if torch.equal(parts["Q"], bases[n])
             )
     report["parameters"] = {name: p.detach().numpy().copy() for name, p in parameters.items()}
     return report
 
 
 def test_gradients_that_are_missing_on_some_ranks_or_on_all(gloo: GlooPool) -> None:
-    """On some: they count as zero, and what the others had is applied everywhere, also where there was none. On all:
-    the gradient stays None, the base leaves the parameter alone, error and basis stay bit-equal. Nothing hangs."""
+    """On some: they count as zero, and what the others had is applied everywhere, also
+    where there was none. On all: the gradient stays None, the base leaves the parameter
+    alone, error and basis stay bit-equal. Nothing hangs.
+    """
     reports = gloo.run(missing, 3)
     shapes = {"all": (9, 6), "some": (9, 6), "some_bias": (4,)}
     for report in reports:
@@ -762,7 +881,9 @@ def test_gradients_that_are_missing_on_some_ranks_or_on_all(gloo: GlooPool) -> N
             + sum(r["errors_before"][name] for r in reports) / 3
         )
         np.testing.assert_allclose(
-            reports[0]["grads"][name] + sum(r["errors"][name] for r in reports) / 3, given, atol=1e-12
+            reports[0]["grads"][name] + sum(r["errors"][name] for r in reports) / 3,
+            given,
+            atol=1e-12,
         )
 
 
@@ -778,7 +899,9 @@ def test_a_step_without_any_gradient() -> None:
 
 
 def at_backward(rank: int, poisoned: int | None) -> dict[str, Any]:
-    """reduce_at="backward" against reduce_at="step"; `poisoned`: the rank whose gradient overflows at step 2."""
+    """reduce_at="backward" against reduce_at="step"; `poisoned`: the rank whose
+    gradient overflows at step 2.
+    """
     one, other = network(), network()
     early, late = compressed(one, reduce_at="backward"), compressed(other)
     report: dict[str, Any] = {"inside_step": 0}
@@ -805,13 +928,16 @@ def test_reduction_at_backward_refuses_a_second_pass_onto_averaged_gradients() -
     with pytest.raises(LowRankCommError, match=r'reduce_at="step"'):
         loss_of(model, 1).backward()
     optimizer.zero_grad()
-    loss_of(model, 1).backward()  # and goes on
+    # and goes on
+    loss_of(model, 1).backward()
     optimizer.step()
     assert optimizer.ledger.steps == 2
 
 
 def test_reduction_at_backward_after_a_pass_that_failed() -> None:
-    """A backward pass that ends by an exception has no end; the next one must not be taken for it."""
+    """A backward pass that ends by an exception has no end; the next one must not be
+    taken for it.
+    """
 
     class Fails(torch.autograd.Function):
         @staticmethod
@@ -827,7 +953,8 @@ def test_reduction_at_backward_after_a_pass_that_failed() -> None:
     x, y = batch(0, 0)
     with pytest.raises(ArithmeticError):
         ((one[2](Fails.apply(one[1](one[0](x)))) - y) ** 2).mean().backward()
-    assert one[2].weight.grad is not None  # it got that far
+    # it got that far
+    assert one[2].weight.grad is not None
     assert early.ledger.steps == 0
     for model, optimizer in ((one, early), (other, late)):
         optimizer.zero_grad()
@@ -852,7 +979,9 @@ class Checkpointed(nn.Module):
 
 
 def test_reduction_at_backward_and_activation_checkpointing() -> None:
-    """Reentrant checkpointing has backward passes within the pass, and their ends must not be taken for its end."""
+    """Reentrant checkpointing has backward passes within the pass, and their ends must
+    not be taken for its end.
+    """
     x = torch.ones(2, 6, requires_grad=True)
     plain = Checkpointed(reentrant=False)
     optimizer = compressed(plain, reduce_at="backward")
@@ -867,19 +996,23 @@ def test_reduction_at_backward_and_activation_checkpointing() -> None:
     refusing.detach()
     refusing.zero_grad()
     reentrant(x).sum().backward()
-    refusing.step()  # at the end of backward no more, but here
+    # at the end of backward no more, but here
+    refusing.step()
     assert refusing.ledger.steps == 1
 
 
 def test_two_optimizers_that_reduce_at_backward_cannot_hold_the_same_parameters() -> None:
-    """The first one stays on them as long as somebody holds its base, since a reduction that is lost would be worse."""
+    """The first one stays on them as long as somebody holds its base, since a reduction
+    that is lost would be worse.
+    """
     model = network()
     first = compressed(model, reduce_at="backward")
     ledger, base = first.ledger, first.base
     del first
     gc.collect()
     loss_of(model, 0).backward()
-    base.step()  # whoever holds the base alone, as an engine does, steps on averaged gradients
+    # whoever holds the base alone, as an engine does, steps on averaged gradients
+    base.step()
     assert ledger.steps == 1
     with pytest.raises(ConfigError, match=r"detach\(\)"):
         compressed(model, reduce_at="backward")
@@ -894,7 +1027,9 @@ def test_two_optimizers_that_reduce_at_backward_cannot_hold_the_same_parameters(
 
 @pytest.mark.parametrize("reduce_at", ["step", "backward"])
 def test_an_optimizer_that_nobody_holds_is_gone_and_so_are_its_parameters(reduce_at: str) -> None:
-    """Autograd holds hooks where the garbage collector does not look: what a hook held would never go."""
+    """Autograd holds hooks where the garbage collector does not look: what a hook held
+    would never go.
+    """
     model = network()
     optimizer = compressed(model, reduce_at=reduce_at)
     loss_of(model, 0).backward()
@@ -914,8 +1049,9 @@ def test_an_optimizer_that_nobody_holds_is_gone_and_so_are_its_parameters(reduce
 
 @pytest.mark.parametrize("poisoned", [None, 1])
 def test_reduction_at_the_end_of_backward(gloo: GlooPool, poisoned: int | None) -> None:
-    """step() is left without collectives; a veto leaves NaN in p.grad on every rank, so that whoever looks at it
-    skips."""
+    """step() is left without collectives; a veto leaves NaN in p.grad on every rank, so
+    that whoever looks at it skips.
+    """
     for report in gloo.run(at_backward, 2, poisoned):
         assert report["inside_step"] == 0
         assert report["distance"] < 1e-12

@@ -1,4 +1,6 @@
-"""What a user installs: the wheel, a checkout without installation, and what `import lowrank_comm` costs."""
+"""What a user installs: the wheel, a checkout without installation, and what `import
+lowrank_comm` costs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str, folder: Path, *path: Path) -> str:
-    """Run code in a fresh interpreter, from `folder`, with `path` in front; what it printed."""
+    """Run code in a fresh interpreter, from `folder`, with `path` in front; what it
+    printed.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
     done = subprocess.run(
@@ -61,8 +65,10 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 
 
 def test_the_core_needs_torch_safetensors_and_pydantic_only(tmp_path: Path) -> None:
-    """Every top-level module that lowrank_comm imports by itself is of the standard library or one of the three it
-    declares. The lab has an extra of its own; nothing outside it may import it."""
+    """Every top-level module that lowrank_comm imports by itself is of the standard
+    library or one of the three it declares. The lab has an extra of its own; nothing
+    outside it may import it.
+    """
     code = f"""
 import ast, pathlib, sys
 found, core = set(), pathlib.Path({str(ROOT / "lowrank_comm")!r})
@@ -83,7 +89,9 @@ print(sorted(found - set(sys.stdlib_module_names)))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tracked kinds of files, so that nothing is left behind in the checkout; no network."""
+    """Built from a copy of the tracked kinds of files, so that nothing is left behind
+    in the checkout; no network.
+    """
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE", "lowrank_comm", "integrations"):
         origin = ROOT / name
@@ -116,14 +124,18 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         f"lowrank_comm/integrations/{file.relative_to(ROOT / 'integrations').as_posix()}"
         for file in (ROOT / "integrations").rglob("*.py")
     }
-    expected |= {file.relative_to(ROOT).as_posix() for file in (ROOT / "lowrank_comm" / "lab" / "presets").glob("*.yaml")}
+    expected |= {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "lowrank_comm" / "lab" / "presets").glob("*.yaml")
+    }
     assert expected <= set(names)
 
 
 @pytest.mark.slow
 def test_the_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
-    """Unpacked as pip does, away from the checkout: the core trains, `lowrank_comm.integrations` is inside the
-    package."""
+    """Unpacked as pip does, away from the checkout: the core trains,
+    `lowrank_comm.integrations` is inside the package.
+    """
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     core, integrations = map(Path, python(TRY_IT, tmp_path, site).split())
@@ -136,5 +148,11 @@ def test_the_wheels_deepspeed_adapter_can_be_imported(wheel: Path, tmp_path: Pat
     pytest.importorskip("deepspeed")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    out = python("import lowrank_comm.integrations.deepspeed as adapter; print(adapter.__file__)", tmp_path, site)
-    assert out.strip().splitlines()[-1] == str(site / "lowrank_comm" / "integrations" / "deepspeed.py")
+    out = python(
+        "import lowrank_comm.integrations.deepspeed as adapter; print(adapter.__file__)",
+        tmp_path,
+        site,
+    )
+    assert out.strip().splitlines()[-1] == str(
+        site / "lowrank_comm" / "integrations" / "deepspeed.py"
+    )

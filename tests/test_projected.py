@@ -1,4 +1,6 @@
-"""The optimizers in the projected space: against NumPy and torch's AdamW, defects of public code, memory, bytes."""
+"""The optimizers in the projected space: against NumPy and torch's AdamW, defects of
+public code, memory, bytes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def give(held: dict[str, nn.Parameter], t: int, worker: int = 0) -> None:
         p.grad = torch.as_tensor(gradient(tuple(p.shape), t, worker, k), dtype=p.dtype)
 
 
-def run(optimizer: ProjectedOptimizer, held: dict[str, nn.Parameter], steps: int, first: int = 0) -> list[dict[str, Tensor]]:
+def run(
+    optimizer: ProjectedOptimizer, held: dict[str, nn.Parameter], steps: int, first: int = 0
+) -> list[dict[str, Tensor]]:
     history = []
     for t in range(first, first + steps):
         give(held, t)
@@ -52,7 +56,9 @@ def run(optimizer: ProjectedOptimizer, held: dict[str, nn.Parameter], steps: int
 @pytest.mark.parametrize("side", ["short", "long"])
 @pytest.mark.parametrize(("projection", "until"), [("galore", 0), ("golore", 0), ("golore", 6)])
 def test_fifteen_steps_as_numpy(projection: str, until: int, side: str, second_moment: str) -> None:
-    """tau = 4: three refreshes after the first, between them moments that must have been carried over."""
+    """tau = 4: three refreshes after the first, between them moments that must have
+    been carried over.
+    """
     held = parameters()
     papers = {
         name: ProjectedAdam(
@@ -74,27 +80,36 @@ def test_fifteen_steps_as_numpy(projection: str, until: int, side: str, second_m
     for t, after in enumerate(run(optimizer, held, 15)):
         for k, (name, shape) in enumerate(SHAPES.items()):
             papers[name].step([gradient(shape, t, 0, k)])
-            np.testing.assert_allclose(after[name].numpy(), papers[name].w, rtol=1e-9, atol=1e-9, err_msg=f"{name} {t}")
-    if projection == "golore" and not until:  # singular vectors may differ in sign, and coordinates with them
+            np.testing.assert_allclose(
+                after[name].numpy(), papers[name].w, rtol=1e-9, atol=1e-9, err_msg=f"{name} {t}"
+            )
+    # singular vectors may differ in sign, and coordinates with them
+    if projection == "golore" and not until:
         for name, paper in papers.items():
             basis = torch.from_numpy(paper.subspace.p)
             turn = optimizer.state[held[name]]["projector"].mT @ basis
             np.testing.assert_allclose(
-                (optimizer.state[held[name]]["exp_avg"] @ turn).numpy(), paper.first, rtol=1e-9, atol=1e-9
+                (optimizer.state[held[name]]["exp_avg"] @ turn).numpy(),
+                paper.first,
+                rtol=1e-9,
+                atol=1e-9,
             )
 
 
 def test_sgd_as_numpy() -> None:
     """M <- mu M T + R, over three refreshes."""
     held, shape = parameters(), SHAPES["wide"]
-    optimizer = ProjectedSGD(held.items(), lr=0.1, rank=3, restart_every=4, momentum=0.9, weight_decay=0.05, scale=0.5)
+    optimizer = ProjectedSGD(
+        held.items(), lr=0.1, rank=3, restart_every=4, momentum=0.9, weight_decay=0.05, scale=0.5
+    )
     subspace, w = Projection("wide", shape, 1, 3, 4, "galore"), held["wide"].detach().numpy().copy()
     moment = np.zeros(shape)
     for t, after in enumerate(run(optimizer, held, 10)):
         g = gradient(shape, t, 0, 1)
         subspace.refresh(g)
         subspace.t += 1
-        moment = subspace.project(0.9 * moment + g)  # in the full space, re-projected at each refresh
+        # in the full space, re-projected at each refresh
+        moment = subspace.project(0.9 * moment + g)
         w = w - 0.1 * (0.5 * moment + 0.05 * w)
         np.testing.assert_allclose(after["wide"].numpy(), w, rtol=1e-9, atol=1e-9)
 
@@ -133,33 +148,50 @@ def test_groups_have_their_own_ranks() -> None:
 
 @pytest.mark.parametrize("projection", ["galore", "golore"])
 def test_the_subspace_is_that_of_the_compressors(projection: str) -> None:
-    """One definition of P: without error feedback both see the same gradients, and have the same bits of P at every step."""
+    """One definition of P: without error feedback both see the same gradients, and have
+    the same bits of P at every step.
+    """
     held = parameters()
     optimizer = ProjectedAdamW(held.items(), rank=2, restart_every=3, projection=projection, seed=5)
     compressor = GaLore(2, 3) if projection == "galore" else GoLore(2, 3)
     sim = simulation(compressor, SHAPES, seed=5)
     for t in range(7):
         run(optimizer, held, 1, t)
-        sim.reduce([{name: torch.from_numpy(gradient(shape, t, 0, k)) for k, (name, shape) in enumerate(SHAPES.items())}])
+        sim.reduce(
+            [
+                {
+                    name: torch.from_numpy(gradient(shape, t, 0, k))
+                    for k, (name, shape) in enumerate(SHAPES.items())
+                }
+            ]
+        )
         for name in SHAPES:
-            assert torch.equal(optimizer.state[held[name]]["projector"], sim.reducers[0].bases()[name]["P"])
+            assert torch.equal(
+                optimizer.state[held[name]]["projector"], sim.reducers[0].bases()[name]["P"]
+            )
 
 
 # --- the defects of public code --------------------------------------------------------------------------------------
 
 
 def test_the_rotated_moment_is_written_back() -> None:
-    """At a refresh M <- b1 M T + (1 - b1) R, in the state. (Known defect: the rotated moment goes into the update and is
-    forgotten; the next step starts from the old coordinates in the new subspace.)"""
+    """At a refresh M <- b1 M T + (1 - b1) R, in the state. (Known defect: the rotated
+    moment goes into the update and is forgotten; the next step starts from the old
+    coordinates in the new subspace.)
+    """
     held = parameters()
-    optimizer = ProjectedAdamW(held.items(), rank=3, restart_every=4, projection="golore", **SETTINGS)
+    optimizer = ProjectedAdamW(
+        held.items(), rank=3, restart_every=4, projection="golore", **SETTINGS
+    )
     run(optimizer, held, 4)
     state = optimizer.state[held["tall"]]
     before, old = state["exp_avg"].clone(), state["projector"].clone()
     run(optimizer, held, 1, 4)
     b1, overlap = SETTINGS["betas"][0], old.mT @ state["projector"]
     r = torch.from_numpy(gradient(SHAPES["tall"], 4, 0, 0)) @ state["projector"]
-    torch.testing.assert_close(state["exp_avg"], b1 * before @ overlap + (1 - b1) * r, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        state["exp_avg"], b1 * before @ overlap + (1 - b1) * r, rtol=1e-12, atol=1e-12
+    )
     assert not torch.allclose(state["exp_avg"], before)
     assert not torch.allclose(state["exp_avg"], b1 * before + (1 - b1) * r)
 
@@ -168,7 +200,12 @@ def test_the_rotated_moment_is_written_back() -> None:
 def test_the_second_moment_is_carried_over_as_asked(second_moment: str) -> None:
     held = parameters()
     optimizer = ProjectedAdamW(
-        held.items(), rank=3, restart_every=4, projection="golore", second_moment=second_moment, **SETTINGS
+        held.items(),
+        rank=3,
+        restart_every=4,
+        projection="golore",
+        second_moment=second_moment,
+        **SETTINGS,
     )
     run(optimizer, held, 4)
     state = optimizer.state[held["tall"]]
@@ -182,29 +219,40 @@ def test_the_second_moment_is_carried_over_as_asked(second_moment: str) -> None:
     }[second_moment]
     b2 = SETTINGS["betas"][1]
     r = torch.from_numpy(gradient(SHAPES["tall"], 4, 0, 0)) @ state["projector"]
-    torch.testing.assert_close(state["exp_avg_sq"], b2 * carried + (1 - b2) * r.square(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        state["exp_avg_sq"], b2 * carried + (1 - b2) * r.square(), rtol=1e-12, atol=1e-12
+    )
     assert float(state["exp_avg_sq"].min()) >= 0.0
-    assert (float(state["step"]), float(state["second_step"])) == (5.0, 1.0 if second_moment == "reset" else 5.0)
+    assert (float(state["step"]), float(state["second_step"])) == (
+        5.0,
+        1.0 if second_moment == "reset" else 5.0,
+    )
 
 
 def test_rotation_of_the_second_moment_is_exact_for_uncorrelated_coordinates() -> None:
-    """Gradients with independent coordinates of given variances: S is their variances; in the new subspace, inside the old
-    one, rotated S is the variances of the new coordinates, by 20 000 samples. Kept by position it is not."""
+    """Gradients with independent coordinates of given variances: S is their variances;
+    in the new subspace, inside the old one, rotated S is the variances of the new
+    coordinates, by 20 000 samples. Kept by position it is not.
+    """
     generator = torch.Generator().manual_seed(0)
     variances = torch.tensor([[9.0, 4.0, 1.0, 0.25]], dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
     optimizer = ProjectedAdamW(parameters().items(), rank=3)
     state = {"exp_avg": torch.zeros(1, 4, dtype=torch.float64), "exp_avg_sq": variances.clone()}
     optimizer.move(state, turn)
-    sample = (torch.randn(20_000, 4, generator=generator, dtype=torch.float64) * variances.sqrt() @ turn).square()
+    sample = (
+        torch.randn(20_000, 4, generator=generator, dtype=torch.float64) * variances.sqrt() @ turn
+    ).square()
     error = sample.std(0) / 20_000**0.5
     assert bool(((state["exp_avg_sq"][0] - sample.mean(0)).abs() < 4 * error).all())
     assert bool(((variances[0] - sample.mean(0)).abs() > 10 * error).any())
 
 
 def test_the_first_moment_comes_as_near_as_the_new_subspace_allows() -> None:
-    """The subspace turned by 40 degrees in every direction, and its columns mixed as an SVD may: the distance of the moment
-    to the old one in the full space is sin 40 degrees = 0.643, the least possible; kept by position it is above 1."""
+    """The subspace turned by 40 degrees in every direction, and its columns mixed as an
+    SVD may: the distance of the moment to the old one in the full space is sin 40
+    degrees = 0.643, the least possible; kept by position it is above 1.
+    """
     generator = torch.Generator().manual_seed(1)
     q = torch.linalg.qr(torch.randn(12, 6, generator=generator, dtype=torch.float64)).Q
     old, angle = q[:, :3], math.radians(40)
@@ -219,11 +267,14 @@ def test_the_first_moment_comes_as_near_as_the_new_subspace_allows() -> None:
         return float((coordinates @ new.mT - moment @ old.mT).norm() / moment.norm())
 
     assert distance(state["exp_avg"]) == pytest.approx(math.sin(angle), abs=1e-12)
-    assert distance(state["exp_avg"]) == pytest.approx(distance(moment @ old.mT @ new), abs=1e-12)  # least squares
+    # least squares
+    assert distance(state["exp_avg"]) == pytest.approx(distance(moment @ old.mT @ new), abs=1e-12)
     assert distance(moment) > 1.0
 
 
-def test_a_random_projector_leaves_the_global_generator_alone_and_is_orthonormal_on_both_sides() -> None:
+def test_a_random_projector_leaves_the_global_generator_alone_and_is_orthonormal_on_both_sides() -> (
+    None
+):
     for side in ("short", "long"):
         found = []
         for seed in (1, 2):
@@ -248,13 +299,17 @@ def test_weight_decay_is_of_the_weights_before_the_step() -> None:
     run(ProjectedAdamW(held.items(), lr=lr, rank=3, weight_decay=decay), held, 1)
     run(ProjectedAdamW(undecayed.items(), lr=lr, rank=3, weight_decay=0.0), undecayed, 1)
     update = undecayed["tall"].detach() - start
-    torch.testing.assert_close(held["tall"].detach(), start + update - lr * decay * start, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        held["tall"].detach(), start + update - lr * decay * start, rtol=1e-13, atol=1e-13
+    )
     assert not torch.allclose(held["tall"].detach(), (start + update) * (1 - lr * decay))
 
 
 def test_settings_do_not_depend_on_who_is_projected_first() -> None:
-    """(Known defect: the type of projection mutates to the side of the first matrix.) Tall first or wide first, each has its
-    basis on its own short side, and the settings stay what they were."""
+    """(Known defect: the type of projection mutates to the side of the first matrix.)
+    Tall first or wide first, each has its basis on its own short side, and the settings
+    stay what they were.
+    """
     for order in (("tall", "wide"), ("wide", "tall")):
         held = parameters()
         optimizer = ProjectedAdamW([(name, held[name]) for name in order], rank=3)
@@ -265,14 +320,18 @@ def test_settings_do_not_depend_on_who_is_projected_first() -> None:
 
 
 def mean_update(bases: list[Matrix], gradients: list[Matrix]) -> list[Matrix]:
-    """What workers do that average coordinates, each in its own basis: every one's update."""
+    """What workers do that average coordinates, each in its own basis: every one's
+    update.
+    """
     r = average([g @ p for g, p in zip(gradients, bases, strict=True)])
     return [r @ p.T for p in bases]
 
 
 def test_per_rank_svd_is_the_negative_control() -> None:
-    """With one P for all, the update is the projection of the mean; with a P of each worker's own gradient, the workers'
-    updates differ, and none is a descent direction as good."""
+    """With one P for all, the update is the projection of the mean; with a P of each
+    worker's own gradient, the workers' updates differ, and none is a descent direction
+    as good.
+    """
     gradients = [gradient((12, 7), 0, worker) for worker in range(3)]
     shared = Projection("tall", (12, 7), 1, 3, 4, "galore")
     shared.refresh(average(gradients))
@@ -282,14 +341,18 @@ def test_per_rank_svd_is_the_negative_control() -> None:
     for update in right:
         np.testing.assert_allclose(update, shared.project(mean), atol=1e-12)
     assert max(np.abs(update - wrong[0]).max() for update in wrong[1:]) > 0.5
-    assert max(float((update * mean).sum()) for update in wrong) < 0.9 * float((right[0] * mean).sum())
+    assert max(float((update * mean).sum()) for update in wrong) < 0.9 * float(
+        (right[0] * mean).sum()
+    )
 
 
 # --- memory and bytes ------------------------------------------------------------------------------------------------
 
 
 def stored(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of memory behind an optimizer's state: of whole storages, since a view keeps all of a buffer alive."""
+    """Bytes of memory behind an optimizer's state: of whole storages, since a view
+    keeps all of a buffer alive.
+    """
     storages = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
         for state in optimizer.state.values()
@@ -304,14 +367,17 @@ def stored(optimizer: torch.optim.Optimizer) -> int:
 def test_state_is_l_times_r(side: str, projection: str) -> None:
     """4 (2 l r + s r) bytes a matrix, 8 numel for the rest, against AdamW's 8 numel."""
     r, held, others = 2, parameters(torch.float32), parameters(torch.float32)
-    optimizer = ProjectedAdamW(held.items(), rank=r, restart_every=2, projection=projection, side=side)
+    optimizer = ProjectedAdamW(
+        held.items(), rank=r, restart_every=2, projection=projection, side=side
+    )
     run(optimizer, held, 4)
     expected = 8 * (5 + 6 * 3 * 4)
     for m, n in SHAPES.values():
         s = min(m, n) if side == "short" else max(m, n)
         expected += 4 * r * (2 * (m * n // s) + s)
     assert stored(optimizer) == expected
-    assert optimizer.state_bytes() == expected + 4 * (2 * 5 + 3)  # two counters a parameter, and the steps of refreshes
+    # two counters a parameter, and the steps of refreshes
+    assert optimizer.state_bytes() == expected + 4 * (2 * 5 + 3)
     plain = torch.optim.AdamW(others.values())
     give(others, 0)
     plain.step()
@@ -320,8 +386,10 @@ def test_state_is_l_times_r(side: str, projection: str) -> None:
 
 @pytest.mark.parametrize("projection", ["galore", "golore"])
 def test_a_refresh_without_a_gradient_comes_with_the_next_one(projection: str) -> None:
-    """Gradients for `tall` in odd steps only, tau = 4: it owes the refreshes of steps 0, 4 and 8, which come in 1, 5 and 9;
-    until then it sends nothing. Saved and resumed with a refresh owed, too."""
+    """Gradients for `tall` in odd steps only, tau = 4: it owes the refreshes of steps
+    0, 4 and 8, which come in 1, 5 and 9; until then it sends nothing. Saved and resumed
+    with a refresh owed, too.
+    """
     tau, r, held = 4, 2, parameters(torch.float32)
     made = {"rank": r, "restart_every": tau, "projection": projection}
     optimizer, others = ProjectedAdamW(held.items(), **made), parameters(torch.float32)
@@ -346,7 +414,9 @@ def test_a_refresh_without_a_gradient_comes_with_the_next_one(projection: str) -
                     p.copy_(held[name])
     assert refreshed == [1, 5, 9]
     m, n = SHAPES["tall"]
-    assert sent[5] - sent[7] == (4 * m * n + 4 * min(m, n) * r - 4 * max(m, n) * r if projection == "galore" else 0)
+    assert sent[5] - sent[7] == (
+        4 * m * n + 4 * min(m, n) * r - 4 * max(m, n) * r if projection == "galore" else 0
+    )
     for t in range(9, 12):
         give(others, t)
         if t % 2 == 0:
@@ -359,7 +429,9 @@ def test_a_refresh_without_a_gradient_comes_with_the_next_one(projection: str) -
 @pytest.mark.parametrize("side", ["short", "long"])
 def test_bytes_are_the_formula_over_two_periods(side: str, projection: str) -> None:
     tau, r, held = 3, 2, parameters(torch.float32)
-    optimizer = ProjectedAdamW(held.items(), rank=r, restart_every=tau, projection=projection, side=side)
+    optimizer = ProjectedAdamW(
+        held.items(), rank=r, restart_every=tau, projection=projection, side=side
+    )
     run(optimizer, held, 2 * tau)
     expected = {
         "factors": 0,
@@ -376,7 +448,9 @@ def test_bytes_are_the_formula_over_two_periods(side: str, projection: str) -> N
             expected["restart"] += 2 * 4 * m * n
             expected["broadcast"] += 2 * 4 * r * s
     assert {key: optimizer.ledger.bytes[key] for key in expected} == expected
-    assert optimizer.ledger.uncompressed_bytes == 2 * tau * 4 * sum(p.numel() for p in held.values())
+    assert optimizer.ledger.uncompressed_bytes == 2 * tau * 4 * sum(
+        p.numel() for p in held.values()
+    )
 
 
 # --- a real optimizer ------------------------------------------------------------------------------------------------
@@ -398,11 +472,15 @@ def loss_of(net: nn.Module, t: int) -> Tensor:
 
 
 def test_accumulated_and_freed_gradients_are_the_sum() -> None:
-    """Two backward passes a step as one of the sum. With free_gradients p.grad of a matrix is gone after each backward pass
-    of a step without a refresh, and the numbers are the same."""
+    """Two backward passes a step as one of the sum. With free_gradients p.grad of a
+    matrix is gone after each backward pass of a step without a refresh, and the numbers
+    are the same.
+    """
     nets = [model() for _ in range(3)]
     once, twice, freed = (
-        ProjectedAdamW(net.named_parameters(), lr=0.01, rank=3, restart_every=4, free_gradients=k == 2)
+        ProjectedAdamW(
+            net.named_parameters(), lr=0.01, rank=3, restart_every=4, free_gradients=k == 2
+        )
         for k, net in enumerate(nets)
     )
     for t in range(9):
@@ -424,11 +502,13 @@ def test_accumulated_and_freed_gradients_are_the_sum() -> None:
 def test_freed_gradients_are_dropped_by_zero_grad() -> None:
     nets = [model(), model()]
     plain, freed = (
-        ProjectedAdamW(net.named_parameters(), lr=0.01, rank=3, free_gradients=k == 1) for k, net in enumerate(nets)
+        ProjectedAdamW(net.named_parameters(), lr=0.01, rank=3, free_gradients=k == 1)
+        for k, net in enumerate(nets)
     )
     for net, optimizer in zip(nets, (plain, freed), strict=True):
         for t in range(3):
-            loss_of(net, 50 + t).backward()  # of a batch that is given up
+            # of a batch that is given up
+            loss_of(net, 50 + t).backward()
             optimizer.zero_grad()
             loss_of(net, t).backward()
             optimizer.step()
@@ -438,13 +518,17 @@ def test_freed_gradients_are_dropped_by_zero_grad() -> None:
 
 
 def test_max_grad_norm_clips_the_average_in_the_projected_space() -> None:
-    """SGD without momentum moves by lr times the clipped gradients, whose common norm is the bound."""
+    """SGD without momentum moves by lr times the clipped gradients, whose common norm
+    is the bound.
+    """
 
     def moved(bound: float | None) -> float:
         held = parameters()
         before = {name: p.detach().clone() for name, p in held.items()}
         run(ProjectedSGD(held.items(), lr=0.5, rank=3, momentum=0.0, max_grad_norm=bound), held, 1)
-        return math.sqrt(sum(float((p.detach() - before[name]).square().sum()) for name, p in held.items()))
+        return math.sqrt(
+            sum(float((p.detach() - before[name]).square().sum()) for name, p in held.items())
+        )
 
     assert moved(2.0) == pytest.approx(0.5 * 2.0, rel=1e-6)
     assert moved(1e6) == moved(None) > 2.0
@@ -492,7 +576,10 @@ def test_the_state_resumes_bit_by_bit_also_of_bfloat16_parameters(projection: st
 
 
 def test_torch_distributed_checkpoint_makes_state_without_a_step() -> None:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
 
     first, second = model(), model()
     optimizer = ProjectedAdamW(first.named_parameters(), lr=0.01, rank=3, restart_every=4)
@@ -512,7 +599,9 @@ def test_torch_distributed_checkpoint_makes_state_without_a_step() -> None:
         one.zero_grad()
         loss_of(net, 9).backward()
         one.step()
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
 
 
 # --- GaLore's trap ---------------------------------------------------------------------------------------------------
@@ -520,12 +609,20 @@ def test_torch_distributed_checkpoint_makes_state_without_a_step() -> None:
 
 @pytest.mark.parametrize(("projection", "until"), [("galore", 0), ("golore", 0), ("golore", 200)])
 def test_the_trap_and_the_way_out(projection: str, until: int) -> None:
-    """As for the schemes of communication: noise above the gradient's singular values on a block that f does not see."""
+    """As for the schemes of communication: noise above the gradient's singular values
+    on a block that f does not see.
+    """
     mask = torch.zeros(10, 1, dtype=torch.float64)
     mask[:6] = 1.0
     x = nn.Parameter(0.5 * mask * torch.eye(10, dtype=torch.float64))
     optimizer = ProjectedSGD(
-        [("x", x)], lr=0.02, rank=4, restart_every=10, projection=projection, galore_until=until, momentum=0.5
+        [("x", x)],
+        lr=0.02,
+        rank=4,
+        restart_every=10,
+        projection=projection,
+        galore_until=until,
+        momentum=0.5,
     )
     coins = np.random.default_rng(0).choice([-1.0, 1.0], size=600)
     noise = torch.diag(torch.tensor([0.0] * 6 + [1.0] * 4, dtype=torch.float64))
@@ -535,7 +632,11 @@ def test_the_trap_and_the_way_out(projection: str, until: int) -> None:
         optimizer.step()
         squares.append(float((mask * x.detach()).square().sum()))
     assert squares[199] == pytest.approx(1.5, abs=1e-12) or (projection == "golore" and not until)
-    assert squares[-1] == pytest.approx(1.5, abs=1e-12) if projection == "galore" else squares[-1] < 0.1
+    assert (
+        squares[-1] == pytest.approx(1.5, abs=1e-12)
+        if projection == "galore"
+        else squares[-1] < 0.1
+    )
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -582,5 +683,7 @@ def test_states_that_do_not_fit_are_refused_before_anything_is_changed() -> None
     run(long, other, 1)
     with pytest.raises(StateMismatchError, match="side='short'"):
         optimizer.load_state_dict(long.state_dict())
-    assert all(torch.equal(optimizer.state[held[name]]["exp_avg"], value) for name, value in before.items())
+    assert all(
+        torch.equal(optimizer.state[held[name]]["exp_avg"], value) for name, value in before.items()
+    )
     assert optimizer.t == 2

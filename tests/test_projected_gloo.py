@@ -1,4 +1,6 @@
-"""The optimizers in the projected space over real processes: equal to one process with the mean gradient, or refused."""
+"""The optimizers in the projected space over real processes: equal to one process with
+the mean gradient, or refused.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,24 @@ from reference import gradient
 from test_projected import loss_of, model, parameters
 from torch import Tensor, nn
 
-from lowrank_comm import ConfigMismatchError, LowRankCommError, ProjectedAdamW, ProjectedSGD, UnsupportedError
+from lowrank_comm import (
+    ConfigMismatchError,
+    LowRankCommError,
+    ProjectedAdamW,
+    ProjectedSGD,
+    UnsupportedError,
+)
 from lowrank_comm.projected.optimizer import ProjectedOptimizer
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "rank": 3, "restart_every": 4}
 
 
 def of(kind: str, held: dict[str, nn.Parameter], **more: Any) -> ProjectedOptimizer:
-    settings = {**SETTINGS, "projection": "galore" if kind.startswith("galore") else "golore", **more}
+    settings = {
+        **SETTINGS,
+        "projection": "galore" if kind.startswith("galore") else "golore",
+        **more,
+    }
     if kind == "hybrid":
         settings["galore_until"] = 5
     return (ProjectedSGD if kind.endswith("SGD") else ProjectedAdamW)(held.items(), **settings)
@@ -33,7 +45,8 @@ def give(held: dict[str, nn.Parameter], t: int, workers: list[int]) -> None:
 
 
 def train(rank: int, kind: str, options: dict[str, Any], steps: int) -> list[dict[str, Tensor]]:
-    torch.manual_seed(rank)  # whoever draws from the global generator differs
+    # whoever draws from the global generator differs
+    torch.manual_seed(rank)
     held = parameters()
     optimizer = of(kind, held, **options)
     history = []
@@ -55,7 +68,9 @@ def test_processes_equal_one_with_the_mean_gradient(gloo: GlooPool, kind: str) -
         give(held, t, [0, 1, 2])
         optimizer.step()
         for name, p in held.items():
-            assert all(torch.equal(other[t][name], histories[0][t][name]) for other in histories[1:])
+            assert all(
+                torch.equal(other[t][name], histories[0][t][name]) for other in histories[1:]
+            )
             torch.testing.assert_close(histories[0][t][name], p.detach(), rtol=1e-10, atol=1e-10)
 
 
@@ -65,8 +80,12 @@ def test_a_narrow_wire_keeps_workers_equal(gloo: GlooPool, kind: str) -> None:
     wide = gloo.run(train, 2, kind, {}, 6)
     for t in range(6):
         assert all(torch.equal(narrow[0][t][name], narrow[1][t][name]) for name in narrow[0][t])
-    moved = {name: float((wide[0][5][name] - p.detach()).norm()) for name, p in parameters().items()}
-    assert all(float((narrow[0][5][name] - wide[0][5][name]).norm()) < 0.2 * moved[name] for name in moved)
+    moved = {
+        name: float((wide[0][5][name] - p.detach()).norm()) for name, p in parameters().items()
+    }
+    assert all(
+        float((narrow[0][5][name] - wide[0][5][name]).norm()) < 0.2 * moved[name] for name in moved
+    )
     assert any(not torch.equal(narrow[0][5][name], wide[0][5][name]) for name in moved)
 
 
@@ -92,15 +111,20 @@ def one_is_not_finite(rank: int, kind: str, at: int, bad: float) -> list[Any]:
     after, skipped = snapshot(optimizer, held), optimizer.step_was_skipped
     give(held, at, [rank])
     optimizer.step()
-    same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    same = before.keys() == after.keys() and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
     return [same, skipped, optimizer.step_was_skipped, optimizer.t, held["tall"].detach().clone()]
 
 
 @pytest.mark.parametrize("at", [3, 4])
 @pytest.mark.parametrize("kind", ["galore", "golore"])
-def test_one_worker_with_nan_stops_all_and_changes_nothing(gloo: GlooPool, kind: str, at: int) -> None:
-    """In an ordinary step and at a refresh: parameters, moments, bases and t stay bit-equal; the step that comes then is the
-    one that would have come."""
+def test_one_worker_with_nan_stops_all_and_changes_nothing(
+    gloo: GlooPool, kind: str, at: int
+) -> None:
+    """In an ordinary step and at a refresh: parameters, moments, bases and t stay
+    bit-equal; the step that comes then is the one that would have come.
+    """
     told = gloo.run(one_is_not_finite, 3, kind, at, float("nan"))
     expected = gloo.run(train, 3, kind, {}, at + 1)
     for same, skipped, skipped_after, t, tall in told:
@@ -109,7 +133,9 @@ def test_one_worker_with_nan_stops_all_and_changes_nothing(gloo: GlooPool, kind:
 
 
 def some_are_missing(rank: int, kind: str) -> list[dict[str, Tensor]]:
-    """At step 2 and at the refresh 4 rank 0 has no gradient for `wide` and `bias`, and nobody for `square` and `filter`."""
+    """At step 2 and at the refresh 4 rank 0 has no gradient for `wide` and `bias`, and
+    nobody for `square` and `filter`.
+    """
     held = parameters()
     optimizer = of(kind, held)
     history = []
@@ -135,7 +161,9 @@ def test_missing_gradients_count_as_zero_or_leave_all_as_it_is(gloo: GlooPool, k
             held["square"].grad = held["filter"].grad = None
             for k, name in enumerate(held):
                 if name in ("wide", "bias"):
-                    held[name].grad = torch.from_numpy(gradient(tuple(held[name].shape), t, 1, k)) / 2
+                    held[name].grad = (
+                        torch.from_numpy(gradient(tuple(held[name].shape), t, 1, k)) / 2
+                    )
         optimizer.step()
         for name, p in held.items():
             assert torch.equal(histories[0][t][name], histories[1][t][name])
@@ -151,12 +179,15 @@ def first_part(rank: int, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]
     held = parameters()
     optimizer = of(kind, held)
     for t in range(5):
-        give(held, t, [0, 1])  # equal mean gradients whatever the number of workers
+        # equal mean gradients whatever the number of workers
+        give(held, t, [0, 1])
         optimizer.step()
     return optimizer.state_dict(), {name: p.detach().clone() for name, p in held.items()}
 
 
-def second_part(rank: int, kind: str, saved: dict[str, Any], values: dict[str, Tensor]) -> dict[str, Tensor]:
+def second_part(
+    rank: int, kind: str, saved: dict[str, Any], values: dict[str, Tensor]
+) -> dict[str, Tensor]:
     held = parameters()
     with torch.no_grad():
         for name, p in held.items():
@@ -210,13 +241,19 @@ def test_a_grad_scaler_waits_for_nobody(gloo: GlooPool) -> None:
 
 
 def the_page(rank: int) -> float:
-    """The example of docs/memory_efficient.md, in a group that is there already; the sum of the trained weights."""
+    """The example of docs/memory_efficient.md, in a group that is there already; the
+    sum of the trained weights.
+    """
     page = (Path(__file__).resolve().parent.parent / "docs" / "memory_efficient.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     assert code.count("torch.distributed.init_process_group") == 1
     names: dict[str, Any] = {}
-    exec(code.replace('torch.distributed.init_process_group("gloo")', "").replace("leave()", ""), names)
-    assert names["optimizer"].state_bytes() == 8 * 512 * 16 + 4 * 256 * 16 + 8 * 512 + 4 * 5  # and a bias, five counters
+    exec(
+        code.replace('torch.distributed.init_process_group("gloo")', "").replace("leave()", ""),
+        names,
+    )
+    # and a bias, five counters
+    assert names["optimizer"].state_bytes() == 8 * 512 * 16 + 4 * 256 * 16 + 8 * 512 + 4 * 5
     return float(names["model"].weight.detach().sum())
 
 
@@ -244,7 +281,9 @@ def refused(rank: int, how: str) -> str:
             fully_shard(net)
             ProjectedAdamW(net.named_parameters(), **SETTINGS)
         elif how == "group":
-            mesh = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+            mesh = torch.distributed.init_device_mesh(
+                "cpu", (2, 1), mesh_dim_names=("replicate", "shard")
+            )
             ProjectedAdamW(net.named_parameters(), process_group=mesh, **SETTINGS)
         else:
             settings = {**SETTINGS, "restart_every": 4 + rank} if how == "settings" else SETTINGS
@@ -266,11 +305,17 @@ def refused(rank: int, how: str) -> str:
 
 
 REFUSALS: dict[str, tuple[type[Exception], list[str]]] = {
-    "DDP": (LowRankCommError, ["averaged them already", "do not wrap it in DistributedDataParallel"]),
+    "DDP": (
+        LowRankCommError,
+        ["averaged them already", "do not wrap it in DistributedDataParallel"],
+    ),
     "FSDP2": (UnsupportedError, ["sharded (FSDP)", "CompressedOptimizer"]),
     "group": (LowRankCommError, ["2-D mesh", "mesh['replicate']"]),
     "settings": (ConfigMismatchError, ["restart_every: 4 on rank 0, 5 on rank 1"]),
-    "values": (ConfigMismatchError, ["values of the parameters", "broadcast the parameters from rank 0"]),
+    "values": (
+        ConfigMismatchError,
+        ["values of the parameters", "broadcast the parameters from rank 0"],
+    ),
     "loaded": (ConfigMismatchError, ["state of the optimizer (load the same on all workers)"]),
 }
 

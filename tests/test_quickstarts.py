@@ -1,7 +1,8 @@
 """Every script and every command of docs/quickstarts.md runs, as it stands on the page.
 
-A script's name stands in a comment above its block; the blocks without a language are commands. Commands of a section run in
-their order in one folder that has all of the page's files. On this machine they get what the page says for one without GPUs.
+A script's name stands in a comment above its block; the blocks without a language are
+commands. Commands of a section run in their order in one folder that has all of the
+page's files. On this machine they get what the page says for one without GPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ BLOCK = re.compile(r"(?:^<!-- ([\w.]+) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL 
 """Name of the file (or nothing), language (or nothing: commands), text."""
 FILES = {name: text for name, _, text in BLOCK.findall(PAGE) if name}
 COMMANDS = {
-    title: [line for _, language, block in BLOCK.findall(text) if not language for line in block.splitlines()]
+    title: [
+        line
+        for _, language, block in BLOCK.findall(text)
+        if not language
+        for line in block.splitlines()
+    ]
     for title, text in SECTIONS.items()
 }
 ELSEWHERE = {"SLURM": "tests/test_slurm.py runs the same files on a real cluster"}
@@ -31,12 +37,23 @@ RUN = [title for title, commands in COMMANDS.items() if commands and title not i
 
 
 def environment(folder: Path, title: str) -> dict[str, str]:
-    """What the page says for a machine without GPUs; and the launchers of this Python first, as with an activated venv."""
-    # torch's gloo aborts a process that ends within milliseconds of its last collective; see test_readme.run.
-    (folder / "sitecustomize.py").write_text("import atexit, threading\natexit.register(threading.Event().wait, 0.5)\n")
-    of_engine = {"DS_ACCELERATOR": "cpu"} if "DeepSpeed" in title else {"ACCELERATE_USE_CPU": "true"}
+    """What the page says for a machine without GPUs; and the launchers of this Python
+    first, as with an activated venv.
+    """
+    # torch's gloo aborts a process that ends within milliseconds of its last
+    # collective; see test_readme.run.
+    (folder / "sitecustomize.py").write_text(
+        "import atexit, threading\natexit.register(threading.Event().wait, 0.5)\n"
+    )
+    of_engine = (
+        {"DS_ACCELERATOR": "cpu"} if "DeepSpeed" in title else {"ACCELERATE_USE_CPU": "true"}
+    )
     own = of_engine | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "ACCELERATE_USE_CPU")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "LOCAL_RANK", "ACCELERATE_USE_CPU")
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return kept | own | {"PATH": path, "PYTHONPATH": f"{folder}:{ROOT}"}
 
@@ -48,7 +65,8 @@ def run_section(title: str, folder: Path) -> list[str]:
     printed = []
     for k, command in enumerate(COMMANDS[title]):
         words = shlex.split(command)
-        port = str(29650 + 7 * list(COMMANDS).index(title) + k)  # the launchers' own default may be taken by another test
+        # the launchers' own default may be taken by another test
+        port = str(29650 + 7 * list(COMMANDS).index(title) + k)
         where = ["--master_port", port] if words[0] in ("torchrun", "deepspeed") else []
         done = subprocess.run(
             words[:1] + where + words[1:], cwd=folder, env=environment(folder, title), capture_output=True, text=True,
@@ -68,19 +86,31 @@ def ratio_and_loss(printed: str) -> tuple[float, float]:
 
 def losses(folder: Path) -> list[dict[str, float]]:
     """Trainer's own log of the last checkpoint."""
-    state = max(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    state = max(
+        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
+    )
     return [log for log in json.loads(state.read_text())["log_history"] if "loss" in log]
 
 
 def went_on_from_step_10(first: str, resumed: str) -> None:
-    """Of the logs after steps 5, 10, 15 and 20, the resumed run prints the last two, and the same that the first printed."""
+    """Of the logs after steps 5, 10, 15 and 20, the resumed run prints the last two,
+    and the same that the first printed.
+    """
     whole, rest = (re.findall(r"'loss': '([\d.]+)'", printed) for printed in (first, resumed))
     assert (len(whole), len(rest)) == (4, 2)
-    assert [float(loss) for loss in rest] == pytest.approx([float(loss) for loss in whole[2:]], rel=1e-3)
+    assert [float(loss) for loss in rest] == pytest.approx(
+        [float(loss) for loss in whole[2:]], rel=1e-3
+    )
 
 
 def test_the_page_has_a_section_for_every_way_in() -> None:
-    assert {"A plain loop", "DDP", "FSDP2 and HSDP", "DeepSpeed without Trainer", "DeepSpeed with Trainer"} <= set(RUN)
+    assert {
+        "A plain loop",
+        "DDP",
+        "FSDP2 and HSDP",
+        "DeepSpeed without Trainer",
+        "DeepSpeed with Trainer",
+    } <= set(RUN)
     assert {"Trainer under torchrun", "Accelerate", "PEFT", "Lightning"} <= set(RUN)
     commands = " ".join(line for lines in COMMANDS.values() for line in lines)
     assert all(name in commands for name in FILES), "a file of the page is never run"

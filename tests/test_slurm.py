@@ -1,4 +1,6 @@
-"""The sbatch files of examples/slurm run as they are on a real SLURM cluster of two nodes, and survive interruptions."""
+"""The sbatch files of examples/slurm run as they are on a real SLURM cluster of two
+nodes, and survive interruptions.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,14 @@ from slurm_lab import SlurmLab, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "slurm"
-# What this machine is, not what the job is: two threads for all, no GPU, and nodes that are all on the loopback.
-HERE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "VENV": sys.prefix}
+# What this machine is, not what the job is: two threads for all, no GPU, and nodes that
+# are all on the loopback.
+HERE = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VENV": sys.prefix,
+}
 QUICK = ("--held_out_tokens", "4000", "--eval_on_start", "False")
 
 
@@ -32,11 +40,18 @@ def slurm() -> Iterator[SlurmLab]:
 
 @pytest.fixture
 def submit(slurm: SlurmLab, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Submits a file with sbatch's flags and the script's; the job is cancelled at the end, should it still be there."""
+    """Submits a file with sbatch's flags and the script's; the job is cancelled at the
+    end, should it still be there.
+    """
     jobs = []
 
     def submit(file: str, *flags: str, sbatch: tuple[str, ...] = (), **environment: str) -> str:
-        given = {**HERE, "OUTPUT_DIR": str(tmp_path / "run"), "MASTER_PORT": str(free_ports(1)[0]), **environment}
+        given = {
+            **HERE,
+            "OUTPUT_DIR": str(tmp_path / "run"),
+            "MASTER_PORT": str(free_ports(1)[0]),
+            **environment,
+        }
         words = (*sbatch, "--output", str(tmp_path / "job.out"), str(FOLDER / file), *flags, *QUICK)
         jobs.append(slurm.submit(*words, env=given, cwd=ROOT))
         return jobs[-1]
@@ -53,7 +68,9 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_complete(slurm: SlurmLab, job: str, folder: Path, steps: int, restarts: int = 0) -> str:
-    """The job ends well, each step is in the log once, and the table was printed; gives what the job wrote."""
+    """The job ends well, each step is in the log once, and the table was printed; gives
+    what the job wrote.
+    """
     ended = slurm.wait(job, timeout=280)
     printed = (folder / "job.out").read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", str(restarts)), printed[-6000:]
@@ -64,8 +81,12 @@ def assert_complete(slurm: SlurmLab, job: str, folder: Path, steps: int, restart
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_as_many_processes_as_gpus_and_two_levels(slurm: SlurmLab, submit: Callable[..., str], tmp_path: Path) -> None:
-    """SLURM grants two GPUs a node (that nobody uses), and the model is sharded in the nodes: HSDP on 2 x 2 processes."""
+def test_as_many_processes_as_gpus_and_two_levels(
+    slurm: SlurmLab, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """SLURM grants two GPUs a node (that nobody uses), and the model is sharded in the
+    nodes: HSDP on 2 x 2 processes.
+    """
     sharding = ("--fsdp_size", "2", "--dp_replicate_size", "2")
     job = submit("torchrun.sbatch", "--max_steps", "4", *sharding, sbatch=("--gpus-per-node", "2"))
     printed = assert_complete(slurm, job, tmp_path, steps=4)
@@ -86,14 +107,20 @@ def time_is_nearly_up(slurm: SlurmLab, job: str) -> None:
 
 def preempt(slurm: SlurmLab, job: str) -> None:
     """A more important job needs the nodes."""
-    slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
+    slurm.submit(
+        "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("file", "interrupt"),
-    [("deepspeed.sbatch", requeue), ("torchrun.sbatch", time_is_nearly_up), ("accelerate.sbatch", preempt)],
+    [
+        ("deepspeed.sbatch", requeue),
+        ("torchrun.sbatch", time_is_nearly_up),
+        ("accelerate.sbatch", preempt),
+    ],
     ids=lambda one: getattr(one, "__name__", one),
 )
 def test_runs_on_two_nodes_and_goes_on_after_an_interruption(
@@ -106,7 +133,9 @@ def test_runs_on_two_nodes_and_goes_on_after_an_interruption(
     job = submit(file, "--max_steps", "40", SAVE_STEPS="5")
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("run/checkpoint-*/trainer_state.json")):
-        assert slurm.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), (tmp_path / "job.out").read_text()
+        assert slurm.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), (
+            tmp_path / "job.out"
+        ).read_text()
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.1)
     interrupt(slurm, job)
@@ -122,8 +151,9 @@ def test_runs_on_two_nodes_and_goes_on_after_an_interruption(
     found = re.search(r"start 2: .* going on from \S+/checkpoint-(\d+)\n", printed)
     assert found, printed[-6000:]
     assert 5 <= int(found[1]) < 40
-    # The compressor's own state came back, too. Without it the compressor would count its steps from 0 and restart all
-    # matrices in its first step, a second time in the log's totals.
+    # The compressor's own state came back, too. Without it the compressor would count
+    # its steps from 0 and restart all matrices in its first step, a second time in the
+    # log's totals.
     assert "the error memory starts from zero" not in printed
     first, *_, last = log_of(tmp_path)
     assert first["restarts"] == last["restarts"] > 0
@@ -147,25 +177,39 @@ def test_wrong_places_are_told(tmp_path: Path) -> None:
     """Flags that would hide the checkpoint are refused before anything starts."""
     words = ["bash", str(FOLDER / "job.sh"), "--output_dir", "elsewhere"]
     environment = {"PATH": "/usr/bin:/bin", "SLURM_JOB_NAME": "a", "SLURM_JOB_ID": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "OUTPUT_DIR=" in done.stdout
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
-    """A job may be killed while trainer_state.json is written; the checkpoint before it is whole."""
+    """A job may be killed while trainer_state.json is written; the checkpoint before it
+    is whole.
+    """
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text("#!/bin/sh\necho NodeName=n0 NodeAddr=127.0.0.1 x\n")
     scontrol.chmod(0o755)
     state = json.dumps({"global_step": 5, "log_history": [{"loss": 1.0}]})
-    for name, text in (("checkpoint-5", state), ("checkpoint-10", state[:-3]), ("checkpoint-15", None)):
+    for name, text in (
+        ("checkpoint-5", state),
+        ("checkpoint-10", state[:-3]),
+        ("checkpoint-15", None),
+    ):
         (tmp_path / "run" / name).mkdir(parents=True)
         if text is not None:
             (tmp_path / "run" / name / "trainer_state.json").write_text(text)
-    environment = {"PATH": f"{scontrol.parent}:/usr/bin:/bin", "VENV": sys.prefix, "OUTPUT_DIR": str(tmp_path / "run")}
+    environment = {
+        "PATH": f"{scontrol.parent}:/usr/bin:/bin",
+        "VENV": sys.prefix,
+        "OUTPUT_DIR": str(tmp_path / "run"),
+    }
     environment |= {"SLURM_JOB_NAME": "a", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n0"}
     words = ["bash", "-c", f'source "{FOLDER / "job.sh"}"; echo "$CHECKPOINT"']
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "run" / "checkpoint-5")

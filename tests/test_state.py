@@ -26,7 +26,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lowrank_comm import CompressedOptimizer, ErrorFeedback, PowerSGD, PowerSGDPlus, StateMismatchError
+from lowrank_comm import (
+    CompressedOptimizer,
+    ErrorFeedback,
+    PowerSGD,
+    PowerSGDPlus,
+    StateMismatchError,
+)
 from lowrank_comm.checkpointing import file as library_checkpoint
 from lowrank_comm.compressors.base import Compressor
 
@@ -42,11 +48,16 @@ Arrays = dict[str, np.ndarray]
 
 
 class Trainer:
-    """A plain model under a compressed Adam or SGD, with gradients that are a function of (step, worker) and the
-    parameters."""
+    """A plain model under a compressed Adam or SGD, with gradients that are a function
+    of (step, worker) and the parameters.
+    """
 
     def __init__(
-        self, compressor: Compressor, dtype: torch.dtype = torch.float64, adam: bool = True, **options: Any
+        self,
+        compressor: Compressor,
+        dtype: torch.dtype = torch.float64,
+        adam: bool = True,
+        **options: Any,
     ) -> None:
         self.model = nn.Sequential(nn.Linear(9, 12), nn.Linear(12, 5)).to(dtype)
         with torch.no_grad():
@@ -54,10 +65,14 @@ class Trainer:
                 p.copy_(torch.from_numpy(gradient(tuple(p.shape), 0, 0, 50 + k)))
         named = self.model.named_parameters()
         base = torch.optim.Adam(named, lr=0.01) if adam else torch.optim.SGD(named, lr=0.01)
-        self.optimizer = CompressedOptimizer(base, compressor=compressor, **({"min_compression_rate": 0} | options))
+        self.optimizer = CompressedOptimizer(
+            base, compressor=compressor, **({"min_compression_rate": 0} | options)
+        )
 
     def train(self, first: int, steps: int, worker: int, common: bool = False) -> list[Arrays]:
-        """common: the gradient has no part of its own, so that the mean is the same whatever the number of workers."""
+        """common: the gradient has no part of its own, so that the mean is the same
+        whatever the number of workers.
+        """
         seen = []
         for t in range(first, first + steps):
             for k, p in enumerate(self.model.parameters()):
@@ -65,7 +80,9 @@ class Trainer:
                     gradient(tuple(p.shape), t, 0 if common else worker, k), dtype=p.dtype
                 )
             self.optimizer.reduce_gradients()
-            seen.append({name: p.grad.double().numpy().copy() for name, p in self.model.named_parameters()})
+            seen.append(
+                {name: p.grad.double().numpy().copy() for name, p in self.model.named_parameters()}
+            )
             self.optimizer.step()
         return seen
 
@@ -82,7 +99,11 @@ def read(data: bytes) -> Any:
 
 
 def largest_difference(one: list[Arrays], other: list[Arrays]) -> float:
-    return max(float(np.abs(a[name] - b[name]).max()) for a, b in zip(one, other, strict=True) for name in a)
+    return max(
+        float(np.abs(a[name] - b[name]).max())
+        for a, b in zip(one, other, strict=True)
+        for name in a
+    )
 
 
 # --- one process -----------------------------------------------------------------------------------------------------
@@ -91,8 +112,10 @@ def largest_difference(one: list[Arrays], other: list[Arrays]) -> float:
 @every_compressor
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_round_trip_is_bit_equal(compressor: Compressor, dtype: torch.dtype) -> None:
-    """state_dict, torch.save, torch.load(weights_only=True), load_state_dict: the resumed run gives the same bits, and
-    a float32 error memory of a bfloat16 parameter is not rounded."""
+    """state_dict, torch.save, torch.load(weights_only=True), load_state_dict: the
+    resumed run gives the same bits, and a float32 error memory of a bfloat16 parameter
+    is not rounded.
+    """
     one, other = Trainer(compressor, dtype), Trainer(compressor, dtype)
     one.train(0, FIRST, 0)
     state, weights = saved(one.optimizer.state_dict()), saved(one.model.state_dict())
@@ -104,12 +127,16 @@ def test_round_trip_is_bit_equal(compressor: Compressor, dtype: torch.dtype) -> 
         assert torch.equal(error, other.optimizer.error_memory()[name])
     one.train(FIRST, MORE, 0)
     other.train(FIRST, MORE, 0)
-    assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True)
+    )
 
 
 def test_the_round_trip_carries_what_it_claims() -> None:
-    """Negative control: without the compressor's part the resumed run is another one, and a warning says that errors
-    start from zero."""
+    """Negative control: without the compressor's part the resumed run is another one,
+    and a warning says that errors start from zero.
+    """
     one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     one.train(0, FIRST, 0)
     other.model.load_state_dict(one.model.state_dict())
@@ -118,7 +145,9 @@ def test_the_round_trip_carries_what_it_claims() -> None:
     assert largest_difference(one.train(FIRST, 3, 0), other.train(FIRST, 3, 0)) > 1e-3
 
 
-def test_a_plain_optimizers_state_is_accepted_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plain_optimizers_state_is_accepted_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     plain = Trainer(PowerSGD(2))
     plain.train(0, 2, 0)
     with caplog.at_level(logging.WARNING, "lowrank_comm"):
@@ -127,25 +156,33 @@ def test_a_plain_optimizers_state_is_accepted_with_a_warning(caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("between", [0, 2])
-def test_errors_of_an_earlier_time_do_not_come_back(between: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Compressed, plain for some steps, compressed again: a plain Adam hands on the entries that it does not know."""
+def test_errors_of_an_earlier_time_do_not_come_back(
+    between: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compressed, plain for some steps, compressed again: a plain Adam hands on the
+    entries that it does not know.
+    """
     one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     one.train(0, FIRST, 0)
     plain = torch.optim.Adam(one.model.named_parameters(), lr=0.01)
     plain.load_state_dict(read(saved(one.optimizer.state_dict())))
     for _ in range(between):
-        plain.step()  # with the gradients that are there
+        # with the gradients that are there
+        plain.step()
     with caplog.at_level(logging.WARNING, "lowrank_comm"):
         other.optimizer.load_state_dict(read(saved(plain.state_dict())))
     assert ("without compression" in caplog.text) == (between > 0)
     if between:
         assert f"1.bias, which went on from step {FIRST} to {FIRST + between}" in caplog.text
-    assert all(bool(error.any()) == (not between) for error in other.optimizer.error_memory().values())
+    assert all(
+        bool(error.any()) == (not between) for error in other.optimizer.error_memory().values()
+    )
 
 
 def test_state_dict_before_the_first_step() -> None:
-    """Accelerate calls it in prepare(): nothing to say yet, nothing raised, nothing warned; what it gives can be
-    loaded."""
+    """Accelerate calls it in prepare(): nothing to say yet, nothing raised, nothing
+    warned; what it gives can be loaded.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one = Trainer(PowerSGD(2))
@@ -156,7 +193,9 @@ def test_state_dict_before_the_first_step() -> None:
 
 
 def test_state_dict_does_not_touch_the_live_state() -> None:
-    """Adam takes a non-empty state for one that it has initialised: the compressor's part is in the dict only."""
+    """Adam takes a non-empty state for one that it has initialised: the compressor's
+    part is in the dict only.
+    """
     one = Trainer(PowerSGD(2))
     one.optimizer.state_dict()
     one.train(0, 1, 0)
@@ -187,11 +226,15 @@ def test_loading_hooks_of_torch_run() -> None:
 
 
 def test_errors_that_would_be_lost_are_refused() -> None:
-    """Resuming with other rules: the saved error has no place to go. It is not dropped without a word."""
+    """Resuming with other rules: the saved error has no place to go. It is not dropped
+    without a word.
+    """
     one = Trainer(PowerSGD(2))
     one.train(0, 3, 0)
     with pytest.raises(StateMismatchError, match=r"0\.weight"):
-        Trainer(PowerSGD(2), min_compression_rate=1000).optimizer.load_state_dict(one.optimizer.state_dict())
+        Trainer(PowerSGD(2), min_compression_rate=1000).optimizer.load_state_dict(
+            one.optimizer.state_dict()
+        )
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
@@ -200,7 +243,11 @@ def everything(trainer: Trainer) -> dict[str, Any]:
     return {
         "errors": {name: e.clone() for name, e in optimizer.error_memory().items()},
         "bases": {name: parts["Q"].clone() for name, parts in optimizer.reducer.bases().items()},
-        "moments": [optimizer.state[p]["exp_avg"].clone() for p in trainer.model.parameters() if p in optimizer.state],
+        "moments": [
+            optimizer.state[p]["exp_avg"].clone()
+            for p in trainer.model.parameters()
+            if p in optimizer.state
+        ],
         "step": optimizer.reducer.step,
         "rate": optimizer.param_groups[0]["lr"],
     }
@@ -218,7 +265,8 @@ def equal(one: Any, other: Any) -> bool:
 
 def test_a_refused_state_changes_nothing() -> None:
     """Neither the base nor the compressor: who catches the error goes on as before."""
-    one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2), min_compression_rate=2)  # one matrix goes dense there
+    # one matrix goes dense there
+    one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2), min_compression_rate=2)
     one.train(0, 3, 0)
     other.train(10, 2, 0)
     assert len(other.optimizer.error_memory()) == 1
@@ -230,7 +278,9 @@ def test_a_refused_state_changes_nothing() -> None:
 
 
 def test_a_load_replaces_all_that_was_there(caplog: pytest.LogCaptureFixture) -> None:
-    """A plain optimizer's state over a run that has begun: errors, bases and t are those of a start, and that is said."""
+    """A plain optimizer's state over a run that has begun: errors, bases and t are
+    those of a start, and that is said.
+    """
     fresh, used = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     used.train(0, 3, 0)
     with caplog.at_level(logging.WARNING, "lowrank_comm"):
@@ -244,8 +294,11 @@ def test_what_a_saved_state_does_not_have_starts_anew(caplog: pytest.LogCaptureF
     fresh, used = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     used.train(0, 3, 0)
     state = used.optimizer.state_dict()
-    for number in (2, 3):  # the second layer, as saved before it was trained
-        state["state"][number] = {k: v for k, v in state["state"][number].items() if not k.startswith("lowrank_comm_")}
+    # the second layer, as saved before it was trained
+    for number in (2, 3):
+        state["state"][number] = {
+            k: v for k, v in state["state"][number].items() if not k.startswith("lowrank_comm_")
+        }
     kept = used.optimizer.error_memory()["0.weight"].clone()
     used.train(3, 2, 0)
     state = copy.deepcopy(state)
@@ -255,10 +308,15 @@ def test_what_a_saved_state_does_not_have_starts_anew(caplog: pytest.LogCaptureF
     assert "1.weight" in caplog.text
     assert torch.equal(used.optimizer.error_memory()["0.weight"], kept)
     assert not used.optimizer.error_memory()["1.weight"].any()
-    assert torch.equal(used.optimizer.reducer.bases()["1.weight"]["Q"], fresh.optimizer.reducer.bases()["1.weight"]["Q"])
+    assert torch.equal(
+        used.optimizer.reducer.bases()["1.weight"]["Q"],
+        fresh.optimizer.reducer.bases()["1.weight"]["Q"],
+    )
 
 
-def test_another_rank_keeps_the_error_and_starts_the_basis_anew(caplog: pytest.LogCaptureFixture) -> None:
+def test_another_rank_keeps_the_error_and_starts_the_basis_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(3))
     one.train(0, 3, 0)
     with caplog.at_level(logging.WARNING, "lowrank_comm"):
@@ -274,7 +332,9 @@ KEPT["ef21_sgdm"] = ", the EF21 memory (y, v) is kept"
 
 
 @pytest.mark.parametrize("form", KEPT)
-def test_what_is_kept_beside_a_basis_that_starts_anew_is_said(form: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_kept_beside_a_basis_that_starts_anew_is_said(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """y and v are the parameter's, whatever the rank, and so is what is said of them."""
     options = {"error_feedback": ErrorFeedback(form=form)}
     one, other = Trainer(PowerSGD(2), **options), Trainer(PowerSGD(3), **options)
@@ -282,8 +342,8 @@ def test_what_is_kept_beside_a_basis_that_starts_anew_is_said(form: str, caplog:
     with caplog.at_level(logging.WARNING, "lowrank_comm"):
         other.optimizer.load_state_dict(one.optimizer.state_dict())
     assert caplog.messages == [
-        "the saved bases of 2 parameters (first: 0.weight) are of another rank, or of other blocks of rows: they start anew"
-        + KEPT[form]
+        "the saved bases of 2 parameters (first: 0.weight) are of another rank, or of other blocks"
+        " of rows: they start anew" + KEPT[form]
     ]
     for name, kept in one.optimizer.reducer.bases().items():
         found = other.optimizer.reducer.bases()[name]
@@ -294,13 +354,20 @@ def test_what_is_kept_beside_a_basis_that_starts_anew_is_said(form: str, caplog:
 
 
 def test_what_another_form_did_not_keep_starts_from_zero(caplog: pytest.LogCaptureFixture) -> None:
-    """All of it, and that is said: y without v, or without the mean of the y's, is not what the form keeps. Bases go on."""
-    one, other = (Trainer(PowerSGD(2), error_feedback=ErrorFeedback(form=form)) for form in ("ef21", "ef21_sgdm"))
+    """All of it, and that is said: y without v, or without the mean of the y's, is not
+    what the form keeps. Bases go on.
+    """
+    one, other = (
+        Trainer(PowerSGD(2), error_feedback=ErrorFeedback(form=form))
+        for form in ("ef21", "ef21_sgdm")
+    )
     one.train(0, 3, 0)
     other.train(0, 3, 0)
     with caplog.at_level(logging.WARNING, "lowrank_comm"):
         other.optimizer.load_state_dict(one.optimizer.state_dict())
-    assert caplog.messages == ["no saved EF21 memory (y, v) for 2 parameters (first: 0.weight): they start from zero"]
+    assert caplog.messages == [
+        "no saved EF21 memory (y, v) for 2 parameters (first: 0.weight): they start from zero"
+    ]
     for name, kept in one.optimizer.reducer.bases().items():
         found = other.optimizer.reducer.bases()[name]
         assert not any(found[symbol].any() for symbol in ("y", "v", "v_started"))
@@ -309,23 +376,30 @@ def test_what_another_form_did_not_keep_starts_from_zero(caplog: pytest.LogCaptu
 
 def test_what_ef21_keeps_of_another_model_is_refused() -> None:
     """As an error is; and a v that is one worker's own does not go to another."""
-    one, other = (Trainer(PowerSGD(2), error_feedback=ErrorFeedback(form="ef21_sgdm")) for _ in range(2))
+    one, other = (
+        Trainer(PowerSGD(2), error_feedback=ErrorFeedback(form="ef21_sgdm")) for _ in range(2)
+    )
     one.train(0, 3, 0)
     before = everything(other)
     state = copy.deepcopy(one.optimizer.state_dict())
     state["state"][0]["lowrank_comm_v"] = torch.zeros(9, 11)
-    with pytest.raises(StateMismatchError, match=r"'0\.weight': the saved v is \(9, 11\), the parameter \(12, 9\)"):
+    with pytest.raises(
+        StateMismatchError, match=r"'0\.weight': the saved v is \(9, 11\), the parameter \(12, 9\)"
+    ):
         other.optimizer.load_state_dict(state)
     state = copy.deepcopy(one.optimizer.state_dict())
     state["lowrank_comm"] |= {"kind": "own", "rank": 1, "world": 2}
-    with pytest.raises(StateMismatchError, match=r"the saved EF21 memory \(y, v\) is rank 1's own of 2 ranks"):
+    with pytest.raises(
+        StateMismatchError, match=r"the saved EF21 memory \(y, v\) is rank 1's own of 2 ranks"
+    ):
         other.optimizer.load_state_dict(state)
     assert equal(everything(other), before)
 
 
 def test_restart_schedule_goes_on_where_it_was() -> None:
     """t is part of the state: a run saved at t = 6 with tau = 4 restarts next at t = 8."""
-    one, other = Trainer(PowerSGDPlus(2, restart_every=4)), Trainer(PowerSGDPlus(2, restart_every=4))
+    one = Trainer(PowerSGDPlus(2, restart_every=4))
+    other = Trainer(PowerSGDPlus(2, restart_every=4))
     one.train(0, 6, 0)
     other.optimizer.load_state_dict(one.optimizer.state_dict())
     restarts = []
@@ -339,8 +413,9 @@ def test_restart_schedule_goes_on_where_it_was() -> None:
 
 
 def own_state(rank: int, compressor: Compressor) -> dict[str, Any]:
-    """Only rank 0 calls state_dict() (a collective in there would hang), then every rank does; then each loads its
-    own."""
+    """Only rank 0 calls state_dict() (a collective in there would hang), then every
+    rank does; then each loads its own.
+    """
     one, resumed = Trainer(compressor), Trainer(compressor)
     one.train(0, FIRST, rank)
     before = one.optimizer.ledger.collectives
@@ -357,9 +432,13 @@ def own_state(rank: int, compressor: Compressor) -> dict[str, Any]:
     resumed.optimizer.load_state_dict(read(state))
     return {
         "silent": one.optimizer.ledger.collectives == before,
-        "warned": sum("consolidate_error_memory" in str(w.message) for w in caught) if rank == 0 else 1,
+        "warned": (
+            sum("consolidate_error_memory" in str(w.message) for w in caught) if rank == 0 else 1
+        ),
         "state": state,
-        "difference": largest_difference(one.train(FIRST, MORE, rank), resumed.train(FIRST, MORE, rank)),
+        "difference": largest_difference(
+            one.train(FIRST, MORE, rank), resumed.train(FIRST, MORE, rank)
+        ),
     }
 
 
@@ -370,24 +449,32 @@ def load_foreign(rank: int, compressor: Compressor, states: list[bytes], shift: 
     try:
         trainer.optimizer.load_state_dict(read(states[(rank + shift) % len(states)]))
     except StateMismatchError as error:
-        assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
-        assert not trainer.optimizer.state  # the base has not been touched
+        assert all(
+            torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True)
+        )
+        # the base has not been touched
+        assert not trainer.optimizer.state
         return str(error)
     return "accepted"
 
 
 @every_compressor
-def test_own_state_is_for_the_same_rank_of_as_many_workers(gloo: GlooPool, compressor: Compressor) -> None:
+def test_own_state_is_for_the_same_rank_of_as_many_workers(
+    gloo: GlooPool, compressor: Compressor
+) -> None:
     seen = gloo.run(own_state, 2, compressor)
     states = [one["state"] for one in seen]
     for rank, one in enumerate(seen):
         assert one["silent"]
-        assert one["warned"] == 1  # with one warning
+        # with one warning
+        assert one["warned"] == 1
         assert one["difference"] == 0.0
         tag = read(one["state"])["lowrank_comm"]
         assert (tag["kind"], tag["rank"], tag["world"], tag["step"]) == ("own", rank, 2, FIRST)
     assert gloo.run(load_foreign, 2, compressor, states, 0) == ["accepted"] * 2
-    for text in gloo.run(load_foreign, 2, compressor, states, 1) + gloo.run(load_foreign, 1, compressor, states, 0):
+    for text in gloo.run(load_foreign, 2, compressor, states, 1) + gloo.run(
+        load_foreign, 1, compressor, states, 0
+    ):
         assert "consolidate_error_memory" in text
         assert "rank" in text
 
@@ -405,10 +492,16 @@ def mean_state(rank: int, compressor: Compressor) -> dict[str, Any]:
         for name, e in trainer.optimizer.error_memory().items()
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no warning about "own"
+        # no warning about "own"
+        warnings.simplefilter("error")
         state = saved(trainer.optimizer.state_dict())
     weights = saved(trainer.model.state_dict())
-    return {"state": state, "weights": weights, "exact": exact, "seen": trainer.train(FIRST, MORE, rank, common=True)}
+    return {
+        "state": state,
+        "weights": weights,
+        "exact": exact,
+        "seen": trainer.train(FIRST, MORE, rank, common=True),
+    }
 
 
 def resume(rank: int, compressor: Compressor, state: bytes, weights: bytes) -> list[Arrays]:
@@ -420,9 +513,12 @@ def resume(rank: int, compressor: Compressor, state: bytes, weights: bytes) -> l
 
 @every_compressor
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 2), (2, 4), (4, 2), (3, 1)])
-def test_the_mean_resumes_at_any_world_size(gloo: GlooPool, compressor: Compressor, before: int, after: int) -> None:
-    """Rank 0's file, loaded by every worker of another world: the next 10 steps to 1e-10, where the mean gradients are
-    equal."""
+def test_the_mean_resumes_at_any_world_size(
+    gloo: GlooPool, compressor: Compressor, before: int, after: int
+) -> None:
+    """Rank 0's file, loaded by every worker of another world: the next 10 steps to
+    1e-10, where the mean gradients are equal.
+    """
     first = gloo.run(mean_state, before, compressor)
     assert all(one["exact"] for one in first)
     assert read(first[0]["state"])["lowrank_comm"]["kind"] == "mean"
@@ -431,8 +527,9 @@ def test_the_mean_resumes_at_any_world_size(gloo: GlooPool, compressor: Compress
 
 
 def consolidate_then_step(rank: int) -> list[str]:
-    """The tag is "mean" right after consolidation, and "own" again after the next step; consolidation itself changes no
-    trajectory."""
+    """The tag is "mean" right after consolidation, and "own" again after the next step;
+    consolidation itself changes no trajectory.
+    """
     one, twin = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     one.train(0, 3, rank)
     twin.train(0, 3, rank)
@@ -462,7 +559,9 @@ def save_file(rank: int, compressor: Compressor, folder: str) -> dict[str, Any]:
             "seen": trainer.train(FIRST, MORE, rank, common=True)}  # fmt: skip
 
 
-def load_file(rank: int, compressor: Compressor, folder: str, weights: bytes, base: bytes) -> list[Arrays]:
+def load_file(
+    rank: int, compressor: Compressor, folder: str, weights: bytes, base: bytes
+) -> list[Arrays]:
     trainer = Trainer(compressor)
     trainer.model.load_state_dict(read(weights))
     trainer.optimizer.load_state_dict(read(base))
@@ -471,16 +570,21 @@ def load_file(rank: int, compressor: Compressor, folder: str, weights: bytes, ba
 
 
 @every_compressor
-def test_the_file_resumes_at_any_world_size(gloo: GlooPool, compressor: Compressor, tmp_path: Path) -> None:
+def test_the_file_resumes_at_any_world_size(
+    gloo: GlooPool, compressor: Compressor, tmp_path: Path
+) -> None:
     first = gloo.run(save_file, 2, compressor, str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "lowrank_comm.safetensors"
-    ]  # one file, nothing half-written beside it
+    # one file, nothing half-written beside it
+    assert [path.name for path in tmp_path.iterdir()] == ["lowrank_comm.safetensors"]
     with safe_open(tmp_path / "lowrank_comm.safetensors", framework="pt") as file:
-        assert set(file.keys()) == {f"{symbol}/{name}" for symbol in ("error", "Q") for name in ("0.weight", "1.weight")}
+        assert set(file.keys()) == {
+            f"{symbol}/{name}" for symbol in ("error", "Q") for name in ("0.weight", "1.weight")
+        }
         assert '"mean"' in file.metadata()["tag"]
     for world in (1, 2, 3):
-        for seen in gloo.run(load_file, world, compressor, str(tmp_path), first[0]["weights"], first[0]["base"]):
+        for seen in gloo.run(
+            load_file, world, compressor, str(tmp_path), first[0]["weights"], first[0]["base"]
+        ):
             assert largest_difference(seen, first[0]["seen"]) < 1e-10
 
 
@@ -501,7 +605,9 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 
 def changed_after_consolidation(rank: int) -> list[float]:
-    """Whoever writes into the live views, or into one parameter's state, may consolidate again."""
+    """Whoever writes into the live views, or into one parameter's state, may
+    consolidate again.
+    """
     trainer = Trainer(PowerSGD(2))
     trainer.train(0, 2, rank)
     trainer.optimizer.consolidate_error_memory()
@@ -530,7 +636,9 @@ def own_after_the_group_is_gone(rank: int) -> tuple[str, int, int]:
     return tag["kind"], tag["rank"], tag["world"]
 
 
-def test_a_state_dict_after_the_process_group_is_gone_is_still_of_one_worker(gloo: GlooPool) -> None:
+def test_a_state_dict_after_the_process_group_is_gone_is_still_of_one_worker(
+    gloo: GlooPool,
+) -> None:
     assert gloo.run(own_after_the_group_is_gone, 2) == [("own", 0, 2), ("own", 1, 2)]
 
 
@@ -545,7 +653,9 @@ def test_before_the_first_step_every_workers_memory_is_the_mean(gloo: GlooPool) 
 
 
 def broken_files(rank: int, folder: str, what: str) -> str:
-    """A checkpoint that one rank cannot use: all ranks must say so, and go on as before."""
+    """A checkpoint that one rank cannot use: all ranks must say so, and go on as
+    before.
+    """
     trainer = Trainer(PowerSGD(2))
     trainer.train(0, 2, rank)
     mine = Path(folder) / (f"rank_{rank}" if what == "missing on one" else "all")
@@ -553,7 +663,8 @@ def broken_files(rank: int, folder: str, what: str) -> str:
     torch.distributed.barrier()
     file = mine / "lowrank_comm.safetensors"
     if rank == 0:
-        assert file.is_file()  # save() has returned on all ranks, so all find it
+        # save() has returned on all ranks, so all find it
+        assert file.is_file()
         if what == "truncated":
             file.write_bytes(file.read_bytes()[:100])
         if what == "a later format":
@@ -562,7 +673,9 @@ def broken_files(rank: int, folder: str, what: str) -> str:
     torch.distributed.barrier()
     before = everything(trainer)
     try:
-        library_checkpoint.load(trainer.optimizer.reducer, mine, "another" if what == "left by another save" else name)
+        library_checkpoint.load(
+            trainer.optimizer.reducer, mine, "another" if what == "left by another save" else name
+        )
     except StateMismatchError as error:
         assert equal(everything(trainer), before)
         return str(error)
@@ -591,7 +704,8 @@ def test_a_file_that_one_worker_cannot_use_is_refused_by_all(
 def fails_to_save(rank: int, folder: str, disk_is_full: bool) -> str:
     trainer = Trainer(PowerSGD(2))
     trainer.train(0, 2, rank)
-    if disk_is_full:  # as safetensors says it
+    # as safetensors says it
+    if disk_is_full:
 
         def full(*_: Any, **__: Any) -> None:
             raise SafetensorError("No space left on device")
@@ -606,8 +720,12 @@ def fails_to_save(rank: int, folder: str, disk_is_full: bool) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("disk_is_full", [False, True], ids=["the folder is a file", "the disk is full"])
-def test_a_save_that_fails_on_rank_0_is_told_by_all(gloo: GlooPool, tmp_path: Path, disk_is_full: bool) -> None:
+@pytest.mark.parametrize(
+    "disk_is_full", [False, True], ids=["the folder is a file", "the disk is full"]
+)
+def test_a_save_that_fails_on_rank_0_is_told_by_all(
+    gloo: GlooPool, tmp_path: Path, disk_is_full: bool
+) -> None:
     folder = tmp_path / "taken"
     if not disk_is_full:
         folder.write_text("a file")
@@ -627,12 +745,15 @@ def test_the_file_that_a_checkpoint_was_saved_with_must_be_there(tmp_path: Path)
 @pytest.mark.parametrize("adam", [True, False], ids=["Adam", "SGD without state"])
 @pytest.mark.parametrize("compressor", COMPRESSORS[:2], ids=repr)
 def test_torch_checkpoint_helpers_keep_the_error_memory(compressor: Compressor, adam: bool) -> None:
-    """get_optimizer_state_dict drops top-level keys that it does not know; set_optimizer_state_dict makes a fresh
-    optimizer initialise its state by a step of its own, and wants a state for every parameter or for none. None of that
-    may cost the error memory or count as a step."""
+    """get_optimizer_state_dict drops top-level keys that it does not know;
+    set_optimizer_state_dict makes a fresh optimizer initialise its state by a step of
+    its own, and wants a state for every parameter or for none. None of that may cost
+    the error memory or count as a step.
+    """
     one, other = Trainer(compressor, adam=adam), Trainer(compressor, adam=adam)
     one.train(0, FIRST, 0)
-    state = copy.deepcopy(get_optimizer_state_dict(one.model, one.optimizer))  # it holds live tensors
+    # it holds live tensors
+    state = copy.deepcopy(get_optimizer_state_dict(one.model, one.optimizer))
     other.model.load_state_dict(get_model_state_dict(one.model))
     set_optimizer_state_dict(other.model, other.optimizer, state)
     assert other.optimizer.ledger.steps == 0
@@ -642,31 +763,45 @@ def test_torch_checkpoint_helpers_keep_the_error_memory(compressor: Compressor, 
     assert largest_difference(one.train(FIRST, MORE, 0), other.train(FIRST, MORE, 0)) == 0.0
 
 
-def test_torch_checkpoint_helpers_flattened_lose_it_but_not_silently(caplog: pytest.LogCaptureFixture) -> None:
-    """With flatten_optimizer_state_dict torch's loader asks for the names of the live state only, so the compressor's
-    part, although saved, never arrives. The base's state does, and the log says that errors start from zero."""
+def test_torch_checkpoint_helpers_flattened_lose_it_but_not_silently(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With flatten_optimizer_state_dict torch's loader asks for the names of the live
+    state only, so the compressor's part, although saved, never arrives. The base's
+    state does, and the log says that errors start from zero.
+    """
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
     one.train(0, FIRST, 0)
     state = copy.deepcopy(get_optimizer_state_dict(one.model, one.optimizer, options=options))
-    assert torch.equal(state["state.0.weight.lowrank_comm_error"], one.optimizer.error_memory()["0.weight"])
+    assert torch.equal(
+        state["state.0.weight.lowrank_comm_error"], one.optimizer.error_memory()["0.weight"]
+    )
     with caplog.at_level(logging.WARNING, "lowrank_comm"):
         set_optimizer_state_dict(other.model, other.optimizer, state, options=options)
     assert "error memory starts from zero" in caplog.text
     weights = zip(one.model.parameters(), other.model.parameters(), strict=True)
-    assert all(torch.equal(one.optimizer.state[p]["exp_avg"], other.optimizer.state[q]["exp_avg"]) for p, q in weights)
+    assert all(
+        torch.equal(one.optimizer.state[p]["exp_avg"], other.optimizer.state[q]["exp_avg"])
+        for p, q in weights
+    )
 
 
 def helpers_on_ranks(rank: int, folder: str) -> dict[str, float]:
-    """Through torch.distributed.checkpoint's own files, saved by two ranks after consolidation, loaded by two fresh
-    ones."""
+    """Through torch.distributed.checkpoint's own files, saved by two ranks after
+    consolidation, loaded by two fresh ones.
+    """
     import torch.distributed.checkpoint as dcp
 
-    one, other = Trainer(PowerSGDPlus(2, restart_every=4)), Trainer(PowerSGDPlus(2, restart_every=4))
+    one = Trainer(PowerSGDPlus(2, restart_every=4))
+    other = Trainer(PowerSGDPlus(2, restart_every=4))
     one.train(0, FIRST, rank)
     one.optimizer.consolidate_error_memory()
     dcp.save(
-        {"model": get_model_state_dict(one.model), "optimizer": get_optimizer_state_dict(one.model, one.optimizer)},
+        {
+            "model": get_model_state_dict(one.model),
+            "optimizer": get_optimizer_state_dict(one.model, one.optimizer),
+        },
         checkpoint_id=folder,
     )
     target = {
@@ -677,7 +812,12 @@ def helpers_on_ranks(rank: int, folder: str) -> dict[str, float]:
     other.model.load_state_dict(target["model"])
     set_optimizer_state_dict(other.model, other.optimizer, target["optimizer"])
     norm = max(float(e.norm()) for e in other.optimizer.error_memory().values())
-    return {"norm": norm, "difference": largest_difference(one.train(FIRST, MORE, rank), other.train(FIRST, MORE, rank))}
+    return {
+        "norm": norm,
+        "difference": largest_difference(
+            one.train(FIRST, MORE, rank), other.train(FIRST, MORE, rank)
+        ),
+    }
 
 
 def test_torch_checkpoint_files(gloo: GlooPool, tmp_path: Path) -> None:
@@ -687,8 +827,9 @@ def test_torch_checkpoint_files(gloo: GlooPool, tmp_path: Path) -> None:
 
 
 def test_tensors_in_a_state_dict_are_those_of_the_moment_it_is_used(tmp_path: Path) -> None:
-    """As torch's own optimizers, state_dict() gives references; a state dict that was saved is independent of later
-    steps."""
+    """As torch's own optimizers, state_dict() gives references; a state dict that was
+    saved is independent of later steps.
+    """
     trainer = Trainer(PowerSGD(2))
     trainer.train(0, 2, 0)
     state = trainer.optimizer.state_dict()
@@ -696,7 +837,11 @@ def test_tensors_in_a_state_dict_are_those_of_the_moment_it_is_used(tmp_path: Pa
     trainer.train(2, 1, 0)
 
     def error(of: dict[str, Any]) -> Tensor:
-        return next(entries["lowrank_comm_error"] for entries in of["state"].values() if "lowrank_comm_error" in entries)
+        return next(
+            entries["lowrank_comm_error"]
+            for entries in of["state"].values()
+            if "lowrank_comm_error" in entries
+        )
 
     assert not torch.equal(error(data), error(trainer.optimizer.state_dict()))
 
@@ -713,9 +858,13 @@ def test_a_state_dict_that_is_held_keeps_its_bases_when_another_is_loaded() -> N
 
 
 def test_views_of_the_error_memory_stay_live() -> None:
-    """A view taken once shows every later step's error, for large matrices too, whose memory changes its place."""
+    """A view taken once shows every later step's error, for large matrices too, whose
+    memory changes its place.
+    """
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(256, 200), torch.nn.Tanh(), torch.nn.Linear(200, 16))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(256, 200), torch.nn.Tanh(), torch.nn.Linear(200, 16)
+    )
     optimizer = CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(2))
     held = optimizer.error_memory()
     seen = []

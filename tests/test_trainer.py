@@ -1,8 +1,9 @@
-"""Hugging Face Trainer, really trained for fifty steps under each engine, with clipping, accumulation and checkpoints; where
-compression at full rank is held against none, number by number, for half as many.
+"""Hugging Face Trainer, really trained for fifty steps under each engine, with
+clipping, accumulation and checkpoints; where compression at full rank is held against
+none, number by number, for half as many.
 
-Losses of ranks differ in nothing here: every comparison is between runs of the same engine, with and without compression,
-or interrupted and not.
+Losses of ranks differ in nothing here: every comparison is between runs of the same
+engine, with and without compression, or interrupted and not.
 """
 
 from __future__ import annotations
@@ -37,8 +38,16 @@ WRAPPED = {
     "hsdp-plugin": (4, "FSDPLlamaForCausalLM", "FSDP2, HSDP"),
 }
 """Engine -> processes, class of trainer.model_wrapped, engine in the plan."""
-FORM = {"plain": "compressor", "ddp": "optimizer", "lora": "optimizer", "fsdp2": "optimizer", "hsdp": "compressor"}
-"""How the callback is told, where it is not by a section; with accelerate's plugin, Trainer takes no optimizer."""
+FORM = {
+    "plain": "compressor",
+    "ddp": "optimizer",
+    "lora": "optimizer",
+    "fsdp2": "optimizer",
+    "hsdp": "compressor",
+}
+"""How the callback is told, where it is not by a section; with accelerate's plugin,
+Trainer takes no optimizer.
+"""
 ZERO = ("zero1", "zero2", "zero3")
 SAVING = {"save_strategy": "steps", "save_steps": 25}
 Run = Callable[..., list[dict[str, Any]]]
@@ -52,18 +61,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(gloo: GlooPool, folder: Path) -> Run:
-    """`run(engine, section=None, form="section", **more)`: what each rank found; each run is made once."""
+    """`run(engine, section=None, form="section", **more)`: what each rank found; each
+    run is made once.
+    """
 
     @functools.cache
-    def once(engine: str, section: str | None, form: str, more: tuple[tuple[str, Any], ...]) -> list[dict[str, Any]]:
+    def once(
+        engine: str, section: str | None, form: str, more: tuple[tuple[str, Any], ...]
+    ) -> list[dict[str, Any]]:
         given = None if section is None else json.loads(section)
         return gloo.run(
             functools.partial(trainers.case, **dict(more)), WRAPPED[engine][0], engine, str(folder / engine), given, form,
             timeout=200,
         )  # fmt: skip
 
-    def made(engine: str, section: dict[str, Any] | None = None, form: str = "section", **more: Any) -> list[dict[str, Any]]:
-        return once(engine, None if section is None else json.dumps(section), form, tuple(sorted(more.items())))
+    def made(
+        engine: str, section: dict[str, Any] | None = None, form: str = "section", **more: Any
+    ) -> list[dict[str, Any]]:
+        return once(
+            engine,
+            None if section is None else json.dumps(section),
+            form,
+            tuple(sorted(more.items())),
+        )
 
     return made
 
@@ -88,7 +108,9 @@ def same_training(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> N
         assert mine["losses"] == pytest.approx(other["losses"], abs=1e-4)
         assert mine["norms"] == pytest.approx(other["norms"], rel=1e-3, abs=1e-5)
         for name, value in mine["parameters"].items():
-            torch.testing.assert_close(value, other["parameters"][name], rtol=1e-3, atol=1e-3, msg=name)
+            torch.testing.assert_close(
+                value, other["parameters"][name], rtol=1e-3, atol=1e-3, msg=name
+            )
 
 
 def clips(found: dict[str, Any], engine: str) -> None:
@@ -98,11 +120,15 @@ def clips(found: dict[str, Any], engine: str) -> None:
 
 
 def compressed_training(ranks: list[dict[str, Any]], engine: str, name: str) -> None:
-    """The loss falls, all ranks log one norm, and the figures are in the logs of one of them."""
+    """The loss falls, all ranks log one norm, and the figures are in the logs of one of
+    them.
+    """
     for found in ranks:
         assert name in found["engine"]
         assert len(found["losses"]) == trainers.STEPS
-        assert sum(found["losses"][-5:]) < (0.98 if engine in ("lora", "dora") else 0.6) * sum(found["losses"][:5])
+        assert sum(found["losses"][-5:]) < (0.98 if engine in ("lora", "dora") else 0.6) * sum(
+            found["losses"][:5]
+        )
         assert found["norms"] == ranks[0]["norms"]
         assert found["error"] > 0
         assert found["steps"] == trainers.STEPS
@@ -113,13 +139,18 @@ def compressed_training(ranks: list[dict[str, Any]], engine: str, name: str) -> 
     assert 0 < last["compression/captured_energy"] < 1
     assert last["compression/error_norm"] > 0
     assert last["compression/ms/communicate"] > 0
-    assert [log["step"] for log in ranks[0]["logs"] if log["compression/restarts"] > 0] == [1, 21, 41]
+    assert [log["step"] for log in ranks[0]["logs"] if log["compression/restarts"] > 0] == [
+        1,
+        21,
+        41,
+    ]
 
 
 @pytest.mark.parametrize("engine", WRAPPED)
 def test_full_rank_is_uncompressed(run: Run, engine: str) -> None:
     theirs = run(engine, steps=trainers.FULL_STEPS)
-    form = "section" if FORM.get(engine) == "compressor" else FORM.get(engine, "section")  # it cannot say 'compress all'
+    # it cannot say 'compress all'
+    form = "section" if FORM.get(engine) == "compressor" else FORM.get(engine, "section")
     ours = run(engine, trainers.FULL, form, steps=trainers.FULL_STEPS)
     for found in (*theirs, *ours):
         assert len(found["losses"]) == trainers.FULL_STEPS
@@ -131,14 +162,20 @@ def test_full_rank_is_uncompressed(run: Run, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", WRAPPED)
 def test_rank_2(run: Run, engine: str) -> None:
-    ranks = run(engine, trainers.RANK_2, FORM.get(engine, "section"), **({} if engine in ("fsdp2", "hsdp") else SAVING))
+    ranks = run(
+        engine,
+        trainers.RANK_2,
+        FORM.get(engine, "section"),
+        **({} if engine in ("fsdp2", "hsdp") else SAVING),
+    )
     compressed_training(ranks, engine, WRAPPED[engine][2])
-    blocks = 2 if engine.startswith("hsdp") else 1  # each rank of a node compresses its rows
+    # each rank of a node compresses its rows
+    blocks = 2 if engine.startswith("hsdp") else 1
     for found in ranks:
         assert found["wrapped"] == WRAPPED[engine][1]
         clips(found, engine)
-        # What the optimizer got is of low rank and has the norm of clipping: the averaged gradient was clipped, and nothing
-        # was averaged afterwards.
+        # What the optimizer got is of low rank and has the norm of clipping: the
+        # averaged gradient was clipped, and nothing was averaged afterwards.
         assert 0 < found["largest_rank"] <= 2 * blocks
         assert found["clipped_norm"] == pytest.approx(trainers.CLIP.get(engine, 0.5), rel=1e-3)
 
@@ -147,9 +184,12 @@ def test_rank_2(run: Run, engine: str) -> None:
 def test_a_resumed_run_continues(run: Run, folder: Path, engine: str) -> None:
     form = FORM.get(engine, "section")
     whole = run(engine, trainers.RANK_2, form, **SAVING)
-    resumed = run(engine, trainers.RANK_2, form, resume=str(folder / engine / "checkpoint-25"), steps=50)
+    resumed = run(
+        engine, trainers.RANK_2, form, resume=str(folder / engine / "checkpoint-25"), steps=50
+    )
     for one, other in zip(whole, resumed, strict=True):
-        assert other["losses"] == pytest.approx(one["losses"], abs=1e-4)  # the first half is read from trainer_state.json
+        # the first half is read from trainer_state.json
+        assert other["losses"] == pytest.approx(one["losses"], abs=1e-4)
         assert other["norms"] == pytest.approx(one["norms"], rel=1e-3)
         assert other["steps"] == trainers.STEPS
         assert other["error"] > 0
@@ -164,14 +204,21 @@ def test_engines_agree(run: Run) -> None:
 
 
 def test_two_levels_through_a_section(gloo: GlooPool, folder: Path) -> None:
-    own, two = str(folder / "levels"), trainers.RANK_2 | {"topology": {"shard_size": 2, "shard_scope": "matrix"}}
+    own = str(folder / "levels")
+    two = trainers.RANK_2 | {"topology": {"shard_size": 2, "shard_scope": "matrix"}}
 
     def ran(section: dict[str, Any], **more: Any) -> dict[str, Any]:
-        return gloo.run(functools.partial(trainers.case, steps=12, **more), 4, "ddp", own, section, timeout=100)[0]
+        return gloo.run(
+            functools.partial(trainers.case, steps=12, **more), 4, "ddp", own, section, timeout=100
+        )[0]
 
     whole = ran(two, save_strategy="steps", save_steps=6)
-    assert ran(two, resume=f"{own}/checkpoint-6")["losses"] == pytest.approx(whole["losses"], abs=1e-5)
-    assert ran(trainers.RANK_2)["losses"] == pytest.approx(whole["losses"], abs=1e-5), "the algorithm of whole matrices"
+    assert ran(two, resume=f"{own}/checkpoint-6")["losses"] == pytest.approx(
+        whole["losses"], abs=1e-5
+    )
+    assert ran(trainers.RANK_2)["losses"] == pytest.approx(whole["losses"], abs=1e-5), (
+        "the algorithm of whole matrices"
+    )
     assert whole["logs"][-1]["compression/inside_bytes"] > whole["logs"][-1]["compression/bytes"]
 
 
@@ -253,7 +300,12 @@ def test_wrong_use_with_deepspeed(look: Look) -> None:
 def test_attach_forgotten(gloo: GlooPool, folder: Path) -> None:
     with pytest.raises(CaseFailed) as failed:
         gloo.run(mishaps.without_the_callback, 2, str(folder / "forgotten"))
-    assert str(failed.value).count("LowRankCommError: all 2 ranks came to the first step with the same gradients") == 2
+    assert (
+        str(failed.value).count(
+            "LowRankCommError: all 2 ranks came to the first step with the same gradients"
+        )
+        == 2
+    )
     assert "callbacks=[CompressionCallback(optimizer)]" in str(failed.value)
 
 

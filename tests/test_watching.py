@@ -17,7 +17,9 @@ def small(rank: int = 0, **keywords: object) -> tuple[nn.Module, CompressedOptim
     torch.manual_seed(0)
     model = nn.Linear(32, 24)
     compressor = PowerSGDPlus(rank=2, restart_every=3, restart="randomized")
-    return model, CompressedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), compressor, **keywords)
+    return model, CompressedOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1), compressor, **keywords
+    )
 
 
 def step(model: nn.Module, optimizer: CompressedOptimizer, factor: float = 1.0) -> float:
@@ -36,12 +38,15 @@ def test_figures_are_of_the_steps_between() -> None:
         step(model, optimizer)
     four = figures.since_last()
     assert four["compression/steps"] == 4
-    assert four["compression/restarts"] == 2  # of the one matrix, at t = 0 and 3
+    # of the one matrix, at t = 0 and 3
+    assert four["compression/restarts"] == 2
     ledger = optimizer.ledger
     assert four["compression/bytes"] == ledger.total_bytes / 4
     assert four["compression/ratio"] == ledger.uncompressed_bytes / ledger.total_bytes
     assert four["compression/captured_energy"] == optimizer.last_report.captured_energy  # type: ignore[union-attr]
-    assert four["compression/error_norm"] == pytest.approx(float(optimizer.error_memory()["weight"].norm()))
+    assert four["compression/error_norm"] == pytest.approx(
+        float(optimizer.error_memory()["weight"].norm())
+    )
     phases = {key.removeprefix("compression/ms/") for key in four if "/ms/" in key}
     assert phases == {"compress", "communicate", "decompress", "commit"}
     for phase in phases:
@@ -63,19 +68,23 @@ def test_skipped_steps_are_counted() -> None:
     found = figures.since_last()
     assert (found["compression/steps"], found["compression/skipped_steps"]) == (2, 1)
     assert optimizer.step_was_skipped
-    assert "compression/captured_energy" not in found  # nothing was sent in the last one
+    # nothing was sent in the last one
+    assert "compression/captured_energy" not in found
     step(model, optimizer)
     assert not optimizer.step_was_skipped
 
 
 def test_without_a_compressed_matrix() -> None:
     layer = nn.Linear(4, 4)
-    optimizer = CompressedOptimizer(torch.optim.SGD(layer.named_parameters(), lr=0.1), PowerSGD(rank=4))
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(layer.named_parameters(), lr=0.1), PowerSGD(rank=4)
+    )
     figures = Figures(optimizer)
     layer(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     found = figures.since_last()
-    assert 0.5 < found["compression/ratio"] < 1  # the fingerprint and control numbers count
+    # the fingerprint and control numbers count
+    assert 0.5 < found["compression/ratio"] < 1
     assert "compression/error_norm" not in found
 
 

@@ -26,15 +26,22 @@ def compressed(model: nn.Module, **keywords: Any) -> CompressedOptimizer:
 
 
 @contextlib.contextmanager
-def run_of(folder: str, engine: str = "ddp", steps: int = 3, **more: Any) -> Iterator[tuple[Any, Any]]:
+def run_of(
+    folder: str, engine: str = "ddp", steps: int = 3, **more: Any
+) -> Iterator[tuple[Any, Any]]:
     """A new model, and arguments for a short run."""
     with environment(engine) as of_the_engine:
-        yield new_model(engine, Path(folder)), arguments(engine, Path(folder), steps, of_the_engine | more)
+        yield (
+            new_model(engine, Path(folder)),
+            arguments(engine, Path(folder), steps, of_the_engine | more),
+        )
 
 
 def without_the_callback(rank: int, folder: str) -> None:
     with run_of(folder) as (model, args):
-        Trainer(model, args, train_dataset=Sentences(), optimizers=(compressed(model), None)).train()
+        Trainer(
+            model, args, train_dataset=Sentences(), optimizers=(compressed(model), None)
+        ).train()
 
 
 def wrong_use(rank: int, folder: str) -> dict[str, str]:
@@ -45,7 +52,13 @@ def wrong_use(rank: int, folder: str) -> dict[str, str]:
             with run_of(folder, **more) as (model, args):
                 mine = compressed(model) if optimizer else None
                 callback = CompressionCallback(told(model) if callable(told) else told)
-                Trainer(model, args, train_dataset=Sentences(), optimizers=(mine, None), callbacks=[callback])
+                Trainer(
+                    model,
+                    args,
+                    train_dataset=Sentences(),
+                    optimizers=(mine, None),
+                    callbacks=[callback],
+                )
 
         said[name] = message(attempt)
 
@@ -55,7 +68,8 @@ def wrong_use(rank: int, folder: str) -> dict[str, str]:
     build("unknown key", False, {"rnk": 4})
     build("not a compressor", False, 4)
 
-    def fsdp1() -> None:  # accelerate makes a plugin for it on accelerators only
+    # accelerate makes a plugin for it on accelerators only
+    def fsdp1() -> None:
         with run_of(folder) as (model, args):
             trainer = Trainer(model, args, train_dataset=Sentences())
             trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
@@ -65,7 +79,8 @@ def wrong_use(rank: int, folder: str) -> dict[str, str]:
 
     def late(connected: bool) -> None:
         with run_of(folder) as (model, args):
-            trainer, callback = Trainer(model, args, train_dataset=Sentences()), CompressionCallback(RANK_2)
+            trainer = Trainer(model, args, train_dataset=Sentences())
+            callback = CompressionCallback(RANK_2)
             trainer.add_callback(callback)
             if connected:
                 callback.connect(trainer)
@@ -103,7 +118,9 @@ def wrong_use(rank: int, folder: str) -> dict[str, str]:
         with run_of(folder, steps=2) as (model, args):
             mine = compressed(model)
             callbacks = [CompressionCallback(mine)]
-            Own(model, args, train_dataset=Sentences(), optimizers=(mine, None), callbacks=callbacks).train()
+            Own(
+                model, args, train_dataset=Sentences(), optimizers=(mine, None), callbacks=callbacks
+            ).train()
 
     said["a subclass with an optimizer of its own"] = message(replaced)
     build("batch sizes found out", False, RANK_2, auto_find_batch_size=True)
@@ -113,7 +130,9 @@ def wrong_use(rank: int, folder: str) -> dict[str, str]:
         with run_of(folder) as (model, args):
             mine = compressed(model, reduce_at="step")
             callbacks = [CompressionCallback(mine)]
-            Trainer(model, args, train_dataset=Sentences(), optimizers=(mine, None), callbacks=callbacks).train()
+            Trainer(
+                model, args, train_dataset=Sentences(), optimizers=(mine, None), callbacks=callbacks
+            ).train()
 
     said["reduces too late"] = message(too_late)
     return said
@@ -133,10 +152,15 @@ class Lines(logging.Handler):
 def fsdp_on_a_cpu(rank: int, folder: str) -> tuple[list[str], str]:
     heard, log = Lines(), logging.getLogger("lowrank_comm")
     log.addHandler(heard)
-    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    fsdp = {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    }
     try:
         with run_of(folder, steps=1, **fsdp) as (model, args):
-            trainer = Trainer(model, args, train_dataset=Sentences(), callbacks=[CompressionCallback(RANK_2)])
+            trainer = Trainer(
+                model, args, train_dataset=Sentences(), callbacks=[CompressionCallback(RANK_2)]
+            )
             trainer.train()
             return heard.lines, type(trainer.model_wrapped).__name__
     finally:
@@ -149,9 +173,16 @@ def nothing_worth_it(rank: int, folder: str) -> tuple[str, list[float]]:
     printed = io.StringIO()
     with run_of(folder) as (model, args), contextlib.redirect_stdout(printed):
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-        trainer = Trainer(model, args, train_dataset=Sentences(), callbacks=[CompressionCallback(PowerSGDPlus(rank=4))])
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=Sentences(),
+            callbacks=[CompressionCallback(PowerSGDPlus(rank=4))],
+        )
         trainer.train()
-        return printed.getvalue(), [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        return printed.getvalue(), [
+            log["loss"] for log in trainer.state.log_history if "loss" in log
+        ]
 
 
 def frozen_parts(rank: int, folder: str) -> tuple[str, float, float]:
@@ -159,16 +190,25 @@ def frozen_parts(rank: int, folder: str) -> tuple[str, float, float]:
     with run_of(folder) as (model, args), contextlib.redirect_stdout(printed):
         model.get_input_embeddings().requires_grad_(False)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        trainer = Trainer(model, args, train_dataset=Sentences(), callbacks=[CompressionCallback({**RANK_2, "rank": 1})])
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=Sentences(),
+            callbacks=[CompressionCallback({**RANK_2, "rank": 1})],
+        )
         trainer.train()
-        moved = {name: float((p - before[name]).detach().norm()) for name, p in model.named_parameters()}
+        moved = {
+            name: float((p - before[name]).detach().norm()) for name, p in model.named_parameters()
+        }
         rows = "\n".join(row.name for row in trainer.optimizer.optimizer.plan.rows)
         frozen = sum(moved.pop(name) for name in list(moved) if "embed_tokens" in name)
         return rows, min(moved.values()), frozen
 
 
 def outside_of_training(rank: int, folder: str) -> tuple[int, int, int]:
-    """After train(): another backward of the model, on one rank alone; then an uncompressed Trainer on the same model."""
+    """After train(): another backward of the model, on one rank alone; then an
+    uncompressed Trainer on the same model.
+    """
     with run_of(folder) as (model, args):
         callback = CompressionCallback(RANK_2)
         trainer = Trainer(model, args, train_dataset=Sentences(), callbacks=[callback])
@@ -191,7 +231,10 @@ def trials(rank: int, folder: str) -> list[int]:
     with run_of(folder) as (_, args):
         callback = CompressionCallback(RANK_2)
         trainer = Trainer(
-            args=args, train_dataset=Sentences(), callbacks=[callback], model_init=lambda: new_model("ddp", Path(folder))
+            args=args,
+            train_dataset=Sentences(),
+            callbacks=[callback],
+            model_init=lambda: new_model("ddp", Path(folder)),
         )
         for _ in range(2):
             trainer.train()

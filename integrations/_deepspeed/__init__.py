@@ -1,1 +1,3 @@
-"""The parts of the DeepSpeed adapter; `lowrank_comm.integrations.deepspeed` is its public face."""
+"""The parts of the DeepSpeed adapter; `lowrank_comm.integrations.deepspeed` is its
+public face.
+"""

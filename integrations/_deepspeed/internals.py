@@ -1,19 +1,22 @@
-"""With `_deepspeed_zero` the one place that touches DeepSpeed's private surface: where gradients wait, and how reduced ones
-are handed over.
+"""With `_deepspeed_zero` the one place that touches DeepSpeed's private surface: where
+gradients wait, and how reduced ones are handed over.
 
-DeepSpeed averages gradients in different ways at each ZeRO stage. All of them start at one method, which the engine calls
-at the end of every backward, whether that was `engine.backward(loss)` or `loss.backward()`:
+DeepSpeed averages gradients in different ways at each ZeRO stage. All of them start at
+one method, which the engine calls at the end of every backward, whether that was
+`engine.backward(loss)` or `loss.backward()`:
 
     engine.allreduce_gradients()    replaced: does nothing but collect before the accumulation boundary, and there hands
-                                    all local gradients to the reducer at once, then the result to DeepSpeed
+                                    all local gradients to the reducer at once, then the
+                                    result to DeepSpeed
 
-ZeRO also averages earlier, from hooks on single parameters. DeepSpeed has a switch that keeps these hooks still, made
-for its `coalesce_grad_reduction()`; it stays on, so full local gradients wait on the parameters until the boundary.
-Everything that DeepSpeed would average with otherwise is replaced by a function that raises, so that nothing is reduced
-twice and nothing is silently left unreduced.
+ZeRO also averages earlier, from hooks on single parameters. DeepSpeed has a switch that
+keeps these hooks still, made for its `coalesce_grad_reduction()`; it stays on, so full
+local gradients wait on the parameters until the boundary. Everything that DeepSpeed
+would average with otherwise is replaced by a function that raises, so that nothing is
+reduced twice and nothing is silently left unreduced.
 
-A `Seam` is one kind of optimizer wrapper: here those that hold whole gradients; in `_deepspeed_zero` those of ZeRO, and
-which one serves an engine.
+A `Seam` is one kind of optimizer wrapper: here those that hold whole gradients; in
+`_deepspeed_zero` those of ZeRO, and which one serves an engine.
 """
 
 from __future__ import annotations
@@ -45,19 +48,28 @@ ENGINE = (
     "_flush_coalesced_reduction_zero3",
     "_take_model_step",
 )
-ENGINE_STATE = ("module", "optimizer", "global_steps", "seq_data_parallel_group", "_config", "_step_applied")
+ENGINE_STATE = (
+    "module",
+    "optimizer",
+    "global_steps",
+    "seq_data_parallel_group",
+    "_config",
+    "_step_applied",
+)
 
 Gradients = list[Tensor | None]
 
 
 def check(owner: Any, names: Sequence[str], what: str) -> None:
     """UnsupportedError naming the version if `owner` lacks one of the attributes."""
-    # An engine passes unknown names on to the user's model, so what counts is its class and its own dictionary.
+    # An engine passes unknown names on to the user's model, so what counts is its class
+    # and its own dictionary.
     missing = [name for name in names if not hasattr(type(owner), name) and name not in vars(owner)]
     if missing:
         raise UnsupportedError(
-            f"lowrank_comm: {what} of DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which the adapter "
-            f"needs. It is tested with DeepSpeed {TESTED}; install that, or remove the 'lowrank_comm' section."
+            f"lowrank_comm: {what} of DeepSpeed {deepspeed.__version__} has no"
+            f" {', '.join(missing)}, which the adapter needs. It is tested with DeepSpeed {TESTED};"
+            " install that, or remove the 'lowrank_comm' section."
         )
 
 
@@ -65,7 +77,11 @@ def does_not_train(engine: Any) -> bool:
     """Whether an engine has no optimizer."""
     optimizer = engine.optimizer
     without = ("DummyOptim", "DeepSpeedZeRoOffload")
-    return optimizer is None or type(optimizer).__name__ in without or not getattr(optimizer, "using_real_optimizer", True)
+    return (
+        optimizer is None
+        or type(optimizer).__name__ in without
+        or not getattr(optimizer, "using_real_optimizer", True)
+    )
 
 
 def process_group(engine: Any) -> Any:
@@ -74,10 +90,12 @@ def process_group(engine: Any) -> Any:
 
 
 class Seam(ABC):
-    """One kind of optimizer wrapper: where its gradients wait, and how reduced ones are handed over.
+    """One kind of optimizer wrapper: where its gradients wait, and how reduced ones are
+    handed over.
 
     Attributes:
-        names, parameters: of everything that is trained, in the same order on all ranks.
+        names, parameters: of everything that is trained, in the same order on all
+            ranks.
         needs: names that the optimizer must have.
         skips_by_itself: DeepSpeed's own step finds NaN in the gradients and skips.
     """
@@ -89,7 +107,11 @@ class Seam(ABC):
         self.engine, self.optimizer = engine, engine.optimizer
         check(self.optimizer, self.needs, type(self.optimizer).__name__)
         trained = self._trained()
-        named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad and numel(p) > 0]
+        named = [
+            (name, p)
+            for name, p in engine.module.named_parameters()
+            if p.requires_grad and numel(p) > 0
+        ]
         if trained is not None:
             named = [(name, p) for name, p in named if id(p) in trained]
         self.names = [name for name, _ in named]
@@ -98,7 +120,10 @@ class Seam(ABC):
     @property
     def description(self) -> str:
         """For the report at the start."""
-        return f"ZeRO stage {int(self.engine.zero_optimization_stage())} ({type(self.optimizer).__name__})"
+        return (
+            f"ZeRO stage {int(self.engine.zero_optimization_stage())}"
+            f" ({type(self.optimizer).__name__})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +132,9 @@ class Seam(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """What the gradients are multiplied by at this moment; changes over time in fp16."""
+        """What the gradients are multiplied by at this moment; changes over time in
+        fp16.
+        """
         return float(getattr(self.optimizer, "loss_scale", 1.0) or 1.0)
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
@@ -119,17 +146,22 @@ class Seam(ABC):
 
         Args:
             end_of_backward: called after each backward.
-            reduce: called where DeepSpeed wants the reduction now, whatever the micro-step.
+            reduce: called where DeepSpeed wants the reduction now, whatever the
+                micro-step.
         """
         self.engine.allreduce_gradients = end_of_backward
         self.engine.buffered_allreduce_fallback = unreduced
 
     def collect(self, boundary: bool) -> None:  # noqa: B027 - most seams have nothing to do here
-        """After each backward: take note of the boundary, and accumulate what DeepSpeed leaves to its hooks."""
+        """After each backward: take note of the boundary, and accumulate what DeepSpeed
+        leaves to its hooks.
+        """
 
     @abstractmethod
     def gradients(self) -> Gradients:
-        """Local gradients, accumulated over the micro-steps, one for each parameter; None where there is none."""
+        """Local gradients, accumulated over the micro-steps, one for each parameter;
+        None where there is none.
+        """
 
     @abstractmethod
     def hand_over(self, gradients: Gradients) -> None:
@@ -137,26 +169,33 @@ class Seam(ABC):
 
     @abstractmethod
     def _trained(self) -> set[int] | None:
-        """Ids of the parameters whose gradients DeepSpeed would average; None for all that require a gradient."""
+        """Ids of the parameters whose gradients DeepSpeed would average; None for all
+        that require a gradient.
+        """
 
-    def drop(self) -> None:  # noqa: B027 - where gradients are on the parameters only, they are dropped there
+    def drop(self) -> None:  # noqa: B027 - gradients on the parameters only are dropped there
         """The user has dropped the gradients: forget what was collected of them."""
 
     def before_step(self) -> None:  # noqa: B027 - most seams have nothing to do here
         """Before each step of the engine."""
 
     def skipped_step(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, `_take_model_step` leaves the parameters as they are and counts a skipped step."""
+        """Inside, `_take_model_step` leaves the parameters as they are and counts a
+        skipped step.
+        """
         return contextlib.nullcontext()
 
 
 class PlainGradients(Seam):
-    """Stage 0: `p.grad`, read by a torch optimizer or by DeepSpeed's fp16/bf16 wrapper of one."""
+    """Stage 0: `p.grad`, read by a torch optimizer or by DeepSpeed's fp16/bf16 wrapper
+    of one.
+    """
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        # The engine asks its optimizer for `overflow` after each step. A torch optimizer has none, so an fp32 engine would
-        # never skip; with it, the engine does the bookkeeping of a skipped step as at other stages.
+        # The engine asks its optimizer for `overflow` after each step. A torch
+        # optimizer has none, so an fp32 engine would never skip; with it, the engine
+        # does the bookkeeping of a skipped step as at other stages.
         self.skips_by_itself = not isinstance(self.optimizer, torch.optim.Optimizer)
         self.before_step()
 
@@ -172,25 +211,30 @@ class PlainGradients(Seam):
         for name, p in self.engine.module.named_parameters():
             if p.grad is not None and p.requires_grad and id(p) not in known:
                 raise UnsupportedError(
-                    f"lowrank_comm: parameter {name!r} was frozen when deepspeed.initialize ran and has a gradient now, "
-                    "which nobody would average. Unfreeze parameters before deepspeed.initialize."
+                    f"lowrank_comm: parameter {name!r} was frozen when deepspeed.initialize ran and"
+                    " has a gradient now, which nobody would average. Unfreeze parameters before"
+                    " deepspeed.initialize."
                 )
         return [p.grad for p in self.parameters]
 
     def hand_over(self, gradients: Gradients) -> None:
         for p, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None:
-                p.grad = torch.zeros_like(p)  # as DeepSpeed does: the optimizer's step counts for this parameter too
+                # as DeepSpeed does: the optimizer's step counts for this parameter too
+                p.grad = torch.zeros_like(p)
             elif gradient is not p.grad:
                 p.grad = gradient
 
     @contextlib.contextmanager
     def skipped_step(self) -> Iterator[None]:
-        step, own = self.optimizer.step, "step" in vars(self.optimizer)  # a scheduler of torch sets it on the instance
+        # a scheduler of torch sets it on the instance
+        step, own = self.optimizer.step, "step" in vars(self.optimizer)
         self.optimizer.overflow, self.optimizer.step = True, lambda *args, **kwargs: None
         try:
             yield
-        finally:  # `overflow` stays until the next step: Accelerate asks for it after this one
+        finally:
+            # `overflow` stays until the next step: Accelerate asks for it after this
+            # one
             if own:
                 self.optimizer.step = step
             else:
@@ -198,7 +242,9 @@ class PlainGradients(Seam):
 
 
 class FloatViews(Seam):
-    """`BF16_Optimizer` (stage 1, bfloat16, fp32 accumulation): 1-D views of a flat fp32 buffer."""
+    """`BF16_Optimizer` (stage 1, bfloat16, fp32 accumulation): 1-D views of a flat fp32
+    buffer.
+    """
 
     needs = (
         "bf16_groups", "fp32_groups_gradients", "fp32_groups_has_gradients", "set_gradient_accumulation_boundary",
@@ -207,7 +253,11 @@ class FloatViews(Seam):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        place = {id(p): (i, j) for i, group in enumerate(self.optimizer.bf16_groups) for j, p in enumerate(group)}
+        place = {
+            id(p): (i, j)
+            for i, group in enumerate(self.optimizer.bf16_groups)
+            for j, p in enumerate(group)
+        }
         self._places = [place[id(p)] for p in self.parameters]
 
     def _trained(self) -> set[int]:
@@ -223,7 +273,8 @@ class FloatViews(Seam):
         self.optimizer.set_gradient_accumulation_boundary(boundary)
 
     def gradients(self) -> Gradients:
-        views, present = self.optimizer.fp32_groups_gradients, self.optimizer.fp32_groups_has_gradients
+        views = self.optimizer.fp32_groups_gradients
+        present = self.optimizer.fp32_groups_has_gradients
         return [
             views[i][j].view(p.shape) if present[i][j] else None
             for p, (i, j) in zip(self.parameters, self._places, strict=True)
@@ -236,7 +287,8 @@ class FloatViews(Seam):
             view = self.optimizer.fp32_groups_gradients[i][j]
             if gradient.data_ptr() != view.data_ptr():
                 view.copy_(gradient.reshape(-1))
-            # The norm is taken over the flagged ones, so the flags must be the same on all ranks.
+            # The norm is taken over the flagged ones, so the flags must be the same on
+            # all ranks.
             self.optimizer.fp32_groups_has_gradients[i][j] = True
             p._hp_grad = view  # type: ignore[attr-defined]
 
@@ -254,7 +306,8 @@ def shape(parameter: Tensor) -> tuple[int, ...]:
 def unreduced(*args: Any, **kwargs: Any) -> NoReturn:
     """Stands where DeepSpeed would average gradients by itself."""
     raise UnsupportedError(
-        "lowrank_comm: DeepSpeed was about to average gradients by itself, past the compressed reduction, which runs at "
-        "the end of the last backward before engine.step(). Use engine.backward(loss), or loss.backward() on what the "
-        "engine's forward returned, and then engine.step()."
+        "lowrank_comm: DeepSpeed was about to average gradients by itself, past the compressed"
+        " reduction, which runs at the end of the last backward before engine.step(). Use"
+        " engine.backward(loss), or loss.backward() on what the engine's forward returned, and then"
+        " engine.step()."
     )

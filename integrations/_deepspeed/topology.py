@@ -1,13 +1,16 @@
-"""Who is a worker of a DeepSpeed engine: every rank, or the node, whose ranks share its gradients and error memory.
+"""Who is a worker of a DeepSpeed engine: every rank, or the node, whose ranks share its
+gradients and error memory.
 
-With two levels a pass over the whole gradients, which every rank holds at the accumulation boundary at any ZeRO stage, is
+With two levels a pass over the whole gradients, which every rank holds at the
+accumulation boundary at any ZeRO stage, is
 
     scatter    the exact mean inside the node, of which each rank gets a block of rows
     reduce     low-rank factors of the blocks, between the nodes
     gather     the whole result, inside the node
 
-and DeepSpeed then cuts its partitions out of whole gradients as it does with one level. Nodes are runs of consecutive
-ranks of the engine's data-parallel group, as for `zero_hpz_partition_size`.
+and DeepSpeed then cuts its partitions out of whole gradients as it does with one level.
+Nodes are runs of consecutive ranks of the engine's data-parallel group, as for
+`zero_hpz_partition_size`.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ Shape = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def node_size(topology: TopologySection, group: Group, device: torch.device) -> int:
-    """F, the ranks of a node, checked before an engine is built; a collective of the group if it is "node".
+    """F, the ranks of a node, checked before an engine is built; a collective of the
+    group if it is "node".
 
     Args:
         topology: of the section, the same on all ranks.
@@ -49,7 +53,8 @@ def node_size(topology: TopologySection, group: Group, device: torch.device) -> 
         F, the same on all ranks; 1 where every rank is a worker.
 
     Raises:
-        ConfigError: on all ranks, if the group cannot be cut into nodes of F consecutive ranks.
+        ConfigError: on all ranks, if the group cannot be cut into nodes of F
+            consecutive ranks.
     """
     size = topology.shard_size
     if size == "node":
@@ -57,40 +62,50 @@ def node_size(topology: TopologySection, group: Group, device: torch.device) -> 
     assert isinstance(size, int)
     if group.size % size:
         raise ConfigError(
-            f"{_KEY}={size}: {group.size} data-parallel ranks cannot be cut into nodes of {size}; choose a divisor of "
-            f"{group.size}, or 1 to make every rank a worker."
+            f"{_KEY}={size}: {group.size} data-parallel ranks cannot be cut into nodes of {size};"
+            f" choose a divisor of {group.size}, or 1 to make every rank a worker."
         )
     return size
 
 
 def _launched(group: Group, device: torch.device) -> int:
-    """The ranks that the launcher started on each node, if the group consists of whole nodes."""
+    """The ranks that the launcher started on each node, if the group consists of whole
+    nodes.
+    """
     try:
         mine = f"{ranks_in_a_node() or ''}"
     except ValueError:
         mine = ""
-    # The variable may be there on some ranks only, or differ between nodes: all must hear of it, or some would wait.
+    # The variable may be there on some ranks only, or differ between nodes: all must
+    # hear of it, or some would wait.
     told = [words.decode() for words in group.gather_bytes(mine.encode(), device)]
-    fix = "give the number of ranks in a node instead, for example 8, or 1 to make every rank a worker."
+    fix = (
+        "give the number of ranks in a node instead, for example 8, or 1 to make every rank a"
+        " worker."
+    )
     for rank, words in enumerate(told):
         if not words or int(words) < 1:
             raise ConfigError(
-                f'{_KEY}="node" needs LOCAL_WORLD_SIZE (torchrun sets it) or LOCAL_SIZE (deepspeed does), and rank {rank} '
-                f"has no number there; {fix}"
+                f'{_KEY}="node" needs LOCAL_WORLD_SIZE (torchrun sets it) or LOCAL_SIZE (deepspeed'
+                f" does), and rank {rank} has no number there; {fix}"
             )
     for rank, words in enumerate(told):
         if words != told[0]:
             raise ConfigError(
-                f'{_KEY}="node": the launcher started {told[0]} ranks on the node of rank 0 and {words} on that of rank '
-                f"{rank}; {fix}"
+                f'{_KEY}="node": the launcher started {told[0]} ranks on the node of rank 0 and'
+                f" {words} on that of rank {rank}; {fix}"
             )
     size = int(told[0])
     members = _members(group)
-    if len(members) % size or any(len({one // size for one in node}) > 1 for node in _runs(members, size)):
-        ranks = f"{members[0]} to {members[-1]}" if len(members) > 4 else ", ".join(map(str, members))
+    if len(members) % size or any(
+        len({one // size for one in node}) > 1 for node in _runs(members, size)
+    ):
+        ranks = (
+            f"{members[0]} to {members[-1]}" if len(members) > 4 else ", ".join(map(str, members))
+        )
         raise ConfigError(
-            f'{_KEY}="node": {size} ranks were started on each node, and the {len(members)} data-parallel ranks ({ranks}) '
-            f"are not all ranks of some nodes; {fix}"
+            f'{_KEY}="node": {size} ranks were started on each node, and the {len(members)}'
+            f" data-parallel ranks ({ranks}) are not all ranks of some nodes; {fix}"
         )
     return size
 
@@ -104,15 +119,20 @@ def _runs(members: Sequence[int], size: int) -> list[Sequence[int]]:
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 
-# A process group costs connections, and nobody tells when an engine is gone for good: engines of the same ranks share them.
-_made: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+# A process group costs connections, and nobody tells when an engine is gone for good:
+# engines of the same ranks share them.
+_made: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Any, Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _groups(everyone: Group, size: int, device: torch.device) -> tuple[Any, Any]:
-    """The process groups of this rank, (between nodes, inside its node); a collective where they are not there yet.
+    """The process groups of this rank, (between nodes, inside its node); a collective
+    where they are not there yet.
 
     Raises:
-        ConfigError: they cannot be made without the ranks that are no part of the engine.
+        ConfigError: they cannot be made without the ranks that are no part of the
+            engine.
     """
     members = _members(everyone)
     known = _made.setdefault(dist.group.WORLD, {})
@@ -125,7 +145,8 @@ def _groups(everyone: Group, size: int, device: torch.device) -> tuple[Any, Any]
         mine: list[Any] = []
         for kind in (between, _runs(members, size)):
             for ranks in kind:
-                # All ranks of the world make all groups in one order: what NCCL needs to split a communicator.
+                # All ranks of the world make all groups in one order: what NCCL needs
+                # to split a communicator.
                 if of_the_world:
                     made = dist.new_group(list(ranks))
                 elif dist.get_rank() in ranks:
@@ -137,21 +158,25 @@ def _groups(everyone: Group, size: int, device: torch.device) -> tuple[Any, Any]
 
 
 def _check_alone(everyone: Group, device: torch.device) -> None:
-    """Whether a part of the world can make groups without the rest. torch would wait for ever where it cannot."""
+    """Whether a part of the world can make groups without the rest. torch would wait
+    for ever where it cannot.
+    """
     fix = f"Set {_KEY} to 1, or let the engine have all ranks."
     world = dist.group.WORLD
     if getattr(world, "bound_device_id", None) is not None:
         raise ConfigError(
-            f"{_KEY}: the engine has {everyone.size} of {dist.get_world_size()} ranks, and init_process_group was given a "
-            f"device_id (deepspeed does that on CUDA): NCCL then makes groups with all ranks of the world only. {fix}"
+            f"{_KEY}: the engine has {everyone.size} of {dist.get_world_size()} ranks, and"
+            " init_process_group was given a device_id (deepspeed does that on CUDA): NCCL then"
+            f" makes groups with all ranks of the world only. {fix}"
         )
     # torch names a group that only its members make by how many they have already.
     count = str(len(getattr(getattr(dist.distributed_c10d, "_world", None), "pg_names", ())))
     counts = [words.decode() for words in everyone.gather_bytes(count.encode(), device)]
     if len(set(counts)) > 1:
         raise ConfigError(
-            f"{_KEY}: the ranks of the engine are in {' or '.join(sorted(set(counts)))} process groups each, and torch "
-            f"makes groups of these ranks alone only where all are in equally many. {fix}"
+            f"{_KEY}: the ranks of the engine are in {' or '.join(sorted(set(counts)))} process"
+            " groups each, and torch makes groups of these ranks alone only where all are in"
+            f" equally many. {fix}"
         )
 
 
@@ -167,12 +192,20 @@ class Levels:
 
     Attributes:
         everyone: all ranks of the engine.
-        group: the workers: everyone, or the ranks of this rank's place in the other nodes.
+        group: the workers: everyone, or the ranks of this rank's place in the other
+            nodes.
         intra_node: the ranks of this node.
         slots: what this rank's reducer averages.
     """
 
-    def __init__(self, process_group: Any, size: int, scope: str, shapes: Sequence[Shape], device: torch.device) -> None:
+    def __init__(
+        self,
+        process_group: Any,
+        size: int,
+        scope: str,
+        shapes: Sequence[Shape],
+        device: torch.device,
+    ) -> None:
         self.everyone = self.group = Group(process_group)
         self._shapes, self._device = list(shapes), device
         self._scatter: RowScatter | None = None
@@ -194,13 +227,16 @@ class Levels:
             scale: the loss scale that they carry.
 
         Returns:
-            The outcome with whole gradients. After a veto NaN everywhere: DeepSpeed looks only at what a rank owns or has a
-            gradient for, so every rank gets all of it.
+            The outcome with whole gradients. After a veto NaN everywhere: DeepSpeed
+            looks only at what a rank owns or has a gradient for, so every rank gets all
+            of it.
         """
         if self._scatter is None:
             outcome = reducer.reduce(gradients, scale=scale)
         else:
-            reducer.ensure_agreed()  # ranks of a node with different models would wait for each other in the scatter
+            # ranks of a node with different models would wait for each other in the
+            # scatter
+            reducer.ensure_agreed()
             outcome = reducer.reduce(self._scatter.scatter(gradients), scale=scale)
         if not outcome.applied:
             return replace(outcome, grads=self._poisoned(gradients))
@@ -210,22 +246,35 @@ class Levels:
 
     def _poisoned(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [
-            torch.full(shape, torch.nan, dtype=dtype, device=self._device) if g is None else g.fill_(torch.nan)
+            (
+                torch.full(shape, torch.nan, dtype=dtype, device=self._device)
+                if g is None
+                else g.fill_(torch.nan)
+            )
             for g, (_, shape, dtype) in zip(gradients, self._shapes, strict=True)
         ]
 
     def error_memory(self, reducer: Reducer) -> dict[str, Tensor]:
-        """Parameter name -> this rank's block of its error, a live view; empty where it holds no row, dense ones absent."""
-        return {slot.name: shaped["error"] for slot, _, shaped in reducer.blocks() if "error" in shaped}
+        """Parameter name -> this rank's block of its error, a live view; empty where it
+        holds no row, dense ones absent.
+        """
+        return {
+            slot.name: shaped["error"] for slot, _, shaped in reducer.blocks() if "error" in shaped
+        }
 
     def notes(self) -> list[str]:
-        """Lines of the plan: what every rank holds until the boundary, and what goes inside a node."""
+        """Lines of the plan: what every rank holds until the boundary, and what goes
+        inside a node.
+        """
         local = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self._shapes)
         held = f"until then every rank holds all of its local gradients ({human_bytes(local)})"
         if self._scatter is None:
             return [
                 f"{held}, and the whole error memory where one is kept",
-                '("error_feedback": {"offload": true} moves that to the CPU); a checkpoint sends the error memory once',
+                (
+                    '("error_feedback": {"offload": true} moves that to the CPU); a checkpoint'
+                    " sends the error memory once"
+                ),
             ]
         size, gradients, results = self.intra_node.size, 0, 0
         for slot, (_, _, dtype) in zip(self.slots, self._shapes, strict=True):
@@ -234,7 +283,10 @@ class Levels:
             results += largest * dtype.itemsize
         return [
             f"{held}, and 1/{size} of the error memory",
-            f"inside a node, a rank and a step: {human_bytes(gradients)} into a reduce-scatter of the gradients (an "
-            f"exact mean), {human_bytes(results)} into an all-gather of the result",
+            (
+                f"inside a node, a rank and a step: {human_bytes(gradients)} into a reduce-scatter"
+                f" of the gradients (an exact mean), {human_bytes(results)} into an all-gather of"
+                " the result"
+            ),
             "a checkpoint sends the error memory once between nodes and once inside them",
         ]

@@ -1,6 +1,8 @@
-"""Settings of DeepSpeed under which a compressed step would be wrong, or past its guards: refused by name before training.
+"""Settings of DeepSpeed under which a compressed step would be wrong, or past its
+guards: refused by name before training.
 
-Each refusal names the key, the value found, why it cannot be, and what to write instead.
+Each refusal names the key, the value found, why it cannot be, and what to write
+instead.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ Refusal = tuple[str, Any, str, str]
 
 
 def refuse_settings(config: Any, given: dict[str, Any]) -> None:
-    """ConfigError for the first setting of a parsed DeepSpeed configuration that cannot be.
+    """ConfigError for the first setting of a parsed DeepSpeed configuration that cannot
+    be.
 
     Args:
         config: `DeepSpeedConfig`.
@@ -27,13 +30,18 @@ def refuse_settings(config: Any, given: dict[str, Any]) -> None:
 
 
 def refuse_engine(engine: Any) -> None:
-    """ConfigError for what only the finished engine shows: the model, the optimizer, and parallel groups."""
+    """ConfigError for what only the finished engine shows: the model, the optimizer,
+    and parallel groups.
+    """
     _raise_first(_engine(engine))
 
 
 def _raise_first(refusals: Iterator[Refusal]) -> None:
     for key, value, why, fix in refusals:
-        raise ConfigError(f"lowrank_comm: {key}={value!r} is not possible with gradient compression: {why}. {fix}.")
+        raise ConfigError(
+            f"lowrank_comm: {key}={value!r} is not possible with gradient compression: {why}."
+            f" {fix}."
+        )
 
 
 def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
@@ -52,28 +60,62 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
         why = "it compresses gradients by itself, without error feedback"
         yield zero + "zero_quantized_gradients", True, why, "Set it to false"
     if setting("zero_config.zenflow") is not None:
-        yield zero + "zenflow", "{...}", "it selects and transposes gradients on its own schedule", "Remove the section"
+        yield (
+            zero + "zenflow",
+            "{...}",
+            "it selects and transposes gradients on its own schedule",
+            "Remove the section",
+        )
     if setting("zero_config.offload_optimizer.super_offload", False):
         why = "its optimizer takes gradients from DeepSpeed's own reduction"
-        yield zero + "offload_optimizer.super_offload", True, why, "Set it to false; plain offload_optimizer works"
+        yield (
+            zero + "offload_optimizer.super_offload",
+            True,
+            why,
+            "Set it to false; plain offload_optimizer works",
+        )
     if setting("compile_config.deepcompile", False):
-        yield "compile.deepcompile", True, "compiled graphs reduce the gradients themselves", "Set it to false"
+        yield (
+            "compile.deepcompile",
+            True,
+            "compiled graphs reduce the gradients themselves",
+            "Set it to false",
+        )
     if sharded_gradients and not setting("zero_config.contiguous_gradients", True):
-        why = f"ZeRO stage {stage} then averages through a path without a place for the reduced gradients"
+        why = (
+            f"ZeRO stage {stage} then averages through a path without a place for the reduced"
+            " gradients"
+        )
         yield zero + "contiguous_gradients", False, why, "Set it to true, or leave it out"
     if sharded_gradients and bf16 and not setting("bfloat16_config.check_grad_overflow", True):
         why = "a step that some worker vetoed for NaN would be applied"
         yield "bf16.check_grad_overflow", False, why, "Set it to true, or leave it out"
     if not setting("zero_config.compute_grad_norm", True) and not fp16 and not bf16:
-        why = "in fp32 DeepSpeed finds NaN by this norm, and would apply a step that some worker vetoed"
+        why = (
+            "in fp32 DeepSpeed finds NaN by this norm, and would apply a step that some worker"
+            " vetoed"
+        )
         yield zero + "compute_grad_norm", False, why, "Set it to true, or leave it out"
     operation = setting("gradient_allreduce_op", "mean")
     if operation != "mean":
         why = "error feedback is defined for the mean of the workers' gradients"
-        yield "gradient_allreduce_op", operation, why, 'Use "mean", and multiply the learning rate where needed'
-    if setting("torch_autocast_enabled", False) and setting("torch_autocast_dtype") == torch.float16:
+        yield (
+            "gradient_allreduce_op",
+            operation,
+            why,
+            'Use "mean", and multiply the learning rate where needed',
+        )
+    if (
+        setting("torch_autocast_enabled", False)
+        and setting("torch_autocast_dtype") == torch.float16
+    ):
         why = "its loss scaler is torch's, and the error memory must be kept free of the scale"
-        yield "torch_autocast.dtype", "float16", why, 'Use "bfloat16", or the section "fp16" instead'
+        yield (
+            "torch_autocast.dtype",
+            "float16",
+            why,
+            'Use "bfloat16", or the section "fp16" instead',
+        )
     if setting("hybrid_engine.enabled", False):
         yield "hybrid_engine.enabled", True, "it has never been run with it", "Set it to false"
     if setting("expert_parallel_config.enabled", False):
@@ -88,7 +130,12 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
         yield "optimizer.type", config.optimizer_name, _MUON, _OTHER_OPTIMIZER
     if setting("use_node_local_storage", False):
         why = "rank 0 alone writes the compressor's state, and the other nodes would not find it"
-        yield "checkpoint.use_node_local_storage", True, why, "Save to a folder that all nodes share"
+        yield (
+            "checkpoint.use_node_local_storage",
+            True,
+            why,
+            "Save to a folder that all nodes share",
+        )
     if type(given.get("model")).__name__ in ("PipelineModule", "DualPipeVModule"):
         why = "pipeline engines reduce gradients between stages at their own time"
         yield "model", type(given["model"]).__name__, why, "Use ZeRO without pipeline stages"
@@ -96,8 +143,15 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
 
 def _engine(engine: Any) -> Iterator[Refusal]:
     if engine.has_moe_layers:
-        layers = [name for name, module in engine.module.named_modules() if "MoE" in type(module).__name__]
-        yield "model", f"MoE layers {', '.join(layers[:3])}", _EXPERTS, "Remove the 'lowrank_comm' section"
+        layers = [
+            name for name, module in engine.module.named_modules() if "MoE" in type(module).__name__
+        ]
+        yield (
+            "model",
+            f"MoE layers {', '.join(layers[:3])}",
+            _EXPERTS,
+            "Remove the 'lowrank_comm' section",
+        )
     if "Muon" in type(engine.basic_optimizer).__name__:
         yield "optimizer", type(engine.basic_optimizer).__name__, _MUON, _OTHER_OPTIMIZER
     if engine.mp_world_size > 1:
@@ -105,9 +159,16 @@ def _engine(engine: Any) -> Iterator[Refusal]:
     if engine.sequence_parallel_size > 1:
         yield "sequence_parallel_size", engine.sequence_parallel_size, _SEQUENCE, "Set it to 1"
     for name, module in engine.module.named_modules():
-        if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
+        if getattr(module, "sparse", False) and isinstance(
+            module, torch.nn.Embedding | torch.nn.EmbeddingBag
+        ):
             why = "its gradient is sparse, and the reduction is dense"
-            yield f"{name or 'model'}.sparse", True, why, "Build the embedding with sparse=False; it is then compressed"
+            yield (
+                f"{name or 'model'}.sparse",
+                True,
+                why,
+                "Build the embedding with sparse=False; it is then compressed",
+            )
 
 
 _EXPERTS = "experts are averaged over groups of their own"

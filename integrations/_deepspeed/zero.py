@@ -1,7 +1,8 @@
-"""The seams of ZeRO's optimizers, stages 1 to 3, and which seam serves an engine; see `_deepspeed_seams` for what a seam is.
+"""The seams of ZeRO's optimizers, stages 1 to 3, and which seam serves an engine; see
+`_deepspeed_seams` for what a seam is.
 
-A seam is chosen by what the optimizer's wrapper can do, not by the stage's number: ZeRO-1 in bfloat16 with fp32 accumulation
-is no ZeRO optimizer, for example.
+A seam is chosen by what the optimizer's wrapper can do, not by the stage's number:
+ZeRO-1 in bfloat16 with fp32 accumulation is no ZeRO optimizer, for example.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ from lowrank_comm.integrations._deepspeed.internals import (
     unreduced,
 )
 
-_NO_MICRO_STEP = -1  # ZeRO-1/2's count of micro-steps before the first
+# ZeRO-1/2's count of micro-steps before the first
+_NO_MICRO_STEP = -1
 
 
 class ZeroSeam(Seam):
-    """What the ZeRO optimizers of stages 1 to 3 share: hooks kept still, and accumulation in a wider dtype if asked for."""
+    """What the ZeRO optimizers of stages 1 to 3 share: hooks kept still, and
+    accumulation in a wider dtype if asked for.
+    """
 
     needs: tuple[str, ...] = (
         "_coalesce_grad_reduction",
@@ -46,9 +50,14 @@ class ZeroSeam(Seam):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         wide = self.optimizer.gradient_accumulation_dtype
-        # DeepSpeed adds reduced micro-step gradients in this dtype. Here they are added before the reduction, and p.grad
-        # has the parameter's dtype, so a wider sum needs a place of its own.
-        self._wide = wide if wide == torch.float32 and any(p.dtype != wide for p in self.parameters) else None
+        # DeepSpeed adds reduced micro-step gradients in this dtype. Here they are added
+        # before the reduction, and p.grad has the parameter's dtype, so a wider sum
+        # needs a place of its own.
+        self._wide = (
+            wide
+            if wide == torch.float32 and any(p.dtype != wide for p in self.parameters)
+            else None
+        )
         self._sums: dict[int, Tensor] = {}
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
@@ -57,8 +66,11 @@ class ZeroSeam(Seam):
     def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
         super().install(end_of_backward, reduce)
         self.optimizer._coalesce_grad_reduction = True
-        # The end of a user's own `with engine.coalesce_grad_reduction()`, and of a step with caller-owned boundaries.
-        self.engine._flush_coalesced_reduction_zero12 = self.engine._flush_coalesced_reduction_zero3 = reduce
+        # The end of a user's own `with engine.coalesce_grad_reduction()`, and of a step
+        # with caller-owned boundaries.
+        self.engine._flush_coalesced_reduction_zero12 = (
+            self.engine._flush_coalesced_reduction_zero3
+        ) = reduce
         if hasattr(self.optimizer, "finalize_gradient_accumulation_boundary"):
             self.optimizer.finalize_gradient_accumulation_boundary = reduce
 
@@ -86,7 +98,9 @@ class ZeroSeam(Seam):
 
 
 class PartitionedGradients(ZeroSeam):
-    """Stages 1 and 2: DeepSpeed's flush copies gradients into buckets, from which each rank cuts what it owns."""
+    """Stages 1 and 2: DeepSpeed's flush copies gradients into buckets, from which each
+    rank cuts what it owns.
+    """
 
     needs = (
         *ZeroSeam.needs, "bit16_groups", "ipg_buckets", "reduce_scatter", "use_grad_accum_attribute",
@@ -96,7 +110,8 @@ class PartitionedGradients(ZeroSeam):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        self._own_attribute = self.optimizer.use_grad_accum_attribute  # stage 1: wide sums are in p.grad_accum
+        # stage 1: wide sums are in p.grad_accum
+        self._own_attribute = self.optimizer.use_grad_accum_attribute
         if self._own_attribute:
             self._wide = None
         self._reduced: dict[int, Tensor] = {}
@@ -106,12 +121,17 @@ class PartitionedGradients(ZeroSeam):
         return {id(p) for group in self.optimizer.bit16_groups for p in group}
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
-        return self.optimizer.gradient_accumulation_dtype if self._own_attribute else super().dtype(parameter)
+        return (
+            self.optimizer.gradient_accumulation_dtype
+            if self._own_attribute
+            else super().dtype(parameter)
+        )
 
     def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
         self._flush = self.engine._flush_coalesced_reduction_zero12
         super().install(end_of_backward, reduce)
-        self.optimizer.reduce_scatter = False  # the way of whole buckets, which passes through the next line
+        # the way of whole buckets, which passes through the next line
+        self.optimizer.reduce_scatter = False
         self.optimizer.gradient_reduction_w_predivide = self._reduced_bucket
 
     def collect(self, boundary: bool) -> None:
@@ -128,8 +148,9 @@ class PartitionedGradients(ZeroSeam):
             if gradient is None:
                 if not self.optimizer.cpu_offload:
                     continue
-                # DeepSpeed leaves the last step's gradient in its buffer on the CPU where there is none now, NaN of a
-                # skipped step included, and applies it again. Zero is what the other stages use.
+                # DeepSpeed leaves the last step's gradient in its buffer on the CPU
+                # where there is none now, NaN of a skipped step included, and applies
+                # it again. Zero is what the other stages use.
                 gradient = torch.zeros(p.shape, dtype=self.dtype(p), device=self.device)
             if self._own_attribute:
                 p.grad_accum = gradient  # type: ignore[attr-defined]
@@ -138,7 +159,8 @@ class PartitionedGradients(ZeroSeam):
             elif gradient is not p.grad:
                 p.grad = gradient
         self._sums.clear()
-        # Overwrite, whatever is left of gradients that were dropped: the micro-steps are summed already.
+        # Overwrite, whatever is left of gradients that were dropped: the micro-steps
+        # are summed already.
         self.optimizer.micro_step_id = _NO_MICRO_STEP
         for kept in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
             kept.update(dict.fromkeys(kept))
@@ -150,17 +172,22 @@ class PartitionedGradients(ZeroSeam):
             self._reduced.clear()
 
     def _reduced_bucket(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
-        """In place of the all-reduce of a bucket. What is returned goes into the fp32 partition, if there is one."""
+        """In place of the all-reduce of a bucket. What is returned goes into the fp32
+        partition, if there is one.
+        """
         if not self._handing_over:
             unreduced()
         if self._wide is None:
             return tensor
-        groups, bucket = self.optimizer.bit16_groups, self.optimizer.ipg_buckets[communication_data_type]
+        groups = self.optimizer.bit16_groups
+        bucket = self.optimizer.ipg_buckets[communication_data_type]
         return torch.cat([self._reduced[id(groups[i][j])].reshape(-1) for i, j, _ in bucket.params])
 
 
 class PartitionedParameters(ZeroSeam):
-    """Stage 3: each rank gets its part of every gradient through the method that ends DeepSpeed's own reduction."""
+    """Stage 3: each rank gets its part of every gradient through the method that ends
+    DeepSpeed's own reduction.
+    """
 
     needs = (
         *ZeroSeam.needs, "fp16_groups", "partition_grads", "independent_gradient_partition_epilogue", "micro_step_id",
@@ -178,20 +205,27 @@ class PartitionedParameters(ZeroSeam):
 
     def hand_over(self, gradients: Gradients) -> None:
         optimizer, accelerator = self.optimizer, get_accelerator()
-        optimizer.micro_step_id = 0  # overwrite the partitions: the micro-steps are summed already
-        parts = [self._part(p, gradient) for p, gradient in zip(self.parameters, gradients, strict=True)]
+        # overwrite the partitions: the micro-steps are summed already
+        optimizer.micro_step_id = 0
+        parts = [
+            self._part(p, gradient) for p, gradient in zip(self.parameters, gradients, strict=True)
+        ]
         if not accelerator.resolves_data_dependency():
             optimizer.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
         with accelerator.stream(optimizer.reduce_and_partition_stream):
             optimizer.partition_grads(self.parameters, parts)
-        optimizer.independent_gradient_partition_epilogue()  # waits for that stream
-        optimizer._coalesce_grad_reduction = True  # the end of a user's own coalesce_grad_reduction() has cleared it
+        # waits for that stream
+        optimizer.independent_gradient_partition_epilogue()
+        # the end of a user's own coalesce_grad_reduction() has cleared it
+        optimizer._coalesce_grad_reduction = True
         self._sums.clear()
 
     def _part(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
-        """This rank's part of a gradient: ceil(numel / world) elements, fewer or none at the end.
+        """This rank's part of a gradient: ceil(numel / world) elements, fewer or none
+        at the end.
 
-        DeepSpeed keeps the last step's part where a parameter has no gradient now; zero is what stages 0 to 2 use.
+        DeepSpeed keeps the last step's part where a parameter has no gradient now; zero
+        is what stages 0 to 2 use.
         """
         world = self.optimizer._get_param_partition_world_size(parameter)
         size = math.ceil(numel(parameter) / world)
@@ -208,7 +242,8 @@ def choose(engine: Any) -> Seam | None:
     if does_not_train(engine):
         return None
     check(engine, (*ENGINE, *ENGINE_STATE), "the engine")
-    # Before this function existed, ZeRO in fp32 and stage 3 in any dtype applied steps whose gradients were NaN.
+    # Before this function existed, ZeRO in fp32 and stage 3 in any dtype applied steps
+    # whose gradients were NaN.
     check(deepspeed.runtime.utils, ("is_invalid_grad_norm",), "deepspeed.runtime.utils")
     if hasattr(optimizer, "fp32_groups_gradients"):
         return FloatViews(engine)
@@ -219,6 +254,7 @@ def choose(engine: Any) -> Seam | None:
     if int(engine.zero_optimization_stage()) == 0:
         return PlainGradients(engine)
     raise UnsupportedError(
-        f"lowrank_comm: DeepSpeed {deepspeed.__version__} uses {type(optimizer).__name__} here, which the adapter does "
-        f"not know. It is tested with DeepSpeed {TESTED}; remove the 'lowrank_comm' section, or use another stage."
+        f"lowrank_comm: DeepSpeed {deepspeed.__version__} uses {type(optimizer).__name__} here,"
+        f" which the adapter does not know. It is tested with DeepSpeed {TESTED}; remove the"
+        " 'lowrank_comm' section, or use another stage."
     )

@@ -1,4 +1,6 @@
-"""What the engines of flat and of hybrid sharding share: DTensors, their local shards, and the hooks of FSDP2."""
+"""What the engines of flat and of hybrid sharding share: DTensors, their local shards,
+and the hooks of FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def shard_dim(parameter: Tensor) -> int:
 
 
 def padded(parameter: Tensor, ranks: int) -> int:
-    """Bytes of a gradient in a reduce-scatter, whose blocks are all as long as the first."""
+    """Bytes of a gradient in a reduce-scatter, whose blocks are all as long as the
+    first.
+    """
     m, *rest = parameter.shape
     return -(-m // ranks) * ranks * math.prod(rest) * parameter.dtype.itemsize
 
@@ -58,7 +62,9 @@ class FSDPEngine(Engine):
     @property
     @override
     def can_overlap(self) -> bool:
-        return False  # FSDP's last reduce-scatters and the copies into p.grad end with the backward pass
+        # FSDP's last reduce-scatters and the copies into p.grad end with the backward
+        # pass
+        return False
 
     @override
     def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:

@@ -1,4 +1,6 @@
-"""FSDP2 over one dimension: whole local gradients wait in FSDP until the reducer averages them; see `fsdp`."""
+"""FSDP2 over one dimension: whole local gradients wait in FSDP until the reducer
+averages them; see `fsdp`.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,27 @@ class FlatEngine(FSDPEngine):
     """
 
     name = "FSDP2, flat"
-    compares_values = False  # every rank holds other rows
-    accumulates_by = "model.set_requires_gradient_sync(False)` before, or `with optimizer.no_sync(): loss.backward()"
+    # every rank holds other rows
+    compares_values = False
+    accumulates_by = (
+        "model.set_requires_gradient_sync(False)` before, or `with optimizer.no_sync():"
+        " loss.backward()"
+    )
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         super().__init__(model, group, IntraNodeGroup())
-        self._by_id = {id(seams.of_the_model(p)): p for group in self._groups for p in group.fsdp_params}
+        self._by_id = {
+            id(seams.of_the_model(p)): p for group in self._groups for p in group.fsdp_params
+        }
         self._mine: list[Any] = []
-        self._give_back = [seams.replace_reduce_scatter(group, _Unreduced()) for group in self._groups]
+        self._give_back = [
+            seams.replace_reduce_scatter(group, _Unreduced()) for group in self._groups
+        ]
         self._class_method(False)
         model.__dict__[_SYNCS] = True
-        model.__dict__["set_requires_gradient_sync"] = functools.partial(_remember, weakref.ref(model))
+        model.__dict__["set_requires_gradient_sync"] = functools.partial(
+            _remember, weakref.ref(model)
+        )
 
     def _class_method(self, requires_gradient_sync: bool) -> None:
         type(self._model).set_requires_gradient_sync(self._model, requires_gradient_sync)  # type: ignore[attr-defined]
@@ -54,9 +66,14 @@ class FlatEngine(FSDPEngine):
         for name, p in named:
             if shard_dim(p) != 0:
                 raise UnsupportedError(
-                    f"attach: {name} is sharded along dimension {shard_dim(p)}; the flat FSDP2 engine needs Shard(0)."
+                    f"attach: {name} is sharded along dimension {shard_dim(p)}; the flat FSDP2"
+                    " engine needs Shard(0)."
                 )
-            slots.append(ParamInfo(name, tuple(p.shape), seams.gradient_dtype(self._by_id[id(p)]), local(p).device))
+            slots.append(
+                ParamInfo(
+                    name, tuple(p.shape), seams.gradient_dtype(self._by_id[id(p)]), local(p).device
+                )
+            )
         return slots
 
     @override
@@ -72,7 +89,8 @@ class FlatEngine(FSDPEngine):
             mine = result[rows].to(parameter.dtype, copy=True)
             if parameter.grad is None:
                 parameter.grad = placed_like(parameter, mine)
-            else:  # averaged before, and not cleared: torch adds to it, too
+            else:
+                # averaged before, and not cleared: torch adds to it, too
                 local(parameter.grad).add_(mine)
 
     @override
@@ -91,7 +109,10 @@ class FlatEngine(FSDPEngine):
 
     @override
     def watch(
-        self, parameters: Sequence[Tensor], on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None
+        self,
+        parameters: Sequence[Tensor],
+        on_gradient: Callable[[Tensor], None],
+        at_end: Callable[[], None] | None,
     ) -> BackwardWatch:
         return _GroupWatch(self._model, parameters, on_gradient, at_end)
 
@@ -107,14 +128,24 @@ class FlatEngine(FSDPEngine):
         parameters = list(self._by_id.values())
         whole = sum(p.sharded_param.numel() * seams.gradient_dtype(p).itemsize for p in parameters)
         return [
-            "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which each rank keeps its rows",
-            f"until the end of backward every rank holds its own whole gradients ({human_bytes(whole)}), and the "
-            "whole error memory where one is kept; HSDP (a 2-D mesh) divides both by the ranks in a node",
+            (
+                "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which"
+                " each rank keeps its rows"
+            ),
+            (
+                "until the end of backward every rank holds its own whole gradients"
+                f" ({human_bytes(whole)}), and the whole error memory where one is kept; HSDP (a"
+                " 2-D mesh) divides both by the ranks in a node"
+            ),
         ]
 
 
-def _remember(model: weakref.ref[nn.Module], requires_gradient_sync: bool, *, recurse: bool = True) -> None:
-    """In place of the model's method: what it says tells the last backward pass of a step from those before."""
+def _remember(
+    model: weakref.ref[nn.Module], requires_gradient_sync: bool, *, recurse: bool = True
+) -> None:
+    """In place of the model's method: what it says tells the last backward pass of a
+    step from those before.
+    """
     there = model()
     if there is not None:
         there.__dict__[_SYNCS] = requires_gradient_sync
@@ -128,13 +159,16 @@ class _Unreduced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise LowRankCommError(
-            "FSDP2 was about to reduce-scatter gradients past the compressed reduction: set_requires_gradient_sync(True) "
-            "was called on a part of the model. Call it on the model that was given to attach()."
+            "FSDP2 was about to reduce-scatter gradients past the compressed reduction:"
+            " set_requires_gradient_sync(True) was called on a part of the model. Call it on the"
+            " model that was given to attach()."
         )
 
 
 class _GroupWatch(BackwardWatch):
-    """FSDP fires no hooks of parameters while it does not reduce; its groups tell of their gradients instead."""
+    """FSDP fires no hooks of parameters while it does not reduce; its groups tell of
+    their gradients instead.
+    """
 
     def __init__(
         self,
@@ -151,7 +185,9 @@ class _GroupWatch(BackwardWatch):
             if watch is not None:
                 watch._group_is_done(group)
 
-        self._giving_back = [weakref.finalize(self, undo) for undo in seams.after_each_group(model, group_is_done)]
+        self._giving_back = [
+            weakref.finalize(self, undo) for undo in seams.after_each_group(model, group_is_done)
+        ]
         for finalizer in self._giving_back:
             finalizer.atexit = False
 

@@ -1,4 +1,6 @@
-"""What both kinds of FSDP2 engines share, and HSDP: gradients are DTensors, of which this rank holds a block."""
+"""What both kinds of FSDP2 engines share, and HSDP: gradients are DTensors, of which
+this rank holds a block.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,25 @@ class HSDPEngine(FSDPEngine):
         model: after fully_shard.
         group: between nodes.
         intra_node: inside a node.
-        taken_over: (parameter group of FSDP, its former description) where FSDP's own all-reduce between nodes was switched
-            off.
+        taken_over: (parameter group of FSDP, its former description) where FSDP's own
+            all-reduce between nodes was switched off.
     """
 
     name = "FSDP2, HSDP"
-    accumulates_by = "model.set_requires_all_reduce(False)` before, or `with optimizer.no_sync(): loss.backward()"
+    accumulates_by = (
+        "model.set_requires_all_reduce(False)` before, or `with optimizer.no_sync():"
+        " loss.backward()"
+    )
 
     saves_whole = False
 
-    def __init__(self, model: nn.Module, group: Group, intra_node: IntraNodeGroup, taken_over: list[tuple[Any, Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Group,
+        intra_node: IntraNodeGroup,
+        taken_over: list[tuple[Any, Any]],
+    ) -> None:
         super().__init__(model, group, intra_node)
         self._taken_over = taken_over
         self._mesh_is_2d = self._groups[0].mesh_info.mesh.ndim == 2
@@ -51,8 +62,8 @@ class HSDPEngine(FSDPEngine):
             held, dim = local(p), shard_dim(p)
             if dim != 0 and self.intra_node.whole_matrices:
                 raise UnsupportedError(
-                    f'attach: {name} is sharded along dimension {dim}, and shard_scope="matrix" needs blocks of rows; use '
-                    'Shard(0), or shard_scope="shard".'
+                    f'attach: {name} is sharded along dimension {dim}, and shard_scope="matrix"'
+                    ' needs blocks of rows; use Shard(0), or shard_scope="shard".'
                 )
             whole = tuple(p.shape) if self.intra_node.size > 1 else None
             slots.append(ParamInfo(name, tuple(held.shape), p.dtype, held.device, whole, dim))
@@ -68,23 +79,39 @@ class HSDPEngine(FSDPEngine):
         return super().is_last_backward() and seams.wants_all_reduce(self._groups)
 
     @override
-    def saved(self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
-        """DTensors, which torch.distributed.checkpoint reshards: errors, and what else has a parameter's shape, like their
-        parameters; bases of blocks as blocks."""
-        named, whole_bases = dict(self._named), self.intra_node.size == 1 or self.intra_node.whole_matrices
+    def saved(
+        self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """DTensors, which torch.distributed.checkpoint reshards: errors, and what else
+        has a parameter's shape, like their parameters; bases of blocks as blocks.
+        """
+        named = dict(self._named)
+        whole_bases = self.intra_node.size == 1 or self.intra_node.whole_matrices
         result: dict[str, dict[str, Tensor]] = {}
         for slot, largest, shaped in reducer.blocks():
             parameter, bases = named[slot.name], block_bases(reducer, slot, largest)
             if not whole_bases:
-                mesh, replicated_state = self._shard_mesh(parameter), reducer.assignment.of(largest)[0].replicated_state
-                # Checkpoints take what is plain from any rank, so a rank without rows, which has seen nothing, has none.
-                plain = {symbol: bases.pop(symbol) for symbol in replicated_state if symbol in bases}
+                mesh = self._shard_mesh(parameter)
+                replicated_state = reducer.assignment.of(largest)[0].replicated_state
+                # Checkpoints take what is plain from any rank, so a rank without rows,
+                # which has seen nothing, has none.
+                plain = {
+                    symbol: bases.pop(symbol) for symbol in replicated_state if symbol in bases
+                }
                 bases = {
-                    of_blocks(symbol, self.intra_node.size): DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)
+                    of_blocks(symbol, self.intra_node.size): DTensor.from_local(
+                        basis, mesh, (Shard(0),), run_check=False
+                    )
                     for symbol, basis in bases.items()
                 } | (plain if slot.numel else {})
-            copies = {symbol: tensor if symbol == "error" else tensor.clone() for symbol, tensor in shaped.items()}
-            views = {symbol: self.error_view(slot, parameter, tensor) for symbol, tensor in copies.items()}
+            copies = {
+                symbol: tensor if symbol == "error" else tensor.clone()
+                for symbol, tensor in shaped.items()
+            }
+            views = {
+                symbol: self.error_view(slot, parameter, tensor)
+                for symbol, tensor in copies.items()
+            }
             result[slot.name] = views | bases
         return result
 
@@ -94,28 +121,45 @@ class HSDPEngine(FSDPEngine):
             if self.intra_node.process_group is None:
                 self._mesh = parameter.device_mesh
             else:
-                self._mesh = DeviceMesh.from_group(self.intra_node.process_group, parameter.device_mesh.device_type)
+                self._mesh = DeviceMesh.from_group(
+                    self.intra_node.process_group, parameter.device_mesh.device_type
+                )
         return self._mesh
 
     @override
     def error_view(self, slot: ParamInfo, parameter: Tensor, error: Tensor) -> Tensor:
         mesh = self._shard_mesh(parameter)
-        if mesh.ndim != 1:  # one rank in a node: the parameter's own mesh is all there is
+        # one rank in a node: the parameter's own mesh is all there is
+        if mesh.ndim != 1:
             return error
         places = (Shard(slot.dim),)
         view = DTensor.from_local(
-            error, self._mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride()
+            error,
+            self._mesh,
+            places,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
         )
-        view._local_tensor = error  # and not a view of it: the memory moves, and takes along the views that it has given
+        # and not a view of it: the memory moves, and takes along the views that it has
+        # given
+        view._local_tensor = error
         return view
 
     @override
     def notes(self) -> list[str]:
-        held = sum(padded(p, self.intra_node.size) for p in self._model.parameters() if p.requires_grad)
+        held = sum(
+            padded(p, self.intra_node.size) for p in self._model.parameters() if p.requires_grad
+        )
         how = (
-            "fully_shard's all-reduce between nodes is off" if self._mesh_is_2d else "fully_shard works inside the node only"
+            "fully_shard's all-reduce between nodes is off"
+            if self._mesh_is_2d
+            else "fully_shard works inside the node only"
         )
         return [
-            f"FSDP2, HSDP: {how}; its exact reduce-scatter in a node carries {human_bytes(held)} a backward pass",
+            (
+                f"FSDP2, HSDP: {how}; its exact reduce-scatter in a node carries"
+                f" {human_bytes(held)} a backward pass"
+            ),
             "error memory is that of this rank's shards",
         ]

@@ -1,10 +1,12 @@
-"""The one place that reads FSDP2's private surface: parameter groups, unsharded gradients, who reduces what.
+"""The one place that reads FSDP2's private surface: parameter groups, unsharded
+gradients, who reduces what.
 
     param_groups(model)        every group of parameters that FSDP reduces together, once each
     FSDPParamGroup.mesh_info   over which mesh; says whether FSDP averages over replicas too
     FSDPParam                  one parameter: `sharded_param` (a DTensor), the unsharded one and its gradient
 
-Tested with the torch version of the constraints file; anything missing is refused by name.
+Tested with the torch version of the constraints file; anything missing is refused by
+name.
 """
 
 from __future__ import annotations
@@ -19,27 +21,46 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lowrank_comm.errors import UnsupportedError
 
-_GROUP = ("fsdp_params", "mesh_info", "post_backward", "reduce_grads", "all_reduce_grads", "gradient_divide_factor")
-_PARAM = ("sharded_param", "_module_info", "mp_policy", "to_sharded_dtensor", "unsharded_accumulated_grad")
+_GROUP = (
+    "fsdp_params",
+    "mesh_info",
+    "post_backward",
+    "reduce_grads",
+    "all_reduce_grads",
+    "gradient_divide_factor",
+)
+_PARAM = (
+    "sharded_param",
+    "_module_info",
+    "mp_policy",
+    "to_sharded_dtensor",
+    "unsharded_accumulated_grad",
+)
 
 
 def _check(owner: Any, names: tuple[str, ...]) -> None:
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         raise UnsupportedError(
-            f"attach: {type(owner).__name__} of torch {torch.__version__} has no {', '.join(missing)}, which the FSDP2 "
-            "adapter needs. It is tested with torch 2.13."
+            f"attach: {type(owner).__name__} of torch {torch.__version__} has no"
+            f" {', '.join(missing)}, which the FSDP2 adapter needs. It is tested with torch 2.13."
         )
 
 
 def modules(model: nn.Module) -> list[Any]:
     """All modules to which fully_shard was applied, outermost first."""
     # By class: what torch.compile returns passes on names that it does not know.
-    return [module for module in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)]
+    return [
+        module
+        for module in model.modules()
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    ]
 
 
 def param_groups(model: nn.Module) -> list[Any]:
-    """Every parameter group once: `fully_shard([norm, head])` shows one group at several modules."""
+    """Every parameter group once: `fully_shard([norm, head])` shows one group at
+    several modules.
+    """
     groups: dict[int, Any] = {}
     for module in modules(model):
         state = module._get_fsdp_state()
@@ -54,14 +75,17 @@ def param_groups(model: nn.Module) -> list[Any]:
 
 
 def of_the_model(parameter: Any) -> Tensor:
-    """The model's parameter, also where it was replaced after fully_shard (weights that were loaded by assignment): FSDP
-    itself notices that at the first forward only."""
+    """The model's parameter, also where it was replaced after fully_shard (weights that
+    were loaded by assignment): FSDP itself notices that at the first forward only.
+    """
     info = parameter._module_info
     return getattr(info.module, info.param_name)  # type: ignore[no-any-return]
 
 
 def kind(group: Any) -> str:
-    """ "flat" (sharded over one dimension), "hsdp" (sharded and replicated), "replicated", or what else it may be."""
+    """ "flat" (sharded over one dimension), "hsdp" (sharded and replicated),
+    "replicated", or what else it may be.
+    """
     return {"FSDPMeshInfo": "flat", "HSDPMeshInfo": "hsdp", "DDPMeshInfo": "replicated"}.get(
         type(group.mesh_info).__name__, type(group.mesh_info).__name__
     )
@@ -73,10 +97,11 @@ def give_back_replicas(group: Any, info: Any) -> None:
 
 
 def take_over_replicas(group: Any) -> Any:
-    """FSDP does not average this group over its replicas any more, only over its shards.
+    """FSDP does not average this group over its replicas any more, only over its
+    shards.
 
-    The group is given the description of a mesh without replicas; the parameters keep theirs, with both dimensions, so
-    clipping and checkpoints see what they saw.
+    The group is given the description of a mesh without replicas; the parameters keep
+    theirs, with both dimensions, so clipping and checkpoints see what they saw.
 
     Returns:
         The description that it had.
@@ -90,9 +115,15 @@ def take_over_replicas(group: Any) -> Any:
 
 
 def is_data_parallel(parameter: DTensor) -> bool:
-    """Whether a DTensor is placed as data parallelism alone places it, with at most one replicated dimension in front."""
+    """Whether a DTensor is placed as data parallelism alone places it, with at most one
+    replicated dimension in front.
+    """
     *before, last = parameter.placements
-    return type(last) is Shard and len(before) <= 1 and all(isinstance(place, Replicate) for place in before)
+    return (
+        type(last) is Shard
+        and len(before) <= 1
+        and all(isinstance(place, Replicate) for place in before)
+    )
 
 
 def is_last_backward(model: nn.Module) -> bool:
@@ -107,7 +138,9 @@ def wants_all_reduce(groups: Sequence[Any]) -> bool:
 
 
 def take_unsharded_gradient(parameter: Any) -> Tensor | None:
-    """The whole local gradient that waits because FSDP was told not to reduce; it is taken away from FSDP."""
+    """The whole local gradient that waits because FSDP was told not to reduce; it is
+    taken away from FSDP.
+    """
     grad: Tensor | None = parameter.unsharded_accumulated_grad
     if grad is not None:
         parameter.unsharded_accumulated_grad = None
@@ -122,7 +155,9 @@ def take_unsharded_gradient(parameter: Any) -> Tensor | None:
 def has_unsharded_gradient(parameter: Any) -> bool:
     """Whether such a gradient waits."""
     unsharded = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+    return parameter.unsharded_accumulated_grad is not None or (
+        unsharded is not None and unsharded.grad is not None
+    )
 
 
 def gradient_dtype(parameter: Any) -> torch.dtype:
@@ -132,7 +167,9 @@ def gradient_dtype(parameter: Any) -> torch.dtype:
 
 
 def replace_reduce_scatter(group: Any, stands_in: Any) -> Callable[[], None]:
-    """Put something in the place of a group's reduce-scatter; returns what puts it back."""
+    """Put something in the place of a group's reduce-scatter; returns what puts it
+    back.
+    """
     _check(group, ("_reduce_scatter_comm",))
     before = group._reduce_scatter_comm
     group._reduce_scatter_comm = stands_in
@@ -140,11 +177,15 @@ def replace_reduce_scatter(group: Any, stands_in: Any) -> Callable[[], None]:
 
 
 def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[Callable[[], None]]:
-    """Calls `call(group)` when a group of parameters has its gradients; yields functions that undo it."""
+    """Calls `call(group)` when a group of parameters has its gradients; yields
+    functions that undo it.
+    """
     for group in param_groups(model):
         original = group.post_backward
 
-        def post_backward(*args: Any, group: Any = group, original: Callable[..., None] = original) -> None:
+        def post_backward(
+            *args: Any, group: Any = group, original: Callable[..., None] = original
+        ) -> None:
             original(*args)
             call(group)
 

@@ -1,6 +1,8 @@
-"""Bidirectional methods: a server holds the model, every worker a point of its own, and both directions are compressed.
+"""Bidirectional methods: a server holds the model, every worker a point of its own, and
+both directions are compressed.
 
-Inkheart SGD and M4 are reconstructions of ours from their paper's abstract; see `inkheart` and `m4`.
+Inkheart SGD and M4 are reconstructions of ours from their paper's abstract; see
+`inkheart` and `m4`.
 """
 
 from __future__ import annotations

@@ -1,21 +1,27 @@
-"""What a bidirectional method is: pure maths that asks for messages between workers and a server, written as a generator.
+"""What a bidirectional method is: pure maths that asks for messages between workers and
+a server, written as a generator.
 
-The server holds x, worker i a point w_i of its own; all are vectors of d numbers. Every step has one order:
+The server holds x, worker i a point w_i of its own; all are vectors of d numbers. Every
+step has one order:
 
     workers   gradients at their own points                                    (whoever drives the method supplies them)
     uplink    Up(vectors, compressor) -> Sent                                  the server gets mean_i C_i(v_i)
     server    Descend(estimate)       -> x+                                    any optimizer's step on x
     downlink  Down(change, blocks)    -> Q_i(x+ - x) for this party's workers  or  Broadcast(x+) -> x+, on a shared coin
 
-A *party* is what runs in one place: `W` workers, numbered in `Context.workers`, and perhaps the server. Over a process
-group a party is one rank with one worker, and rank 0 serves too; the simulation is a single party of all n workers and the
-server, so that the same lines of a method work on (n, d) tensors there. Where there is no server, its tensors (x, the
-estimate, the change) are None. A method never sees a process, nor which kind of party it runs in.
+A *party* is what runs in one place: `W` workers, numbered in `Context.workers`, and
+perhaps the server. Over a process group a party is one rank with one worker, and rank 0
+serves too; the simulation is a single party of all n workers and the server, so that
+the same lines of a method work on (n, d) tensors there. Where there is no server, its
+tensors (x, the estimate, the change) are None. A method never sees a process, nor which
+kind of party it runs in.
 
 Rules that make this correct:
-- A coin, a permutation, a subset of coordinates is drawn from (seed, t, purpose[, worker]); no index ever travels.
-- There is one `Up` in a step. With it every worker tells whether its numbers are finite; if they are not, the step ends
-  there on all parties, the server has not moved, and the state is the one from before.
+- A coin, a permutation, a subset of coordinates is drawn from (seed, t, purpose[,
+  worker]); no index ever travels.
+- There is one `Up` in a step. With it every worker tells whether its numbers are
+  finite; if they are not, the step ends there on all parties, the server has not moved,
+  and the state is the one from before.
 - The state is never changed in place: a step returns the next one.
 """
 
@@ -35,12 +41,16 @@ from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.randomness import stream
 
 State = dict[str, Tensor]
-"""x and others of the server: (d,), where the party has the server; w and others of the workers: (W, d)."""
+"""x and others of the server: (d,), where the party has the server; w and others of the
+workers: (W, d).
+"""
 
 
 @dataclass(frozen=True)
 class Up:
-    """Request: workers send C_i(vectors_i) to the server. vectors: (W, d). Answer: `Sent`."""
+    """Request: workers send C_i(vectors_i) to the server. vectors: (W, d). Answer:
+    `Sent`.
+    """
 
     vectors: Tensor
     compressor: RandK
@@ -61,14 +71,18 @@ class Sent:
 
 @dataclass(frozen=True)
 class Descend:
-    """Request: the server's optimizer steps from x along the estimate of the gradient, (d,). Answer: x+, None without."""
+    """Request: the server's optimizer steps from x along the estimate of the gradient,
+    (d,). Answer: x+, None without.
+    """
 
     estimate: Tensor | None
 
 
 @dataclass(frozen=True)
 class Down:
-    """Request: the server sends Q_i(change) to worker i. change: (d,), None without server. Answer: (W, d)."""
+    """Request: the server sends Q_i(change) to worker i. change: (d,), None without
+    server. Answer: (W, d).
+    """
 
     change: Tensor | None
     blocks: Blocks
@@ -76,7 +90,9 @@ class Down:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Request: the server sends a vector whole to everyone. vector: (d,), None without server. Answer: (d,)."""
+    """Request: the server sends a vector whole to everyone. vector: (d,), None without
+    server. Answer: (d,).
+    """
 
     vector: Tensor | None
 
@@ -94,7 +110,8 @@ class Context:
         t: step, from 0.
         n: number of workers in all.
         d: length of the vectors.
-        workers: numbers of this party's workers, in the order of the rows of its (W, d) tensors.
+        workers: numbers of this party's workers, in the order of the rows of its (W, d)
+            tensors.
         serves: whether the server is here.
         device: of the vectors.
     """
@@ -119,11 +136,14 @@ class Context:
 class Method(abc.ABC):
     """A bidirectional method. Immutable: the state lives with who drives it.
 
-    Q_i: grouped PermK with G blocks. With probability p the server sends x+ whole, w_i+ = x+; else w_i+ = w_i + Q_i(x+ - x)
+    Q_i: grouped PermK with G blocks. With probability p the server sends x+ whole, w_i+
+        = x+; else w_i+ = w_i + Q_i(x+ - x)
 
     Args:
-        downlink_groups: G, 1 for a dense downlink; None for the largest divisor of n that is at most 8.
-        sync_probability: p in (0, 1]; None for 1/G, with which a step sends at most 2 d/G coordinates in the mean.
+        downlink_groups: G, 1 for a dense downlink; None for the largest divisor of n
+            that is at most 8.
+        sync_probability: p in (0, 1]; None for 1/G, with which a step sends at most 2
+            d/G coordinates in the mean.
 
     Class attributes:
         json_name: name in configuration files.
@@ -141,13 +161,20 @@ class Method(abc.ABC):
 
     def __post_init__(self) -> None:
         groups = self.downlink_groups
-        if groups is not None and (isinstance(groups, bool) or not isinstance(groups, int) or groups < 1):
+        if groups is not None and (
+            isinstance(groups, bool) or not isinstance(groups, int) or groups < 1
+        ):
             raise ConfigError(
-                f"{type(self).__name__}: downlink_groups={groups!r} must be an integer from 1 to the number of workers, or "
-                "None; write for example downlink_groups=4."
+                f"{type(self).__name__}: downlink_groups={groups!r} must be an integer from 1 to"
+                " the number of workers, or None; write for example downlink_groups=4."
             )
         if self.sync_probability is not None:
-            check_share(self, "sync_probability", self.sync_probability, "without dense rounds the workers' points drift")
+            check_share(
+                self,
+                "sync_probability",
+                self.sync_probability,
+                "without dense rounds the workers' points drift",
+            )
 
     def groups(self, n: int) -> int:
         """G for n workers.
@@ -159,8 +186,9 @@ class Method(abc.ABC):
             return max(g for g in range(1, min(n, 8) + 1) if n % g == 0)
         if self.downlink_groups > n:
             raise ConfigError(
-                f"{type(self).__name__}: downlink_groups={self.downlink_groups} is more than the {n} worker(s) there are, "
-                f"and some block would reach nobody; use downlink_groups of at most {n}, or None."
+                f"{type(self).__name__}: downlink_groups={self.downlink_groups} is more than the"
+                f" {n} worker(s) there are, and some block would reach nobody; use downlink_groups"
+                f" of at most {n}, or None."
             )
         return self.downlink_groups
 
@@ -178,7 +206,8 @@ class Method(abc.ABC):
         return {"x": x.clone(), **state} if context.serves else state
 
     def rejoin(self, server: State, context: Context) -> State:
-        """A valid state from what the server holds, for any number of workers: every worker at x.
+        """A valid state from what the server holds, for any number of workers: every
+        worker at x.
 
         Args:
             server: the tensors named by `server_state`, on every party.
@@ -194,7 +223,9 @@ class Method(abc.ABC):
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
-        """The uplink: from gradients at `points`, (W, d), to the server's estimate (d,) and what is remembered of it."""
+        """The uplink: from gradients at `points`, (W, d), to the server's estimate (d,)
+        and what is remembered of it.
+        """
 
     def moved(self, state: State) -> State:
         """What else follows from new w_i."""
@@ -219,14 +250,18 @@ class Method(abc.ABC):
             w = whole.expand_as(state["w"]).clone()
         else:
             change = None if x is None or x_next is None else x_next - x
-            blocks = PermK(self.groups(context.n)).draw(context.seed, context.t, context.n, context.d)
+            blocks = PermK(self.groups(context.n)).draw(
+                context.seed, context.t, context.n, context.d
+            )
             received: Tensor = yield Down(change, blocks)
             w = state["w"] + received
         server = {} if x_next is None else {"x": x_next}
         return self.moved({**state, **remembered, **server, "w": w})
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name, compared between workers at the first step and written into checkpoints."""
+        """Plain settings by name, compared between workers at the first step and
+        written into checkpoints.
+        """
         return {"compressor": self.json_name} | {key: getattr(self, key) for key in self.options()}
 
     @classmethod
@@ -240,8 +275,8 @@ def check_share(owner: object, key: str, value: object, why_above_0: str) -> Non
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0.0 < value <= 1.0:  # type: ignore[operator]
         raise ConfigError(
-            f"{type(owner).__name__}: {key}={value!r} must be a number above 0 and at most 1 ({why_above_0}); write for "
-            f"example {key}=0.25."
+            f"{type(owner).__name__}: {key}={value!r} must be a number above 0 and at most 1"
+            f" ({why_above_0}); write for example {key}=0.25."
         )
 
 
@@ -250,7 +285,9 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def up(self, request: Up, context: Context, finite: bool) -> Sent | None:
-        """Answer `Up`; None on all parties, if some worker's numbers or the mean are not finite."""
+        """Answer `Up`; None on all parties, if some worker's numbers or the mean are
+        not finite.
+        """
 
     @abc.abstractmethod
     def down(self, request: Down, context: Context, like: Tensor) -> Tensor:
@@ -277,7 +314,8 @@ def drive(
         gradients: at `method.points(state)`, (W, d).
         context: of the step.
         transport: answers requests.
-        descend: the server's optimizer: estimate (d,) -> x+ (d,); called where the server is, in steps that nobody vetoed.
+        descend: the server's optimizer: estimate (d,) -> x+ (d,); called where the
+            server is, in steps that nobody vetoed.
 
     Returns:
         The next state; None, if the step was vetoed on all parties.

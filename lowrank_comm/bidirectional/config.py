@@ -1,10 +1,12 @@
 """The `lowrank_comm` section of a bidirectional method.
 
 Example:
-    {"compressor": "inkheart", "uplink_fraction": 0.25, "downlink_groups": 8, "sync_probability": null, "mask": "window",
+    {"compressor": "inkheart", "uplink_fraction": 0.25, "downlink_groups": 8,
+    "sync_probability": null, "mask": "window",
      "seed": 0}
 
-Every key but "compressor" and "seed" is an option of the method's constructor, whose defaults hold for what is absent.
+Every key but "compressor" and "seed" is an option of the method's constructor, whose
+defaults hold for what is absent.
 """
 
 from __future__ import annotations
@@ -33,20 +35,23 @@ def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
         (method, seed).
 
     Raises:
-        ConfigError: an unknown key, with the nearest valid one, or a value that cannot work.
+        ConfigError: an unknown key, with the nearest valid one, or a value that cannot
+            work.
 
     Example:
         >>> parse({"compressor": "marina_p", "downlink_groups": 4})
         (MarinaP(downlink_groups=4, sync_probability=None), 0)
     """
     if not isinstance(section, Mapping):
-        raise ConfigError(f"lowrank_comm must be an object with keys such as 'compressor', got {section!r}.")
+        raise ConfigError(
+            f"lowrank_comm must be an object with keys such as 'compressor', got {section!r}."
+        )
     options = dict(section)
     name, seed = options.pop("compressor", None), options.pop("seed", 0)
     if name not in METHODS:
         raise ConfigError(
-            f"lowrank_comm.compressor={name!r} is no bidirectional method{nearest(str(name), METHODS)} "
-            f"Known: {', '.join(sorted(METHODS))}."
+            f"lowrank_comm.compressor={name!r} is no bidirectional"
+            f" method{nearest(str(name), METHODS)} Known: {', '.join(sorted(METHODS))}."
         )
     check_seed(seed)
     kind = METHODS[name]
@@ -64,4 +69,6 @@ def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
 def check_seed(seed: object) -> None:
     """ConfigError for what is no integer."""
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigError(f"seed={seed!r} must be an integer, the same on all workers; write for example seed=0.")
+        raise ConfigError(
+            f"seed={seed!r} must be an integer, the same on all workers; write for example seed=0."
+        )

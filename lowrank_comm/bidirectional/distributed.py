@@ -1,4 +1,5 @@
-"""A bidirectional method over torch.distributed: every rank is a worker, rank 0 of the group is the server too.
+"""A bidirectional method over torch.distributed: every rank is a worker, rank 0 of the
+group is the server too.
 
     uplink     gather on rank 0: K numbers and one flag from each rank; the server draws the same coordinates again
     verdict    broadcast of one number: 1, or 0 where some rank's numbers or the mean are not finite, and the step ends
@@ -6,7 +7,8 @@
                groups, a broadcast of the group's block from rank 0;  else: scatter of the ranks' blocks
     coin       broadcast of x+ to all
 
-Rank 0's own message does not leave the process. The groups are made once, by all ranks, at the first step.
+Rank 0's own message does not leave the process. The groups are made once, by all ranks,
+at the first step.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class ProcessGroupTransport(Transport):
     """The messages of one rank.
 
     Args:
-        group: the workers; without a process group, this process is the only one and the server.
+        group: the workers; without a process group, this process is the only one and
+            the server.
         ledger: where the traffic of the busiest link is entered.
     """
 
@@ -37,20 +40,31 @@ class ProcessGroupTransport(Transport):
     @property
     def _server(self) -> int:
         """Global rank of the server."""
-        return dist.get_global_rank(self.group.process_group, 0) if self.group.process_group is not None else 0
+        return (
+            dist.get_global_rank(self.group.process_group, 0)
+            if self.group.process_group is not None
+            else 0
+        )
 
     def up(self, request: Up, context: Context, finite: bool) -> Sent | None:
         d, compressor, n = context.d, request.compressor, context.n
         indices = compressor.indices(context.seed, context.t, n, context.workers, d)
         values = compressor.compress(request.vectors, indices)
         own = compressor.decompress(values, indices, d)
-        self.ledger.enter("uplink_dense" if indices is None else "uplink", values.shape[1], values.itemsize)
+        self.ledger.enter(
+            "uplink_dense" if indices is None else "uplink", values.shape[1], values.itemsize
+        )
         messages = self._gather(torch.cat([values[0], values.new_tensor([float(finite)])]))
         mean, verdict = None, values.new_zeros(1)
         if messages is not None:
             everyones = compressor.indices(context.seed, context.t, n, range(n), d)
             mean = compressor.mean(messages[:, :-1], everyones, d)
-            verdict = (messages[:, -1] > 0).all().logical_and(torch.isfinite(mean).all()).to(values.dtype)[None]
+            verdict = (
+                (messages[:, -1] > 0)
+                .all()
+                .logical_and(torch.isfinite(mean).all())
+                .to(values.dtype)[None]
+            )
         self.ledger.bytes["control"] += 2 * values.itemsize
         if not bool(self._from_server(verdict) > 0):
             return None
@@ -109,12 +123,16 @@ class ProcessGroupTransport(Transport):
         return torch.stack(messages) if messages is not None else None
 
     def _has_process_groups(self, n: int, count: int) -> bool:
-        """Whether the groups' members are fixed, and can be made process groups of: all ranks of the default group must take
-        part in that. (use_local_synchronization hangs on gloo where groups overlap, as they do in rank 0; torch 2.13.)"""
+        """Whether the groups' members are fixed, and can be made process groups of: all
+        ranks of the default group must take part in that. (use_local_synchronization
+        hangs on gloo where groups overlap, as they do in rank 0; torch 2.13.)
+        """
         return count < n and n % count == 0 and dist.get_world_size() == n
 
     def _process_groups(self, n: int, count: int) -> list[Any]:
-        """Rank 0 with the members of each of the groups; a collective of all ranks, once."""
+        """Rank 0 with the members of each of the groups; a collective of all ranks,
+        once.
+        """
         if (n, count) not in self._parts:
             parent = self.group.process_group
             ranks = dist.get_process_group_ranks(parent) if parent is not None else list(range(n))

@@ -1,27 +1,33 @@
-"""Inkheart SGD, as reconstructed here: RandK up, grouped PermK down, plain SGD in between.
+"""Inkheart SGD, as reconstructed here: RandK up, grouped PermK down, plain SGD in
+between.
 
-This is OUR RECONSTRUCTION and not the authors' algorithm. Inkheart SGD is known to us by the abstract of its paper alone
-("Scalable Distributed Stochastic Optimization via Bidirectional Compression: Beyond Pessimistic Limits", May 2026), whose
-full text was not available. What the abstract says holds of it: both the communication and the noise term of the time
-to an eps-stationary point fall with n, under a structural assumption (`Problem.structure` here, a guess at the paper's).
+This is OUR RECONSTRUCTION and not the authors' algorithm. Inkheart SGD is known to us
+by the abstract of its paper alone ("Scalable Distributed Stochastic Optimization via
+Bidirectional Compression: Beyond Pessimistic Limits", May 2026), whose full text was
+not available. What the abstract says holds of it: both the communication and the noise
+term of the time to an eps-stationary point fall with n, under a structural assumption
+(`Problem.structure` here, a guess at the paper's).
 
     worker i   a_i = mean of B stochastic gradients at w_i;  sends RandK_i(a_i)
     server     g = mean of messages;  x+ = x - gamma g
     downlink   with probability p: w_i+ = x+;  else w_i+ = w_i + Q_i(x+ - x)          mean of w_i = x at all times
 
-Theorem (derived here; homogeneous data, f_i = f; omega of RandK, G - 1 of the downlink, p of the coin,
-V = mean ||w_i - x||^2). If gamma <= min { 1/(2L), n/(12 L omega), sqrt(p/(8 (G-1)))/L_A, L p/(2 (G-1) L_A^2),
-sqrt(n p/(8 omega (G-1)))/L }, where terms with a zero in the denominator drop, then
+Theorem (derived here; homogeneous data, f_i = f; omega of RandK, G - 1 of the downlink,
+p of the coin, V = mean ||w_i - x||^2). If gamma <= min { 1/(2L), n/(12 L omega),
+sqrt(p/(8 (G-1)))/L_A, L p/(2 (G-1) L_A^2), sqrt(n p/(8 omega (G-1)))/L }, where terms
+with a zero in the denominator drop, then
 
     mean over t < T of E ||grad f(x_t)||^2  <=  4 D/(gamma T) + 6 L gamma (omega + 1) sigma^2/(n B)
 
-Proof. E g = q, the mean of grad f(w_i), and Var g <= (1/n) (omega mean ||grad f(w_i)||^2 + (omega + 1) sigma^2/B) with
-||grad f(w_i)||^2 <= 2 ||grad f(x)||^2 + 2 L^2 ||w_i - x||^2. Smoothness with gamma <= 1/(2L) gives f+ <= f - (gamma/2)
-||grad f||^2 - (gamma/4) ||q||^2 + (gamma/2) ||q - grad f||^2 + (L gamma^2/2) Var g, and ||q - grad f||^2 <= L_A^2 V since
-the mean of w_i is x. E V+ = (1-p) (V + (G-1) gamma^2 E ||g||^2), as Q_i is unbiased and independent of the rest. Add c V
-with c = gamma L_A^2/p + 2 L^3 gamma^2 omega/(n p): conditions 3 to 5 close the terms in V, keep c (G-1) gamma <= 1/4, which
-absorbs ||q||^2, and the factor of Var below (3/2) L gamma^2; condition 2 absorbs omega ||grad f||^2/n into a gamma/4. Sum
-over t.
+Proof. E g = q, the mean of grad f(w_i), and Var g <= (1/n) (omega mean ||grad
+f(w_i)||^2 + (omega + 1) sigma^2/B) with ||grad f(w_i)||^2 <= 2 ||grad f(x)||^2 + 2 L^2
+||w_i - x||^2. Smoothness with gamma <= 1/(2L) gives f+ <= f - (gamma/2) ||grad f||^2 -
+(gamma/4) ||q||^2 + (gamma/2) ||q - grad f||^2 + (L gamma^2/2) Var g, and ||q - grad
+f||^2 <= L_A^2 V since the mean of w_i is x. E V+ = (1-p) (V + (G-1) gamma^2 E ||g||^2),
+as Q_i is unbiased and independent of the rest. Add c V with c = gamma L_A^2/p + 2 L^3
+gamma^2 omega/(n p): conditions 3 to 5 close the terms in V, keep c (G-1) gamma <= 1/4,
+which absorbs ||q||^2, and the factor of Var below (3/2) L gamma^2; condition 2 absorbs
+omega ||grad f||^2/n into a gamma/4. Sum over t.
 """
 
 from __future__ import annotations
@@ -40,7 +46,8 @@ from lowrank_comm.bidirectional.randk import RandK
 
 @dataclass(frozen=True)
 class InkheartSGD(Method):
-    """Inkheart SGD (our reconstruction): RandK uplink, grouped PermK downlink, no memory but each worker's point.
+    """Inkheart SGD (our reconstruction): RandK uplink, grouped PermK downlink, no
+    memory but each worker's point.
 
     g = (1/n) sum RandK_i(gradient_i at w_i);  x+ = x - gamma g;  w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
 
@@ -56,7 +63,8 @@ class InkheartSGD(Method):
         >>> InkheartSGD(downlink_groups=4, uplink_fraction=0.5).probability(n=8)
         0.25
 
-    Source: reconstructed from the abstract of the paper named in this file's text; theorem and proof there.
+    Source: reconstructed from the abstract of the paper named in this file's text;
+    theorem and proof there.
     """
 
     uplink_fraction: float = 0.25
@@ -66,7 +74,8 @@ class InkheartSGD(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        RandK(self.uplink_fraction, self.mask)  # bad values fail here
+        # bad values fail here
+        RandK(self.uplink_fraction, self.mask)
 
     @property
     def uplink(self) -> RandK:
@@ -88,7 +97,9 @@ class InkheartSGD(Method):
             n: workers.
             d: coordinates.
         """
-        return _largest(problem, n, self.uplink.omega(d), self.downlink_omega(n), self.probability(n))
+        return _largest(
+            problem, n, self.uplink.omega(d), self.downlink_omega(n), self.probability(n)
+        )
 
     def step_size(self, problem: Problem, n: int, d: int, batch: int, steps: int) -> float:
         """gamma that makes the theorem's bound smallest.
@@ -100,14 +111,21 @@ class InkheartSGD(Method):
             batch: B, stochastic gradients that a worker averages.
             steps: T.
         """
-        largest, noise = self.largest_step_size(problem, n, d), (self.uplink.omega(d) + 1) * problem.variance
+        largest = self.largest_step_size(problem, n, d)
+        noise = (self.uplink.omega(d) + 1) * problem.variance
         if noise == 0:
             return largest
-        return min(largest, math.sqrt(2 * problem.gap * n * batch / (3 * problem.smoothness * noise * steps)))
+        return min(
+            largest,
+            math.sqrt(2 * problem.gap * n * batch / (3 * problem.smoothness * noise * steps)),
+        )
 
-    def bound(self, problem: Problem, n: int, d: int, batch: int, steps: int, gamma: float) -> float:
-        """4 D/(gamma T) + 6 L gamma (omega+1) sigma^2/(n B), which bounds the mean over t < T of E ||grad f(x_t)||^2 for
-        gamma <= largest_step_size."""
+    def bound(
+        self, problem: Problem, n: int, d: int, batch: int, steps: int, gamma: float
+    ) -> float:
+        """4 D/(gamma T) + 6 L gamma (omega+1) sigma^2/(n B), which bounds the mean over
+        t < T of E ||grad f(x_t)||^2 for gamma <= largest_step_size.
+        """
         noise = (self.uplink.omega(d) + 1) * problem.variance / (n * batch)
         return 4 * problem.gap / (gamma * steps) + 6 * problem.smoothness * gamma * noise
 
@@ -146,14 +164,16 @@ class InkheartPlan:
 
 
 def plan(problem: Problem, n: int, d: int, h: float, kappa: float, eps: float) -> InkheartPlan:
-    """Choose K, G, B, gamma and T for a clock: K and B by the orders of magnitude of the theory, G by its bound.
+    """Choose K, G, B, gamma and T for a clock: K and B by the orders of magnitude of
+    the theory, G by its bound.
 
     1 + omega = clip(sqrt(kappa d n eps/(h sigma^2)), 1, min(n, d));  B = ceil(sigma^2 (1+omega)/(n eps));
     G = the divisor of n with the fewest seconds;  p = 1/G;  gamma and T from the bound
 
-    With L_A = 0 the order of the time is (L D/eps) (h + 2 sqrt(h sigma^2 kappa d/(n eps)) + 2 kappa d/G): the noise and the
-    communication fall with n. With a large L_A the bound of gamma falls faster with G than the downlink gets cheaper, and
-    G = 1 is left. In practice larger G and gamma are faster; tune them upwards from here.
+    With L_A = 0 the order of the time is (L D/eps) (h + 2 sqrt(h sigma^2 kappa d/(n
+    eps)) + 2 kappa d/G): the noise and the communication fall with n. With a large L_A
+    the bound of gamma falls faster with G than the downlink gets cheaper, and G = 1 is
+    left. In practice larger G and gamma are faster; tune them upwards from here.
 
     Args:
         problem: constants of the objective.
@@ -182,10 +202,15 @@ def plan(problem: Problem, n: int, d: int, h: float, kappa: float, eps: float) -
         method = InkheartSGD(downlink_groups=groups, uplink_fraction=kept / d)
         gamma = method.largest_step_size(problem, n, d)
         if noise > 0:
-            gamma = min(gamma, eps / (12 * problem.smoothness * noise))  # the noise takes half of eps
-        steps = max(1, math.ceil(4 * problem.gap / (gamma * (eps - 6 * problem.smoothness * gamma * noise))))
+            # the noise takes half of eps
+            gamma = min(gamma, eps / (12 * problem.smoothness * noise))
+        steps = max(
+            1, math.ceil(4 * problem.gap / (gamma * (eps - 6 * problem.smoothness * gamma * noise)))
+        )
         p = method.probability(n)
         down = d if groups == 1 else p * d + (1 - p) * math.ceil(d / groups)
-        return InkheartPlan(method, batch, gamma, steps, steps * (h * batch + kappa * (kept + down)))
+        return InkheartPlan(
+            method, batch, gamma, steps, steps * (h * batch + kappa * (kept + down))
+        )
 
     return min((with_groups(g) for g in range(1, n + 1) if n % g == 0), key=lambda one: one.seconds)

@@ -1,8 +1,10 @@
-"""What went over the busiest link between a worker and the server, and on the simulated clock how long that took.
+"""What went over the busiest link between a worker and the server, and on the simulated
+clock how long that took.
 
-A link carries K_up numbers to the server and K_down numbers back; links of different workers are taken to work side by side.
-In a star of real machines the server's own port carries the sum over the workers in both directions; whoever has such a
-network multiplies by n - 1 there.
+A link carries K_up numbers to the server and K_down numbers back; links of different
+workers are taken to work side by side. In a star of real machines the server's own port
+carries the sum over the workers in both directions; whoever has such a network
+multiplies by n - 1 there.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ class LinkLedger:
     """Totals over a run, of the busiest link; the same on all parties.
 
     Attributes:
-        coordinates: kind -> numbers carried. "uplink" and "downlink" are compressed messages, "uplink_dense" and
-            "downlink_dense" whole vectors.
-        bytes: kind -> bytes; beside the kinds above "control" (a flag up, the verdict down), "start" (the comparison of
-            settings, the state after a load) and "asked" (x, sent to whoever asked for it).
+        coordinates: kind -> numbers carried. "uplink" and "downlink" are compressed
+            messages, "uplink_dense" and "downlink_dense" whole vectors.
+        bytes: kind -> bytes; beside the kinds above "control" (a flag up, the verdict
+            down), "start" (the comparison of settings, the state after a load) and
+            "asked" (x, sent to whoever asked for it).
         steps: steps that were applied.
         vetoed: steps that were not.
     """
@@ -70,5 +73,7 @@ class Clock:
     seconds: float = 0.0
 
     def step(self, batch: int, coordinates: int) -> None:
-        """Add a step in which every worker computed `batch` gradients and the busiest link carried `coordinates`."""
+        """Add a step in which every worker computed `batch` gradients and the busiest
+        link carried `coordinates`.
+        """
         self.seconds += self.h * batch + self.kappa * coordinates

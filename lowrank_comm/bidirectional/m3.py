@@ -1,4 +1,5 @@
-"""M3: MARINA-P down, MARINA up, and momentum between the points where the workers are told to be and where they compute.
+"""M3: MARINA-P down, MARINA up, and momentum between the points where the workers are
+told to be and where they compute.
 
     server     x+ = x - gamma g_bar
     downlink   with probability p: w_i+ = x+;  else w_i+ = w_i + Q_i(x+ - x)
@@ -6,9 +7,10 @@
     uplink     with probability q: grad f_i(z_i+) is sent whole, g_i+ = grad f_i(z_i+)
                else: RandK_i(grad f_i(z_i+) - grad f_i(z_i)) is sent and added to g_i
 
-The server keeps only g_bar, the mean of g_i. M3 is made for exact gradients: grad f_i(z_i) is the one of the last step. With
-stochastic ones, RandK multiplies the noise of both by omega and nothing damps it; use `m4` there. No step-size rule is
-given: the original's constants are its authors', and those are not quoted here.
+The server keeps only g_bar, the mean of g_i. M3 is made for exact gradients: grad
+f_i(z_i) is the one of the last step. With stochastic ones, RandK multiplies the noise
+of both by omega and nothing damps it; use `m4` there. No step-size rule is given: the
+original's constants are its authors', and those are not quoted here.
 """
 
 from __future__ import annotations

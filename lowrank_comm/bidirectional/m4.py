@@ -1,7 +1,8 @@
-"""M4, as reconstructed here: MARINA-P down, momentum and a MARINA-like uplink with mini-batches up. Heterogeneous data.
+"""M4, as reconstructed here: MARINA-P down, momentum and a MARINA-like uplink with
+mini-batches up. Heterogeneous data.
 
-This is OUR RECONSTRUCTION and not the authors' algorithm: M4 is known to us by the abstract of its paper alone (see
-`inkheart`), whose full text was not available.
+This is OUR RECONSTRUCTION and not the authors' algorithm: M4 is known to us by the
+abstract of its paper alone (see `inkheart`), whose full text was not available.
 
     start      w_i = x_0;  v_i = mean of B0 gradients at x_0, sent whole;  y_i = v_i
     server     x+ = x - gamma y_bar                                          y_bar = mean of y_i is all that it keeps
@@ -10,20 +11,22 @@ This is OUR RECONSTRUCTION and not the authors' algorithm: M4 is known to us by 
     uplink     with probability q: v_i+ is sent whole, y_i+ = v_i+
                else: RandK_i(v_i+ - v_i) is sent, y_i+ = y_i + RandK_i(v_i+ - v_i)
 
-Theorem (derived here; L_m = max_i L_i; omega of RandK). With gamma = 1/(2L + 2 sqrt(X)),
-X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n), and
-Phi_0 = D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0):
+Theorem (derived here; L_m = max_i L_i; omega of RandK). With gamma = 1/(2L + 2
+sqrt(X)), X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n), and Phi_0 =
+D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0):
 
     mean over t < T of E ||grad f(x_t)||^2  <=  2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q)
 
-Proof (sketch). y_bar - grad f(x) is the compression error U plus the momentum error P plus mean grad f_i(w_i) - grad f(x),
-whose squares weigh 3 each. P+ <= (1-a) P + (1/a) ||change of the mean gradient||^2 + a^2 sigma^2/(n B), and S, the mean of
-the workers' own momentum errors, likewise with L_m and sigma^2/B. U+ <= (1-q) (U + (omega/n) a^2 (2 S +
-2 L_m^2 mean ||w_i+ - w_i||^2 + sigma^2/B)); V = mean ||w_i - x||^2 as in `inkheart`; E mean ||w_i+ - w_i||^2 <=
-(G + 2p) gamma^2 ||y_bar||^2 + 2 p V. Lyapunov weights: U 3 gamma/(2q), P 3 gamma/(2a), S 3 gamma omega a/(q n),
-V (gamma/p) (1.5 + 9/a^2) L_A^2 + 12 gamma omega L_m^2/(q n). The terms in ||y_bar||^2 sum to at most gamma^3 X <= gamma/4.
-Nothing is assumed of how much the f_i differ, and the noise of the compression is damped by a^2.
-With sigma = 0 and a = 1 it is MARINA-P with MARINA.
+Proof (sketch). y_bar - grad f(x) is the compression error U plus the momentum error P
+plus mean grad f_i(w_i) - grad f(x), whose squares weigh 3 each. P+ <= (1-a) P + (1/a)
+||change of the mean gradient||^2 + a^2 sigma^2/(n B), and S, the mean of the workers'
+own momentum errors, likewise with L_m and sigma^2/B. U+ <= (1-q) (U + (omega/n) a^2 (2
+S + 2 L_m^2 mean ||w_i+ - w_i||^2 + sigma^2/B)); V = mean ||w_i - x||^2 as in
+`inkheart`; E mean ||w_i+ - w_i||^2 <= (G + 2p) gamma^2 ||y_bar||^2 + 2 p V. Lyapunov
+weights: U 3 gamma/(2q), P 3 gamma/(2a), S 3 gamma omega a/(q n), V (gamma/p) (1.5 +
+9/a^2) L_A^2 + 12 gamma omega L_m^2/(q n). The terms in ||y_bar||^2 sum to at most
+gamma^3 X <= gamma/4. Nothing is assumed of how much the f_i differ, and the noise of
+the compression is damped by a^2. With sigma = 0 and a = 1 it is MARINA-P with MARINA.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ from lowrank_comm.bidirectional.problem import Problem
 
 @dataclass(frozen=True)
 class M4(MarinaUplink):
-    """M4 (our reconstruction): momentum on the workers, differences through RandK, grouped PermK downlink.
+    """M4 (our reconstruction): momentum on the workers, differences through RandK,
+    grouped PermK downlink.
 
     v_i+ = (1-a) v_i + a gradient_i;  y_i+ = v_i+ with probability q, else y_i + RandK_i(v_i+ - v_i);  x+ = x - gamma y_bar+
 
@@ -58,7 +62,8 @@ class M4(MarinaUplink):
         >>> M4(uplink_fraction=0.25).uplink_probability(d=64)
         0.25
 
-    Source: reconstructed from the abstract of the paper named in `inkheart`; theorem and proof in this file's text.
+    Source: reconstructed from the abstract of the paper named in `inkheart`; theorem
+    and proof in this file's text.
     """
 
     gradient_weight: float = 0.3
@@ -68,12 +73,16 @@ class M4(MarinaUplink):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self, "gradient_weight", self.gradient_weight, "at 0 no gradient would ever count")
+        check_share(
+            self, "gradient_weight", self.gradient_weight, "at 0 no gradient would ever count"
+        )
 
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
-        """Momentum, and MARINA's uplink of its differences. The first step sends everything."""
+        """Momentum, and MARINA's uplink of its differences. The first step sends
+        everything.
+        """
         a = self.gradient_weight
         last = state.get("v")
         v = gradients.clone() if last is None else (1 - a) * last + a * gradients
@@ -82,15 +91,24 @@ class M4(MarinaUplink):
         return y_bar, {"v": v, "y": y, **({} if y_bar is None else {"y_bar": y_bar})}
 
     def rejoin(self, server: State, context: Context) -> State:
-        """Every worker at x with v_i = y_i = y_bar: a valid start, though not what the run would have gone on with."""
+        """Every worker at x with v_i = y_i = y_bar: a valid start, though not what the
+        run would have gone on with.
+        """
         state = super().rejoin(server, context)
-        if "y_bar" not in server:  # before the first step
+        # before the first step
+        if "y_bar" not in server:
             return state
         rows = server["y_bar"].expand_as(state["w"])
-        return {**state, "v": rows.clone(), "y": rows.clone(), **({"y_bar": server["y_bar"]} if context.serves else {})}
+        return {
+            **state,
+            "v": rows.clone(),
+            "y": rows.clone(),
+            **({"y_bar": server["y_bar"]} if context.serves else {}),
+        }
 
     def step_size(self, problem: Problem, n: int, d: int) -> float:
-        """gamma = 1/(2L + 2 sqrt(X)), X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n).
+        """gamma = 1/(2L + 2 sqrt(X)), X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18
+        omega G L_m^2/(q n).
 
         Args:
             problem: constants of the objective.
@@ -100,17 +118,31 @@ class M4(MarinaUplink):
         a, down = self.gradient_weight, self.downlink_omega(n)
         x = 4.5 * problem.smoothness**2 / a**2
         x += 15 * down * problem.l_a**2 / (self.probability(n) * a**2)
-        x += 18 * self.uplink.omega(d) * (down + 1) * problem.l_max**2 / (self.uplink_probability(d) * n)
+        x += (
+            18
+            * self.uplink.omega(d)
+            * (down + 1)
+            * problem.l_max**2
+            / (self.uplink_probability(d) * n)
+        )
         return 1 / (2 * problem.smoothness + 2 * math.sqrt(x))
 
     def initial_potential(self, problem: Problem, n: int, d: int, first_batch: int) -> float:
-        """Phi_0 = D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0); first_batch: B0."""
-        a, gamma, noise = self.gradient_weight, self.step_size(problem, n, d), problem.variance / (n * first_batch)
-        return problem.gap + gamma * noise * (1.5 / a + 3 * self.uplink.omega(d) * a / self.uplink_probability(d))
+        """Phi_0 = D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0);
+        first_batch: B0.
+        """
+        a = self.gradient_weight
+        gamma = self.step_size(problem, n, d)
+        noise = problem.variance / (n * first_batch)
+        return problem.gap + gamma * noise * (
+            1.5 / a + 3 * self.uplink.omega(d) * a / self.uplink_probability(d)
+        )
 
-    def bound(self, problem: Problem, n: int, d: int, batch: int, first_batch: int, steps: int) -> float:
-        """2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q), which bounds the mean over t < T of
-        E ||grad f(x_t)||^2 with gamma = step_size.
+    def bound(
+        self, problem: Problem, n: int, d: int, batch: int, first_batch: int, steps: int
+    ) -> float:
+        """2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q), which bounds the
+        mean over t < T of E ||grad f(x_t)||^2 with gamma = step_size.
 
         Args:
             problem, n, d: see `step_size`.
@@ -118,13 +150,21 @@ class M4(MarinaUplink):
             steps: T.
         """
         a, omega = self.gradient_weight, self.uplink.omega(d)
-        descent = 2 * self.initial_potential(problem, n, d, first_batch) / (self.step_size(problem, n, d) * steps)
-        return descent + problem.variance / (n * batch) * (3 * a + 9 * omega * a**2 / self.uplink_probability(d))
+        descent = (
+            2
+            * self.initial_potential(problem, n, d, first_batch)
+            / (self.step_size(problem, n, d) * steps)
+        )
+        return descent + problem.variance / (n * batch) * (
+            3 * a + 9 * omega * a**2 / self.uplink_probability(d)
+        )
 
 
 @dataclass(frozen=True)
 class M4Plan:
-    """What `plan` chose: the method with its a, B0, gamma, and T after which the bound is eps."""
+    """What `plan` chose: the method with its a, B0, gamma, and T after which the bound
+    is eps.
+    """
 
     method: M4
     first_batch: int

@@ -3,8 +3,9 @@
     server     x+ = x - gamma mean of grad f_i(w_i)
     downlink   with probability p: w_i+ = x+;  else w_i+ = w_i + Q_i(x+ - x)
 
-The theorem in `inkheart` holds with omega = 0, and then for heterogeneous data too: homogeneity served there only to bound
-the variance that RandK adds. (The original's constants are its authors'; those are not quoted here.)
+The theorem in `inkheart` holds with omega = 0, and then for heterogeneous data too:
+homogeneity served there only to bound the variance that RandK adds. (The original's
+constants are its authors'; those are not quoted here.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from lowrank_comm.bidirectional.randk import RandK
 
 @dataclass(frozen=True)
 class MarinaP(Method):
-    """MARINA-P with grouped PermK: compressed from the server to the workers, dense from the workers to the server.
+    """MARINA-P with grouped PermK: compressed from the server to the workers, dense
+    from the workers to the server.
 
     x+ = x - gamma (1/n) sum of gradient_i at w_i;  w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
 
@@ -37,7 +39,8 @@ class MarinaP(Method):
         >>> MarinaP(downlink_groups=2).groups(n=4)
         2
 
-    Source: MARINA-P of arXiv 2402.06412, with PermK in groups; the step-size rule is that of `inkheart`.
+    Source: MARINA-P of arXiv 2402.06412, with PermK in groups; the step-size rule is
+    that of `inkheart`.
     """
 
     json_name: ClassVar[str] = "marina_p"
@@ -53,13 +56,17 @@ class MarinaP(Method):
         return InkheartSGD(self.downlink_groups, self.sync_probability, uplink_fraction=1.0)
 
     def largest_step_size(self, problem: Problem, n: int, d: int) -> float:
-        """The largest gamma that the theorem allows; see `InkheartSGD.largest_step_size`."""
+        """The largest gamma that the theorem allows; see
+        `InkheartSGD.largest_step_size`.
+        """
         return self._as_inkheart().largest_step_size(problem, n, d)
 
     def step_size(self, problem: Problem, n: int, d: int, batch: int, steps: int) -> float:
         """gamma that makes the theorem's bound smallest; see `InkheartSGD.step_size`."""
         return self._as_inkheart().step_size(problem, n, d, batch, steps)
 
-    def bound(self, problem: Problem, n: int, d: int, batch: int, steps: int, gamma: float) -> float:
+    def bound(
+        self, problem: Problem, n: int, d: int, batch: int, steps: int, gamma: float
+    ) -> float:
         """What bounds the mean squared gradient norm; see `InkheartSGD.bound`."""
         return self._as_inkheart().bound(problem, n, d, batch, steps, gamma)

@@ -1,10 +1,11 @@
-"""The uplink of M3 and M4: a coin decides whether a worker's vector is sent whole, or RandK of how it changed.
+"""The uplink of M3 and M4: a coin decides whether a worker's vector is sent whole, or
+RandK of how it changed.
 
     with probability q: x_i+ is sent whole,  y_i+ = x_i+
     else:               RandK_i(x_i+ - x_i) is sent,  y_i+ = y_i + RandK_i(x_i+ - x_i)
 
-All workers share the coin. The server needs the mean of y_i only. What x_i is, the method says: the gradient at the
-worker's point in M3, the momentum in M4.
+All workers share the coin. The server needs the mean of y_i only. What x_i is, the
+method says: the gradient at the worker's point in M3, the momentum in M4.
 
 Source: MARINA (Gorbunov, Burlachenko, Li, Richtarik; arXiv 2102.07845).
 """
@@ -27,7 +28,8 @@ class MarinaUplink(Method):
 
     Args:
         uplink_fraction: K/d in (0, 1]; omega = d/K - 1.
-        uplink_sync_probability: q in (0, 1]; None for K/d, with which a step sends at most 2 K coordinates in the mean.
+        uplink_sync_probability: q in (0, 1]; None for K/d, with which a step sends at
+            most 2 K coordinates in the mean.
         mask: how RandK draws; see `randk`.
 
     Raises:
@@ -40,7 +42,8 @@ class MarinaUplink(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        RandK(self.uplink_fraction, self.mask)  # bad values fail here
+        # bad values fail here
+        RandK(self.uplink_fraction, self.mask)
         if self.uplink_sync_probability is not None:
             why = "without dense rounds the compression error stays"
             check_share(self, "uplink_sync_probability", self.uplink_sync_probability, why)
@@ -52,7 +55,11 @@ class MarinaUplink(Method):
 
     def uplink_probability(self, d: int) -> float:
         """q for d coordinates."""
-        return self.uplink.kept(d) / d if self.uplink_sync_probability is None else self.uplink_sync_probability
+        return (
+            self.uplink.kept(d) / d
+            if self.uplink_sync_probability is None
+            else self.uplink_sync_probability
+        )
 
     def send(
         self, vectors: Tensor, last: Tensor | None, mean: Tensor | None, context: Context
@@ -66,7 +73,8 @@ class MarinaUplink(Method):
             context: of the step.
 
         Returns:
-            (what is added to y_i, or None where y_i+ = x_i+; the mean of y_i+, None where there is no server).
+            (what is added to y_i, or None where y_i+ = x_i+; the mean of y_i+, None
+            where there is no server).
         """
         if last is None or context.coin("uplink coin", self.uplink_probability(context.d)):
             whole: Sent = yield Up(vectors, RandK(1.0))

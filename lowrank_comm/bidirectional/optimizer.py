@@ -1,8 +1,11 @@
-"""`BidirectionalOptimizer`: a bidirectional method in a plain PyTorch training loop, around any torch optimizer.
+"""`BidirectionalOptimizer`: a bidirectional method in a plain PyTorch training loop,
+around any torch optimizer.
 
-Every rank is a worker and trains the plain model; its parameters are this worker's own point w_i, and differ from rank to
-rank. Rank 0 is the server too: it holds x, and the base optimizer steps there and nowhere else, on x, with the method's
-estimate as the gradient. The theory covers plain SGD only; Adam and others are offered because they work in practice.
+Every rank is a worker and trains the plain model; its parameters are this worker's own
+point w_i, and differ from rank to rank. Rank 0 is the server too: it holds x, and the
+base optimizer steps there and nowhere else, on x, with the method's estimate as the
+gradient. The theory covers plain SGD only; Adam and others are offered because they
+work in practice.
 
     loss.backward()      gradients at w_i; passes add up as usual
     optimizer.step()     uplink, the base's step on x, downlink; the parameters become the new w_i
@@ -43,20 +46,24 @@ _log = logging.getLogger("lowrank_comm")
 
 
 class BidirectionalOptimizer(OptimizerWrapper):
-    """A torch optimizer that steps on a server, with compressed messages in both directions.
+    """A torch optimizer that steps on a server, with compressed messages in both
+    directions.
 
     x+ = base's step from x with gradient g;  g and w_i+ as the method says
 
     Args:
-        base: steps on x, on rank 0; e.g. `torch.optim.SGD(model.named_parameters(), lr=gamma)`, for which the theory holds.
+        base: steps on x, on rank 0; e.g. `torch.optim.SGD(model.named_parameters(),
+            lr=gamma)`, for which the theory holds.
         method: `InkheartSGD`, `M4` (both reconstructions of ours), `MarinaP` or `M3`.
-        process_group: the workers: None for the default group, a `ProcessGroup` or a 1-D `DeviceMesh`.
+        process_group: the workers: None for the default group, a `ProcessGroup` or a
+            1-D `DeviceMesh`.
         seed: of the random draws, equal on all workers.
         named_parameters: names, where the base has none.
 
     Raises:
         ConfigError: a bad argument.
-        UnsupportedError: an engine that needs the same weights on all ranks; see `refusals`.
+        UnsupportedError: an engine that needs the same weights on all ranks; see
+            `refusals`.
 
     Example:
         >>> import torch
@@ -72,7 +79,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
     Source: `Method.step`, with any base optimizer in the place of plain SGD.
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler must call step() on every worker, also where it saw an overflow
+    # a GradScaler must call step() on every worker, also where it saw an overflow
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -83,11 +91,18 @@ class BidirectionalOptimizer(OptimizerWrapper):
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
         if not isinstance(base, Optimizer) or isinstance(base, OptimizerWrapper):
-            raise ConfigError(f"base must be a plain torch.optim.Optimizer, got {type(base).__name__}.")
+            raise ConfigError(
+                f"base must be a plain torch.optim.Optimizer, got {type(base).__name__}."
+            )
         if isinstance(base, torch.optim.LBFGS):
-            raise ConfigError("base=LBFGS evaluates the loss several times a step; use SGD, Adam, or another that does not.")
+            raise ConfigError(
+                "base=LBFGS evaluates the loss several times a step; use SGD, Adam, or another that"
+                " does not."
+            )
         if not isinstance(method, Method):
-            raise ConfigError(f"method must be one such as InkheartSGD(uplink_fraction=0.25), got {method!r}.")
+            raise ConfigError(
+                f"method must be one such as InkheartSGD(uplink_fraction=0.25), got {method!r}."
+            )
         check_seed(seed)
         refuse_deepspeed()
         super().__init__(base)
@@ -102,19 +117,23 @@ class BidirectionalOptimizer(OptimizerWrapper):
         self._watch: BackwardWatch | None = BackwardWatch(trainable, self._new_gradient)
 
     @classmethod
-    def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> BidirectionalOptimizer:
+    def from_config(
+        cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any
+    ) -> BidirectionalOptimizer:
         """From a `lowrank_comm` section, as in a JSON file.
 
         Args:
             base: the base optimizer.
             section: see `config`.
-            keywords: of the constructor, for what JSON cannot hold; they win over the section.
+            keywords: of the constructor, for what JSON cannot hold; they win over the
+                section.
 
         Returns:
             The optimizer.
 
         Raises:
-            ConfigError: an unknown key, with the nearest valid one, or a value that cannot work.
+            ConfigError: an unknown key, with the nearest valid one, or a value that
+                cannot work.
 
         Example:
             >>> import torch
@@ -126,14 +145,17 @@ class BidirectionalOptimizer(OptimizerWrapper):
         return cls(base, method, **{"seed": seed, **keywords})
 
     def attach(self, model: nn.Module, scaler: Any = None) -> None:
-        """Check that the model is a plain one, and take the parameters' names from it. Optional, but for a scaler.
+        """Check that the model is a plain one, and take the parameters' names from it.
+        Optional, but for a scaler.
 
         Args:
             model: whose parameters the base optimizes.
-            scaler: a `torch.amp.GradScaler`, so that an overflow on one worker lowers the scale on all.
+            scaler: a `torch.amp.GradScaler`, so that an overflow on one worker lowers
+                the scale on all.
 
         Raises:
-            UnsupportedError: the model is wrapped by an engine that needs the same weights on all ranks.
+            UnsupportedError: the model is wrapped by an engine that needs the same
+                weights on all ranks.
         """
         refuse_model(model)
         self._namer.learn(model.named_parameters())
@@ -141,7 +163,9 @@ class BidirectionalOptimizer(OptimizerWrapper):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step was skipped, on all workers, since some worker's gradient was not finite."""
+        """Whether the last step was skipped, on all workers, since some worker's
+        gradient was not finite.
+        """
         return self._skipped
 
     @property
@@ -163,13 +187,17 @@ class BidirectionalOptimizer(OptimizerWrapper):
             ConfigError: after it.
         """
         if self._flat is not None:
-            raise ConfigError("parameters cannot be added once x and w_i exist; build a new optimizer with all of them.")
+            raise ConfigError(
+                "parameters cannot be added once x and w_i exist; build a new optimizer with all of"
+                " them."
+            )
         super().add_param_group(param_group)
 
     # ---------------------------------------------------------------- a step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Uplink, the base's step on x, downlink. A collective, to be called by every worker.
+        """Uplink, the base's step on x, downlink. A collective, to be called by every
+        worker.
 
         Args:
             closure: computes the loss and the gradients anew; it runs first.
@@ -178,9 +206,12 @@ class BidirectionalOptimizer(OptimizerWrapper):
             The closure's loss, or None.
 
         Raises:
-            ConfigError: parameters or their number of workers cannot work; before any collective.
-            ConfigMismatchError: at the first step, on every worker, if their settings or parameters differ.
-            UnsupportedError: at the first step, on every worker, if an engine has averaged the gradients.
+            ConfigError: parameters or their number of workers cannot work; before any
+                collective.
+            ConfigMismatchError: at the first step, on every worker, if their settings
+                or parameters differ.
+            UnsupportedError: at the first step, on every worker, if an engine has
+                averaged the gradients.
         """
         loss = None
         if closure is not None:
@@ -195,12 +226,21 @@ class BidirectionalOptimizer(OptimizerWrapper):
         self._agree(gradients)
         assert self._state is not None
         with full_precision(flat.device):
-            state = drive(self.method, self._state, gradients[None], self._context(), self._transport, self._descend)
+            state = drive(
+                self.method,
+                self._state,
+                gradients[None],
+                self._context(),
+                self._transport,
+                self._descend,
+            )
         self._skipped = state is None
         self.ledger.close(state is not None)
         if state is None:
             self._scaling.overflowed()
-            _log.warning("step %d is skipped on all workers: some worker's gradient was not finite", self.t)
+            _log.warning(
+                "step %d is skipped on all workers: some worker's gradient was not finite", self.t
+            )
             return loss
         self._state, self.t = state, self.t + 1
         flat.write(self.method.points(state)[0])
@@ -210,7 +250,9 @@ class BidirectionalOptimizer(OptimizerWrapper):
         self._double_averaging.gradient()
 
     def _descend(self, estimate: Tensor) -> Tensor:
-        """The base's step from x; the parameters serve as its place to work, and get w_0 at the end of the step."""
+        """The base's step from x; the parameters serve as its place to work, and get
+        w_0 at the end of the step.
+        """
         assert self._flat is not None and self._state is not None
         flat, local = self._flat, [p.grad for p in self._flat.parameters]
         flat.write(self._state["x"])
@@ -224,27 +266,39 @@ class BidirectionalOptimizer(OptimizerWrapper):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _prepared(self) -> FlatParameters:
-        """The parameters as a vector; at the first call also w_i = x = the parameters' values."""
+        """The parameters as a vector; at the first call also w_i = x = the parameters'
+        values.
+        """
         trainable = self._trainable()
         if self._flat is None:
-            flat = FlatParameters([(name, p) for name, p in self._namer.name_all(self.param_groups) if p.requires_grad])
+            flat = FlatParameters(
+                [
+                    (name, p)
+                    for name, p in self._namer.name_all(self.param_groups)
+                    if p.requires_grad
+                ]
+            )
             self.method.groups(self._group.size)
             self._flat = flat
             self._state = self.method.start(flat.read(), self._context())
         elif [id(p) for p in trainable] != [id(p) for p in self._flat.parameters]:
             raise ConfigError(
-                "the trainable parameters are not those of the first step; x and w_i have their coordinates. Freeze and "
-                "unfreeze before it, or build a new optimizer."
+                "the trainable parameters are not those of the first step; x and w_i have their"
+                " coordinates. Freeze and unfreeze before it, or build a new optimizer."
             )
         return self._flat
 
     def _context(self) -> Context:
         assert self._flat is not None
         rank, device = self._group.rank, self._flat.device
-        return Context(self.seed, self.t, self._group.size, self._flat.d, (rank,), rank == 0, device)
+        return Context(
+            self.seed, self.t, self._group.size, self._flat.d, (rank,), rank == 0, device
+        )
 
     def _agree(self, gradients: Tensor) -> None:
-        """At the first step: settings and parameters are the same on all workers, and gradients each one's own."""
+        """At the first step: settings and parameters are the same on all workers, and
+        gradients each one's own.
+        """
         if self._agreed:
             return
         flat = self._flat
@@ -253,15 +307,22 @@ class BidirectionalOptimizer(OptimizerWrapper):
             "method": self.method.describe(),
             "seed": self.seed,
             "optimizer": type(self.base).__name__,
-            "parameters": dict(zip(flat.names, (list(p.shape) for p in flat.parameters), strict=True)),
+            "parameters": dict(
+                zip(flat.names, (list(p.shape) for p in flat.parameters), strict=True)
+            ),
             "step": self.t,
         }
         if not self._loaded:
-            same = "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)"
+            same = (
+                "values of the parameters (seed all workers alike, or broadcast the parameters from"
+                " rank 0)"
+            )
             description[same] = fingerprint(flat.parameters)
         self.ledger.bytes["start"] += check_same(description, self._group, flat.device)
         happened = self._double_averaging.collectives_happened
-        self.ledger.bytes["start"] += LENGTH_BYTES + refuse_averaged(gradients, happened, self._group)
+        self.ledger.bytes["start"] += LENGTH_BYTES + refuse_averaged(
+            gradients, happened, self._group
+        )
         self._agreed = True
         if self._watch is not None:
             self._watch.remove()
@@ -274,19 +335,26 @@ class BidirectionalOptimizer(OptimizerWrapper):
         assert state is not None
         if self._group.size == 1 or self.t == 0:
             return state["w"][0] if "x" not in state else state["x"]
-        return self._transport.from_server(state.get("x", torch.empty_like(state["w"][0])).to(flat.device), "asked")
+        return self._transport.from_server(
+            state.get("x", torch.empty_like(state["w"][0])).to(flat.device), "asked"
+        )
 
     def server_parameters(self) -> dict[str, Tensor]:
         """x, by parameter name; a collective (x travels to every worker).
 
         Returns:
-            Parameter name -> tensor in the parameter's shape and dtype, the same bits on all workers.
+            Parameter name -> tensor in the parameter's shape and dtype, the same bits
+            on all workers.
         """
-        return {name: tensor.clone() for name, tensor in self._prepared().shaped(self._server_vector()).items()}
+        return {
+            name: tensor.clone()
+            for name, tensor in self._prepared().shaped(self._server_vector()).items()
+        }
 
     @contextlib.contextmanager
     def at_server_parameters(self) -> Iterator[None]:
-        """Inside, the model's parameters are x on all workers, for evaluation and for saving it; a collective on entry.
+        """Inside, the model's parameters are x on all workers, for evaluation and for
+        saving it; a collective on entry.
 
         Raises:
             ConfigError: see `step`.
@@ -300,34 +368,44 @@ class BidirectionalOptimizer(OptimizerWrapper):
             flat.write(own)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's state dict with this worker's state (and on rank 0 the server's); never communicates.
+        """The base's state dict with this worker's state (and on rank 0 the server's);
+        never communicates.
 
-        Every rank saves its own, for instance by `torch.save(..., f"optimizer_{rank}.pt")`. With rank 0's alone, or at
-        another number of workers, a run resumes too, but not exactly; see `load_state_dict`.
+        Every rank saves its own, for instance by `torch.save(...,
+        f"optimizer_{rank}.pt")`. With rank 0's alone, or at another number of workers,
+        a run resumes too, but not exactly; see `load_state_dict`.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         result = self.base.state_dict()
         if self._state is not None and self._flat is not None:
-            shapes = {name: list(p.shape) for name, p in zip(self._flat.names, self._flat.parameters, strict=True)}
+            shapes = {
+                name: list(p.shape)
+                for name, p in zip(self._flat.names, self._flat.parameters, strict=True)
+            }
             rank, n = self._group.rank, self._group.size
-            result[KEY] = Saved(self.method.json_name, self.seed, self.t, rank, n, shapes, dict(self._state)).as_dict()
+            result[KEY] = Saved(
+                self.method.json_name, self.seed, self.t, rank, n, shapes, dict(self._state)
+            ).as_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the base, x and w_i, and write w_i into the parameters. A collective, to be called by every worker.
+        """Restore the base, x and w_i, and write w_i into the parameters. A collective,
+        to be called by every worker.
 
-        If every worker has loaded what it saved itself at this number of workers, the run goes on bit by bit. Otherwise the
-        workers start at rank 0's x: w_i = x, for M4 with v_i = y_i = y_bar. That is always valid, and not the same run.
+        If every worker has loaded what it saved itself at this number of workers, the
+        run goes on bit by bit. Otherwise the workers start at rank 0's x: w_i = x, for
+        M4 with v_i = y_i = y_bar. That is always valid, and not the same run.
 
         Args:
             state_dict: from `state_dict()`: each rank its own, or all of them rank 0's.
 
         Raises:
-            StateMismatchError: on all workers, if it does not fit some of them; nothing is changed then.
+            StateMismatchError: on all workers, if it does not fit some of them; nothing
+                is changed then.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -336,29 +414,47 @@ class BidirectionalOptimizer(OptimizerWrapper):
         flat = self._prepared()
         saved, problem = Saved.find(state_dict, self.method, flat, self.is_server)
         exact = saved is not None and (saved.rank, saved.n) == (self._group.rank, self._group.size)
-        server = [name for name in self.method.server_state if saved is not None and name in saved.tensors]
-        mine: dict[str, Any] = {"problem": problem, "plain": saved is None, "exact": exact, "server": server}
+        server = [
+            name for name in self.method.server_state if saved is not None and name in saved.tensors
+        ]
+        mine: dict[str, Any] = {
+            "problem": problem,
+            "plain": saved is None,
+            "exact": exact,
+            "server": server,
+        }
         if saved is not None:
             mine |= {"t": saved.t, "seed": saved.seed}
-        told = [json.loads(part) for part in self._group.gather_bytes(json.dumps(mine).encode(), flat.device)]
+        told = [
+            json.loads(part)
+            for part in self._group.gather_bytes(json.dumps(mine).encode(), flat.device)
+        ]
         self.ledger.bytes["start"] += LENGTH_BYTES + len(json.dumps(mine))
         for rank, other in enumerate(told):
             if other["problem"]:
                 raise StateMismatchError(f"rank {rank}: {other['problem']}")
             if other["plain"] != told[0]["plain"]:
                 raise StateMismatchError(
-                    f"rank 0 and rank {rank} have loaded different kinds of state dict, one of a plain optimizer and one "
-                    "of a BidirectionalOptimizer; load the same kind on all ranks."
+                    f"rank 0 and rank {rank} have loaded different kinds of state dict, one of a"
+                    " plain optimizer and one of a BidirectionalOptimizer; load the same kind on"
+                    " all ranks."
                 )
         plain = {key: value for key, value in state_dict.items() if key != KEY}
         # The base steps on rank 0 only; its state would be dead weight elsewhere.
-        self.base.load_state_dict(plain if self.is_server or saved is None else {**plain, "state": {}})
+        self.base.load_state_dict(
+            plain if self.is_server or saved is None else {**plain, "state": {}}
+        )
         self._agreed = False
         if saved is None:
-            self._state, self.t, self._loaded = self.method.start(flat.read(), self._context()), 0, False
+            self._state = self.method.start(flat.read(), self._context())
+            self.t = 0
+            self._loaded = False
         else:
             self.t, self.seed, self._loaded = told[0]["t"], told[0]["seed"], True
-            alike = all(other["exact"] and other["t"] == self.t and other["seed"] == self.seed for other in told)
+            alike = all(
+                other["exact"] and other["t"] == self.t and other["seed"] == self.seed
+                for other in told
+            )
             here = {name: tensor.to(flat.device) for name, tensor in saved.tensors.items()}
             self._state = here if alike else self._rejoined(here, told[0]["server"], flat)
             flat.write(self.method.points(self._state)[0])
@@ -368,7 +464,13 @@ class BidirectionalOptimizer(OptimizerWrapper):
     def _rejoined(self, here: State, names: list[str], flat: FlatParameters) -> State:
         """The state from what rank 0 holds; a collective."""
         like = torch.empty(flat.d, dtype=flat.dtype, device=flat.device)
-        server = {name: self._transport.from_server(here[name] if self.is_server else like, "start") for name in names}
+        server = {
+            name: self._transport.from_server(here[name] if self.is_server else like, "start")
+            for name in names
+        }
         if self.is_server:
-            _log.warning("the workers start anew at the server's x: the state was not saved by these very workers")
+            _log.warning(
+                "the workers start anew at the server's x: the state was not saved by these very"
+                " workers"
+            )
         return self.method.rejoin(server, self._context())

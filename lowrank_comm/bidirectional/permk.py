@@ -1,13 +1,18 @@
-"""PermK and its grouped form: the downlink's compressor. Blocks of one permutation, so that the workers' parts make up v.
+"""PermK and its grouped form: the downlink's compressor. Blocks of one permutation, so
+that the workers' parts make up v.
 
-The coordinates are permuted and cut into G blocks, and each worker gets one block of the vector, scaled up. G = n is PermK,
-G = 1 a dense broadcast. Three things keep Q_i unbiased for every worker, and the mean of all Q_i equal to v, always:
+The coordinates are permuted and cut into G blocks, and each worker gets one block of
+the vector, scaled up. G = n is PermK, G = 1 a dense broadcast. Three things keep Q_i
+unbiased for every worker, and the mean of all Q_i equal to v, always:
 
-- The permutation is drawn anew every step. (Fixed, a worker would never hear of the other coordinates.)
-- Where G does not divide d, some blocks are longer by one. A group's block is therefore number (group + shift) mod G, with a
-  random shift: a group that always had a longer block would get more than its share in the mean.
-- Where G does not divide n, c_b workers share block b, its scale is n/c_b, and the workers are permuted over the groups
-  every step. Where G divides n, who is in which group never changes, so that groups may be process groups.
+- The permutation is drawn anew every step. (Fixed, a worker would never hear of the
+  other coordinates.)
+- Where G does not divide d, some blocks are longer by one. A group's block is therefore
+  number (group + shift) mod G, with a random shift: a group that always had a longer
+  block would get more than its share in the mean.
+- Where G does not divide n, c_b workers share block b, its scale is n/c_b, and the
+  workers are permuted over the groups every step. Where G divides n, who is in which
+  group never changes, so that groups may be process groups.
 """
 
 from __future__ import annotations
@@ -44,7 +49,8 @@ class Blocks:
         return -(-len(self.permutation) // self.count)
 
     def _limits(self, group: int) -> tuple[int, int]:
-        number, (size, longer) = (group + self.shift) % self.count, divmod(len(self.permutation), self.count)
+        number = (group + self.shift) % self.count
+        (size, longer) = divmod(len(self.permutation), self.count)
         start = number * size + min(number, longer)
         return start, start + size + (number < longer)
 
@@ -56,7 +62,9 @@ class Blocks:
     def place(self, values: Tensor, worker: int) -> Tensor:
         """Q_i(v), (d,), from v on the block of worker i's group."""
         there = self.coordinates(int(self.group[worker])).to(values.device)
-        return values.new_zeros(len(self.permutation)).index_copy_(0, there, values * float(self.scale[worker]))
+        return values.new_zeros(len(self.permutation)).index_copy_(
+            0, there, values * float(self.scale[worker])
+        )
 
     def restrict(self, vector: Tensor, workers: Sequence[int]) -> Tensor:
         """Q_i(vector) of several workers at once: (d,) -> (W, d)."""
@@ -108,7 +116,9 @@ class PermK:
 
     def draw(self, seed: int, t: int, n: int, d: int) -> Blocks:
         """The blocks of step t, for n workers and d coordinates."""
-        permutation = torch.randperm(d, generator=stream(seed, "bidirectional", t, "PermK coordinates"), device="cpu")
+        permutation = torch.randperm(
+            d, generator=stream(seed, "bidirectional", t, "PermK coordinates"), device="cpu"
+        )
         numbers = stream(seed, "bidirectional", t, "PermK workers")
         shift = int(torch.randint(self.groups, (), generator=numbers, device="cpu"))
         in_order = torch.arange(n, device="cpu")

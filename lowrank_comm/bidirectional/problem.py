@@ -17,8 +17,9 @@ class Problem:
         smoothness: L, of f.
         gap: D = f(x_0) - inf f.
         variance: sigma^2 of one stochastic gradient, E ||noise||^2 <= sigma^2.
-        structure: L_A of the inequality above; None for the largest L_i, with which it always holds. It is 0 for quadratics
-            with one common Hessian. This is the structural assumption: the smaller L_A, the more the downlink may compress.
+        structure: L_A of the inequality above; None for the largest L_i, with which it
+            always holds. It is 0 for quadratics with one common Hessian. This is the
+            structural assumption: the smaller L_A, the more the downlink may compress.
         worst_smoothness: max_i L_i; None for L.
 
     Raises:
@@ -34,7 +35,8 @@ class Problem:
     def __post_init__(self) -> None:
         if not self.smoothness > 0:
             raise ConfigError(
-                f"Problem: smoothness={self.smoothness!r} must be above 0; it is the Lipschitz constant L of grad f."
+                f"Problem: smoothness={self.smoothness!r} must be above 0; it is the Lipschitz"
+                " constant L of grad f."
             )
         for key in ("gap", "variance", "structure", "worst_smoothness"):
             value = getattr(self, key)

@@ -1,11 +1,14 @@
-"""RandK: of d coordinates, K are sent, scaled up so that the mean is right. The uplink's compressor.
+"""RandK: of d coordinates, K are sent, scaled up so that the mean is right. The
+uplink's compressor.
 
-Which K is drawn from (seed, t, worker) by whoever needs to know, so a message is K numbers and no indices. There are two
-ways to draw, and per coordinate they are the same: a coordinate is kept with probability K/d, independently for each worker.
+Which K is drawn from (seed, t, worker) by whoever needs to know, so a message is K
+numbers and no indices. There are two ways to draw, and per coordinate they are the
+same: a coordinate is kept with probability K/d, independently for each worker.
 
     independent   K of d without replacement, for each worker by itself
     window        one permutation, shared by all workers of a step; worker i keeps the K neighbours on its circle that begin
-                  at a private, uniform place. One permutation a step serves all workers.
+                  at a private, uniform place. One permutation a step serves all
+                  workers.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class RandK:
     C(v) = (d/K) v on K random coordinates, 0 elsewhere;   E C(v) = v,  E ||C(v) - v||^2 = omega ||v||^2,  omega = d/K - 1
 
     Args:
-        fraction: K/d in (0, 1]; K is rounded to an integer of at least 1. 1 sends v itself.
+        fraction: K/d in (0, 1]; K is rounded to an integer of at least 1. 1 sends v
+            itself.
         mask: "window" or "independent"; see the module's text.
 
     Raises:
@@ -52,7 +56,8 @@ class RandK:
         number = isinstance(self.fraction, int | float) and not isinstance(self.fraction, bool)
         if not number or not 0.0 < self.fraction <= 1.0:
             raise ConfigError(
-                f"uplink_fraction={self.fraction!r} must be a number above 0 and at most 1 (1: dense); for example 0.25."
+                f"uplink_fraction={self.fraction!r} must be a number above 0 and at most 1 (1:"
+                " dense); for example 0.25."
             )
         if self.mask not in MASKS:
             raise ConfigError(f'mask={self.mask!r} is unknown; use "window" or "independent".')
@@ -75,10 +80,19 @@ class RandK:
         if k == d:
             return None
         if self.mask == "independent":
-            draws = [torch.randperm(d, generator=stream(seed, f"worker {i}", t, "RandK"), device="cpu")[:k] for i in workers]
+            draws = [
+                torch.randperm(d, generator=stream(seed, f"worker {i}", t, "RandK"), device="cpu")[
+                    :k
+                ]
+                for i in workers
+            ]
             return torch.stack(draws)
-        permutation = torch.randperm(d, generator=stream(seed, "bidirectional", t, "RandK permutation"), device="cpu")
-        offsets = torch.randint(d, (n,), generator=stream(seed, "bidirectional", t, "RandK offsets"), device="cpu")
+        permutation = torch.randperm(
+            d, generator=stream(seed, "bidirectional", t, "RandK permutation"), device="cpu"
+        )
+        offsets = torch.randint(
+            d, (n,), generator=stream(seed, "bidirectional", t, "RandK offsets"), device="cpu"
+        )
         own = offsets if len(workers) == n else offsets[list(workers)]
         return permutation[(own[:, None] + torch.arange(k, device="cpu")) % d]
 
@@ -98,5 +112,7 @@ class RandK:
         """(1/n) sum of C_i(v_i) from the messages of all n workers: (n, K) -> (d,)."""
         if indices is None:
             return values.mean(dim=0)
-        total = values.new_zeros(d).index_add_(0, indices.flatten().to(values.device), values.flatten())
+        total = values.new_zeros(d).index_add_(
+            0, indices.flatten().to(values.device), values.flatten()
+        )
         return total / len(values)

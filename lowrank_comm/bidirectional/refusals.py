@@ -1,8 +1,10 @@
 """Engines that need the same weights on all ranks, and how each is recognised.
 
-With a bidirectional method the workers' weights differ by design: each computes its gradients at its own w_i. DDP averages
-gradients as if all were taken at one point, FSDP2 and ZeRO-3 make up each layer from shards on all ranks, and ZeRO-1 and -2
-give every rank the updated shards of the others. None of them can carry such a method, and none notices by itself.
+With a bidirectional method the workers' weights differ by design: each computes its
+gradients at its own w_i. DDP averages gradients as if all were taken at one point,
+FSDP2 and ZeRO-3 make up each layer from shards on all ranks, and ZeRO-1 and -2 give
+every rank the updated shards of the others. None of them can carry such a method, and
+none notices by itself.
 """
 
 from __future__ import annotations
@@ -17,16 +19,21 @@ from lowrank_comm.optimizer.engine import wrapper_of
 from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 
 _WHY = (
-    "In a bidirectional method every worker holds weights of its own, w_i, and only their mean is the server's x, while "
-    "{engine} needs the same weights on all ranks. Train the plain model in a plain loop, one process a worker, or choose a "
-    "compressor of gradients such as powersgd_plus for this engine."
+    "In a bidirectional method every worker holds weights of its own, w_i, and only their mean is"
+    " the server's x, while {engine} needs the same weights on all ranks. Train the plain model in"
+    " a plain loop, one process a worker, or choose a compressor of gradients such as powersgd_plus"
+    " for this engine."
 )
 
 
 def refuse_deepspeed() -> None:
-    """UnsupportedError where Trainer or Accelerate is about to use DeepSpeed in this process."""
+    """UnsupportedError where Trainer or Accelerate is about to use DeepSpeed in this
+    process.
+    """
     if transformers_uses_deepspeed():
-        raise UnsupportedError(f"--deepspeed is on in this process. {_WHY.format(engine='DeepSpeed')}")
+        raise UnsupportedError(
+            f"--deepspeed is on in this process. {_WHY.format(engine='DeepSpeed')}"
+        )
 
 
 def refuse_model(model: nn.Module) -> None:
@@ -46,12 +53,14 @@ def refuse_parameter(name: str, parameter: Tensor) -> None:
     elif hasattr(parameter, "ds_id"):
         engine = "DeepSpeed ZeRO-3"
     if engine is not None:
-        raise UnsupportedError(f"parameter {name!r} is held in shards. {_WHY.format(engine=engine)}")
+        raise UnsupportedError(
+            f"parameter {name!r} is held in shards. {_WHY.format(engine=engine)}"
+        )
 
 
 def refuse_averaged(gradients: Tensor, collectives_happened: bool, group: Group) -> int:
-    """At the first step: an engine has averaged the gradients, as they have the same bits on all ranks after collectives
-    in backward. A collective.
+    """At the first step: an engine has averaged the gradients, as they have the same
+    bits on all ranks after collectives in backward. A collective.
 
     Args:
         gradients: this worker's, (d,).
@@ -64,11 +73,16 @@ def refuse_averaged(gradients: Tensor, collectives_happened: bool, group: Group)
     Raises:
         UnsupportedError: on all ranks.
     """
-    mine = f"{fingerprint([gradients])} {collectives_happened:d}".encode() if bool(gradients.any()) else b""
+    mine = (
+        f"{fingerprint([gradients])} {collectives_happened:d}".encode()
+        if bool(gradients.any())
+        else b""
+    )
     told = group.gather_bytes(mine, gradients.device)
     if len(told) > 1 and mine and len(set(told)) == 1 and collectives_happened:
         raise UnsupportedError(
-            f"all {len(told)} ranks came to the first step with the same gradients, bit for bit, after collectives during "
-            f"the backward pass: DistributedDataParallel, or another engine, averages them. {_WHY.format(engine='that')}"
+            f"all {len(told)} ranks came to the first step with the same gradients, bit for bit,"
+            " after collectives during the backward pass: DistributedDataParallel, or another"
+            f" engine, averages them. {_WHY.format(engine='that')}"
         )
     return len(mine)

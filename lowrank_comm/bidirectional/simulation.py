@@ -1,4 +1,6 @@
-"""n workers and the server in one process, on (n, d) tensors: the same methods, with the ledger and the simulated clock."""
+"""n workers and the server in one process, on (n, d) tensors: the same methods, with
+the ledger and the simulated clock.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class _InProcess(Transport):
         d, compressor = context.d, request.compressor
         indices = compressor.indices(context.seed, context.t, context.n, context.workers, d)
         values = compressor.compress(request.vectors, indices)
-        self.ledger.enter("uplink_dense" if indices is None else "uplink", values.shape[1], values.itemsize)
+        self.ledger.enter(
+            "uplink_dense" if indices is None else "uplink", values.shape[1], values.itemsize
+        )
         mean = compressor.mean(values, indices, d)
         if not finite or not torch.isfinite(mean).all():
             return None
@@ -62,7 +66,14 @@ class BidirectionalSimulation:
     """
 
     def __init__(
-        self, method: Method, x: Tensor, workers: int, *, gamma: float, seed: int = 0, clock: Clock | None = None
+        self,
+        method: Method,
+        x: Tensor,
+        workers: int,
+        *,
+        gamma: float,
+        seed: int = 0,
+        clock: Clock | None = None,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"workers={workers} must be at least 1.")
@@ -95,10 +106,13 @@ class BidirectionalSimulation:
             batch: how many stochastic gradients each of them averages, for the clock.
 
         Returns:
-            False if some number was not finite; nothing has changed then but ledger and clock.
+            False if some number was not finite; nothing has changed then but ledger and
+            clock.
         """
         before = self.ledger.up + self.ledger.down
-        state = drive(self.method, self.state, gradients, self._context(), self._transport, self._descend)
+        state = drive(
+            self.method, self.state, gradients, self._context(), self._transport, self._descend
+        )
         self.clock.step(batch, self.ledger.up + self.ledger.down - before)
         self.ledger.close(state is not None)
         if state is None:

@@ -1,4 +1,6 @@
-"""The trainable parameters of an optimizer as one vector of d numbers, in the order of the groups."""
+"""The trainable parameters of an optimizer as one vector of d numbers, in the order of
+the groups.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +20,28 @@ class FlatParameters:
         named: (name, parameter), float32 or float64, on one device.
 
     Raises:
-        ConfigError: no parameter, a narrower dtype, several devices, or a name that stands twice.
+        ConfigError: no parameter, a narrower dtype, several devices, or a name that
+            stands twice.
         UnsupportedError: a parameter that an engine has cut into shards.
     """
 
     def __init__(self, named: Sequence[tuple[str, Tensor]]) -> None:
         if not named:
-            raise ConfigError("no parameter of the optimizer requires a gradient; there is nothing to train.")
+            raise ConfigError(
+                "no parameter of the optimizer requires a gradient; there is nothing to train."
+            )
         for name, parameter in named:
             refuse_parameter(name, parameter)
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
-                    f"parameter {name!r} is {parameter.dtype}: the server adds small steps to x for the whole run, which a "
-                    "narrow dtype would round away. Keep the parameters in float32 and compute under torch.autocast."
+                    f"parameter {name!r} is {parameter.dtype}: the server adds small steps to x for"
+                    " the whole run, which a narrow dtype would round away. Keep the parameters in"
+                    " float32 and compute under torch.autocast."
                 )
             if parameter.device != named[0][1].device:
                 raise ConfigError(
-                    f"parameter {name!r} is on {parameter.device}, {named[0][0]!r} on {named[0][1].device}; a worker's "
-                    "point is one vector on one device."
+                    f"parameter {name!r} is on {parameter.device}, {named[0][0]!r} on"
+                    f" {named[0][1].device}; a worker's point is one vector on one device."
                 )
         self.names = [name for name, _ in named]
         if len(set(self.names)) < len(self.names):
@@ -64,8 +70,14 @@ class FlatParameters:
         parts = []
         for name, p in zip(self.names, self.parameters, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
-                raise UnsupportedError(f"the gradient of {name!r} is sparse; build the embedding with sparse=False.")
-            parts.append(p.new_zeros(p.numel(), dtype=self.dtype) if p.grad is None else p.grad.reshape(-1).to(self.dtype))
+                raise UnsupportedError(
+                    f"the gradient of {name!r} is sparse; build the embedding with sparse=False."
+                )
+            parts.append(
+                p.new_zeros(p.numel(), dtype=self.dtype)
+                if p.grad is None
+                else p.grad.reshape(-1).to(self.dtype)
+            )
         return torch.cat(parts)
 
     def shaped(self, vector: Tensor) -> dict[str, Tensor]:

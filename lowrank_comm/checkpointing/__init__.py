@@ -1,1 +1,3 @@
-"""How the compressor's state is saved: as one file beside a checkpoint, and inside the optimizer's state dict."""
+"""How the compressor's state is saved: as one file beside a checkpoint, and inside the
+optimizer's state dict.
+"""

@@ -1,17 +1,21 @@
-"""The compressor's state on disk and in state dicts, keyed by parameter name; safetensors, no pickle.
+"""The compressor's state on disk and in state dicts, keyed by parameter name;
+safetensors, no pickle.
 
-What is saved: for each compressed parameter its error and its basis Q; the step; of parameters for which nobody had a
-gradient in some steps, what they have behind them (`restart`); the seed; and what kind of error it is (or of EF21's y and
-v, which are saved as errors are: in the parameter's shape, whatever blocks of it a rank holds):
+What is saved: for each compressed parameter its error and its basis Q; the step; of
+parameters for which nobody had a gradient in some steps, what they have behind them
+(`restart`); the seed; and what kind of error it is (or of EF21's y and v, which are
+saved as errors are: in the parameter's shape, whatever blocks of it a rank holds):
 
     "mean"  the mean of all workers' errors. Linear compressors use nothing else, so every worker of a run of any size
             may start from it, and the run goes on as if it had not been interrupted.
     "own"   one worker's error. It is right for the worker of the same rank in a group of the same size only: loading
-            rank 0's error everywhere, as is common, loses the errors of all others without a word. It is refused.
+            rank 0's error everywhere, as is common, loses the errors of all others
+            without a word. It is refused.
 
-`save` consolidates first (a collective that makes every worker's error the mean), then rank 0 writes the file beside
-its final name and renames it, so that a killed job leaves no half file. It returns a name for this save, by which whoever
-keeps it with the rest of the checkpoint recognises a file that another run has left in the same folder.
+`save` consolidates first (a collective that makes every worker's error the mean), then
+rank 0 writes the file beside its final name and renames it, so that a killed job leaves
+no half file. It returns a name for this save, by which whoever keeps it with the rest
+of the checkpoint recognises a file that another run has left in the same folder.
 """
 
 from __future__ import annotations
@@ -35,38 +39,14 @@ from lowrank_comm.reduction.reducer import Reducer
 FILE_NAME = "lowrank_comm.safetensors"
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
-    """Write the state of all workers as one file; a collective, between steps. When it returns, the file is there.
+    """Write the state of all workers as one file; a collective, between steps. When it
+    returns, the file is there.
 
     Args:
         reducer: the run's; its error memory is consolidated.
-        folder: the file is `<folder>/lowrank_comm.safetensors`, in a file system that all workers share.
+        folder: the file is `<folder>/lowrank_comm.safetensors`, in a file system that
+            all workers share.
 
     Returns:
         A name for this very save, also written into the file, the same on all workers.
@@ -80,15 +60,20 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
     if reducer.is_writer:
         try:
             _write(reducer, tensors, Path(folder) / FILE_NAME, mine["name"])
-        except (OSError, SafetensorError) as error:  # the others wait to be told
+        except (OSError, SafetensorError) as error:
+            # the others wait to be told
             mine["error"] = str(error)
     of_rank_0 = _tell(reducer, mine)[0]
     if of_rank_0["error"]:
-        raise StateMismatchError(f"the compressor's state could not be saved: {of_rank_0['error']}.")
+        raise StateMismatchError(
+            f"the compressor's state could not be saved: {of_rank_0['error']}."
+        )
     return of_rank_0["name"]
 
 
-def _write(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]], path: Path, name: str) -> None:
+def _write(
+    reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]], path: Path, name: str
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {
         f"{symbol}/{parameter}": tensor.clone().contiguous()
@@ -96,9 +81,12 @@ def _write(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]], path: 
         for symbol, tensor in parts.items()
     }
     tag = json.dumps(asdict(tag_of(reducer)))
-    settings = {key: value for key, value in reducer.describe().items() if key != "parameters"}  # for who looks into it
+    # for who looks into it
+    settings = {key: value for key, value in reducer.describe().items() if key != "parameters"}
     unfinished = path.with_suffix(".unfinished")
-    save_file(flat, unfinished, metadata={"tag": tag, "name": name, "settings": json.dumps(settings)})
+    save_file(
+        flat, unfinished, metadata={"tag": tag, "name": name, "settings": json.dumps(settings)}
+    )
     unfinished.replace(path)
 
 
@@ -119,8 +107,8 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
         False, after a warning, where there is no file: all then starts from zero.
 
     Raises:
-        StateMismatchError: on every worker, if the file does not fit this run, cannot be read, is another one than `name`
-            says, or is there on some workers only.
+        StateMismatchError: on every worker, if the file does not fit this run, cannot
+            be read, is another one than `name` says, or is there on some workers only.
     """
     path = Path(folder) / FILE_NAME
     found: tuple[Tag, dict[str, dict[str, Tensor]]] | None = None
@@ -135,7 +123,9 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
     told = _tell(reducer, mine)
     for rank, one in enumerate(told):
         if one["error"]:
-            raise StateMismatchError(one["error"] if len(told) == 1 else f"rank {rank}: {one['error']}")
+            raise StateMismatchError(
+                one["error"] if len(told) == 1 else f"rank {rank}: {one['error']}"
+            )
     if len({one["found"] for one in told}) > 1:
         seen = ", ".join(f"{one['found']} on rank {rank}" for rank, one in enumerate(told))
         raise StateMismatchError(f"{path} is {seen}; all workers must see the same files.")
@@ -143,10 +133,15 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
         memory = reducer.assignment.error_feedback.memory
         if name is not None:
             raise StateMismatchError(
-                f"{path} is missing, and with it the {memory} that this checkpoint was saved with. Copy it from the "
-                "checkpoint's original folder, or load without the optimizer's state."
+                f"{path} is missing, and with it the {memory} that this checkpoint was saved with."
+                " Copy it from the checkpoint's original folder, or load without the optimizer's"
+                " state."
             )
-        _log.warning("%s is missing: the checkpoint was saved without compression; the %s starts from zero", path, memory)
+        _log.warning(
+            "%s is missing: the checkpoint was saved without compression; the %s starts from zero",
+            path,
+            memory,
+        )
         reducer.reset()
         return False
     restore(reducer, *found)
@@ -166,11 +161,14 @@ def _read(path: Path, name: str | None) -> tuple[Tag, dict[str, dict[str, Tensor
             f"{path} cannot be read ({error}); restore it, or resume from another checkpoint."
         ) from None
     if "tag" not in metadata:
-        raise StateMismatchError(f"{path} was not written by lowrank_comm.checkpointing.file.save; remove it or restore it.")
+        raise StateMismatchError(
+            f"{path} was not written by lowrank_comm.checkpointing.file.save; remove it or"
+            " restore it."
+        )
     if name is not None and metadata.get("name") != name:
         raise StateMismatchError(
-            f"{path} does not belong to this checkpoint: it was left there by another save. Restore the right one, or "
-            "resume from another checkpoint."
+            f"{path} does not belong to this checkpoint: it was left there by another save. Restore"
+            " the right one, or resume from another checkpoint."
         )
     entries = json.loads(metadata["tag"])
     check_format(entries.get("format"), str(path))

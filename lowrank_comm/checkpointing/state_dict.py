@@ -4,17 +4,20 @@
     state_dict["state"][parameter]["lowrank_comm_tag"]                        the tag as numbers
     state_dict["lowrank_comm"]                                                the tag, readable
 
-The tag stands twice because torch.distributed.checkpoint drops top-level keys that it does not know, without a word,
-and keeps what is in `state[parameter]`. Every trainable parameter has one, compressed or not, because it refuses a state
-dict in which some parameters have a state and others have none. No key has a dot, at which it splits flattened names.
-A plain optimizer that loads such a dict keeps the entries that it does not know, and saves them again after steps of its
-own. So the tag as numbers has the base's own count of steps beside it: where that has moved on, the errors are of another
-time, and are left out with a warning. (SGD counts no steps; there it cannot be told.) Behind it stands the parameter's
-past (`restart`), if there is anything to say of it.
+The tag stands twice because torch.distributed.checkpoint drops top-level keys that it
+does not know, without a word, and keeps what is in `state[parameter]`. Every trainable
+parameter has one, compressed or not, because it refuses a state dict in which some
+parameters have a state and others have none. No key has a dot, at which it splits
+flattened names. A plain optimizer that loads such a dict keeps the entries that it does
+not know, and saves them again after steps of its own. So the tag as numbers has the
+base's own count of steps beside it: where that has moved on, the errors are of another
+time, and are left out with a warning. (SGD counts no steps; there it cannot be told.)
+Behind it stands the parameter's past (`restart`), if there is anything to say of it.
 
-The entries are added to the dict only and never to the optimizer's live state: Adam takes a non-empty state for one
-that it has initialised. They are taken out before the base loads, because `Optimizer.load_state_dict` would cast a
-float32 error to a bfloat16 parameter's dtype.
+The entries are added to the dict only and never to the optimizer's live state: Adam
+takes a non-empty state for one that it has initialised. They are taken out before the
+base loads, because `Optimizer.load_state_dict` would cast a float32 error to a bfloat16
+parameter's dtype.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ _log = logging.getLogger(__name__)
 
 PREFIX = "lowrank_comm_"
 KEY = "lowrank_comm"
-BIDIRECTIONAL_KEY = "lowrank_comm_bidirectional"  # of the other kind of optimizer; neither loads what the other saved
+# of the other kind of optimizer; neither loads what the other saved
+BIDIRECTIONAL_KEY = "lowrank_comm_bidirectional"
 _KINDS = ("own", "mean")
-_STEADY = (-1, -1, 0)  # as numbers: of a parameter of whose past there is nothing to say
+# as numbers: of a parameter of whose past there is nothing to say
+_STEADY = (-1, -1, 0)
 
 
 def add(
@@ -65,7 +70,8 @@ def add(
             further = [_steps_of(theirs), *tag.unsteady.get(name, _STEADY)]
             ours[PREFIX + "tag"] = torch.tensor([*numbers, *further], device=devices[name])
             state_dict["state"][number] = {**theirs, **ours}
-    state_dict[KEY] = {key: value for key, value in asdict(tag).items() if key != "unsteady"}  # which is in the numbers
+    # which is in the numbers
+    state_dict[KEY] = {key: value for key, value in asdict(tag).items() if key != "unsteady"}
 
 
 def _steps_of(base_state: Mapping[str, Any]) -> int:
@@ -84,14 +90,21 @@ def split(
         numbered: (parameter name, key in `state_dict["state"]`).
 
     Returns:
-        (the base's state dict, the tag or None, parameter name -> {"error": ..., "Q": ...}).
+        (the base's state dict, the tag or None, parameter name -> {"error": ..., "Q":
+        ...}).
     """
     base_state: dict[Any, Any] = {}
     ours: dict[Any, dict[str, Tensor]] = {}
     for number, entries in state_dict["state"].items():
-        ours[number] = {key[len(PREFIX) :]: value for key, value in entries.items() if str(key).startswith(PREFIX)}
+        ours[number] = {
+            key[len(PREFIX) :]: value
+            for key, value in entries.items()
+            if str(key).startswith(PREFIX)
+        }
         kept = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
-        if kept:  # an empty state would look initialised to nobody, but SGD without momentum has none at all
+        # an empty state would look initialised to nobody, but SGD without momentum has
+        # none at all
+        if kept:
             base_state[number] = kept
     tag, stale = Tag(**state_dict[KEY]) if KEY in state_dict else None, ""
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -104,7 +117,8 @@ def split(
         if numbers is None:
             continue
         layout, kind, rank, world, step, seed, *further = (int(value) for value in numbers.tolist())
-        counted, history = further[:1], further[1:]  # neither in what earlier versions saved
+        # neither in what earlier versions saved
+        counted, history = further[:1], further[1:]
         if history and history != list(_STEADY):
             unsteady[name] = (history[0], history[1], bool(history[2]))
         if KEY in state_dict:
@@ -115,8 +129,8 @@ def split(
         tag = Tag(_KINDS[kind], rank, world, step, seed, layout)
     if stale:
         _log.warning(
-            "the state dict was saved by an optimizer without compression (%s): the compressor state in it is of an earlier "
-            "time, and is left out",
+            "the state dict was saved by an optimizer without compression (%s): the compressor"
+            " state in it is of an earlier time, and is left out",
             stale,
         )
         tag, tensors = None, {}
@@ -126,11 +140,13 @@ def split(
 
 
 def refuse_other_kind(state_dict: Mapping[str, Any]) -> None:
-    """StateMismatchError for a bidirectional run's state where one of compressed gradients is wanted."""
+    """StateMismatchError for a bidirectional run's state where one of compressed
+    gradients is wanted.
+    """
     if BIDIRECTIONAL_KEY in state_dict:
         method = state_dict[BIDIRECTIONAL_KEY].get("method")
         raise StateMismatchError(
-            f"the state dict is of the bidirectional method {method!r}, which keeps the trained weights in it; loaded here, "
-            f"they would be lost. Load it into an optimizer with compressor {method!r}, and take its weights from "
-            "server_parameters()."
+            f"the state dict is of the bidirectional method {method!r}, which keeps the trained"
+            " weights in it; loaded here, they would be lost. Load it into an optimizer with"
+            f" compressor {method!r}, and take its weights from server_parameters()."
         )

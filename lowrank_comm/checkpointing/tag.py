@@ -1,4 +1,6 @@
-"""The tag of a saved state: whose error memory it holds, of which step, in which format."""
+"""The tag of a saved state: whose error memory it holds, of which step, in which
+format.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,24 @@ from lowrank_comm.reduction.reducer import Reducer
 FORMAT = 1
 
 
-NOBODY = -1  # as a rank: a state of one rank that no rank may take for its own
+# as a rank: a state of one rank that no rank may take for its own
+NOBODY = -1
 
 
 def check_format(found: object, what: str) -> None:
     """StateMismatchError if what was saved has another layout than this version reads."""
     if found != FORMAT:
-        raise StateMismatchError(f"{what} has format {found}, this version reads {FORMAT}; update lowrank_comm.")
+        raise StateMismatchError(
+            f"{what} has format {found}, this version reads {FORMAT}; update lowrank_comm."
+        )
 
 
 @dataclass(frozen=True)
 class Tag:
-    """What a saved state is: see the module's text. `step` is t of the next pass; `unsteady`, parameter name -> (restarts,
-    age, deferred), see `Restarts`: absent in what older versions saved, and then nothing is deferred."""
+    """What a saved state is: see the module's text. `step` is t of the next pass;
+    `unsteady`, parameter name -> (restarts, age, deferred), see `Restarts`: absent in
+    what older versions saved, and then nothing is deferred.
+    """
 
     kind: str
     rank: int
@@ -41,21 +48,24 @@ class Tag:
         """Refuse another worker's own errors.
 
         Raises:
-            StateMismatchError: kind "own" from another rank or world size, or an unknown format.
+            StateMismatchError: kind "own" from another rank or world size, or an
+                unknown format.
         """
         check_format(self.format, "the saved state")
         here, memory = reducer.here, reducer.assignment.error_feedback.memory
         if self.kind == "own" and (self.rank, self.world) != here:
             raise StateMismatchError(
-                f"the saved {memory} is {self.whose} own of {self.world} ranks; this is rank {here[0]} of "
-                f"{here[1]}. Loading it here would lose that of the other workers. Call "
-                "optimizer.consolidate_error_memory() on all ranks before state_dict(), then it fits any worker."
+                f"the saved {memory} is {self.whose} own of {self.world} ranks; this is rank"
+                f" {here[0]} of {here[1]}. Loading it here would lose that of the other workers."
+                " Call optimizer.consolidate_error_memory() on all ranks before state_dict(), then"
+                " it fits any worker."
             )
 
 
 def tag_of(reducer: Reducer) -> Tag:
     """Tag of the reducer's present state."""
     rank, world = reducer.worker
-    shared = reducer.consolidated or world == 1 or reducer.step == 0  # before the first step all errors are zero
+    # before the first step all errors are zero
+    shared = reducer.consolidated or world == 1 or reducer.step == 0
     kind = "mean" if shared or not reducer.keeps_private_state else "own"
     return Tag(kind, rank, world, reducer.step, reducer.seed, unsteady=reducer.restarts.unsteady())

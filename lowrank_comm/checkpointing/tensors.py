@@ -1,4 +1,6 @@
-"""The tensors of a saved state, by parameter name and symbol, and how they are put back."""
+"""The tensors of a saved state, by parameter name and symbol, and how they are put
+back.
+"""
 
 from __future__ import annotations
 
@@ -15,35 +17,51 @@ from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
 from lowrank_comm.reduction.reducer import Reducer
 
-_OF = "_of_blocks_"  # in a symbol: bases of that many blocks of rows, each of which is a matrix of its own
+# in a symbol: bases of that many blocks of rows, each of which is a matrix of its own
+_OF = "_of_blocks_"
 
 
 _log = logging.getLogger("lowrank_comm")
 
 
 def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """Parameter name -> {"error": ..., "Q": ...}; live tensors, no copies. No "error" where none is kept."""
+    """Parameter name -> {"error": ..., "Q": ...}; live tensors, no copies. No "error"
+    where none is kept.
+    """
     memory = reducer.error_memory()
-    return {name: ({"error": memory[name]} if name in memory else {}) | bases for name, bases in reducer.bases().items()}
+    return {
+        name: ({"error": memory[name]} if name in memory else {}) | bases
+        for name, bases in reducer.bases().items()
+    }
 
 
 def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """The same of whole parameters, on the CPU; where ranks of a node hold blocks of them, a collective of these ranks.
+    """The same of whole parameters, on the CPU; where ranks of a node hold blocks of
+    them, a collective of these ranks.
 
-    Where each block has a basis of its own, they are kept together, (F, n, r), by a symbol that tells F.
+    Where each block has a basis of its own, they are kept together, (F, n, r), by a
+    symbol that tells F.
     """
     intra_node = reducer.intra_node
     if intra_node.size == 1:
-        return {name: {k: t.detach().cpu() for k, t in parts.items()} for name, parts in tensors_of(reducer).items()}
+        return {
+            name: {k: t.detach().cpu() for k, t in parts.items()}
+            for name, parts in tensors_of(reducer).items()
+        }
     result: dict[str, dict[str, Tensor]] = {}
     for slot, largest, shaped in reducer.blocks():
         entry = {
-            symbol: intra_node.whole(tensor.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint")
+            symbol: intra_node.whole(
+                tensor.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint"
+            )
             for symbol, tensor in shaped.items()
         }
         bases = block_bases(reducer, slot, largest)
         if not intra_node.whole_matrices:
-            gathered = {symbol: intra_node.gather(basis.reshape(-1), "checkpoint") for symbol, basis in bases.items()}
+            gathered = {
+                symbol: intra_node.gather(basis.reshape(-1), "checkpoint")
+                for symbol, basis in bases.items()
+            }
             stacked = {symbol: gathered[symbol].view(-1, *bases[symbol].shape) for symbol in bases}
             bases = _by_blocks(stacked, reducer.assignment.of(largest)[0].replicated_state)
         result[slot.name] = {k: t.detach().cpu() for k, t in (entry | bases).items()}
@@ -51,34 +69,55 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
 
 
 def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """`whole_tensors_of` before the first step, without communication: zero errors, and bases that nobody has used."""
+    """`whole_tensors_of` before the first step, without communication: zero errors, and
+    bases that nobody has used.
+    """
     intra_node = reducer.intra_node
     result: dict[str, dict[str, Tensor]] = {}
     for slot, largest, shaped in reducer.blocks():
         bases = block_bases(reducer, slot, largest)
-        if not intra_node.whole_matrices:  # copies, since DCP loads in place
-            stacked = {symbol: torch.stack([basis] * intra_node.size) for symbol, basis in bases.items()}
+        # copies, since DCP loads in place
+        if not intra_node.whole_matrices:
+            stacked = {
+                symbol: torch.stack([basis] * intra_node.size) for symbol, basis in bases.items()
+            }
             bases = _by_blocks(stacked, reducer.assignment.of(largest)[0].replicated_state)
-        zeros = {symbol: torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype) for symbol in shaped}
+        zeros = {
+            symbol: torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)
+            for symbol in shaped
+        }
         result[slot.name] = zeros | bases
     return result
 
 
 def _by_blocks(stacked: Mapping[str, Tensor], replicated_state: Sequence[str]) -> dict[str, Tensor]:
-    """Of the bases of all blocks, (F, ...): by a symbol that tells F, and of the first block what is equal for all."""
-    return {k if k in replicated_state else of_blocks(k, len(t)): t[0] if k in replicated_state else t for k, t in stacked.items()}
+    """Of the bases of all blocks, (F, ...): by a symbol that tells F, and of the first
+    block what is equal for all.
+    """
+    return {
+        k if k in replicated_state else of_blocks(k, len(t)): t[0] if k in replicated_state else t
+        for k, t in stacked.items()
+    }
 
 
 def of_blocks(symbol: str, count: int) -> str:
-    """The symbol under which the bases of `count` blocks of a parameter are kept, each a matrix of its own."""
+    """The symbol under which the bases of `count` blocks of a parameter are kept, each
+    a matrix of its own.
+    """
     return f"{symbol}{_OF}{count}"
 
 
 def block_bases(reducer: Reducer, slot: ParamInfo, largest: Treatment) -> dict[str, Tensor]:
-    """symbol -> this rank's basis (n, r) in the room of that of the largest block; zero where it has no column. Of all that
-    is not in the shape of the block."""
-    initial, shaped = reducer.assignment.initial_state(slot, largest), reducer.assignment.of(largest)[0].parameter_shaped_state
-    rooms = {symbol: torch.zeros_like(tensor) for symbol, tensor in initial.items() if symbol not in shaped}
+    """symbol -> this rank's basis (n, r) in the room of that of the largest block; zero
+    where it has no column. Of all that is not in the shape of the block.
+    """
+    initial = reducer.assignment.initial_state(slot, largest)
+    shaped = reducer.assignment.of(largest)[0].parameter_shaped_state
+    rooms = {
+        symbol: torch.zeros_like(tensor)
+        for symbol, tensor in initial.items()
+        if symbol not in shaped
+    }
     held = reducer.bases_of(slot.name)
     for symbol in rooms.keys() & held.keys():
         rooms[symbol][tuple(slice(0, size) for size in held[symbol].shape)] = held[symbol]
@@ -86,13 +125,22 @@ def block_bases(reducer: Reducer, slot: ParamInfo, largest: Treatment) -> dict[s
 
 
 def _in_memory(reducer: Reducer, name: str) -> tuple[str, ...]:
-    """Symbols of what is kept of one parameter's earlier gradients: right for any rank and any blocks, unlike a basis."""
+    """Symbols of what is kept of one parameter's earlier gradients: right for any rank
+    and any blocks, unlike a basis.
+    """
     scheme = reducer.scheme_of(name)
-    return ("error", *((*scheme.parameter_shaped_state, *scheme.replicated_state) if scheme else ()))
+    return (
+        "error",
+        *((*scheme.parameter_shaped_state, *scheme.replicated_state) if scheme else ()),
+    )
 
 
-def _cut_to(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """What this rank holds of saved tensors: its block of a whole error or the like, its basis of those of all blocks."""
+def _cut_to(
+    reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """What this rank holds of saved tensors: its block of a whole error or the like,
+    its basis of those of all blocks.
+    """
     slots = {slot.name: slot for slot in reducer.slots}
     own_basis = f"{_OF}{reducer.intra_node.size}"
     result: dict[str, dict[str, Tensor]] = {}
@@ -102,12 +150,22 @@ def _cut_to(reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]]) -> di
         memory = _in_memory(reducer, name)
         for symbol, given in saved.items():
             tensor = given.to_local() if isinstance(given, DTensor) else given
-            if symbol in memory and slot is not None and slot.whole is not None and tensor.shape == slot.whole:
+            if (
+                symbol in memory
+                and slot is not None
+                and slot.whole is not None
+                and tensor.shape == slot.whole
+            ):
                 tensor = reducer.intra_node.own(tensor, slot.dim)
             elif symbol.endswith(own_basis) and reducer.intra_node.size > 1:
-                symbol, tensor = symbol.removesuffix(own_basis), tensor[reducer.intra_node.rank] if tensor.dim() == 3 else tensor
+                symbol = symbol.removesuffix(own_basis)
+                tensor = tensor[reducer.intra_node.rank] if tensor.dim() == 3 else tensor
                 kept = reducer.bases_of(name).get(symbol)
-                tensor = tensor[tuple(slice(0, size) for size in kept.shape)] if kept is not None else tensor
+                tensor = (
+                    tensor[tuple(slice(0, size) for size in kept.shape)]
+                    if kept is not None
+                    else tensor
+                )
             parts[symbol] = tensor
         if slot is None or slot.numel > 0 or reducer.bases_of(name):
             result[name] = parts
@@ -123,19 +181,24 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
         tensors: parameter name -> {"error": ..., "Q": ...}.
 
     Raises:
-        StateMismatchError: the state belongs to another worker, or error memory would be lost: a saved parameter is
-            not compressed now, or has another shape.
+        StateMismatchError: the state belongs to another worker, or error memory would
+            be lost: a saved parameter is not compressed now, or has another shape.
     """
     tag.check_usable_by(reducer)
     known = tensors_of(reducer)
     for name, saved in _cut_to(reducer, tensors).items():
         here = known.get(name, {})
-        if "error" in saved and "error" not in here and float(torch.linalg.vector_norm(saved["error"].float())) != 0.0:
+        if (
+            "error" in saved
+            and "error" not in here
+            and float(torch.linalg.vector_norm(saved["error"].float())) != 0.0
+        ):
             raise StateMismatchError(
-                f"{name!r} has a saved error memory but is not a compressed parameter of this run with one; it would be "
-                "lost. Resume with the same model, names, rank, min_compression_rate, rules and error_feedback; to give it "
-                "up on purpose, take the compressor's state out of the checkpoint (in a state dict the key 'lowrank_comm' "
-                "and the entries 'lowrank_comm_...')."
+                f"{name!r} has a saved error memory but is not a compressed parameter of this run"
+                " with one; it would be lost. Resume with the same model, names, rank,"
+                " min_compression_rate, rules and error_feedback; to give it up on purpose, take"
+                " the compressor's state out of the checkpoint (in a state dict the key"
+                " 'lowrank_comm' and the entries 'lowrank_comm_...')."
             )
         for symbol in saved.keys() & here.keys() & set(_in_memory(reducer, name)):
             if saved[symbol].numel() != here[symbol].numel():
@@ -147,7 +210,8 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
 
 
 def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Give a saved state to a reducer; what it held is replaced, and what is not in the saved state starts anew.
+    """Give a saved state to a reducer; what it held is replaced, and what is not in the
+    saved state starts anew.
 
     Args:
         reducer, tag, tensors: see `check_fits`.
@@ -159,15 +223,22 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     unsaved = {slot.name for slot in reducer.slots} - tensors.keys()
     known, tensors = tensors_of(reducer), _cut_to(reducer, tensors)
     empty = sorted(name for name, parts in known.items() if parts and name not in tensors)
-    reducer.reset(empty)  # and no others: the saved tensors may be this reducer's own, as in load_state_dict(state_dict())
+    # and no others: the saved tensors may be this reducer's own, as in
+    # load_state_dict(state_dict())
+    reducer.reset(empty)
     anew: list[str] = []
     symbols = {(name, k.split(_OF)[0]) for name, saved in tensors.items() for k in saved}
     unused = sorted({k for name, k in symbols if k not in known.get(name, {}) and k != "error"})
     for name in sorted(known.keys() & tensors.keys()):
         saved, here = tensors[name], known[name]
         memory = here.keys() & set(_in_memory(reducer, name))
-        fits = {k: saved[k] for k in here if k in saved and (k in memory or saved[k].shape == here[k].shape)}
-        # Each is kept or starts anew as one: y_mean would not be the mean of y's that started from zero.
+        fits = {
+            k: saved[k]
+            for k in here
+            if k in saved and (k in memory or saved[k].shape == here[k].shape)
+        }
+        # Each is kept or starts anew as one: y_mean would not be the mean of y's that
+        # started from zero.
         for group, those in ((memory, empty), (here.keys() - memory, anew)):
             if not group <= fits.keys():
                 those.append(name)
@@ -179,20 +250,34 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     if unused:
         _log.warning("the saved run had another scheme: its %s is not used here", ", ".join(unused))
     if empty:
-        _log.warning("no saved %s for %d parameters (first: %s): they start from zero", words, len(empty), empty[0])
-    if anew:
-        kept = "" if set(anew) <= set(empty) or reducer.assignment.error_feedback.form == "none" else f", the {words} is kept"
         _log.warning(
-            "the saved bases of %d parameters (first: %s) are of another rank, or of other blocks of rows: they start "
-            f"anew{kept}",
+            "no saved %s for %d parameters (first: %s): they start from zero",
+            words,
+            len(empty),
+            empty[0],
+        )
+    if anew:
+        kept = (
+            ""
+            if set(anew) <= set(empty) or reducer.assignment.error_feedback.form == "none"
+            else f", the {words} is kept"
+        )
+        _log.warning(
+            "the saved bases of %d parameters (first: %s) are of another rank, or of other blocks"
+            f" of rows: they start anew{kept}",
             len(anew),
             anew[0],
         )
     if tag.seed != reducer.seed:
-        _log.warning("the saved run had seed %d, this one has %d: later random draws differ", tag.seed, reducer.seed)
+        _log.warning(
+            "the saved run had seed %d, this one has %d: later random draws differ",
+            tag.seed,
+            reducer.seed,
+        )
     reducer.continue_at(tag.step, tag.unsteady)
-    # A basis that is random again is not to wait for the next period. (A rank of a node may hold no row of a matrix, and
-    # could not tell that its basis starts anew; all of them must restart alike, so there it waits.)
+    # A basis that is random again is not to wait for the next period. (A rank of a node
+    # may hold no row of a matrix, and could not tell that its basis starts anew; all of
+    # them must restart alike, so there it waits.)
     owing = unsaved | set(anew) if reducer.intra_node.size == 1 else unsaved
     reducer.restarts.start_anew(owing, tag.step)
     if tag.kind == "mean":

@@ -1,4 +1,6 @@
-"""Process groups, the agreement between workers at the start, and the ledger of bytes. Knows nothing of compressors."""
+"""Process groups, the agreement between workers at the start, and the ledger of bytes.
+Knows nothing of compressors.
+"""
 
 from __future__ import annotations
 

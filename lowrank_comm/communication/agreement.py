@@ -1,8 +1,10 @@
-"""Workers must agree on the settings and the model before the first step, or their buffers differ and they hang.
+"""Workers must agree on the settings and the model before the first step, or their
+buffers differ and they hang.
 
-At the first step every worker gathers a fingerprint (a hash of all settings and of the list of parameters). If the
-fingerprints differ, all workers see that, all gather the whole description, and all raise the same error, which names
-the settings that differ and the values on two workers.
+At the first step every worker gathers a fingerprint (a hash of all settings and of the
+list of parameters). If the fingerprints differ, all workers see that, all gather the
+whole description, and all raise the same error, which names the settings that differ
+and the values on two workers.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def check_same(description: Mapping[str, Any], group: Group, device: torch.devic
     """Compare a description between all workers of the group.
 
     Args:
-        description: plain values (numbers, strings, lists, dicts), the same keys on all workers or not.
+        description: plain values (numbers, strings, lists, dicts), the same keys on all
+            workers or not.
         group: the workers.
         device: of the tensors to be sent.
 
@@ -38,19 +41,25 @@ def check_same(description: Mapping[str, Any], group: Group, device: torch.devic
     fingerprints = group.gather_bytes(digest, device)
     if all(other == digest for other in fingerprints):
         return len(digest) + LENGTH_BYTES
-    # Not every worker need see a difference to its own fingerprint only: the list is the same on all, so all gather.
+    # Not every worker need see a difference to its own fingerprint only: the list is
+    # the same on all, so all gather.
     raise_if_different([json.loads(part) for part in group.gather_bytes(text, device)])
     raise AssertionError("unreachable: different fingerprints of equal descriptions")
 
 
 def raise_if_different(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """ConfigMismatchError naming every key whose value differs between rank 0 and some other worker."""
+    """ConfigMismatchError naming every key whose value differs between rank 0 and some
+    other worker.
+    """
     first = _flat(descriptions[0])
     for rank, other in enumerate(map(_flat, descriptions[1:]), start=1):
-        differing = [key for key in sorted(first.keys() | other.keys()) if first.get(key) != other.get(key)]
+        differing = [
+            key for key in sorted(first.keys() | other.keys()) if first.get(key) != other.get(key)
+        ]
         if differing:
             shown = "; ".join(
-                f"{key}: {first.get(key, '(absent)')!r} on rank 0, {other.get(key, '(absent)')!r} on rank {rank}"
+                f"{key}: {first.get(key, '(absent)')!r} on rank 0, {other.get(key, '(absent)')!r}"
+                f" on rank {rank}"
                 for key in differing[:5]
             )
             more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -72,9 +81,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprint(parameters: Sequence[Tensor]) -> str:
-    """A short text that two workers share if their parameters are equal, whatever their devices: the bits of each parameter
-    are added up as integers, whose sum does not depend on the order."""
+    """A short text that two workers share if their parameters are equal, whatever their
+    devices: the bits of each parameter are added up as integers, whose sum does not
+    depend on the order.
+    """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [p.detach().contiguous().view(integers[p.itemsize]).sum(dtype=torch.int64) for p in parameters]
+    sums = [
+        p.detach().contiguous().view(integers[p.itemsize]).sum(dtype=torch.int64)
+        for p in parameters
+    ]
     numbers = torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []
     return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]

@@ -1,6 +1,8 @@
-"""What a phase asks of the group: sums, gathers, and personal exchanges, described without saying who carries them out.
+"""What a phase asks of the group: sums, gathers, and personal exchanges, described
+without saying who carries them out.
 
-A process group carries them out as collectives (`group`), the simulation of N workers in one process as copies.
+A process group carries them out as collectives (`group`), the simulation of N workers
+in one process as copies.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ class AllGather:
 
 @dataclass(frozen=True)
 class AllToAll:
-    """Row w of `received` (N, k) becomes the row of worker w's `given` (N, k) that is for this worker."""
+    """Row w of `received` (N, k) becomes the row of worker w's `given` (N, k) that is
+    for this worker.
+    """
 
     given: Tensor
     received: Tensor
 
 
-Exchange = Tensor | AllGather | AllToAll  # a tensor is to be summed over the workers, in place
+# a tensor is to be summed over the workers, in place
+Exchange = Tensor | AllGather | AllToAll
 
 
 def alone(exchange: Exchange) -> None:

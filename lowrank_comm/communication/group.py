@@ -1,8 +1,10 @@
 """The workers that average their gradients: a process group, or this process alone.
 
-The only file that calls `torch.distributed`. Collectives of a phase are started together and then awaited, so several
-buffers (one for each wire dtype) travel side by side. On CUDA `wait()` makes the current stream wait and not the host;
-buffers are used on that one stream only, so no `record_stream` is needed. Never run on a GPU so far; see docs/gpu.md.
+The only file that calls `torch.distributed`. Collectives of a phase are started
+together and then awaited, so several buffers (one for each wire dtype) travel side by
+side. On CUDA `wait()` makes the current stream wait and not the host; buffers are used
+on that one stream only, so no `record_stream` is needed. Never run on a GPU so far; see
+docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -26,34 +28,43 @@ class Group:
     """A process group as the reducer sees it: a size, a rank, a sum.
 
     Args:
-        process_group: None for the default group (this process alone where torch.distributed is not initialised), a
-            `ProcessGroup`, or a 1-D `DeviceMesh`.
+        process_group: None for the default group (this process alone where
+            torch.distributed is not initialised), a `ProcessGroup`, or a 1-D
+            `DeviceMesh`.
 
     Raises:
-        ConfigError: a mesh of more than one dimension, something else, or a group that this rank does not belong to.
+        ConfigError: a mesh of more than one dimension, something else, or a group that
+            this rank does not belong to.
     """
 
     def __init__(self, process_group: Any = None) -> None:
-        if hasattr(process_group, "get_group"):  # a DeviceMesh
+        # a DeviceMesh
+        if hasattr(process_group, "get_group"):
             if process_group.ndim != 1:
                 raise ConfigError(
-                    f"process_group: a {process_group.ndim}-D mesh {process_group.mesh_dim_names}, where one dimension is "
-                    "needed; give that between the nodes, for example mesh['replicate']."
+                    f"process_group: a {process_group.ndim}-D mesh {process_group.mesh_dim_names},"
+                    " where one dimension is needed; give that between the nodes, for example"
+                    " mesh['replicate']."
                 )
             process_group = process_group.get_group()
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             outside = process_group is dist.GroupMember.NON_GROUP_MEMBER
             raise ConfigError(
-                "process_group: this rank is not a member of the group that it was given; give every rank a group that it "
-                "belongs to, or make the optimizer on the members only."
+                "process_group: this rank is not a member of the group that it was given; give"
+                " every rank a group that it belongs to, or make the optimizer on the members only."
                 if outside
-                else f"process_group must be None, a ProcessGroup or a 1-D DeviceMesh, got {process_group!r}."
+                else (
+                    "process_group must be None, a ProcessGroup or a 1-D DeviceMesh, got"
+                    f" {process_group!r}."
+                )
             )
         self.process_group = process_group
 
     @property
     def initialised(self) -> bool:
-        """Whether there is a process group; asked each time, since it may be made after the optimizer."""
+        """Whether there is a process group; asked each time, since it may be made after
+        the optimizer.
+        """
         return dist.is_available() and dist.is_initialized()
 
     @property
@@ -67,7 +78,9 @@ class Group:
         return dist.get_rank(self.process_group) if self.initialised else 0
 
     def sum_(self, buffers: Sequence[Tensor]) -> int:
-        """All-reduce every buffer in place, by sum. Returns how many collectives that took."""
+        """All-reduce every buffer in place, by sum. Returns how many collectives that
+        took.
+        """
         works = self.start(buffers)
         for work in works:
             work.wait()
@@ -91,11 +104,19 @@ class Group:
         if isinstance(exchange, AllToAll):
             if not exchange.given.numel():
                 return None
-            return dist.all_to_all_single(exchange.received, exchange.given, group=self.process_group, async_op=True)
-        return dist.all_reduce(exchange, group=self.process_group, async_op=True) if exchange.numel() else None
+            return dist.all_to_all_single(
+                exchange.received, exchange.given, group=self.process_group, async_op=True
+            )
+        return (
+            dist.all_reduce(exchange, group=self.process_group, async_op=True)
+            if exchange.numel()
+            else None
+        )
 
     def gather_bytes(self, payload: bytes, device: torch.device) -> list[bytes]:
-        """Every worker's payload, in rank order; lengths may differ, so each travels first, in LENGTH_BYTES."""
+        """Every worker's payload, in rank order; lengths may differ, so each travels
+        first, in LENGTH_BYTES.
+        """
         if not self.initialised:
             return [payload]
         length = torch.tensor([len(payload)], dtype=torch.int64, device=device)
@@ -104,21 +125,28 @@ class Group:
         widest = max(int(n.item()) for n in lengths)
         padded = torch.zeros(max(widest, 1), dtype=torch.uint8, device=device)
         if payload:
-            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
+            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(
+                device
+            )
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self.process_group)
-        return [bytes(part[: int(n.item())].tolist()) for part, n in zip(parts, lengths, strict=True)]
+        return [
+            bytes(part[: int(n.item())].tolist()) for part, n in zip(parts, lengths, strict=True)
+        ]
 
 
 def collectives_so_far() -> int:
-    """How many collectives this process has started over all its groups, whoever started them."""
+    """How many collectives this process has started over all its groups, whoever
+    started them.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     world = getattr(dist.distributed_c10d, "_world", None)
     groups = list(getattr(world, "pg_map", ())) or [dist.group.WORLD]
     total = 0
     for group in groups:
-        with contextlib.suppress(RuntimeError):  # a backend that does not count
+        # a backend that does not count
+        with contextlib.suppress(RuntimeError):
             total += int(group._get_sequence_number_for_group())
     return total
 
@@ -126,9 +154,10 @@ def collectives_so_far() -> int:
 def leave() -> None:
     """Leave the default process group, if there is one, at the end of a program.
 
-    On gloo a process that ends within milliseconds of its last collective may be aborted after its last line ("terminate
-    called without an active exception", pytorch pull request 179291), and the launcher then reports a failure of a run that
-    was complete. A moment's wait was enough wherever that was seen.
+    On gloo a process that ends within milliseconds of its last collective may be
+    aborted after its last line ("terminate called without an active exception", pytorch
+    pull request 179291), and the launcher then reports a failure of a run that was
+    complete. A moment's wait was enough wherever that was seen.
     """
     if dist.is_available() and dist.is_initialized():
         uses_gloo = "gloo" in dist.get_backend()

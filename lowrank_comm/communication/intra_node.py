@@ -1,15 +1,19 @@
-"""The ranks of one node that together are one worker: they hold its matrices in blocks of rows.
+"""The ranks of one node that together are one worker: they hold its matrices in blocks
+of rows.
 
-Between nodes, each rank talks to the ranks that hold the same block (`group.Group`); inside a node the ranks of a
-`IntraNodeGroup` talk to one another, exactly and in full width. Blocks are as `torch.chunk` makes them along the rows, as FSDP
-shards a parameter: ceil(m / F) rows each, the last ones fewer or none.
+Between nodes, each rank talks to the ranks that hold the same block (`group.Group`);
+inside a node the ranks of a `IntraNodeGroup` talk to one another, exactly and in full
+width. Blocks are as `torch.chunk` makes them along the rows, as FSDP shards a
+parameter: ceil(m / F) rows each, the last ones fewer or none.
 
-With `scope="shard"` each block is a matrix of its own, and the ranks of a node only agree on whether a step counts. With
-`scope="matrix"` the algorithm is that of the whole matrix: whatever contracts over rows (the Gram matrix of P, Delta^T P)
-is summed over the node.
+With `scope="shard"` each block is a matrix of its own, and the ranks of a node only
+agree on whether a step counts. With `scope="matrix"` the algorithm is that of the whole
+matrix: whatever contracts over rows (the Gram matrix of P, Delta^T P) is summed over
+the node.
 
-Sums that decide how a basis looks are formed in rank order on every rank (`sum_in_order`), so that all nodes get the same
-bits from the same numbers; an all-reduce promises that only within one group.
+Sums that decide how a basis looks are formed in rank order on every rank
+(`sum_in_order`), so that all nodes get the same bits from the same numbers; an
+all-reduce promises that only within one group.
 """
 
 from __future__ import annotations
@@ -40,11 +44,13 @@ def block_of(m: int, size: int, rank: int) -> slice:
 
 
 class IntraNodeGroup:
-    """The ranks inside a node; without arguments, this rank alone, for which everything is a no-op.
+    """The ranks inside a node; without arguments, this rank alone, for which everything
+    is a no-op.
 
     Args:
         process_group: of the ranks inside the node, or None for this rank alone.
-        scope: "shard" (each block of rows is a matrix of its own) or "matrix" (the whole-matrix algorithm).
+        scope: "shard" (each block of rows is a matrix of its own) or "matrix" (the
+            whole-matrix algorithm).
 
     Attributes:
         bytes: kind -> bytes that this rank has handed to collectives inside the node.
@@ -63,11 +69,15 @@ class IntraNodeGroup:
 
     @property
     def whole_matrices(self) -> bool:
-        """Whether the ranks of the node carry out the algorithm of the whole matrix together."""
+        """Whether the ranks of the node carry out the algorithm of the whole matrix
+        together.
+        """
         return self.size > 1 and self.scope == "matrix"
 
     def block(self, m: int, rank: int | None = None) -> slice:
-        """Rows of an m-row matrix that are held by this rank, or by another one of the node."""
+        """Rows of an m-row matrix that are held by this rank, or by another one of the
+        node.
+        """
         return block_of(m, self.size, self.rank if rank is None else rank)
 
     def longest(self, m: int) -> int:
@@ -95,7 +105,9 @@ class IntraNodeGroup:
         return everything.view(self.size, -1)
 
     def sum_in_order(self, tensors: Sequence[Tensor], kind: str) -> list[Tensor]:
-        """The sum of each tensor over the node, added up in rank order; the same bits on every node."""
+        """The sum of each tensor over the node, added up in rank order; the same bits
+        on every node.
+        """
         if self.size == 1 or not tensors:
             return list(tensors)
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -110,11 +122,17 @@ class IntraNodeGroup:
         longest = self.longest(m)
         padded = block.new_zeros(block.shape[0], longest, block.shape[2])
         padded[:, : block.shape[1]] = block
-        parts = self.gather(padded.reshape(-1), kind).view(self.size, block.shape[0], longest, block.shape[2])
-        return parts.transpose(0, 1).reshape(block.shape[0], self.size * longest, block.shape[2])[:, :m]
+        parts = self.gather(padded.reshape(-1), kind).view(
+            self.size, block.shape[0], longest, block.shape[2]
+        )
+        return parts.transpose(0, 1).reshape(block.shape[0], self.size * longest, block.shape[2])[
+            :, :m
+        ]
 
     def whole(self, block: Tensor, shape: Sequence[int], dim: int, kind: str) -> Tensor:
-        """The whole tensor of `shape`, cut along `dim`, of which this rank holds `block`."""
+        """The whole tensor of `shape`, cut along `dim`, of which this rank holds
+        `block`.
+        """
         if self.size == 1:
             return block
         moved = [shape[dim], *shape[:dim], *shape[dim + 1 :]]

@@ -1,17 +1,23 @@
-"""The byte ledger: what a worker handed to the collectives, by kind, counted where the buffers are packed.
+"""The byte ledger: what a worker handed to the collectives, by kind, counted where the
+buffers are packed.
 
-Counted is the payload: elements times bytes of the wire dtype, or the bytes of codes. A ring all-reduce carries
-2 (N - 1) / N times that over each worker's link, compressed or not, and so do the two legs of codes; so ratios are ratios
-of traffic too. A gather carries N - 1 times its payload, N / 2 times what an all-reduce does: its surplus, N / 2 - 1 times
-its payload, is kept apart and counts in the ratios. So is what fills up the shares of codes, less than a block a worker.
+Counted is the payload: elements times bytes of the wire dtype, or the bytes of codes. A
+ring all-reduce carries 2 (N - 1) / N times that over each worker's link, compressed or
+not, and so do the two legs of codes; so ratios are ratios of traffic too. A gather
+carries N - 1 times its payload, N / 2 times what an all-reduce does: its surplus, N / 2
+- 1 times its payload, is kept apart and counts in the ratios. So is what fills up the
+shares of codes, less than a block a worker.
 
-Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the factors of a randomized one),
-"broadcast" (singular vectors computed on one worker), "scores" (by which GreedyLore chooses), "gather" (of ATOMO), "rows"
-(which rows of an embedding travel), "dense" (what is not compressed), "control" (one finite flag and the mask of missing
-gradients), "fingerprint" (once, at the start), "consolidation" (error memory averaged for a checkpoint).
-Where ranks of a node share a worker's matrices, what goes between them is counted apart, by its own kinds: "gradients"
-(the exact mean inside the node), "results" (the way back), "sums" (P^T P, Delta^T P), "rows", "shares", "control".
-A process without a process group counts what it would hand over, and no collectives.
+Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the
+factors of a randomized one), "broadcast" (singular vectors computed on one worker),
+"scores" (by which GreedyLore chooses), "gather" (of ATOMO), "rows" (which rows of an
+embedding travel), "dense" (what is not compressed), "control" (one finite flag and the
+mask of missing gradients), "fingerprint" (once, at the start), "consolidation" (error
+memory averaged for a checkpoint). Where ranks of a node share a worker's matrices, what
+goes between them is counted apart, by its own kinds: "gradients" (the exact mean inside
+the node), "results" (the way back), "sums" (P^T P, Delta^T P), "rows", "shares",
+"control". A process without a process group counts what it would hand over, and no
+collectives.
 """
 
 from __future__ import annotations
@@ -27,13 +33,17 @@ class Ledger:
 
     Attributes:
         bytes: kind -> bytes handed to collectives by this worker.
-        collectives: number of collectives of the gradient reduction and of consolidations.
-        uncompressed_bytes: what the same steps would have carried uncompressed, in the gradients' own dtypes.
+        collectives: number of collectives of the gradient reduction and of
+            consolidations.
+        uncompressed_bytes: what the same steps would have carried uncompressed, in the
+            gradients' own dtypes.
         steps: compressed passes, vetoed ones included.
         vetoed: passes that some worker vetoed.
         restarts: matrices restarted, in steps that were committed.
-        inside: kind -> bytes that this rank handed to collectives between the ranks of its node.
-        surplus: bytes that gathers carry beyond an all-reduce of the same payload, and the filling of coded shares.
+        inside: kind -> bytes that this rank handed to collectives between the ranks of
+            its node.
+        surplus: bytes that gathers carry beyond an all-reduce of the same payload, and
+            the filling of coded shares.
         spared: bytes that the same packets would have had more without codes.
         seconds: phase -> host seconds; see `diagnostics.StepReport`.
     """
@@ -79,11 +89,17 @@ class Ledger:
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes over bytes sent, with the surplus of gathers; 1.0 before the first step."""
-        return self.uncompressed_bytes / (self.total_bytes + self.surplus) if self.total_bytes else 1.0
+        """Uncompressed bytes over bytes sent, with the surplus of gathers; 1.0 before
+        the first step.
+        """
+        return (
+            self.uncompressed_bytes / (self.total_bytes + self.surplus) if self.total_bytes else 1.0
+        )
 
     @property
     def ratio_without_codes(self) -> float:
-        """What `ratio` would be if nothing travelled as codes: the whole model's before quantization."""
+        """What `ratio` would be if nothing travelled as codes: the whole model's before
+        quantization.
+        """
         carried = self.total_bytes + self.surplus + self.spared
         return self.uncompressed_bytes / carried if self.total_bytes else 1.0

@@ -1,12 +1,16 @@
 """Averages that travel as codes: the quantised part of a packet.
 
-    1. Every tensor is written in blocks (`quantization.Format`); all tensors of one format are one list of blocks, dealt out
-       among the workers in equal shares of consecutive blocks.
-    2. all-to-all: each worker receives everyone's codes of its share, and decodes and averages them in their order.
-    3. It rounds the mean to codes; all-gather: everyone receives the means of all shares.
+    1. Every tensor is written in blocks (`quantization.Format`); all tensors of one
+       format are one list of blocks, dealt out among the workers in equal shares of
+       consecutive blocks.
+    2. all-to-all: each worker receives everyone's codes of its share, and decodes and
+       averages them in their order.
+    3. It rounds the mean to codes; all-gather: everyone receives the means of all
+       shares.
 
-What a worker sent is what its codes decode to. On its own share it also sent N (rounded mean - mean): so the mean of what
-was sent is what all apply, and the second rounding, too, stays in an error memory.
+What a worker sent is what its codes decode to. On its own share it also sent N (rounded
+mean - mean): so the mean of what was sent is what all apply, and the second rounding,
+too, stays in an error memory.
 """
 
 from __future__ import annotations
@@ -27,15 +31,19 @@ class QuantizedMean:
 
     Args:
         format: how they are written.
-        tensors: each (B, ...): B matrices, each with blocks of its own; or 1-D, one matrix.
+        tensors: each (B, ...): B matrices, each with blocks of its own; or 1-D, one
+            matrix.
         workers, rank: of the group.
-        noise: (purpose, shape, device) -> uniform draws for stochastic rounding, or None for the nearest code.
+        noise: (purpose, shape, device) -> uniform draws for stochastic rounding, or
+            None for the nearest code.
 
     Attributes:
         filling: bytes of the empty blocks (fewer than N) that make all shares alike.
     """
 
-    def __init__(self, format: Format, tensors: list[Tensor], workers: int, rank: int, noise: Noise | None) -> None:
+    def __init__(
+        self, format: Format, tensors: list[Tensor], workers: int, rank: int, noise: Noise | None
+    ) -> None:
         self._format, self._workers, self._rank, self._noise = format, workers, rank, noise
         self._tensors = tensors
         parts, counts = zip(*(self._in_blocks(tensor) for tensor in tensors), strict=True)
@@ -49,7 +57,9 @@ class QuantizedMean:
 
     @property
     def bytes(self) -> list[int]:
-        """Of each tensor, as if its codes were summed by an all-reduce: the two legs carry as much over each link."""
+        """Of each tensor, as if its codes were summed by an all-reduce: the two legs
+        carry as much over each link.
+        """
         return [self._rows(t)[0] * self._format.bytes(self._rows(t)[1]) for t in self._tensors]
 
     @property
@@ -67,21 +77,29 @@ class QuantizedMean:
 
     def gather(self) -> Exchange:
         """Step 3."""
-        dtype, mine = self._blocks.dtype, slice(self._rank * self._share, (self._rank + 1) * self._share)
+        dtype = self._blocks.dtype
+        mine = slice(self._rank * self._share, (self._rank + 1) * self._share)
         mean = torch.zeros(self._share, self._format.block, dtype=dtype, device=self._blocks.device)
-        for codes in self._received:  # one after the other: as much room as one share
+        # one after the other: as much room as one share
+        for codes in self._received:
             mean += self._format.decode(codes.view(self._share, self._format.block_bytes), dtype)
         mean /= self._workers
-        inside = torch.arange(self._format.block, device=mean.device) < self._counts[mine].unsqueeze(1)
+        inside = torch.arange(self._format.block, device=mean.device) < self._counts[
+            mine
+        ].unsqueeze(1)
         mean = torch.where(inside, mean, torch.zeros_like(mean))
         written = self._format.encode(mean, self._counts[mine], self._draw("mean", mean))
         self._own[mine] += self._workers * (self._format.decode(written, dtype) - mean)
-        self._everyone = torch.empty(self._workers, written.numel(), dtype=torch.uint8, device=mean.device)
+        self._everyone = torch.empty(
+            self._workers, written.numel(), dtype=torch.uint8, device=mean.device
+        )
         return AllGather(written.view(-1), self._everyone)
 
     def decode(self) -> Tensor:
         """The mean of all blocks, after step 3."""
-        self._mean = self._format.decode(self._everyone.view(-1, self._format.block_bytes), self._blocks.dtype)
+        self._mean = self._format.decode(
+            self._everyone.view(-1, self._format.block_bytes), self._blocks.dtype
+        )
         return self._mean
 
     def answers(self) -> list[tuple[Tensor, Tensor]]:
@@ -91,7 +109,10 @@ class QuantizedMean:
         for tensor in self._tensors:
             rows, numel = self._rows(tensor)
             stop = start + rows * self._format.blocks(numel)
-            pair = [part[start:stop].reshape(rows, -1)[:, :numel].reshape(tensor.shape) for part in (self._mean, self._own)]
+            pair = [
+                part[start:stop].reshape(rows, -1)[:, :numel].reshape(tensor.shape)
+                for part in (self._mean, self._own)
+            ]
             result.append((pair[0], pair[1]))
             start = stop
         return result
@@ -115,5 +136,6 @@ class QuantizedMean:
     def _draw(self, purpose: str, like: Tensor) -> Tensor | None:
         if self._noise is None:
             return None
-        whose = f"{purpose} in {self._format.name} of {like.dtype}"  # a packet may hold codes of several kinds
+        # a packet may hold codes of several kinds
+        whose = f"{purpose} in {self._format.name} of {like.dtype}"
         return self._noise(whose, tuple(like.shape), like.device)

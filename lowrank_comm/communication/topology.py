@@ -1,7 +1,8 @@
 """Who is a worker: every rank, or the node, whose ranks share its work.
 
-With two levels the ranks form a grid (nodes, ranks in a node). Between nodes, each rank talks to those of the same place
-in the other nodes (`Group`); inside a node to its neighbours (`IntraNodeGroup`). A 2-D device mesh is read by position: its first
+With two levels the ranks form a grid (nodes, ranks in a node). Between nodes, each rank
+talks to those of the same place in the other nodes (`Group`); inside a node to its
+neighbours (`IntraNodeGroup`). A 2-D device mesh is read by position: its first
 dimension goes between the nodes, its second inside.
 """
 
@@ -23,17 +24,20 @@ def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, Intra
     """The workers, and the ranks of this node.
 
     Args:
-        process_group: None, a `ProcessGroup`, a 1-D mesh, or a 2-D mesh (between nodes, inside a node).
+        process_group: None, a `ProcessGroup`, a 1-D mesh, or a 2-D mesh (between nodes,
+            inside a node).
         shard_scope: see `IntraNodeGroup`.
 
     Raises:
-        ConfigError: a mesh of more dimensions, an unknown scope, or what `Group` refuses.
+        ConfigError: a mesh of more dimensions, an unknown scope, or what `Group`
+            refuses.
     """
     if isinstance(process_group, DeviceMesh) and process_group.ndim != 1:
         if process_group.ndim != 2:
             raise ConfigError(
-                f"process_group: a {process_group.ndim}-D mesh {process_group.mesh_dim_names}; give the two dimensions over "
-                "which data differ (between nodes, inside a node), for example mesh['replicate', 'shard'], or one of them."
+                f"process_group: a {process_group.ndim}-D mesh {process_group.mesh_dim_names}; give"
+                " the two dimensions over which data differ (between nodes, inside a node), for"
+                " example mesh['replicate', 'shard'], or one of them."
             )
         inside = process_group.get_group(1) if process_group.size(1) > 1 else None
         return Group(process_group.get_group(0)), IntraNodeGroup(inside, shard_scope)
@@ -41,46 +45,60 @@ def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, Intra
 
 
 def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | None:
-    """A 2-D mesh of all ranks with `shard_size` ranks in a node; None where every rank is a worker. A collective.
+    """A 2-D mesh of all ranks with `shard_size` ranks in a node; None where every rank
+    is a worker. A collective.
 
     Args:
-        shard_size: F, or "node" for the number of ranks that the launcher started on each node.
+        shard_size: F, or "node" for the number of ranks that the launcher started on
+            each node.
         device_type: "cuda" or "cpu"; None for that of the default group's devices.
 
     Raises:
-        ConfigError: torch.distributed is not initialised, F does not divide the number of ranks, or "node" without
-            LOCAL_WORLD_SIZE.
+        ConfigError: torch.distributed is not initialised, F does not divide the number
+            of ranks, or "node" without LOCAL_WORLD_SIZE.
     """
     size = ranks_in_a_node() if shard_size == "node" else shard_size
     if size is None:
         raise ConfigError(
-            'topology.shard_size="node" needs LOCAL_WORLD_SIZE (torchrun sets it) or LOCAL_SIZE (deepspeed does); give the '
-            "number of ranks in a node instead."
+            'topology.shard_size="node" needs LOCAL_WORLD_SIZE (torchrun sets it) or LOCAL_SIZE'
+            " (deepspeed does); give the number of ranks in a node instead."
         )
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(f'topology.shard_size must be a number of ranks or "node", got {shard_size!r}.')
+        raise ConfigError(
+            f'topology.shard_size must be a number of ranks or "node", got {shard_size!r}.'
+        )
     if size == 1:
         return None
     if not (dist.is_available() and dist.is_initialized()):
-        raise ConfigError(f"topology.shard_size={shard_size!r} needs torch.distributed; call init_process_group first.")
+        raise ConfigError(
+            f"topology.shard_size={shard_size!r} needs torch.distributed; call init_process_group"
+            " first."
+        )
     world = dist.get_world_size()
     if world % size:
         raise ConfigError(
-            f"topology.shard_size={shard_size!r}: {world} ranks cannot be cut into nodes of {size}; choose a divisor of "
-            f"{world}."
+            f"topology.shard_size={shard_size!r}: {world} ranks cannot be cut into nodes of {size};"
+            f" choose a divisor of {world}."
         )
-    kind = device_type or ("cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu")
+    kind = device_type or (
+        "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
+    )
     return init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
 def covered_ranks(process_group: Any) -> list[int]:
-    """Global ranks of a process group or mesh, both of its dimensions included; of the default group for None."""
+    """Global ranks of a process group or mesh, both of its dimensions included; of the
+    default group for None.
+    """
     if isinstance(process_group, DeviceMesh):
         return [int(rank) for rank in process_group.mesh.flatten().tolist()]
-    return dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
+    return dist.get_process_group_ranks(
+        process_group if process_group is not None else dist.group.WORLD
+    )
 
 
 def ranks_in_a_node() -> int | None:
     """How many ranks the launcher started on this node, if it tells."""
-    value = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun, or of deepspeed
+    # of torchrun, or of deepspeed
+    value = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return int(value) if value else None

@@ -1,4 +1,5 @@
-"""One algorithm a file, in the papers' symbols; the registry of names for configuration files.
+"""One algorithm a file, in the papers' symbols; the registry of names for configuration
+files.
 
 A compressor asks for averages and never sees a process: `base` tells the protocol.
 """
@@ -18,7 +19,17 @@ from lowrank_comm.compressors.random_projection import RandomProjection
 
 REGISTRY: dict[str, type[Compressor]] = {
     cls.json_name: cls
-    for cls in (PowerSGD, PowerSGDPlus, Acp, GreedyLore, GaLore, GoLore, Atomo, RandomProjection, Identity)
+    for cls in (
+        PowerSGD,
+        PowerSGDPlus,
+        Acp,
+        GreedyLore,
+        GaLore,
+        GoLore,
+        Atomo,
+        RandomProjection,
+        Identity,
+    )
 }
 
 __all__ = [

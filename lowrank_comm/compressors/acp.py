@@ -1,18 +1,21 @@
 """ACP: PowerSGD with alternating factors, one collective a step.
 
-Source: ACP-SGD (Zhang, Zhang, Shi, Chu, Li: "Evaluation and Optimization of Gradient Compression for Distributed Deep
-Learning", ICDCS 2023), whose text was not at hand; the scheme below is half a power iteration a step, with the error
-memory of PowerSGD+ (arXiv 2509.11254). Each matrix counts the steps in which somebody has a gradient for it, from its last
-restart, which is k = 0; a run without restarts counts from t = -1, whose Q is Gaussian:
+Source: ACP-SGD (Zhang, Zhang, Shi, Chu, Li: "Evaluation and Optimization of Gradient
+Compression for Distributed Deep Learning", ICDCS 2023), whose text was not at hand; the
+scheme below is half a power iteration a step, with the error memory of PowerSGD+ (arXiv
+2509.11254). Each matrix counts the steps in which somebody has a gradient for it, from
+its last restart, which is k = 0; a run without restarts counts from t = -1, whose Q is
+Gaussian:
 
     k odd :  P_i = Delta_i Q~,    P = mean of P_i;  applied = P Q~^T,  sent_i = P_i Q~^T;  P~ <- orth(P)
     k even:  Q_i = Delta_i^T P~,  Q = mean of Q_i;  applied = P~ Q^T,  sent_i = P~ Q_i^T;  Q~ <- orth(Q)
 
-Half of PowerSGD's elements a step, and a basis that is known before the backward pass begins; the price is that it comes
-from the last step's Delta. Every step is a projection (Lemma 1 of PowerSGD+, for either side). Lemma 2 needs restarts: at
-t mod tau == 0 one of PowerSGD+'s restarts, "randomized" or "svd", gives both factors. Where r = min(m, n), all steps are
-those that project on the short side, on which the basis is the whole space: exact, as every scheme is at full rank.
-Matrices in blocks of rows are
+Half of PowerSGD's elements a step, and a basis that is known before the backward pass
+begins; the price is that it comes from the last step's Delta. Every step is a
+projection (Lemma 1 of PowerSGD+, for either side). Lemma 2 needs restarts: at t mod tau
+== 0 one of PowerSGD+'s restarts, "randomized" or "svd", gives both factors. Where r =
+min(m, n), all steps are those that project on the short side, on which the basis is the
+whole space: exact, as every scheme is at full rank. Matrices in blocks of rows are
 refused: P is kept from step to step, and a checkpoint would hold one block of it.
 """
 
@@ -23,7 +26,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps, checked_positive_int
+from lowrank_comm.compressors.base import (
+    Compressor,
+    Context,
+    Delta,
+    LowRank,
+    Result,
+    State,
+    Steps,
+    checked_positive_int,
+)
 from lowrank_comm.compressors.powersgd import orthonormal
 from lowrank_comm.compressors.powersgd_plus import randomized_comp, svd_comp
 from lowrank_comm.compressors.requests import Mean
@@ -38,11 +50,14 @@ RESTARTS = ("randomized", "svd")
 class Acp(Compressor):
     """Alternating low-rank compression: P and Q take turns.
 
-    applied = mean(Delta_i) Q~ Q~^T or P~ P~^T mean(Delta_i), with the orthonormal factor of the step before
+    applied = mean(Delta_i) Q~ Q~^T or P~ P~^T mean(Delta_i), with the orthonormal
+    factor of the step before
 
     Args:
-        rank: r >= 1; cut to min(m, n) matrix by matrix. A matrix costs r m and r n elements in turn.
-        restart_every: tau in steps, >= 1, the first step (t = 0) is a restart; None for no restarts.
+        rank: r >= 1; cut to min(m, n) matrix by matrix. A matrix costs r m and r n
+            elements in turn.
+        restart_every: tau in steps, >= 1, the first step (t = 0) is a restart; None for
+            no restarts.
         restart: "randomized" (2 r (m + n) elements) or "svd" (m n + m r).
 
     Raises:
@@ -66,10 +81,14 @@ class Acp(Compressor):
         if self.restart_every is not None:
             checked_positive_int("Acp", "restart_every", self.restart_every)
         if self.restart not in RESTARTS:
-            raise ConfigError(f"Acp: restart={self.restart!r} is unknown; choose one of {', '.join(map(repr, RESTARTS))}.")
+            raise ConfigError(
+                f"Acp: restart={self.restart!r} is unknown; choose one of"
+                f" {', '.join(map(repr, RESTARTS))}."
+            )
         if self.restart != RESTARTS[0] and self.restart_every is None:
             raise ConfigError(
-                f"Acp: restart={self.restart!r} has no effect without restart_every; give both, e.g. restart_every=200."
+                f"Acp: restart={self.restart!r} has no effect without restart_every; give both,"
+                " e.g. restart_every=200."
             )
 
     @property
@@ -99,7 +118,10 @@ class Acp(Compressor):
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         bases = {"P": (m, context.rank), "Q": (n, context.rank)}
-        drawn = {symbol: context.draw(f"initial {symbol}", shape, like) for symbol, shape in bases.items()}
+        drawn = {
+            symbol: context.draw(f"initial {symbol}", shape, like)
+            for symbol, shape in bases.items()
+        }
         return {symbol: orthonormal_rank_revealing(basis, basis) for symbol, basis in drawn.items()}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
@@ -125,5 +147,7 @@ class Acp(Compressor):
 
 
 def _projects_on_q(m: int, n: int, r: int, variant: int) -> bool:
-    """Whether the step uses Q: the first one after a restart does, and every one if Q is the whole space."""
+    """Whether the step uses Q: the first one after a restart does, and every one if Q
+    is the whole space.
+    """
     return n <= m if r == min(m, n) else variant == 0

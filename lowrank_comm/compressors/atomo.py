@@ -1,25 +1,32 @@
-"""ATOMO: each worker sends a random few of its own singular triples, so weighted that the expectation is its matrix.
+"""ATOMO: each worker sends a random few of its own singular triples, so weighted that
+the expectation is its matrix.
 
-Source: ATOMO (Wang, Sievert, Charles, Liu, Wright, Papailiopoulos; arXiv 1806.04090), spectral form, whose text was not at
-hand; what follows is self-contained. With Delta_i = sum of s_k u_k v_k^T, the thin SVD of each worker, s descending:
+Source: ATOMO (Wang, Sievert, Charles, Liu, Wright, Papailiopoulos; arXiv 1806.04090),
+spectral form, whose text was not at hand; what follows is self-contained. With Delta_i
+= sum of s_k u_k v_k^T, the thin SVD of each worker, s descending:
 
     p = probabilities of the atoms, sum p = min(r, number of s_k > 0)
     atoms are drawn so that k is chosen with probability p_k          privately, from (seed, name, t, worker)
     sent_i  = sum over the chosen of (s_k / p_k) u_k v_k^T            r (m + n) elements
     applied = mean of sent_i                                          an all-gather: nothing of it can be summed on the way
 
-Water-filling minimises the variance E||sent_i - Delta_i||^2 = sum s_k^2 (1 / p_k - 1) = omega ||Delta_i||^2 at this sum: p_k
-is proportional to s_k, but where that exceeds 1 it is 1 and the rest is shared among the others.
+Water-filling minimises the variance E||sent_i - Delta_i||^2 = sum s_k^2 (1 / p_k - 1) =
+omega ||Delta_i||^2 at this sum: p_k is proportional to s_k, but where that exceeds 1 it
+is 1 and the rest is shared among the others.
 
-How they are drawn. "systematic": with one uniform u and the cumulative sums c_k of p, atom k is chosen where an integer
-lies in (c_{k-1} - u, c_k - u]. The marginals are p_k and the count is min(r, number of s_k > 0), always, so every worker
-sends r atoms (zeros in the place of missing ones) and nothing more. "bernoulli" is the paper's independent draw, whose
-count varies; every matrix is then padded to the largest count of all workers, which they tell one another first. To cut a
-draw to r atoms instead would make it biased. The variance is the same for both, since atoms are orthogonal to one another.
+How they are drawn. "systematic": with one uniform u and the cumulative sums c_k of p,
+atom k is chosen where an integer lies in (c_{k-1} - u, c_k - u]. The marginals are p_k
+and the count is min(r, number of s_k > 0), always, so every worker sends r atoms (zeros
+in the place of missing ones) and nothing more. "bernoulli" is the paper's independent
+draw, whose count varies; every matrix is then padded to the largest count of all
+workers, which they tell one another first. To cut a draw to r atoms instead would make
+it biased. The variance is the same for both, since atoms are orthogonal to one another.
 
-The weight goes half into u_k and half into v_k. The scheme is not linear: what a worker sends depends on its own Delta_i. It
-is unbiased and needs no error feedback; with it, the residual of an omega above 1 would grow. `contractive=True` divides
-what a worker sends by its own 1 + omega, which makes E||sent_i - Delta_i||^2 = (1 - 1 / (1 + omega)) ||Delta_i||^2.
+The weight goes half into u_k and half into v_k. The scheme is not linear: what a worker
+sends depends on its own Delta_i. It is unbiased and needs no error feedback; with it,
+the residual of an omega above 1 would grow. `contractive=True` divides what a worker
+sends by its own 1 + omega, which makes E||sent_i - Delta_i||^2 = (1 - 1 / (1 + omega))
+||Delta_i||^2.
 """
 
 from __future__ import annotations
@@ -46,8 +53,10 @@ class Atomo(Compressor):
     applied = mean of sum_{k chosen by worker i} (s_k / p_k) u_k v_k^T,  P(k chosen) = p_k by water-filling
 
     Args:
-        rank: r >= 1, atoms a worker sends in expectation; cut to min(m, n) matrix by matrix.
-        sampling: "systematic" (exactly r atoms) or "bernoulli" (independent; padded to the largest count).
+        rank: r >= 1, atoms a worker sends in expectation; cut to min(m, n) matrix by
+            matrix.
+        sampling: "systematic" (exactly r atoms) or "bernoulli" (independent; padded to
+            the largest count).
         contractive: divide by 1 + omega, for error feedback.
 
     Raises:
@@ -72,10 +81,13 @@ class Atomo(Compressor):
         super().__post_init__()
         if self.sampling not in SAMPLING:
             raise ConfigError(
-                f"Atomo: sampling={self.sampling!r} is unknown; choose one of {', '.join(map(repr, SAMPLING))}."
+                f"Atomo: sampling={self.sampling!r} is unknown; choose one of"
+                f" {', '.join(map(repr, SAMPLING))}."
             )
         if not isinstance(self.contractive, bool):
-            raise ConfigError(f"Atomo: contractive must be True or False, got {self.contractive!r}.")
+            raise ConfigError(
+                f"Atomo: contractive must be True or False, got {self.contractive!r}."
+            )
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
@@ -88,7 +100,9 @@ class Atomo(Compressor):
         return "ef14" if self.contractive else "none"
 
     def elements(self, m: int, n: int, r: int) -> int:
-        """Exact for systematic sampling; the expectation before padding for independent draws."""
+        """Exact for systematic sampling; the expectation before padding for independent
+        draws.
+        """
         return r * (m + n)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
@@ -108,20 +122,30 @@ class Atomo(Compressor):
             chosen = context.uniform("atoms", tuple(p.shape[1:]), p, private=True) < p
             everyones = yield Gather(chosen.sum(-1).to(torch.int32), "counts")
             counts = [max(1, int(count)) for count in (yield Read(everyones.amax(dim=0)))]
-        first = torch.sort(chosen.to(torch.uint8), dim=-1, descending=True, stable=True).indices[:, : max(counts)]
-        # Of a matrix that is not finite nothing may be chosen, and its vectors may be finite: s vetoes the step.
-        kept = torch.where(chosen, weights, torch.zeros_like(weights)).gather(1, first).sqrt() + 0 * s.sum(-1, keepdim=True)
-        atoms = torch.cat([_columns(u, first), _columns(v, first)], dim=1) * kept[:, None, :].to(matrices.dtype)
+        first = torch.sort(chosen.to(torch.uint8), dim=-1, descending=True, stable=True).indices[
+            :, : max(counts)
+        ]
+        # Of a matrix that is not finite nothing may be chosen, and its vectors may be
+        # finite: s vetoes the step.
+        kept = torch.where(chosen, weights, torch.zeros_like(weights)).gather(
+            1, first
+        ).sqrt() + 0 * s.sum(-1, keepdim=True)
+        atoms = torch.cat([_columns(u, first), _columns(v, first)], dim=1) * kept[:, None, :].to(
+            matrices.dtype
+        )
         everyone = yield from _gathered(atoms, counts)
         own, m = everyone[context.worker], matrices.shape[1]
         together = everyone.permute(1, 2, 0, 3).flatten(2)
         return Result(
-            applied=LowRank(together[:, :m], together[:, m:] / len(everyone)), sent=LowRank(own[:, :m], own[:, m:]), state={}
+            applied=LowRank(together[:, :m], together[:, m:] / len(everyone)),
+            sent=LowRank(own[:, :m], own[:, m:]),
+            state={},
         )
 
 
 def probabilities(s: Tensor, r: int) -> Tensor:
-    """Water-filling: p with sum min(r, active), p_k = 1 for the j largest, else proportional to s_k.
+    """Water-filling: p with sum min(r, active), p_k = 1 for the j largest, else
+    proportional to s_k.
 
     j is the least number with (r - j) s_{j+1} <= sum of s_k, k > j;  p_k = (r - j) s_k / that sum
 
@@ -137,14 +161,16 @@ def probabilities(s: Tensor, r: int) -> Tensor:
     places = torch.arange(s.shape[-1], device=s.device)
     left = (r - places).clamp_min(0).double()
     rest = s.flip(-1).cumsum(-1).flip(-1)
-    full = (left * s <= rest).to(torch.uint8).argmax(dim=-1, keepdim=True)  # the first; there is one below r
+    # the first; there is one below r
+    full = (left * s <= rest).to(torch.uint8).argmax(dim=-1, keepdim=True)
     shared, over = left.expand_as(s).gather(1, full), rest.gather(1, full)
     p = shared * s / torch.where(over > 0, over, torch.ones_like(over))
     return torch.where(places < full, torch.ones_like(p), p.clamp_max(1.0))
 
 
 def systematic(p: Tensor, s: Tensor, u: Tensor) -> Tensor:
-    """Which atoms one uniform number chooses: those whose stretch of the cumulative sum holds an integer, after -u.
+    """Which atoms one uniform number chooses: those whose stretch of the cumulative sum
+    holds an integer, after -u.
 
     Args:
         p: (B, k) with an integer sum, see `probabilities`.
@@ -157,7 +183,8 @@ def systematic(p: Tensor, s: Tensor, u: Tensor) -> Tensor:
     ends = p.cumsum(-1)
     total = ends[:, -1:].round()
     places = torch.arange(s.shape[-1], device=s.device)
-    last = (s > 0).sum(-1, keepdim=True) - 1  # from here on round-off must have no say
+    # from here on round-off must have no say
+    last = (s > 0).sum(-1, keepdim=True) - 1
     ends = torch.where(places >= last, total, torch.minimum(ends, total))
     starts = torch.cat([torch.zeros_like(total), ends[:, :-1]], dim=-1)
     return torch.floor(ends - u) > torch.floor(starts - u)
@@ -176,13 +203,17 @@ def _columns(a: Tensor, which: Tensor) -> Tensor:
 
 
 def _gathered(atoms: Tensor, counts: list[int]) -> Generator[Request, Any, Tensor]:
-    """Everyone's atoms, (N, B, m + n, K). Each matrix travels with its own count of columns, K is the largest."""
+    """Everyone's atoms, (N, B, m + n, K). Each matrix travels with its own count of
+    columns, K is the largest.
+    """
     if min(counts) == atoms.shape[-1]:
         everyone: Tensor = yield Gather(atoms)
         return everyone
     sent = [matrix[:, :count].reshape(-1) for matrix, count in zip(atoms, counts, strict=True)]
     flat = yield Gather(torch.cat(sent))
     everyone = atoms.new_zeros(len(flat), *atoms.shape)
-    for row, (count, piece) in enumerate(zip(counts, flat.split([part.numel() for part in sent], dim=1), strict=True)):
+    for row, (count, piece) in enumerate(
+        zip(counts, flat.split([part.numel() for part in sent], dim=1), strict=True)
+    ):
         everyone[:, row, :, :count] = piece.view(len(flat), atoms.shape[1], count)
     return everyone

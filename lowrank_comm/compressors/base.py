@@ -1,7 +1,8 @@
 """What a compressor is: pure maths that asks for averages, written as a generator.
 
-A compressor never sees a process group. `step` is handed a batch of same-shape matrices `Delta` (B, m, n), this worker's
-gradient plus its error memory, and the state of that batch. It yields requests and is sent the answers:
+A compressor never sees a process group. `step` is handed a batch of same-shape matrices
+`Delta` (B, m, n), this worker's gradient plus its error memory, and the state of that
+batch. It yields requests and is sent the answers:
 
     Mean(x)          -> (mean, own)  x averaged over the workers, and this worker's x as it went on the wire
     ComputeOnce(...) -> tensor       each matrix's part is computed by one worker, and everyone gets the same bits
@@ -11,18 +12,25 @@ gradient plus its error memory, and the state of that batch. It yields requests 
     SumOverRows(x)   -> tensor       x of all blocks of rows of the matrices, where they are held in blocks
     WholeRows(x)     -> tensor       all rows of x, of which this rank holds a block
 
-and it ends by returning a `Result`. Who drives the generator (the reducer over a process group, the simulation of N
-workers in one process) answers the requests of all batches together, so that one phase of all matrices is one
-collective. The same definition therefore serves every engine, the simulation, and the ledger that counts bytes.
+and it ends by returning a `Result`. Who drives the generator (the reducer over a
+process group, the simulation of N workers in one process) answers the requests of all
+batches together, so that one phase of all matrices is one collective. The same
+definition therefore serves every engine, the simulation, and the ledger that counts
+bytes.
 
-A worker may be a node whose ranks hold its matrices in blocks of rows. Delta, and P = Delta Q, are then the rows of one
-rank. What contracts over rows (P^T P, Delta^T P) is a part of a sum: ask for `Mean(x, over_rows=True)` or `SumOverRows(x)`.
-A compressor that does so sets `row_blocks`, and equals its unsharded self. Otherwise both say nothing and cost nothing.
+A worker may be a node whose ranks hold its matrices in blocks of rows. Delta, and P =
+Delta Q, are then the rows of one rank. What contracts over rows (P^T P, Delta^T P) is a
+part of a sum: ask for `Mean(x, over_rows=True)` or `SumOverRows(x)`. A compressor that
+does so sets `row_blocks`, and equals its unsharded self. Otherwise both say nothing and
+cost nothing.
 
 Rules that make this correct:
-- A decision is taken from averaged or gathered values, or from (seed, name, t), never from what only this worker knows.
-- `Result.applied` is built from the answers of collectives only, so that it has the same bits on all workers.
-- The state is never changed in place: the result carries the next one, and it takes effect when the step is committed.
+- A decision is taken from averaged or gathered values, or from (seed, name, t), never
+  from what only this worker knows.
+- `Result.applied` is built from the answers of collectives only, so that it has the
+  same bits on all workers.
+- The state is never changed in place: the result carries the next one, and it takes
+  effect when the step is committed.
 """
 
 from __future__ import annotations
@@ -58,11 +66,13 @@ class Result:
     """What one compressed step of a batch agreed on.
 
     Attributes:
-        applied: the approximation of the mean of Delta that every worker applies; the same bits on all workers.
-        sent: this worker's contribution C(Delta_i); its mean over the workers is `applied`, and Delta - sent is the
-            next error memory.
+        applied: the approximation of the mean of Delta that every worker applies; the
+            same bits on all workers.
+        sent: this worker's contribution C(Delta_i); its mean over the workers is
+            `applied`, and Delta - sent is the next error memory.
         state: next state of the batch, tensors with leading dimension B.
-        kept: the next error memory itself, where it is not Delta - sent (a restart that makes it equal on all workers).
+        kept: the next error memory itself, where it is not Delta - sent (a restart that
+            makes it equal on all workers).
     """
 
     applied: LowRank | Tensor
@@ -72,9 +82,11 @@ class Result:
 
 
 class Delta:
-    """The matrices to be compressed, (B, m, n): this worker's gradients plus its errors. Never changed by a compressor.
+    """The matrices to be compressed, (B, m, n): this worker's gradients plus its
+    errors. Never changed by a compressor.
 
-    Compressors ask for products, so that who holds the matrices may form Delta on the way through the first of them.
+    Compressors ask for products, so that who holds the matrices may form Delta on the
+    way through the first of them.
 
     Args:
         tensor: (B, m, n).
@@ -110,13 +122,16 @@ class Delta:
 def columns_in_memory(q: Tensor) -> Tensor:
     """The same numbers, column after column in memory. q: (B, n, r).
 
-    matrix @ Q then reads rows of the matrix and columns of Q as they lie, which takes a CPU a quarter of the time at r = 4.
+    matrix @ Q then reads rows of the matrix and columns of Q as they lie, which takes a
+    CPU a quarter of the time at r = 4.
     """
     return q.mT.contiguous().mT
 
 
 def transposed_product(matrix: Tensor, p: Tensor) -> Tensor:
-    """matrix^T P, (B, n, r), formed as (P^T matrix)^T: reading a matrix along its rows is up to three times as fast."""
+    """matrix^T P, (B, n, r), formed as (P^T matrix)^T: reading a matrix along its rows
+    is up to three times as fast.
+    """
     return (p.mT @ matrix).mT
 
 
@@ -135,11 +150,14 @@ class Context:
         rank: r of these matrices, already cut to min(m, n).
         restart: whether these matrices restart in this step.
         variant: the compressor's `variant` for them, the same for all.
-        wire_rounds: whether the wire dtype is narrower than the dtype of the computation.
+        wire_rounds: whether the wire dtype is narrower than the dtype of the
+            computation.
         m: rows of the whole matrices.
         rows: those of them that this rank holds.
-        round: of several on what is left of the same matrices (`feedback.Rounds`), each with draws of its own.
-        worker: this worker's number, from 0; for private draws and for its own part of a gathered answer only.
+        round: of several on what is left of the same matrices (`feedback.Rounds`), each
+            with draws of its own.
+        worker: this worker's number, from 0; for private draws and for its own part of
+            a gathered answer only.
         workers: N.
     """
 
@@ -160,14 +178,35 @@ class Context:
         """Of some matrices of the batch."""
         return replace(self, names=tuple(self.names[row] for row in rows))
 
-    def draw(self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False) -> Tensor:
-        """Gaussian (B, *shape) from (seed, name, t, purpose), equal on all workers, in the dtype and device of `like`;
-        `private`: another draw on each worker."""
-        return gaussian(self.seed, self.names, self.t, self._whose(purpose, private), shape, like.dtype, like.device)
+    def draw(
+        self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False
+    ) -> Tensor:
+        """Gaussian (B, *shape) from (seed, name, t, purpose), equal on all workers, in
+        the dtype and device of `like`; `private`: another draw on each worker.
+        """
+        return gaussian(
+            self.seed,
+            self.names,
+            self.t,
+            self._whose(purpose, private),
+            shape,
+            like.dtype,
+            like.device,
+        )
 
-    def uniform(self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False) -> Tensor:
+    def uniform(
+        self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False
+    ) -> Tensor:
         """The same, uniform in [0, 1)."""
-        return uniform(self.seed, self.names, self.t, self._whose(purpose, private), shape, like.dtype, like.device)
+        return uniform(
+            self.seed,
+            self.names,
+            self.t,
+            self._whose(purpose, private),
+            shape,
+            like.dtype,
+            like.device,
+        )
 
     def _whose(self, purpose: str, private: bool) -> str:
         purpose = f"{purpose} of round {self.round}" if self.round else purpose
@@ -177,35 +216,50 @@ class Context:
 def checked_positive_int(owner: str, key: str, value: object) -> int:
     """value if it is an int of at least 1, else a ConfigError that names it."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{owner}: {key} must be an integer of at least 1, got {value!r}; write for example {key}=4.")
+        raise ConfigError(
+            f"{owner}: {key} must be an integer of at least 1, got {value!r}; write for example"
+            f" {key}=4."
+        )
     if value < 1:
-        raise ConfigError(f"{owner}: {key} must be at least 1, got {value}; write for example {key}=4.")
+        raise ConfigError(
+            f"{owner}: {key} must be at least 1, got {value}; write for example {key}=4."
+        )
     return value
 
 
 @dataclass(frozen=True)
 class Compressor(abc.ABC):
-    """A communication scheme for batches of matrices. Immutable: the state lives with who drives it.
+    """A communication scheme for batches of matrices. Immutable: the state lives with
+    who drives it.
 
     Class attributes:
         json_name: name in configuration files.
-        linear: C(sum of Delta_i) = sum of C(Delta_i) at a shared state, so that only the mean error matters and a
-            checkpoint of the mean resumes exactly at any world size.
+        linear: C(sum of Delta_i) = sum of C(Delta_i) at a shared state, so that only
+            the mean error matters and a checkpoint of the mean resumes exactly at any
+            world size.
         low_rank: False for schemes that leave every matrix dense.
         row_blocks: it may be given matrices in blocks of rows; see the module's text.
-        contractive: E||C(Delta) - Delta||^2 <= (1 - delta) ||Delta||^2, delta > 0, at every step or at restarts, and with
-            delta >= 0 in between: what error feedback needs.
+        contractive: E||C(Delta) - Delta||^2 <= (1 - delta) ||Delta||^2, delta > 0, at
+            every step or at restarts, and with delta >= 0 in between: what error
+            feedback needs.
         unbiased: E C(Delta) = Delta: what does without error feedback.
-        feedback: form of error feedback unless another one is asked for; see `error_feedback.FORMS`.
-        private: symbols of the state that differ between workers; all others have the same bits on all.
-        parameter_shaped_state: symbols of the state that are of the matrix element by element, as its error is: checkpoints keep them
-            whole, as they keep errors, so that they fit whatever blocks of rows a rank holds.
-        replicated_state: symbols of the state that are equal for all blocks of rows of a parameter.
-        projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T P, in every step, so that norms
-            follow from Q_i and the error.
-        gathers: what it sends is gathered and not averaged: each worker receives N - 1 times as much.
-        averages_restarts: a restart puts something of its own on the wire, an average of the kind "restart".
-        whole_restarts: a restart sends the whole matrix, and its state serves every one of `feedback.Rounds`.
+        feedback: form of error feedback unless another one is asked for; see
+            `error_feedback.FORMS`.
+        private: symbols of the state that differ between workers; all others have the
+            same bits on all.
+        parameter_shaped_state: symbols of the state that are of the matrix element by
+            element, as its error is: checkpoints keep them whole, as they keep errors,
+            so that they fit whatever blocks of rows a rank holds.
+        replicated_state: symbols of the state that are equal for all blocks of rows of
+            a parameter.
+        projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T
+            P, in every step, so that norms follow from Q_i and the error.
+        gathers: what it sends is gathered and not averaged: each worker receives N - 1
+            times as much.
+        averages_restarts: a restart puts something of its own on the wire, an average
+            of the kind "restart".
+        whole_restarts: a restart sends the whole matrix, and its state serves every one
+            of `feedback.Rounds`.
     """
 
     rank: int = field(default=4)
@@ -230,26 +284,34 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def elements(self, m: int, n: int, r: int) -> int:
-        """Elements that a worker hands to the collectives in an ordinary step for one m x n matrix at rank r.
+        """Elements that a worker hands to the collectives in an ordinary step for one m
+        x n matrix at rank r.
 
-        The mean, where these steps differ."""
+        The mean, where these steps differ.
+        """
 
     @abc.abstractmethod
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        """State before the first step, tensors of leading dimension B in dtype and device of `like`."""
+        """State before the first step, tensors of leading dimension B in dtype and
+        device of `like`.
+        """
 
     @abc.abstractmethod
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         """One step of a batch; see the module's text for the protocol."""
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        """Elements of a step with a restart; as an ordinary step where there are none. The mean, where restarts differ."""
+        """Elements of a step with a restart; as an ordinary step where there are none.
+        The mean, where restarts differ.
+        """
         return self.elements(m, n, r)
 
     def variant(self, history: RestartHistory, restart: bool) -> int:
-        """Which kind of step it is, or of restart, where they are not all alike and take turns; from what a matrix has
-        behind it, not from t, since in some steps nobody may have a gradient for it. Matrices of one shape whose turns
-        differ make their steps apart."""
+        """Which kind of step it is, or of restart, where they are not all alike and
+        take turns; from what a matrix has behind it, not from t, since in some steps
+        nobody may have a gradient for it. Matrices of one shape whose turns differ make
+        their steps apart.
+        """
         return 0
 
     def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
@@ -257,15 +319,23 @@ class Compressor(abc.ABC):
         return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
 
     def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
-        """Elements of step t exactly, of a matrix that has had a gradient in every step."""
-        return self.elements_in(m, n, r, self.variant(steady(self.schedule({}), "", t), restart), restart)
+        """Elements of step t exactly, of a matrix that has had a gradient in every
+        step.
+        """
+        return self.elements_in(
+            m, n, r, self.variant(steady(self.schedule({}), "", t), restart), restart
+        )
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
-        """When each parameter restarts, or None for schemes without restarts. costs: name -> elements of its restart."""
+        """When each parameter restarts, or None for schemes without restarts. costs:
+        name -> elements of its restart.
+        """
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name, compared between workers at the first step and written into checkpoints."""
+        """Plain settings by name, compared between workers at the first step and
+        written into checkpoints.
+        """
         return {"compressor": self.json_name} | {key: getattr(self, key) for key in self.options()}
 
     @classmethod

@@ -1,7 +1,9 @@
-"""GaLore as a communication scheme: gradients are sent in coordinates of a subspace that is found anew every tau steps.
+"""GaLore as a communication scheme: gradients are sent in coordinates of a subspace
+that is found anew every tau steps.
 
-Source: GaLore (Zhao et al.; arXiv 2403.03507), as a scheme of data-parallel communication in Table 2 of PowerSGD+
-(arXiv 2509.11254). P is s x r, orthonormal, on one side of the matrix; here on that of the columns (s = n, l = m):
+Source: GaLore (Zhao et al.; arXiv 2403.03507), as a scheme of data-parallel
+communication in Table 2 of PowerSGD+ (arXiv 2509.11254). P is s x r, orthonormal, on
+one side of the matrix; here on that of the columns (s = n, l = m):
 
     t mod tau == 0:  D = mean of Delta_i            the whole matrix is on the wire: m n elements
                      P = V[:, :r] of D = U S V^T    computed on one worker and broadcast: s r elements
@@ -9,16 +11,20 @@ Source: GaLore (Zhao et al.; arXiv 2403.03507), as a scheme of data-parallel com
     else:            R = mean of Delta_i P          l r elements
     applied = R P^T = mean(Delta_i) P P^T,   sent_i = Delta_i P P^T
 
-and with P on the side of the rows (s = m, l = n): R = mean of Delta_i^T P, applied = P R^T.
+and with P on the side of the rows (s = m, l = n): R = mean of Delta_i^T P, applied = P
+R^T.
 
-The side. Public code puts the basis on the short side: P is small, and a random subspace of it captures r / min(m, n).
-Table 2's "n r" with m >= n is a basis on the long side: fewer bytes in an ordinary step, the same capture by singular
-vectors at the refresh, but only r / max(m, n) by a random basis. A square matrix has its basis on the columns.
+The side. Public code puts the basis on the short side: P is small, and a random
+subspace of it captures r / min(m, n). Table 2's "n r" with m >= n is a basis on the
+long side: fewer bytes in an ordinary step, the same capture by singular vectors at the
+refresh, but only r / max(m, n) by a random basis. A square matrix has its basis on the
+columns.
 
-The SVD of each worker's own gradient, in the place of the mean's, would give each worker another P, and R would be a
-mean of coordinates in different systems; hence the one broadcast. The paper has no error feedback, and this scheme's
-default is none; what is orthogonal to P is then lost until the next refresh, and where noise dominates the gradient, for
-ever: that is GaLore's trap, which GoLore escapes (arXiv 2410.11289).
+The SVD of each worker's own gradient, in the place of the mean's, would give each
+worker another P, and R would be a mean of coordinates in different systems; hence the
+one broadcast. The paper has no error feedback, and this scheme's default is none; what
+is orthogonal to P is then lost until the next refresh, and where noise dominates the
+gradient, for ever: that is GaLore's trap, which GoLore escapes (arXiv 2410.11289).
 """
 
 from __future__ import annotations
@@ -50,28 +56,35 @@ SIDES = ("short", "long")
 
 
 def basis_on_rows(m: int, n: int, side: str) -> bool:
-    """Whether an m x n matrix has its basis on the side of its rows (P is m x r), and not of its columns (n x r)."""
+    """Whether an m x n matrix has its basis on the side of its rows (P is m x r), and
+    not of its columns (n x r).
+    """
     return m < n if side == "short" else m > n
 
 
 def basis_of(delta: Delta, context: Context, side: str) -> tuple[bool, int]:
     """(whether the basis of these matrices is on the side of their rows, its length s)."""
-    m, n = context.m or delta.shape[-2], delta.shape[-1]  # delta may be a block of the rows
+    # delta may be a block of the rows
+    m, n = context.m or delta.shape[-2], delta.shape[-1]
     on_rows = basis_on_rows(m, n, side)
     return on_rows, m if on_rows else n
 
 
 @dataclass(frozen=True)
 class GaLore(Compressor):
-    """Gradients in coordinates of the leading singular vectors of the mean gradient, found anew every tau steps.
+    """Gradients in coordinates of the leading singular vectors of the mean gradient,
+    found anew every tau steps.
 
-    applied = mean(Delta_i) P P^T (or P P^T mean(Delta_i)), P = top-r singular vectors of mean(Delta_i) at the last refresh
+    applied = mean(Delta_i) P P^T (or P P^T mean(Delta_i)), P = top-r singular vectors
+    of mean(Delta_i) at the last refresh
 
     Args:
         rank: r >= 1; cut to min(m, n) matrix by matrix.
         restart_every: tau in steps, >= 1; the first step (t = 0) is a refresh.
-        side: of the basis, "short" (r max(m, n) elements a step) or "long" (r min(m, n)).
-        apply_full: apply the whole mean at a refresh, where it is on the wire anyway; False is the papers' scheme.
+        side: of the basis, "short" (r max(m, n) elements a step) or "long" (r min(m,
+            n)).
+        apply_full: apply the whole mean at a refresh, where it is on the wire anyway;
+            False is the papers' scheme.
 
     Raises:
         ConfigError: a value is out of range.
@@ -110,8 +123,13 @@ class GaLore(Compressor):
         return RestartSchedule(self.restart_every)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        # Random, and not zero: a parameter that is added between two refreshes has no other until the next.
-        return {"P": random_basis(context, "initial P", m if basis_on_rows(m, n, self.side) else n, context.rank, like)}
+        # Random, and not zero: a parameter that is added between two refreshes has no
+        # other until the next.
+        return {
+            "P": random_basis(
+                context, "initial P", m if basis_on_rows(m, n, self.side) else n, context.rank, like
+            )
+        }
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         on_rows, _ = basis_of(delta, context, self.side)
@@ -123,7 +141,9 @@ class GaLore(Compressor):
 def check_side(owner: str, side: object) -> None:
     """ConfigError unless it is one of SIDES."""
     if side not in SIDES:
-        raise ConfigError(f"{owner}: side={side!r} is unknown; choose one of {', '.join(map(repr, SIDES))}.")
+        raise ConfigError(
+            f"{owner}: side={side!r} is unknown; choose one of {', '.join(map(repr, SIDES))}."
+        )
 
 
 def check_flag(owner: str, key: str, value: object) -> None:
@@ -137,8 +157,11 @@ def projected_elements(m: int, n: int, r: int, side: str) -> int:
     return r * (n if basis_on_rows(m, n, side) else m)
 
 
-def projected(delta: Delta, p: Tensor, context: Context, on_rows: bool, scale: float = 1.0) -> Steps:
-    """R = mean of Delta_i P (or Delta_i^T P), applied = scale R P^T (or scale P R^T). One average.
+def projected(
+    delta: Delta, p: Tensor, context: Context, on_rows: bool, scale: float = 1.0
+) -> Steps:
+    """R = mean of Delta_i P (or Delta_i^T P), applied = scale R P^T (or scale P R^T).
+    One average.
 
     Args:
         delta: (B, m, n), or the rows of it that this rank holds.
@@ -154,21 +177,30 @@ def projected(delta: Delta, p: Tensor, context: Context, on_rows: bool, scale: f
 
 
 def refreshed(delta: Delta, context: Context, on_rows: bool, apply_full: bool) -> Steps:
-    """GaLore's refresh: the mean of whole matrices, and P of its leading singular vectors."""
+    """GaLore's refresh: the mean of whole matrices, and P of its leading singular
+    vectors.
+    """
     d, own = yield Mean(delta.tensor, "restart")
     p = yield from singular_basis(d, context, on_rows)
     if apply_full:
         return Result(applied=d, sent=own, state={"P": p})
     if on_rows:
-        return Result(LowRank(p, transposed_product(d, p)), LowRank(p, transposed_product(own, p)), {"P": p})
+        return Result(
+            LowRank(p, transposed_product(d, p)), LowRank(p, transposed_product(own, p)), {"P": p}
+        )
     return Result(LowRank(d @ p, p), LowRank(own @ p, p), {"P": p})
 
 
 def singular_basis(d: Tensor, context: Context, on_rows: bool) -> Generator[Request, Any, Tensor]:
-    """Leading left (on_rows) or right singular vectors of the mean d, (B, s, r), computed on one worker."""
+    """Leading left (on_rows) or right singular vectors of the mean d, (B, s, r),
+    computed on one worker.
+    """
     matrices, r = d if on_rows else d.mT, context.rank
     s = matrices.shape[-2]
-    p: Tensor = yield ComputeOnce(matrices, s, r, lambda some: leading_left_singular_vectors(some, r))
-    if context.wire_rounds:  # a basis that was rounded on the wire is orthonormal no more
+    p: Tensor = yield ComputeOnce(
+        matrices, s, r, lambda some: leading_left_singular_vectors(some, r)
+    )
+    # a basis that was rounded on the wire is orthonormal no more
+    if context.wire_rounds:
         p = orthonormal_rank_revealing(p, context.draw("fill P", (s, r), p))
     return p

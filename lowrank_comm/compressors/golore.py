@@ -1,20 +1,25 @@
 """GoLore: as GaLore, but with a random subspace, which noise cannot hold in its own.
 
-Source: GoLore (He, Li, Hu et al.; arXiv 2410.11289), "Subspace optimization for large language models with convergence
-guarantees". Where t mod tau == 0:
+Source: GoLore (He, Li, Hu et al.; arXiv 2410.11289), "Subspace optimization for large
+language models with convergence guarantees". Where t mod tau == 0:
 
     P = orth(N(0, 1)^{s x r}) from (seed, name, t)      the same on all workers without a word: no bytes
 
-and it is kept until the next refresh, so that within a period it is a function of (seed, name, t // tau). All steps are
-ordinary ones then: R = mean of Delta_i P, applied = R P^T.
+and it is kept until the next refresh, so that within a period it is a function of
+(seed, name, t // tau). All steps are ordinary ones then: R = mean of Delta_i P, applied
+= R P^T.
 
-The hybrid. The paper's practical rule is GaLore first, when the gradient stands out of the noise, and random subspaces
-later, given as a part of the whole run; an optimizer does not know how long that is, so `galore_until` is in steps. A
-refresh at t < galore_until takes singular vectors; the last such subspace is kept until the first refresh after.
+The hybrid. The paper's practical rule is GaLore first, when the gradient stands out of
+the noise, and random subspaces later, given as a part of the whole run; an optimizer
+does not know how long that is, so `galore_until` is in steps. A refresh at t <
+galore_until takes singular vectors; the last such subspace is kept until the first
+refresh after.
 
-The scaled form. E P P^T = (r / s) I, so (s / r) R P^T is an unbiased estimate of the mean of Delta, with omega = s / r - 1.
-It does not contract: its residual may be longer than Delta, so it cannot have error feedback. Divided by 1 + omega = s / r
-it is the projection itself, which can: that is `scaled=False`. The published optimizer does not scale.
+The scaled form. E P P^T = (r / s) I, so (s / r) R P^T is an unbiased estimate of the
+mean of Delta, with omega = s / r - 1. It does not contract: its residual may be longer
+than Delta, so it cannot have error feedback. Divided by 1 + omega = s / r it is the
+projection itself, which can: that is `scaled=False`. The published optimizer does not
+scale.
 """
 
 from __future__ import annotations
@@ -32,13 +37,16 @@ from lowrank_comm.errors import ConfigError
 class GoLore(GaLore):
     """Gradients in coordinates of a random subspace, drawn anew every tau steps.
 
-    applied = mean(Delta_i) P P^T (or P P^T mean(Delta_i)), P = orth(Gaussian) from (seed, name, t // tau)
+    applied = mean(Delta_i) P P^T (or P P^T mean(Delta_i)), P = orth(Gaussian) from
+    (seed, name, t // tau)
 
     Args:
-        rank, restart_every, side: see `GaLore`. With `side="long"` a random subspace captures r / max(m, n) only.
+        rank, restart_every, side: see `GaLore`. With `side="long"` a random subspace
+            captures r / max(m, n) only.
         apply_full: of the refreshes before `galore_until`.
         galore_until: in steps; refreshes before it are GaLore's.
-        scaled: apply (s / r) times that, which is unbiased; not with error feedback, and not with `galore_until`.
+        scaled: apply (s / r) times that, which is unbiased; not with error feedback,
+            and not with `galore_until`.
 
     Raises:
         ConfigError: a value is out of range, or options contradict one another.
@@ -62,19 +70,20 @@ class GoLore(GaLore):
         steps = self.galore_until
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ConfigError(
-                f"GoLore: galore_until must be a number of steps, 0 for none, got {steps!r}; write for example "
-                "galore_until=1000."
+                f"GoLore: galore_until must be a number of steps, 0 for none, got {steps!r}; write"
+                " for example galore_until=1000."
             )
         check_flag("GoLore", "scaled", self.scaled)
         if self.scaled and steps:
             raise ConfigError(
-                f"GoLore: scaled=True is unbiased for random subspaces only, and galore_until={steps} has singular vectors "
-                "first, whose projection it would blow up; leave one of the two out."
+                "GoLore: scaled=True is unbiased for random subspaces only, and"
+                f" galore_until={steps} has singular vectors first, whose projection it would blow"
+                " up; leave one of the two out."
             )
         if self.apply_full and not steps:
             raise ConfigError(
-                "GoLore: apply_full=True needs the mean of Delta on the wire, which a refresh with a random subspace does "
-                "not send; leave it out, or give galore_until."
+                "GoLore: apply_full=True needs the mean of Delta on the wire, which a refresh with"
+                " a random subspace does not send; leave it out, or give galore_until."
             )
 
     @property
@@ -94,16 +103,28 @@ class GoLore(GaLore):
 
     @property
     def averages_restarts(self) -> bool:  # type: ignore[override]
-        """GaLore's refreshes do; with a drawn subspace, a refresh is an ordinary step on the wire."""
+        """GaLore's refreshes do; with a drawn subspace, a refresh is an ordinary step
+        on the wire.
+        """
         return self.galore_until > 0
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        """Of the dearest refresh: GaLore's, where there are such; the others send nothing more than an ordinary step."""
+        """Of the dearest refresh: GaLore's, where there are such; the others send
+        nothing more than an ordinary step.
+        """
         return super().restart_elements(m, n, r) if self.galore_until else self.elements(m, n, r)
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         on_rows, s = basis_of(delta, context, self.side)
         if context.restart and context.t < self.galore_until:
             return (yield from refreshed(delta, context, on_rows, self.apply_full))
-        p = random_basis(context, "random P", s, context.rank, state["P"]) if context.restart else state["P"]
-        return (yield from projected(delta, p, context, on_rows, s / context.rank if self.scaled else 1.0))
+        p = (
+            random_basis(context, "random P", s, context.rank, state["P"])
+            if context.restart
+            else state["P"]
+        )
+        return (
+            yield from projected(
+                delta, p, context, on_rows, s / context.rank if self.scaled else 1.0
+            )
+        )

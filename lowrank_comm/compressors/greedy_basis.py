@@ -1,25 +1,30 @@
-"""The basis from which GreedyLore chooses, and the choice: the approximate global top-r of its columns.
+"""The basis from which GreedyLore chooses, and the choice: the approximate global top-r
+of its columns.
 
-Source: GreedyLore (Chen, He, Li, Jia, Yuan; arXiv 2507.08784). U is an orthonormal basis of a matrix's short side,
-(B, s, c), on the right for n <= m and on the left otherwise; it comes from a mean D that all workers know, and is used
-for many steps. At each of them the r columns that capture most of the mean of Delta are wanted, of which no worker knows
-its own part to be right: the column that is largest in one worker's Delta may cancel in the mean. So (m >= n)
+Source: GreedyLore (Chen, He, Li, Jia, Yuan; arXiv 2507.08784). U is an orthonormal
+basis of a matrix's short side, (B, s, c), on the right for n <= m and on the left
+otherwise; it comes from a mean D that all workers know, and is used for many steps. At
+each of them the r columns that capture most of the mean of Delta are wanted, of which
+no worker knows its own part to be right: the column that is largest in one worker's
+Delta may cancel in the mean. So (m >= n)
 
     Y_i = Delta_i U                                            l x c, local
     score_i[k] = <Y_i[:, k], Z[:, k]>,  Z ~ N(0, 1)^{l x c}    one draw for all workers, from (seed, name, t)
     score = mean of score_i                                    c numbers on the wire for each probe Z
     V = U[:, J],  J = the r largest score^2                    (of the sum over the probes; ties: the lower index)
 
-E score[k]^2 = ||mean(Delta) u_k||^2. The scores are averaged with their signs and squared afterwards; the mean of squares
-would measure each worker's noise. The columns of Z are independent, so the scores are, and a column that weighs more is
-never less likely to be chosen: hence, by Chebyshev's sum inequality, the choice captures at least r / c of what U spans in
-expectation, whatever U has to do with Delta.
+E score[k]^2 = ||mean(Delta) u_k||^2. The scores are averaged with their signs and
+squared afterwards; the mean of squares would measure each worker's noise. The columns
+of Z are independent, so the scores are, and a column that weighs more is never less
+likely to be chosen: hence, by Chebyshev's sum inequality, the choice captures at least
+r / c of what U spans in expectation, whatever U has to do with Delta.
 
-Capped bases. A whole basis, c = s, takes s^2 numbers of memory for each matrix (as many as the matrix, if it is square),
-an s x s decomposition at each refresh, and l s normal numbers for each probe and step. With c < s columns, from a
-randomized range finder on D (Gaussian sketch with 8 more columns, one power iteration, then the leading c singular
-directions within it), these are s c, a few products, and l c. What it costs: what Delta has outside span(U) is not sent
-before the next refresh.
+Capped bases. A whole basis, c = s, takes s^2 numbers of memory for each matrix (as many
+as the matrix, if it is square), an s x s decomposition at each refresh, and l s normal
+numbers for each probe and step. With c < s columns, from a randomized range finder on D
+(Gaussian sketch with 8 more columns, one power iteration, then the leading c singular
+directions within it), these are s c, a few products, and l c. What it costs: what Delta
+has outside span(U) is not sent before the next refresh.
 """
 
 from __future__ import annotations
@@ -30,7 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_comm.compressors.base import Context, Delta, LowRank, checked_positive_int, transposed_product
+from lowrank_comm.compressors.base import (
+    Context,
+    Delta,
+    LowRank,
+    checked_positive_int,
+    transposed_product,
+)
 from lowrank_comm.compressors.powersgd import orthonormal
 from lowrank_comm.compressors.requests import ComputeOnce, Mean, Request
 from lowrank_comm.errors import ConfigError
@@ -42,17 +53,21 @@ OVERSAMPLED = 8
 
 
 def checked_basis(owner: str, basis: object, rank: int) -> None:
-    """ConfigError unless `basis` is None, "full", or a number of columns of at least `rank`."""
+    """ConfigError unless `basis` is None, "full", or a number of columns of at least
+    `rank`.
+    """
     if basis is None or basis == "full":
         return
     if isinstance(basis, str):
         raise ConfigError(
-            f'{owner}: basis={basis!r} is unknown; use "full", a number of columns, or None for {CAP} times the rank.'
+            f'{owner}: basis={basis!r} is unknown; use "full", a number of columns, or None for'
+            f" {CAP} times the rank."
         )
     checked_positive_int(owner, "basis", basis)
     if isinstance(basis, int) and basis < rank:
         raise ConfigError(
-            f"{owner}: basis={basis} has fewer columns than rank={rank} are chosen from it; use at least {rank}."
+            f"{owner}: basis={basis} has fewer columns than rank={rank} are chosen from it; use at"
+            f" least {rank}."
         )
 
 
@@ -64,21 +79,26 @@ def basis_columns(basis: str | int | None, s: int, r: int) -> int:
 
 
 def on_rows(m: int, n: int) -> bool:
-    """Whether the short side of an m x n matrix is that of its rows; of a square one, it is that of the columns."""
+    """Whether the short side of an m x n matrix is that of its rows; of a square one,
+    it is that of the columns.
+    """
     return m < n
 
 
 def initial_basis(context: Context, s: int, columns: int, like: Tensor) -> Tensor:
-    """Random coordinate vectors, (B, s, columns): what serves a parameter that is added between two refreshes, and costs
-    nothing to make."""
+    """Random coordinate vectors, (B, s, columns): what serves a parameter that is added
+    between two refreshes, and costs nothing to make.
+    """
     chosen = context.draw("initial U", (s,), like).argsort(dim=-1)[:, :columns]
     basis = torch.zeros(len(context.names), s, columns, dtype=like.dtype, device=like.device)
     return basis.scatter_(1, chosen[:, None, :], 1.0)
 
 
 def basis_of(d: Tensor, context: Context, columns: int) -> Generator[Request, Any, Tensor]:
-    """The leading singular directions of the mean D on its short side, computed on one worker: (B, s, columns), in
-    descending order; exact where `columns` and 8 more are all there are."""
+    """The leading singular directions of the mean D on its short side, computed on one
+    worker: (B, s, columns), in descending order; exact where `columns` and 8 more are
+    all there are.
+    """
     matrices = d if on_rows(*d.shape[-2:]) else d.mT
     s = matrices.shape[-2]
 
@@ -88,7 +108,8 @@ def basis_of(d: Tensor, context: Context, columns: int) -> Generator[Request, An
         return _range_finder(some, columns, context.only(indices))
 
     u: Tensor = yield ComputeOnce(matrices, s, columns, compute, indexed=True)
-    if context.wire_rounds:  # a basis that was rounded on the wire is orthonormal no more
+    # a basis that was rounded on the wire is orthonormal no more
+    if context.wire_rounds:
         u = yield from orthonormal(u, context, "fill U", in_blocks=False)
     return u
 
@@ -98,7 +119,9 @@ def _range_finder(a: Tensor, columns: int, context: Context) -> Tensor:
     s, sketched = a.shape[-2], columns + OVERSAMPLED
     sketch, _ = torch.linalg.qr(a @ context.draw("sketch U", (a.shape[-1], sketched), a))
     long_side, _ = torch.linalg.qr(a.mT @ sketch)
-    basis = orthonormal_rank_revealing(a @ long_side, context.draw("fill the sketch of U", (s, sketched), a))
+    basis = orthonormal_rank_revealing(
+        a @ long_side, context.draw("fill the sketch of U", (s, sketched), a)
+    )
     return basis @ leading_left_singular_vectors(basis.mT @ a, columns)
 
 
@@ -112,8 +135,11 @@ def score_elements(columns: int, r: int, probes: int) -> int:
     return probes * columns if columns > r else 0
 
 
-def greedy_choice(delta: Delta, u: Tensor, context: Context, probes: int) -> Generator[Request, Any, Tensor]:
-    """The r columns of U that seem to capture most of the mean of Delta. The host waits for nothing.
+def greedy_choice(
+    delta: Delta, u: Tensor, context: Context, probes: int
+) -> Generator[Request, Any, Tensor]:
+    """The r columns of U that seem to capture most of the mean of Delta. The host waits
+    for nothing.
 
     Args:
         delta: (B, m, n), whole matrices.
@@ -128,14 +154,19 @@ def greedy_choice(delta: Delta, u: Tensor, context: Context, probes: int) -> Gen
     if columns == r:
         return u
     y = times_basis(delta, u)
-    own = [(y * context.draw(f"probe {k}", tuple(y.shape[1:]), y)).sum(dim=-2) for k in range(probes)]
+    own = [
+        (y * context.draw(f"probe {k}", tuple(y.shape[1:]), y)).sum(dim=-2) for k in range(probes)
+    ]
     scores, _ = yield Mean(torch.stack(own, dim=1), "scores")
-    energy = scores.double().square().sum(dim=1)  # a square may leave float32's range
+    # a square may leave float32's range
+    energy = scores.double().square().sum(dim=1)
     best = torch.sort(energy, dim=-1, descending=True, stable=True).indices[:, :r]
     return torch.gather(u, 2, best[:, None, :].expand(-1, u.shape[1], -1))
 
 
 def projected_here(d: Tensor, v: Tensor) -> LowRank:
-    """What V V^T leaves, on the short side, of matrices that are known here: no collective. d: (B, m, n)."""
+    """What V V^T leaves, on the short side, of matrices that are known here: no
+    collective. d: (B, m, n).
+    """
     rows = on_rows(*d.shape[-2:])
     return LowRank(v, transposed_product(d, v)) if rows else LowRank(d @ v, v)

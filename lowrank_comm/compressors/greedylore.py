@@ -1,8 +1,10 @@
-"""GreedyLore: a basis that is found anew every tau steps, from which each step takes the r columns that matter most now.
+"""GreedyLore: a basis that is found anew every tau steps, from which each step takes
+the r columns that matter most now.
 
-Source: GreedyLore (Chen, He, Li, Jia, Yuan; arXiv 2507.08784): the semi-lazy update of the subspace and the approximate
-global top-r. Only the abstract was at hand; the algorithm is built as `greedy_basis` and this text say. With U on the
-short side, here that of the columns (m >= n, s = n, l = m):
+Source: GreedyLore (Chen, He, Li, Jia, Yuan; arXiv 2507.08784): the semi-lazy update of
+the subspace and the approximate global top-r. Only the abstract was at hand; the
+algorithm is built as `greedy_basis` and this text say. With U on the short side, here
+that of the columns (m >= n, s = n, l = m):
 
     t mod tau == 0:  D = mean of Delta_i                  the whole matrix is on the wire: m n elements
                      U = right singular vectors of D      s x c, computed on one worker and broadcast: s c elements
@@ -11,17 +13,20 @@ short side, here that of the columns (m >= n, s = n, l = m):
                      F = mean of Delta_i V                l r elements
                      applied = F V^T,  sent_i = Delta_i V V^T
 
-What the refresh applies is the gradient and the error together. An error memory that is cleared without having been sent
-loses what was in it.
+What the refresh applies is the gradient and the error together. An error memory that is
+cleared without having been sent loses what was in it.
 
-With the whole basis, c = s, each step captures at least r / s of the energy in expectation, refresh or not, and however
-old the basis is: its columns span everything, and the choice is better than a uniformly random one. A capped basis
-(`basis`; see `greedy_basis` for what it saves) keeps that bound for what it spans only; the rest waits for the refresh.
-The error is bounded all the same, since the refresh empties it: E||mean error||^2 <= tau^2 G^2, without any delta. That
-is why the cap is the default: the bound does not need the whole basis, and a matrix of 4096 x 4096 would pay 64 MiB and a
-decomposition of that size for it. `explore=k` makes the last k of the c columns random ones from the complement of U,
-drawn anew in each step from (seed, name, t), for no bytes: then every step captures at least (r / c) k / (s - c + k) of
-all there is, in expectation, and what the basis has missed goes out sooner if it is large.
+With the whole basis, c = s, each step captures at least r / s of the energy in
+expectation, refresh or not, and however old the basis is: its columns span everything,
+and the choice is better than a uniformly random one. A capped basis (`basis`; see
+`greedy_basis` for what it saves) keeps that bound for what it spans only; the rest
+waits for the refresh. The error is bounded all the same, since the refresh empties it:
+E||mean error||^2 <= tau^2 G^2, without any delta. That is why the cap is the default:
+the bound does not need the whole basis, and a matrix of 4096 x 4096 would pay 64 MiB
+and a decomposition of that size for it. `explore=k` makes the last k of the c columns
+random ones from the complement of U, drawn anew in each step from (seed, name, t), for
+no bytes: then every step captures at least (r / c) k / (s - c + k) of all there is, in
+expectation, and what the basis has missed goes out sooner if it is large.
 """
 
 from __future__ import annotations
@@ -32,7 +37,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps, checked_positive_int
+from lowrank_comm.compressors.base import (
+    Compressor,
+    Context,
+    Delta,
+    Result,
+    State,
+    Steps,
+    checked_positive_int,
+)
 from lowrank_comm.compressors.greedy_basis import (
     CAP,
     basis_columns,
@@ -51,18 +64,23 @@ from lowrank_comm.errors import ConfigError
 
 @dataclass(frozen=True)
 class GreedyLore(Compressor):
-    """Projection on the approximately best r columns of a basis that is refreshed every tau steps.
+    """Projection on the approximately best r columns of a basis that is refreshed every
+    tau steps.
 
-    applied = mean(Delta_i) V V^T, V = the r columns of U with the largest (averaged) scores; at a refresh mean(Delta_i)
+    applied = mean(Delta_i) V V^T, V = the r columns of U with the largest (averaged)
+    scores; at a refresh mean(Delta_i)
 
     Args:
         rank: r >= 1; cut to min(m, n) matrix by matrix.
         restart_every: tau in steps, >= 1; the first step (t = 0) is a refresh.
-        probes: Gaussian probes a column, >= 1. One is the paper's; four capture most of what the exact top-r would.
-        basis: columns c of the basis, s = min(m, n): None for min(s, 32 r), a number, or "full" for s.
-        explore: how many of them are random ones from the complement of the others, 0 <= explore < c. Without effect
-            where c = s.
-        stagger: spread the refreshes of the matrices over the period (all refresh at t = 0).
+        probes: Gaussian probes a column, >= 1. One is the paper's; four capture most of
+            what the exact top-r would.
+        basis: columns c of the basis, s = min(m, n): None for min(s, 32 r), a number,
+            or "full" for s.
+        explore: how many of them are random ones from the complement of the others, 0
+            <= explore < c. Without effect where c = s.
+        stagger: spread the refreshes of the matrices over the period (all refresh at t
+            = 0).
 
     Raises:
         ConfigError: a value is out of range, or options contradict one another.
@@ -95,36 +113,51 @@ class GreedyLore(Compressor):
             checked_positive_int("GreedyLore", "explore", self.explore)
         if self.explore and self.basis == "full":
             raise ConfigError(
-                f'GreedyLore: explore={self.explore} has no effect with basis="full", which has no complement; leave one of '
-                "the two out."
+                f'GreedyLore: explore={self.explore} has no effect with basis="full", which has no'
+                " complement; leave one of the two out."
             )
         columns = CAP * self.rank if self.basis is None else self.basis
         if isinstance(columns, int) and self.explore >= columns:
             raise ConfigError(
-                f"GreedyLore: explore={self.explore} leaves no column of the basis of {columns}; use less than {columns}."
+                f"GreedyLore: explore={self.explore} leaves no column of the basis of {columns};"
+                f" use less than {columns}."
             )
         if not isinstance(self.stagger, bool):
             raise ConfigError(f"GreedyLore: stagger must be True or False, got {self.stagger!r}.")
 
     def elements(self, m: int, n: int, r: int) -> int:
-        return r * max(m, n) + score_elements(basis_columns(self.basis, min(m, n), r), r, self.probes)
+        return r * max(m, n) + score_elements(
+            basis_columns(self.basis, min(m, n), r), r, self.probes
+        )
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         return m * n + min(m, n) * self._kept_columns(min(m, n), r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        return staggered(self.restart_every, costs) if self.stagger else RestartSchedule(self.restart_every)
+        return (
+            staggered(self.restart_every, costs)
+            if self.stagger
+            else RestartSchedule(self.restart_every)
+        )
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        return {"U": initial_basis(context, min(m, n), self._kept_columns(min(m, n), context.rank), like)}
+        return {
+            "U": initial_basis(
+                context, min(m, n), self._kept_columns(min(m, n), context.rank), like
+            )
+        }
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         u = state["U"]
         if context.restart:
             d, own = yield Mean(delta.tensor, "restart")
-            return Result(applied=d, sent=own, state={"U": (yield from basis_of(d, context, u.shape[-1]))})
+            return Result(
+                applied=d, sent=own, state={"U": (yield from basis_of(d, context, u.shape[-1]))}
+            )
         missing = basis_columns(self.basis, u.shape[1], context.rank) - u.shape[-1]
-        v = yield from greedy_choice(delta, _with_complement(u, context, missing), context, self.probes)
+        v = yield from greedy_choice(
+            delta, _with_complement(u, context, missing), context, self.probes
+        )
         applied, sent = yield from project(delta, v, on_rows(*delta.shape[-2:]))
         return Result(applied, sent, {"U": u})
 
@@ -135,10 +168,13 @@ class GreedyLore(Compressor):
 
 
 def _with_complement(u: Tensor, context: Context, count: int) -> Tensor:
-    """U and `count` more orthonormal columns: random ones of its complement, (B, s, c + count)."""
+    """U and `count` more orthonormal columns: random ones of its complement, (B, s, c +
+    count).
+    """
     if count == 0:
         return u
     more = context.draw("explore", (u.shape[1], count), u)
-    for _ in range(2):  # once leaves round-off behind
+    # once leaves round-off behind
+    for _ in range(2):
         more, _ = torch.linalg.qr(more - u @ (u.mT @ more))
     return torch.cat([u, more], dim=-1)

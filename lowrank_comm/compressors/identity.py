@@ -1,4 +1,6 @@
-"""Identity: no compression. Every parameter travels dense, in the same fused buffer; the baseline of every comparison."""
+"""Identity: no compression. Every parameter travels dense, in the same fused buffer;
+the baseline of every comparison.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ class Identity(Compressor):
     applied = mean(Delta_i),  sent_i = Delta_i
 
     Args:
-        rank: accepted so that one configuration fits every compressor; it has no effect.
+        rank: accepted so that one configuration fits every compressor; it has no
+            effect.
 
     Example:
         >>> from lowrank_comm import Identity

@@ -1,34 +1,43 @@
-"""PowerSGD+: PowerSGD whose subspace is computed anew every tau steps, so that it cannot stay trapped.
+"""PowerSGD+: PowerSGD whose subspace is computed anew every tau steps, so that it
+cannot stay trapped.
 
-Source: Algorithm 2 of PowerSGD+ (Xie, Chen, Yuan; arXiv 2509.11254). Where t mod tau == 0, t from 0, SVD-Comp of its
-Algorithm 1 takes the place of SSP-Comp:
+Source: Algorithm 2 of PowerSGD+ (Xie, Chen, Yuan; arXiv 2509.11254). Where t mod tau ==
+0, t from 0, SVD-Comp of its Algorithm 1 takes the place of SSP-Comp:
 
     D  = mean of Delta_i                         the whole matrix is on the wire: m n elements
     P~ = U[:, :r] of D = U S V^T                 computed on one worker and broadcast: m r elements
     Q  = D^T P~                                  the paper averages Q_i = Delta_i^T P~; the mean is the same number,
-                                                 and D is known already, so nothing more is sent
+                                                 and D is known already, so nothing more
+                                                 is sent
     applied = P~ Q^T,   sent_i = P~ (Delta_i^T P~)^T
 
-P~ is broadcast since equal input does not give equal singular vectors bit by bit (another number of threads is enough).
+P~ is broadcast since equal input does not give equal singular vectors bit by bit
+(another number of threads is enough).
 
-`restart="randomized"` needs no whole matrix: SSP-Comp from a fresh Gaussian Q captures at least r/n of the energy in
-expectation, the constant delta of Lemma 2, so Theorem 2 holds for it (Remark 2); one more power iteration, which never
-captures less, brings it near to the SVD. 2 r (m + n) elements.
+`restart="randomized"` needs no whole matrix: SSP-Comp from a fresh Gaussian Q captures
+at least r/n of the energy in expectation, the constant delta of Lemma 2, so Theorem 2
+holds for it (Remark 2); one more power iteration, which never captures less, brings it
+near to the SVD. 2 r (m + n) elements.
 
-`restart="random_projection"`: with s = min(m, n), V = orth(N(0, 1)^{s x r}) on the short side, from (seed, name, t), and
-F = mean of Delta_i V; applied = F V^T, the next Q is V (for m < n: F = mean of Delta_i^T V, applied = V F^T, the next Q is
-orth(F)). delta = r/s; r max(m, n) elements.
+`restart="random_projection"`: with s = min(m, n), V = orth(N(0, 1)^{s x r}) on the
+short side, from (seed, name, t), and F = mean of Delta_i V; applied = F V^T, the next Q
+is V (for m < n: F = mean of Delta_i^T V, applied = V F^T, the next Q is orth(F)). delta
+= r/s; r max(m, n) elements.
 
-`restart="greedy"`, the approximate top-r of Table 2's last row: a basis U of the short side (`greedy_basis`) is found at
-every k-th restart, where D is on the wire and its leading r directions are applied, as by the SVD; the restarts between
-choose the r columns of U with the largest scores, V, and run SSP-Comp from Q = V (for m < n: on Delta^T). That captures at
-least ||mean(Delta) V||^2, so delta >= r/s with a whole basis; a capped one guarantees no more than Lemma 1 at these
-restarts, and tau in Theorem 2 is then the period of the basis. r (m + n) + c elements, and m n + s c with the basis.
+`restart="greedy"`, the approximate top-r of Table 2's last row: a basis U of the short
+side (`greedy_basis`) is found at every k-th restart, where D is on the wire and its
+leading r directions are applied, as by the SVD; the restarts between choose the r
+columns of U with the largest scores, V, and run SSP-Comp from Q = V (for m < n: on
+Delta^T). That captures at least ||mean(Delta) V||^2, so delta >= r/s with a whole
+basis; a capped one guarantees no more than Lemma 1 at these restarts, and tau in
+Theorem 2 is then the period of the basis. r (m + n) + c elements, and m n + s c with
+the basis.
 
-Two options of the SVD restart, both free of further bytes because D is on the wire anyway:
-`exact_restart`: apply all of D and clear the error memory, instead of keeping the residual.
-`consensus_restart`: every worker keeps the mean residual D - P~ Q^T. The trajectory stays the same (only the mean error
-matters), while the workers' errors, which drift apart when their data differ, meet again.
+Two options of the SVD restart, both free of further bytes because D is on the wire
+anyway: `exact_restart`: apply all of D and clear the error memory, instead of keeping
+the residual. `consensus_restart`: every worker keeps the mean residual D - P~ Q^T. The
+trajectory stays the same (only the mean error matters), while the workers' errors,
+which drift apart when their data differ, meet again.
 """
 
 from __future__ import annotations
@@ -79,16 +88,22 @@ class PowerSGDPlus(PowerSGD):
     Args:
         rank: r >= 1; cut to min(m, n) matrix by matrix.
         restart_every: tau in steps, >= 1; the first step (t = 0) is a restart.
-        restart: "svd" (the paper's rule, m n + m r elements), "randomized" (2 r (m + n) elements), "greedy" (r (m + n) + c,
-            and a new basis now and then) or "random_projection" (r max(m, n)).
-        exact_restart: apply the whole mean at an SVD restart and clear the error memory.
-        consensus_restart: set every worker's error to the mean residual at an SVD restart.
-        stagger: spread the restarts of the matrices over the period (all restart at t = 0).
-        basis_every: greedy only: restarts from one basis to the next, >= 1; None for 10.
+        restart: "svd" (the paper's rule, m n + m r elements), "randomized" (2 r (m + n)
+            elements), "greedy" (r (m + n) + c, and a new basis now and then) or
+            "random_projection" (r max(m, n)).
+        exact_restart: apply the whole mean at an SVD restart and clear the error
+            memory.
+        consensus_restart: set every worker's error to the mean residual at an SVD
+            restart.
+        stagger: spread the restarts of the matrices over the period (all restart at t =
+            0).
+        basis_every: greedy only: restarts from one basis to the next, >= 1; None for
+            10.
         basis: greedy only: its columns, as of `GreedyLore`.
-        probes: greedy only: Gaussian probes a column, >= 1; None for 4, since a choice lasts for a period and is paid once.
-        power_iterations: see `PowerSGD`; also of the SSP-Comp within a restart, which the extra iteration of "randomized"
-            precedes.
+        probes: greedy only: Gaussian probes a column, >= 1; None for 4, since a choice
+            lasts for a period and is paid once.
+        power_iterations: see `PowerSGD`; also of the SSP-Comp within a restart, which
+            the extra iteration of "randomized" precedes.
 
     Raises:
         ConfigError: a value is out of range, or options contradict one another.
@@ -118,28 +133,32 @@ class PowerSGDPlus(PowerSGD):
         checked_positive_int("PowerSGDPlus", "restart_every", self.restart_every)
         if self.restart not in RESTARTS:
             raise ConfigError(
-                f"PowerSGDPlus: restart={self.restart!r} is unknown; choose one of {', '.join(map(repr, RESTARTS))}."
+                f"PowerSGDPlus: restart={self.restart!r} is unknown; choose one of"
+                f" {', '.join(map(repr, RESTARTS))}."
             )
         for key in ("exact_restart", "consensus_restart", "stagger"):
             if not isinstance(getattr(self, key), bool):
-                raise ConfigError(f"PowerSGDPlus: {key} must be True or False, got {getattr(self, key)!r}.")
+                raise ConfigError(
+                    f"PowerSGDPlus: {key} must be True or False, got {getattr(self, key)!r}."
+                )
         for key in ("exact_restart", "consensus_restart"):
             if getattr(self, key) and self.restart != "svd":
                 raise ConfigError(
-                    f'PowerSGDPlus: {key}=True needs the mean of Delta on the wire, which restart="{self.restart}" '
-                    f'does not send; use restart="svd", or leave {key} out.'
+                    f"PowerSGDPlus: {key}=True needs the mean of Delta on the wire, which"
+                    f' restart="{self.restart}" does not send; use restart="svd", or leave {key}'
+                    " out."
                 )
         if self.exact_restart and self.consensus_restart:
             raise ConfigError(
-                "PowerSGDPlus: exact_restart=True clears the error memory on every worker, so consensus_restart=True "
-                "has nothing to do; leave one of the two out."
+                "PowerSGDPlus: exact_restart=True clears the error memory on every worker, so"
+                " consensus_restart=True has nothing to do; leave one of the two out."
             )
         for key in ("basis_every", "basis", "probes"):
             value = getattr(self, key)
             if value is not None and self.restart != "greedy":
                 raise ConfigError(
-                    f'PowerSGDPlus: {key}={value!r} has no meaning with restart="{self.restart}"; use restart="greedy", or '
-                    f"leave {key} out."
+                    f'PowerSGDPlus: {key}={value!r} has no meaning with restart="{self.restart}";'
+                    f' use restart="greedy", or leave {key} out.'
                 )
             if value is not None and key != "basis":
                 checked_positive_int("PowerSGDPlus", key, value)
@@ -166,8 +185,14 @@ class PowerSGDPlus(PowerSGD):
         return r * (m + n) + self.elements(m, n, r)
 
     def variant(self, history: RestartHistory, restart: bool) -> int:
-        """Of a greedy restart: 0 where it finds a new basis, as every k-th of the matrix does, else 1."""
-        return int(restart and self.restart == "greedy" and history.restarts % (self.basis_every or BASIS_EVERY) > 0)
+        """Of a greedy restart: 0 where it finds a new basis, as every k-th of the
+        matrix does, else 1.
+        """
+        return int(
+            restart
+            and self.restart == "greedy"
+            and history.restarts % (self.basis_every or BASIS_EVERY) > 0
+        )
 
     def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
         if not restart or self.restart != "greedy":
@@ -175,7 +200,11 @@ class PowerSGDPlus(PowerSGD):
         return self._chosen(m, n, r) if variant else self._found(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        return staggered(self.restart_every, costs) if self.stagger else RestartSchedule(self.restart_every)
+        return (
+            staggered(self.restart_every, costs)
+            if self.stagger
+            else RestartSchedule(self.restart_every)
+        )
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         state = super().initial_state(context, m, n, like)
@@ -187,7 +216,9 @@ class PowerSGDPlus(PowerSGD):
         if self.restart == "greedy":
             return (yield from self._with_basis(delta, state, context))
         if not context.restart:
-            return (yield from ssp_comp(delta, state["Q"], context, iterations=self.power_iterations))
+            return (
+                yield from ssp_comp(delta, state["Q"], context, iterations=self.power_iterations)
+            )
         if self.restart == "svd":
             return (yield from svd_comp(delta, context, self.exact_restart, self.consensus_restart))
         if self.restart == "randomized":
@@ -203,7 +234,9 @@ class PowerSGDPlus(PowerSGD):
 
     def _chosen(self, m: int, n: int, r: int) -> int:
         """Elements of a greedy restart that chooses from the basis."""
-        return self.elements(m, n, r) + score_elements(self._columns(m, n, r), r, self.probes or PROBES)
+        return self.elements(m, n, r) + score_elements(
+            self._columns(m, n, r), r, self.probes or PROBES
+        )
 
     def _with_basis(self, delta: Delta, state: State, context: Context) -> Steps:
         """A step of restart="greedy"."""
@@ -215,7 +248,9 @@ class PowerSGDPlus(PowerSGD):
             u = yield from basis_of(d, context, u.shape[-1])
             v = u[..., : context.rank]
             applied = projected_here(d, v)
-            result = Result(applied, projected_here(own, v), {"Q": (yield from next_q(applied.q, context))})
+            result = Result(
+                applied, projected_here(own, v), {"Q": (yield from next_q(applied.q, context))}
+            )
         else:
             v = yield from greedy_choice(delta, u, context, self.probes or PROBES)
             if on_rows(*delta.shape[-2:]):
@@ -227,12 +262,17 @@ class PowerSGDPlus(PowerSGD):
 
 
 def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: bool = False) -> Steps:
-    """SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all have. `exact`, `consensus`: see the
-    options of `PowerSGDPlus`. m n + m r elements a matrix."""
+    """SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all
+    have. `exact`, `consensus`: see the options of `PowerSGDPlus`. m n + m r elements a
+    matrix.
+    """
     r = context.rank
     d, own = yield Mean(delta.tensor, "restart")
-    p = yield ComputeOnce(d, context.m, r, lambda matrices: leading_left_singular_vectors(matrices, r))
-    if context.wire_rounds:  # a basis that was rounded on the wire is orthonormal no more
+    p = yield ComputeOnce(
+        d, context.m, r, lambda matrices: leading_left_singular_vectors(matrices, r)
+    )
+    # a basis that was rounded on the wire is orthonormal no more
+    if context.wire_rounds:
         whole = yield WholeRows(p, context.m)
         fill = context.draw("fill P", (whole.shape[1], r), p)
         p = orthonormal_rank_revealing(whole, fill)[:, context.rows]
@@ -243,20 +283,26 @@ def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: boo
         return Result(applied=d, sent=own, state={"Q": q_next})
     sent = LowRank(p, (yield SumOverRows(transposed_product(own, p))))
     if consensus:
-        # delta - own is what the wire's rounding took from this worker alone; it stays with this worker.
-        return Result(applied, sent, {"Q": q_next}, kept=(delta.tensor - own) + (d - applied.dense()))
+        # delta - own is what the wire's rounding took from this worker alone; it stays
+        # with this worker.
+        return Result(
+            applied, sent, {"Q": q_next}, kept=(delta.tensor - own) + (d - applied.dense())
+        )
     return Result(applied, sent, {"Q": q_next})
 
 
 def randomized_comp(delta: Delta, context: Context, iterations: int = 1) -> Steps:
-    """SSP-Comp from a fresh Gaussian Q, with one extra power iteration before it: (1 + iterations) r (m + n) elements a
-    matrix."""
+    """SSP-Comp from a fresh Gaussian Q, with one extra power iteration before it: (1 +
+    iterations) r (m + n) elements a matrix.
+    """
     fresh = context.draw("restart Q", (delta.tensor.shape[-1], context.rank), delta.tensor)
     return (yield from ssp_comp(delta, fresh, context, "restart", 1 + iterations))
 
 
 def _random_projection_comp(delta: Delta, context: Context) -> Steps:
-    """Projection on a random subspace of the short side, which is the next step's. r max(m, n) elements a matrix."""
+    """Projection on a random subspace of the short side, which is the next step's. r
+    max(m, n) elements a matrix.
+    """
     m, n = context.m or delta.shape[-2], delta.shape[-1]
     v = random_basis(context, "restart V", min(m, n), context.rank, delta.tensor)
     if not on_rows(m, n):
@@ -282,7 +328,9 @@ class _Transposed(Delta):
 
 
 def _transposed(result: Result) -> Result:
-    """SSP-Comp's result for Delta from its result for Delta^T, whose orthonormal P~ is the next basis Q."""
+    """SSP-Comp's result for Delta from its result for Delta^T, whose orthonormal P~ is
+    the next basis Q.
+    """
     applied, sent = result.applied, result.sent
     assert isinstance(applied, LowRank)
     assert isinstance(sent, LowRank)

@@ -2,8 +2,9 @@
 
     sent_i = what the codes of Delta_i decode to,  applied = the mean, rounded to codes once more,  e_i <- Delta_i - sent_i
 
-No subspace and no state: one average of the whole matrix, in int8, int4 or signs (`quantization`). It is what keeps
-embeddings and other parameters that do not go low-rank from setting the ceiling of the whole model's ratio.
+No subspace and no state: one average of the whole matrix, in int8, int4 or signs
+(`quantization`). It is what keeps embeddings and other parameters that do not go
+low-rank from setting the ceiling of the whole model's ratio.
 """
 
 from __future__ import annotations

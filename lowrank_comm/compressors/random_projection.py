@@ -1,14 +1,16 @@
-"""Random projection: a fresh random subspace at every step, known to all workers from the seed.
+"""Random projection: a fresh random subspace at every step, known to all workers from
+the seed.
 
     P = orth(N(0, 1)^{s x r}) from (seed, name, t)            no bytes
     R = mean of Delta_i P                                     l r elements
     form="contractive":  applied = R P^T                      E ||Delta - applied||^2 = (1 - r / s) ||Delta||^2
     form="unbiased":     applied = (s / r) R P^T              E applied = mean(Delta), omega = s / r - 1
 
-(with the basis on the side of the rows: R = mean of Delta_i^T P, applied = P R^T). The contractive form needs error
-feedback, and what it leaves goes out later, since the next subspace is independent of this one. The unbiased form must
-have none: its residual is longer than Delta whenever r < s / 2, and the memory would grow without bound. Divided by
-1 + omega = s / r it is the contractive one.
+(with the basis on the side of the rows: R = mean of Delta_i^T P, applied = P R^T). The
+contractive form needs error feedback, and what it leaves goes out later, since the next
+subspace is independent of this one. The unbiased form must have none: its residual is
+longer than Delta whenever r < s / 2, and the memory would grow without bound. Divided
+by 1 + omega = s / r it is the contractive one.
 """
 
 from __future__ import annotations
@@ -28,14 +30,17 @@ FORMS = ("contractive", "unbiased")
 
 @dataclass(frozen=True)
 class RandomProjection(Compressor):
-    """Projection of the mean gradient on a random subspace that is drawn anew at every step.
+    """Projection of the mean gradient on a random subspace that is drawn anew at every
+    step.
 
-    applied = mean(Delta_i) P P^T, times s / r in the unbiased form, P = orth(Gaussian) from (seed, name, t)
+    applied = mean(Delta_i) P P^T, times s / r in the unbiased form, P = orth(Gaussian)
+    from (seed, name, t)
 
     Args:
         rank: r >= 1; cut to min(m, n) matrix by matrix.
         form: "contractive" (with error feedback) or "unbiased" (without).
-        side: of the basis, "short" (r max(m, n) elements a step) or "long" (r min(m, n), captures r / max(m, n) only).
+        side: of the basis, "short" (r max(m, n) elements a step) or "long" (r min(m,
+            n), captures r / max(m, n) only).
 
     Raises:
         ConfigError: a value is out of range.
@@ -45,7 +50,8 @@ class RandomProjection(Compressor):
         >>> RandomProjection(rank=4).elements(m=100, n=50, r=4)
         400
 
-    Source: the random-projection row of Table 2 of arXiv 2509.11254; Remark 2 there for the constant r / s.
+    Source: the random-projection row of Table 2 of arXiv 2509.11254; Remark 2 there for
+    the constant r / s.
     """
 
     form: str = "contractive"
@@ -58,7 +64,8 @@ class RandomProjection(Compressor):
         super().__post_init__()
         if self.form not in FORMS:
             raise ConfigError(
-                f"RandomProjection: form={self.form!r} is unknown; choose one of {', '.join(map(repr, FORMS))}."
+                f"RandomProjection: form={self.form!r} is unknown; choose one of"
+                f" {', '.join(map(repr, FORMS))}."
             )
         check_side("RandomProjection", self.side)
 

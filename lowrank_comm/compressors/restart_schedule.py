@@ -1,14 +1,19 @@
-"""When a subspace is refreshed: at every step t with (t + offset) mod tau == 0, t from 0.
+"""When a subspace is refreshed: at every step t with (t + offset) mod tau == 0, t from
+0.
 
-Without staggering every offset is 0 and all matrices restart together, as in Algorithm 2 of PowerSGD+
-(arXiv 2509.11254). With staggering, all restart at t = 0, where no subspace is known yet, and afterwards each matrix has
-its own step within the period, chosen so that every step carries about the same number of restart bytes. The offsets
-are a function of the names and sizes alone, so all workers agree on them without a word.
+Without staggering every offset is 0 and all matrices restart together, as in Algorithm
+2 of PowerSGD+ (arXiv 2509.11254). With staggering, all restart at t = 0, where no
+subspace is known yet, and afterwards each matrix has its own step within the period,
+chosen so that every step carries about the same number of restart bytes. The offsets
+are a function of the names and sizes alone, so all workers agree on them without a
+word.
 
-A restart that falls on a step in which nobody has a gradient for a matrix is deferred: it comes in the first later step in
-which somebody has one. Else a weight with gradients in every other step only (alternating adapters, the experts of a
-mixture) might never restart. What a matrix has behind it (`RestartHistory`) therefore counts its own steps and not those of the run.
-It follows from what all workers agree on, which gradients are missing everywhere, and is kept on the host.
+A restart that falls on a step in which nobody has a gradient for a matrix is deferred:
+it comes in the first later step in which somebody has one. Else a weight with gradients
+in every other step only (alternating adapters, the experts of a mixture) might never
+restart. What a matrix has behind it (`RestartHistory`) therefore counts its own steps
+and not those of the run. It follows from what all workers agree on, which gradients are
+missing everywhere, and is kept on the host.
 """
 
 from __future__ import annotations
@@ -31,26 +36,31 @@ class RestartSchedule:
     offsets: Mapping[str, int] = field(default_factory=dict)
 
     def due(self, name: str, t: int) -> bool:
-        """Whether the parameter restarts at step t: t = 0, or (t + offset) mod tau == 0."""
+        """Whether the parameter restarts at step t: t = 0, or (t + offset) mod tau ==
+        0.
+        """
         return t == 0 or (t + self.offsets.get(name, 0)) % self.restart_every == 0
 
 
 def staggered(restart_every: int, costs: Mapping[str, int]) -> RestartSchedule:
-    """Offsets that spread the restarts over the period: the most expensive first, each into the cheapest step so far.
+    """Offsets that spread the restarts over the period: the most expensive first, each
+    into the cheapest step so far.
 
     Args:
         restart_every: tau, in steps.
         costs: parameter name -> elements that its restart sends.
 
     Returns:
-        The schedule; no step carries more than the average plus the largest single cost.
+        The schedule; no step carries more than the average plus the largest single
+        cost.
 
     Example:
         >>> s = staggered(4, {"a": 10, "b": 10, "c": 10, "d": 10})
         >>> [sum(s.due(name, t) for name in "abcd") for t in range(4, 8)]
         [1, 1, 1, 1]
     """
-    # Among equally loaded steps prefer those far apart (bit-reversed order), so that few matrices do not restart in a row.
+    # Among equally loaded steps prefer those far apart (bit-reversed order), so that
+    # few matrices do not restart in a row.
     bits = max(restart_every - 1, 1).bit_length()
     spread = sorted(range(restart_every), key=lambda step: int(f"{step:0{bits}b}"[::-1], 2))
     heap = [(0, place, step) for place, step in enumerate(spread)]
@@ -65,12 +75,14 @@ def staggered(restart_every: int, costs: Mapping[str, int]) -> RestartSchedule:
 
 @dataclass(frozen=True)
 class RestartHistory:
-    """What a matrix has behind it, counted in committed steps in which somebody had a gradient for it.
+    """What a matrix has behind it, counted in committed steps in which somebody had a
+    gradient for it.
 
     Attributes:
         restarts: so far.
         age: steps since the last restart, or since the start where there was none.
-        deferred: whether a restart fell on a step in which nobody had a gradient, and has not been made up for.
+        deferred: whether a restart fell on a step in which nobody had a gradient, and
+            has not been made up for.
     """
 
     restarts: int = 0
@@ -78,11 +90,17 @@ class RestartHistory:
     deferred: bool = False
 
     def after(self, due: bool, present: bool) -> RestartHistory:
-        """After one more step. due: by the schedule; present: whether somebody had a gradient."""
+        """After one more step. due: by the schedule; present: whether somebody had a
+        gradient.
+        """
         deferred = self.deferred or due
         if not present:
             return replace(self, deferred=deferred)
-        return RestartHistory(self.restarts + 1) if deferred else RestartHistory(self.restarts, self.age + 1)
+        return (
+            RestartHistory(self.restarts + 1)
+            if deferred
+            else RestartHistory(self.restarts, self.age + 1)
+        )
 
 
 def steady(schedule: RestartSchedule | None, name: str, t: int) -> RestartHistory:
@@ -95,8 +113,7 @@ def steady(schedule: RestartSchedule | None, name: str, t: int) -> RestartHistor
     if schedule is None or t == 0:
         return RestartHistory(0, t)
     offset = schedule.offsets.get(name, 0)
-    later = (t - 1 + offset) // schedule.restart_every  # restarts after that of step 0
+    # restarts after that of step 0
+    later = (t - 1 + offset) // schedule.restart_every
     last = later * schedule.restart_every - offset if later else 0
     return RestartHistory(1 + later, t - 1 - last)
-
-

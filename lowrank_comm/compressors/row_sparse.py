@@ -1,12 +1,18 @@
-"""RowSparse: an embedding's gradient has few rows that are not zero; only these travel. Nothing is lost.
+"""RowSparse: an embedding's gradient has few rows that are not zero; only these travel.
+Nothing is lost.
 
-    1. Every worker counts its rows with a number that is not zero; the counts are gathered (one number a matrix).
-    2. k is the largest of them. Each worker's row numbers, filled up to k, are gathered: the union U of all is known to all.
-    3. The rows in U are averaged over the workers, divided by N and not by the number of workers that touched the row.
+    1. Every worker counts its rows with a number that is not zero; the counts are
+       gathered (one number a matrix).
+    2. k is the largest of them. Each worker's row numbers, filled up to k, are
+       gathered: the union U of all is known to all.
+    3. The rows in U are averaged over the workers, divided by N and not by the number
+       of workers that touched the row.
 
-Where the union could hold more than half of the rows (N k > m / 2), the whole matrix is averaged instead, and step 2 is left
-out. So a step takes up to three collectives' phases, and two small transfers to the host, which is the price of not knowing
-beforehand what will be touched. Gradients of an output head are dense: for these it is no gain.
+Where the union could hold more than half of the rows (N k > m / 2), the whole matrix is
+averaged instead, and step 2 is left out. So a step takes up to three collectives'
+phases, and two small transfers to the host, which is the price of not knowing
+beforehand what will be touched. Gradients of an output head are dense: for these it is
+no gain.
 """
 
 from __future__ import annotations
@@ -55,14 +61,20 @@ class RowSparse(Compressor):
         applied, sent = torch.zeros_like(matrices), torch.zeros_like(matrices)
         if not k:
             return Result(applied=applied, sent=sent, state={})
-        # Numbers of the touched rows first, then m as a filling; ascending, so that no sort need be stable.
-        numbers = torch.where(touched, torch.arange(m, device=matrices.device), m).sort(dim=1).values[:, :k]
+        # Numbers of the touched rows first, then m as a filling; ascending, so that no
+        # sort need be stable.
+        numbers = (
+            torch.where(touched, torch.arange(m, device=matrices.device), m)
+            .sort(dim=1)
+            .values[:, :k]
+        )
         everyone = yield Gather(numbers.to(torch.int32), "rows")
         union = torch.zeros(count, m + 1, dtype=torch.bool, device=matrices.device)
         for one in everyone.long():
             union.scatter_(1, one, True)
         places = union[:, :m]
-        # Of several matrices each has its own union; rows of all of them travel as one tensor, in one order on all workers.
+        # Of several matrices each has its own union; rows of all of them travel as one
+        # tensor, in one order on all workers.
         mean, own = yield Mean(matrices[places], "dense")
         applied[places], sent[places] = mean, own
         return Result(applied=applied, sent=sent, state={})

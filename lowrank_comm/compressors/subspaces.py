@@ -1,4 +1,6 @@
-"""Bases on one side of a matrix: drawn without a gradient, and what the projection on one sends."""
+"""Bases on one side of a matrix: drawn without a gradient, and what the projection on
+one sends.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from lowrank_comm.compressors.requests import Mean, Request
 
 
 def random_basis(context: Context, purpose: str, rows: int, r: int, like: Tensor) -> Tensor:
-    """orth of a Gaussian matrix from (seed, name, t, purpose): its range is uniformly distributed, E P P^T = (r / rows) I.
+    """orth of a Gaussian matrix from (seed, name, t, purpose): its range is uniformly
+    distributed, E P P^T = (r / rows) I.
 
     Args:
         context: of the batch, whose names and t are part of the key.
@@ -23,8 +26,9 @@ def random_basis(context: Context, purpose: str, rows: int, r: int, like: Tensor
         like: of whose dtype and device the result is.
 
     Returns:
-        (B, rows, r) orthonormal, equal on all workers. Orthonormalised on the CPU in float64 where it is drawn, so that
-        the result does not depend on the device; by Householder QR, which needs no rule for dead columns.
+        (B, rows, r) orthonormal, equal on all workers. Orthonormalised on the CPU in
+        float64 where it is drawn, so that the result does not depend on the device; by
+        Householder QR, which needs no rule for dead columns.
     """
     drawn = context.draw(purpose, (rows, r), torch.empty(0, dtype=torch.float64, device="cpu"))
     return torch.linalg.qr(drawn).Q.to(like)
@@ -33,8 +37,9 @@ def random_basis(context: Context, purpose: str, rows: int, r: int, like: Tensor
 def project(
     delta: Delta, v: Tensor, on_rows: bool, rows: slice = slice(None), kind: str = "factors"
 ) -> Generator[Request, Any, tuple[LowRank, LowRank]]:
-    """The projection of the mean of Delta on V's range, F V^T with F = mean of Delta_i V, and this worker's own as sent;
-    V F^T with F = mean of Delta_i^T V where V is on the side of the rows. One average.
+    """The projection of the mean of Delta on V's range, F V^T with F = mean of Delta_i
+    V, and this worker's own as sent; V F^T with F = mean of Delta_i^T V where V is on
+    the side of the rows. One average.
 
     Args:
         delta: (B, m, n), or the rows of it that this rank holds.

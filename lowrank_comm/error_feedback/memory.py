@@ -1,11 +1,14 @@
-"""Error memory: what a worker has been given and has not yet sent, in the gradient's own units.
+"""Error memory: what a worker has been given and has not yet sent, in the gradient's
+own units.
 
-One tensor (B, m, n) holds the errors of a batch of same-shape matrices. A step reads it once (`on`), and writes it
-once, when the step is committed: e <- Delta - sent, either into the memory (`keep`), or into Delta's own place, whose
-room and the memory's then change roles (`exchange`), which saves a pass; views that were handed out follow. A step that
-is vetoed or rolled back never touches the memory, so it stays bit-equal without a copy. The memory's dtype may be
-narrower than the computation's (bfloat16, with stochastic rounding, so that small residuals are not lost on average),
-and it may live on the CPU (`offload`).
+One tensor (B, m, n) holds the errors of a batch of same-shape matrices. A step reads it
+once (`on`), and writes it once, when the step is committed: e <- Delta - sent, either
+into the memory (`keep`), or into Delta's own place, whose room and the memory's then
+change roles (`exchange`), which saves a pass; views that were handed out follow. A step
+that is vetoed or rolled back never touches the memory, so it stays bit-equal without a
+copy. The memory's dtype may be narrower than the computation's (bfloat16, with
+stochastic rounding, so that small residuals are not lost on average), and it may live
+on the CPU (`offload`).
 
 float16 is refused: the memory is a sum, and 65 504 is soon reached.
 """
@@ -21,21 +24,25 @@ from lowrank_comm.compressors.base import LowRank
 from lowrank_comm.error_feedback.options import DTYPES, ErrorFeedback
 from lowrank_comm.numerics.randomness import stream
 
-LARGE = 1 << 15  # elements from which a matrix is worth operations of its own: they take longer than Python needs
-BLOCK = 1 << 17  # elements of a block of rows
+# elements from which a matrix is worth operations of its own: they take longer than
+# Python needs
+LARGE = 1 << 15
+# elements of a block of rows
+BLOCK = 1 << 17
 
 
 def row_blocks(matrix: Tensor) -> list[slice]:
-    """Rows of an (m, n) matrix in blocks that fit a CPU's cache; all of them on other devices, where launches cost more."""
+    """Rows of an (m, n) matrix in blocks that fit a CPU's cache; all of them on other
+    devices, where launches cost more.
+    """
     m, n = matrix.shape
     rows = m if matrix.device.type != "cpu" else max(1, BLOCK // n)
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 
-
-
 class ErrorMemory:
-    """Errors of one batch of matrices, (B, m, n), zero at the start (e_0 = 0 in Algorithm 2 of arXiv 2509.11254).
+    """Errors of one batch of matrices, (B, m, n), zero at the start (e_0 = 0 in
+    Algorithm 2 of arXiv 2509.11254).
 
     Args:
         options: how it is kept; zero for ever where that keeps no errors.
@@ -64,20 +71,30 @@ class ErrorMemory:
         stored = DTYPES[options.dtype] if options.dtype else dtype
         if self.kept:
             self.tensor = torch.zeros(len(names), m, n, dtype=stored, device=kept_on)
-        else:  # zeros that take no room and are never written
+        else:
+            # zeros that take no room and are never written
             self.tensor = torch.zeros((), dtype=dtype, device=device).expand(len(names), m, n)
 
     def on(self, device: torch.device) -> Tensor:
-        """The errors on the device of the computation: the memory itself, or a copy where it is offloaded."""
-        return self.tensor if self.tensor.device == device else self.tensor.to(device, non_blocking=True)
+        """The errors on the device of the computation: the memory itself, or a copy
+        where it is offloaded.
+        """
+        return (
+            self.tensor
+            if self.tensor.device == device
+            else self.tensor.to(device, non_blocking=True)
+        )
 
     def view(self, row: int, shape: tuple[int, ...]) -> Tensor:
-        """One matrix's error in the shape of its parameter; a live view, whatever the memory does later.
+        """One matrix's error in the shape of its parameter; a live view, whatever the
+        memory does later.
 
-        What is derived from it (a slice, `.numpy()`) is of the moment: `exchange` gives the memory another place.
+        What is derived from it (a slice, `.numpy()`) is of the moment: `exchange` gives
+        the memory another place.
         """
         view = self.tensor[row].view(shape)
-        if len(self._views) >= self._clear_views_at:  # now and then, so that many views cost no more than few
+        # now and then, so that many views cost no more than few
+        if len(self._views) >= self._clear_views_at:
             self._views = [(ref, k) for ref, k in self._views if ref() is not None]
             self._clear_views_at = 2 * len(self._views) + len(self._names)
         self._views.append((weakref.ref(view), row))
@@ -91,7 +108,8 @@ class ErrorMemory:
             sent: this worker's contribution.
 
         Returns:
-            The room that was the memory's, or None, and nothing done, if it differs from Delta's in dtype or device.
+            The room that was the memory's, or None, and nothing done, if it differs
+            from Delta's in dtype or device.
         """
         if not self.kept or delta.dtype != self.tensor.dtype or delta.device != self.tensor.device:
             return None
@@ -108,7 +126,14 @@ class ErrorMemory:
                 view.set_(now.untyped_storage(), now.storage_offset(), now.shape, now.stride())
         return free
 
-    def keep(self, delta: Tensor, sent: LowRank | Tensor, kept: Tensor | None, rows: list[int] | None, t: int) -> None:
+    def keep(
+        self,
+        delta: Tensor,
+        sent: LowRank | Tensor,
+        kept: Tensor | None,
+        rows: list[int] | None,
+        t: int,
+    ) -> None:
         """Commit: e <- Delta - sent, or e <- kept where that is given.
 
         Args:
@@ -125,12 +150,19 @@ class ErrorMemory:
             torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor)
             return
         if kept is None:
-            kept = torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1) if isinstance(sent, LowRank) else delta - sent
+            kept = (
+                torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1)
+                if isinstance(sent, LowRank)
+                else delta - sent
+            )
         self.store(kept, rows, t)
 
-    def store(self, error: Tensor, rows: list[int] | None = None, t: int = -1, shared: bool = False) -> None:
-        """Overwrite the memory of all matrices, or of `rows`, rounding to its dtype; `shared`: with the same draws on all
-        workers, for errors that are equal on all."""
+    def store(
+        self, error: Tensor, rows: list[int] | None = None, t: int = -1, shared: bool = False
+    ) -> None:
+        """Overwrite the memory of all matrices, or of `rows`, rounding to its dtype;
+        `shared`: with the same draws on all workers, for errors that are equal on all.
+        """
         if not self.kept:
             return
         rounded = self._rounded(error, rows, t, shared)
@@ -142,15 +174,23 @@ class ErrorMemory:
     def _rounded(self, error: Tensor, rows: list[int] | None, t: int, shared: bool) -> Tensor:
         if self._options.rounding == "nearest" or error.dtype == self.tensor.dtype:
             return error.to(self.tensor.dtype)
-        # bfloat16 is the upper half of float32: adding uniform bits below the cut, then cutting, rounds up with the
-        # probability of what is cut off, so that the rounded value is right in expectation.
+        # bfloat16 is the upper half of float32: adding uniform bits below the cut, then
+        # cutting, rounds up with the probability of what is cut off, so that the
+        # rounded value is right in expectation.
         purpose = "rounding" if shared else f"rounding of worker {self._worker}"
         names = self._names if rows is None else tuple(self._names[row] for row in rows)
         noise = [
             torch.randint(
-                0, 1 << 16, error.shape[1:], dtype=torch.int32, generator=stream(self._seed, name, t, purpose), device="cpu"
+                0,
+                1 << 16,
+                error.shape[1:],
+                dtype=torch.int32,
+                generator=stream(self._seed, name, t, purpose),
+                device="cpu",
             )
             for name in names
         ]
-        bits = (error.float().contiguous().view(torch.int32) + torch.stack(noise).to(error.device)) & -65536
+        bits = (
+            error.float().contiguous().view(torch.int32) + torch.stack(noise).to(error.device)
+        ) & -65536
         return bits.view(torch.float32).to(torch.bfloat16)

@@ -1,4 +1,6 @@
-"""Several rounds of one compressor in a step: each round sends what the rounds before it left over."""
+"""Several rounds of one compressor in a step: each round sends what the rounds before
+it left over.
+"""
 
 from __future__ import annotations
 
@@ -101,14 +103,19 @@ class Rounds(_Around):
             rest = rest - dense(result.sent) if result.kept is None else result.kept
             state_after |= _of_round(k, result.state)
             parts.append(result)
-        for k in range(len(parts), self.rounds):  # copies: what is handed out may be written into
-            state_after |= _of_round(k, {symbol: tensor.clone() for symbol, tensor in parts[0].state.items()})
+        # copies: what is handed out may be written into
+        for k in range(len(parts), self.rounds):
+            state_after |= _of_round(
+                k, {symbol: tensor.clone() for symbol, tensor in parts[0].state.items()}
+            )
         applied, sent = _sum([part.applied for part in parts]), _sum([part.sent for part in parts])
         return Result(applied, sent, state_after, kept=rest if kept else None)
 
 
 ROUND = "_round"
-"""Between a symbol and the number of its round, from the second round (1) on; no compressor's own symbol has it."""
+"""Between a symbol and the number of its round, from the second round (1) on; no
+compressor's own symbol has it.
+"""
 
 
 def _of_round(k: int, state: State) -> State:
@@ -117,18 +124,24 @@ def _of_round(k: int, state: State) -> State:
 
 
 def _own_of_round(k: int, state: State) -> State:
-    """Its inverse: what round k finds among the states of all rounds, under its own names."""
+    """Its inverse: what round k finds among the states of all rounds, under its own
+    names.
+    """
     if k == 0:
         return {symbol: tensor for symbol, tensor in state.items() if ROUND not in symbol}
     end = f"{ROUND}{k}"
-    return {symbol.removesuffix(end): tensor for symbol, tensor in state.items() if symbol.endswith(end)}
+    return {
+        symbol.removesuffix(end): tensor for symbol, tensor in state.items() if symbol.endswith(end)
+    }
 
 
 def _sum(parts: list[LowRank | Tensor]) -> LowRank | Tensor:
     """The sum; of low-rank parts, in factors."""
     if all(isinstance(part, LowRank) for part in parts):
         low = [part for part in parts if isinstance(part, LowRank)]
-        return LowRank(torch.cat([part.p for part in low], dim=-1), torch.cat([part.q for part in low], dim=-1))
+        return LowRank(
+            torch.cat([part.p for part in low], dim=-1), torch.cat([part.q for part in low], dim=-1)
+        )
     total = dense(parts[0])
     for part in parts[1:]:
         total = total + dense(part)

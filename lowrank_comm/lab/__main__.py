@@ -13,14 +13,26 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as missing:
-    sys.exit(f"the lab needs {missing.name}, which is not installed: pip install 'lowrank-comm[lab]'")
+    sys.exit(
+        f"the lab needs {missing.name}, which is not installed: pip install 'lowrank-comm[lab]'"
+    )
 
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.lab.runner import pages as pages
 from lowrank_comm.lab.runner.preset import Preset, checked, load, names
-from lowrank_comm.lab.runner.running import RUN_FILE, first_process, ordered_rows, read_note, run_preset
+from lowrank_comm.lab.runner.running import (
+    RUN_FILE,
+    first_process,
+    ordered_rows,
+    read_note,
+    run_preset,
+)
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Experiments that show what each algorithm does.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Experiments that show what each algorithm does.",
+)
 console = Console()
 
 
@@ -37,9 +49,13 @@ def list_presets() -> None:
 
 @app.command()
 def run(
-    experiment: Annotated[str, typer.Argument(help="name of an experiment or preset, or a YAML file")],
+    experiment: Annotated[
+        str, typer.Argument(help="name of an experiment or preset, or a YAML file")
+    ],
     preset: Annotated[str, typer.Option(help="small or paper")] = "small",
-    output_dir: Annotated[Path | None, typer.Option(help="where rows go; runs/lab/<preset> if not given")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="where rows go; runs/lab/<preset> if not given")
+    ] = None,
     only: Annotated[str | None, typer.Option(help="pattern of case keys, e.g. 'powersgd*'")] = None,
     jobs: Annotated[int, typer.Option(help="processes side by side")] = 1,
 ) -> None:
@@ -50,7 +66,11 @@ def run(
     for key, text in ended.failed.items():
         console.print(f"--- {key}\n{text}", markup=False, highlight=False)
     if first_process():
-        console.print(f"{ended.finished} of {ended.total} cases are finished in {folder}", markup=False, highlight=False)
+        console.print(
+            f"{ended.finished} of {ended.total} cases are finished in {folder}",
+            markup=False,
+            highlight=False,
+        )
     if ended.finished and first_process():
         report(folder)
     if ended.failed:
@@ -70,21 +90,32 @@ def report(folder: Annotated[Path, typer.Argument(help="output folder of a run")
 @app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(help="output folder of a run")],
-    results: Annotated[Path, typer.Argument(help="folder of published results")] = Path("docs/results"),
-    partial: Annotated[bool, typer.Option("--partial", help="though cases are missing; the page names them")] = False,
+    results: Annotated[Path, typer.Argument(help="folder of published results")] = Path(
+        "docs/results"
+    ),
+    partial: Annotated[
+        bool, typer.Option("--partial", help="though cases are missing; the page names them")
+    ] = False,
 ) -> None:
     """Copy the rows of a run into the published results, and make their page."""
     chosen, meta = _run_of(folder)
     rows = ordered_rows(chosen, folder)
     total = len(chosen.experiment.cases(chosen.settings))
     if len(rows) < total and not partial:
-        raise ConfigError(f"{folder}: {total - len(rows)} of {total} cases are not finished; run them, or give --partial.")
+        raise ConfigError(
+            f"{folder}: {total - len(rows)} of {total} cases are not finished; run them, or give"
+            " --partial."
+        )
     for written in pages.publish(meta, rows, results):
         console.print(f"written: {written}", markup=False, highlight=False)
 
 
 @app.command("pages")
-def regenerate(results: Annotated[Path, typer.Argument(help="folder of published results")] = Path("docs/results")) -> None:
+def regenerate(
+    results: Annotated[Path, typer.Argument(help="folder of published results")] = Path(
+        "docs/results"
+    ),
+) -> None:
     """Make all pages anew from the published results."""
     for written in pages.regenerate(results):
         console.print(f"written: {written}", markup=False, highlight=False)
@@ -105,7 +136,9 @@ def _run_of(folder: Path) -> tuple[Preset, dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the command line; an error of the library is one line, and the exit code is 2."""
+    """Run the command line; an error of the library is one line, and the exit code is
+    2.
+    """
     try:
         app(prog_name="python -m lowrank_comm.lab", standalone_mode=True)
     except LowRankCommError as error:

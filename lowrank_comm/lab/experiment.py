@@ -1,4 +1,6 @@
-"""What an experiment is: cases that are run one by one, and a page with figures computed from their results alone."""
+"""What an experiment is: cases that are run one by one, and a page with figures
+computed from their results alone.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Progress = Callable[[float, str], None]
-"""Called with the share of a case that is done, from 0 to 1, and a few words on where it is."""
+"""Called with the share of a case that is done, from 0 to 1, and a few words on where
+it is.
+"""
 
 Row = dict[str, Any]
 """A finished case: {"key", "params", "result", "seconds"}."""
@@ -21,7 +25,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One run of an experiment that does not depend on the others, except on cases of an earlier stage (`prepared`).
+    """One run of an experiment that does not depend on the others, except on cases of
+    an earlier stage (`prepared`).
 
     Attributes:
         key: unique in the experiment; `run --only` selects by it.
@@ -33,7 +38,9 @@ class Case:
 
 
 class LabSettings(BaseModel):
-    """Base of the settings of an experiment: no unknown keys, not changed after reading."""
+    """Base of the settings of an experiment: no unknown keys, not changed after
+    reading.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,31 +64,43 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def run(self, settings: Any, case: Case, progress: Progress) -> dict[str, Any]:
-        """One case. The result is made of plain values for JSON; numbers that are not finite are kept as null."""
+        """One case. The result is made of plain values for JSON; numbers that are not
+        finite are kept as null.
+        """
 
     @abc.abstractmethod
     def figures(self, settings: Any, rows: Sequence[Row]) -> dict[str, Figure]:
-        """File stem -> figure, drawn from the rows alone; rows are in the order of `cases`, and some may be missing."""
+        """File stem -> figure, drawn from the rows alone; rows are in the order of
+        `cases`, and some may be missing.
+        """
 
     @abc.abstractmethod
     def page(self, settings: Any, rows: Sequence[Row]) -> str:
-        """Markdown below the heading. Figures are shown as ![what it is](stem.png); every number is computed from rows."""
+        """Markdown below the heading. Figures are shown as ![what it is](stem.png);
+        every number is computed from rows.
+        """
 
     def depends_on(self, settings: Any, case: Case) -> Any:
-        """What the result of a case depends on beside its params, as plain values: a row is refused when it has changed.
+        """What the result of a case depends on beside its params, as plain values: a
+        row is refused when it has changed.
 
-        All settings, unless an experiment knows better (a grid that may grow without being run anew).
+        All settings, unless an experiment knows better (a grid that may grow without
+        being run anew).
         """
         return settings.model_dump(mode="json")
 
     def stage(self, settings: Any, case: Case) -> int:
-        """Cases of a stage start when those of lower stages have ended; all are of one, unless an experiment says so."""
+        """Cases of a stage start when those of lower stages have ended; all are of one,
+        unless an experiment says so.
+        """
         return 0
 
     def prepared(self, settings: Any, case: Case, rows: Sequence[Row]) -> Case:
-        """The case with what it takes from finished rows added to its params, e.g. a learning rate that was tuned.
+        """The case with what it takes from finished rows added to its params, e.g. a
+        learning rate that was tuned.
 
-        Its params go into its row; `depends_on` is asked of the case as `cases` gave it.
+        Its params go into its row; `depends_on` is asked of the case as `cases` gave
+        it.
 
         Raises:
             ConfigError: rows that it needs are missing.

@@ -1,1 +1,3 @@
-"""Arithmetic on tensors that knows nothing of training: linear algebra, random draws, quantization, device transfers."""
+"""Arithmetic on tensors that knows nothing of training: linear algebra, random draws,
+quantization, device transfers.
+"""

@@ -1,4 +1,6 @@
-"""Between the host and a GPU, without waiting: plain numbers on their way to a device, and the stream that is current."""
+"""Between the host and a GPU, without waiting: plain numbers on their way to a device,
+and the stream that is current.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from torch import Tensor
 def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
     """The numbers as a tensor on `device`.
 
-    `torch.tensor(numbers, device="cuda")` copies from pageable memory, for which the host waits until everything that was
-    given to the GPU before is done: a whole backward pass, in every step. From pinned memory the copy takes its place in the
+    `torch.tensor(numbers, device="cuda")` copies from pageable memory, for which the
+    host waits until everything that was given to the GPU before is done: a whole
+    backward pass, in every step. From pinned memory the copy takes its place in the
     stream; torch keeps that memory until it is done.
     """
     if device.type != "cuda":
@@ -22,5 +25,7 @@ def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtyp
 
 
 def current_stream(device: torch.device) -> Any:
-    """The stream that operations on the device are given to now; None where there are no streams."""
+    """The stream that operations on the device are given to now; None where there are
+    no streams.
+    """
     return torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -1,13 +1,17 @@
-"""Batched linear algebra of tall, thin matrices: orthonormal bases with a rule for dead columns, truncated SVD.
+"""Batched linear algebra of tall, thin matrices: orthonormal bases with a rule for dead
+columns, truncated SVD.
 
-Orthonormalisation has three paths, from cheap to sure. `cholesky_qr` is two matrix products and a Cholesky
-factorisation of the r x r Gram matrix for each pass, no loop over columns; it also tells its smallest pivot, the sine of
-the smallest angle between a column and those before it, so that who calls it knows what to expect: in float32, two
-passes are orthonormal to round-off while the pivot is above 1e-2; in float64 down to 1e-7. Whoever reads the pivot
-decides when to pay for the transfer to the host. Where even float64 says no, `orthonormal_rank_revealing` goes column
-by column, finds the dead ones (zero, or dependent on those before) and puts given random vectors in their place. A basis
-with such replacements is legitimate: P P^T stays an orthogonal projection, only some of its directions are arbitrary.
-Nothing here returns a zero column, since a zero column of Q would stay zero for ever.
+Orthonormalisation has three paths, from cheap to sure. `cholesky_qr` is two matrix
+products and a Cholesky factorisation of the r x r Gram matrix for each pass, no loop
+over columns; it also tells its smallest pivot, the sine of the smallest angle between a
+column and those before it, so that who calls it knows what to expect: in float32, two
+passes are orthonormal to round-off while the pivot is above 1e-2; in float64 down to
+1e-7. Whoever reads the pivot decides when to pay for the transfer to the host. Where
+even float64 says no, `orthonormal_rank_revealing` goes column by column, finds the dead
+ones (zero, or dependent on those before) and puts given random vectors in their place.
+A basis with such replacements is legitimate: P P^T stays an orthogonal projection, only
+some of its directions are arbitrary. Nothing here returns a zero column, since a zero
+column of Q would stay zero for ever.
 
 Everything works on batches (B, m, r); a batch gives what its members would give alone.
 """
@@ -21,18 +25,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SVD_ELEMENTS = 1 << 20  # of matrices that are decomposed together
-_PIVOT_FLOOR = 1e-7  # a float64 Gram matrix cannot resolve an angle below about sqrt(1e-16)
+# of matrices that are decomposed together
+_SVD_ELEMENTS = 1 << 20
+# a float64 Gram matrix cannot resolve an angle below about sqrt(1e-16)
+_PIVOT_FLOOR = 1e-7
 
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, products are formed in their tensors' own dtypes: no autocast, and no TensorFloat-32 or bfloat16 in the place
-    of float32, with which P would be orthonormal to 1e-3 only and sent + kept would differ from given by as much."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    """Inside, products are formed in their tensors' own dtypes: no autocast, and no
+    TensorFloat-32 or bfloat16 in the place of float32, with which P would be
+    orthonormal to 1e-3 only and sent + kept would differ from given by as much.
+    """
+    backends: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    )
     with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as stack:
         for backend in backends:
-            if hasattr(backend, "fp32_precision"):  # since torch 2.9; it does not go together with the older settings
+            # since torch 2.9; it does not go together with the older settings
+            if hasattr(backend, "fp32_precision"):
                 if backend.fp32_precision not in ("none", "ieee"):
                     stack.enter_context(_set(backend, "fp32_precision", "ieee"))
             elif getattr(backend, "allow_tf32", False):
@@ -51,7 +63,9 @@ def _set(backend: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def dead_tolerance(dtype: torch.dtype) -> float:
-    """Relative norm at or below which a column counts as round-off: 64 eps of the dtype that it was computed in."""
+    """Relative norm at or below which a column counts as round-off: 64 eps of the dtype
+    that it was computed in.
+    """
     return 64.0 * torch.finfo(dtype).eps
 
 
@@ -61,26 +75,32 @@ def safe_pivot(dtype: torch.dtype) -> float:
 
 
 def least_pivot(dtype: torch.dtype) -> float:
-    """Pivot of a matrix computed in `dtype` at or below which float64 finds it rank-deficient."""
+    """Pivot of a matrix computed in `dtype` at or below which float64 finds it
+    rank-deficient.
+    """
     return max(dead_tolerance(dtype), _PIVOT_FLOOR)
 
 
 def cholesky_qr(a: Tensor, passes: int = 2) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Orthonormal basis of range(a) by Cholesky-QR in a's dtype, of matrices of which `a` may be a block of rows.
+    """Orthonormal basis of range(a) by Cholesky-QR in a's dtype, of matrices of which
+    `a` may be a block of rows.
 
     G = a^T a = L L^T (after scaling a's columns to norm 1);  basis = a L^-T;  the second pass repeats that on the basis
 
     Args:
         a: (B, rows, r), r <= m, float32 or float64.
-        passes: 2 for a basis that is orthonormal to round-off, 1 where only its condition matters.
+        passes: 2 for a basis that is orthonormal to round-off, 1 where only its
+            condition matters.
 
     Yields:
-        The part of G that these rows make, (B, r, r) float64; is sent the sum over all blocks of rows.
+        The part of G that these rows make, (B, r, r) float64; is sent the sum over all
+        blocks of rows.
 
     Returns:
-        (basis, pivot): basis (B, rows, r), garbage where the pivot is 0; pivot (B,) float64 on the device, computed without
-        a synchronisation: the smallest sine of an angle between a column and those before it, 0 where a column is zero
-        next to the largest, or a number is not finite or out of the dtype's range.
+        (basis, pivot): basis (B, rows, r), garbage where the pivot is 0; pivot (B,)
+        float64 on the device, computed without a synchronisation: the smallest sine of
+        an angle between a column and those before it, 0 where a column is zero next to
+        the largest, or a number is not finite or out of the dtype's range.
     """
     basis, smallest = a, None
     for _ in range(passes):
@@ -89,10 +109,14 @@ def cholesky_qr(a: Tensor, passes: int = 2) -> Generator[Tensor, Tensor, tuple[T
         scale = squares.rsqrt()
         lower, info = torch.linalg.cholesky_ex(gram * scale[..., :, None] * scale[..., None, :])
         identity = torch.eye(a.shape[-1], dtype=gram.dtype, device=a.device).expand_as(gram)
-        inverse = scale[..., :, None] * torch.linalg.solve_triangular(lower.mT, identity, upper=True)
+        inverse = scale[..., :, None] * torch.linalg.solve_triangular(
+            lower.mT, identity, upper=True
+        )
         basis = basis @ inverse.to(a.dtype)
         pivot = lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
-        sound = (info == 0) & (squares > dead_tolerance(a.dtype) ** 2 * squares.amax(dim=-1, keepdim=True)).all(dim=-1)
+        sound = (info == 0) & (
+            squares > dead_tolerance(a.dtype) ** 2 * squares.amax(dim=-1, keepdim=True)
+        ).all(dim=-1)
         pivot = torch.where(sound & torch.isfinite(pivot), pivot, torch.zeros_like(pivot))
         smallest = pivot if smallest is None else torch.where(pivot > 0, smallest, pivot)
     assert smallest is not None
@@ -100,10 +124,12 @@ def cholesky_qr(a: Tensor, passes: int = 2) -> Generator[Tensor, Tensor, tuple[T
 
 
 def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:
-    """Orthonormal (B, m, r) whose range contains range(a); dead columns of a are replaced by columns of `fill`.
+    """Orthonormal (B, m, r) whose range contains range(a); dead columns of a are
+    replaced by columns of `fill`.
 
-    Gram-Schmidt, each column orthogonalised twice, in float64. A column is dead when it is zero next to the largest
-    one, or when less than 64 eps of it is left after the projection on those before.
+    Gram-Schmidt, each column orthogonalised twice, in float64. A column is dead when it
+    is zero next to the largest one, or when less than 64 eps of it is left after the
+    projection on those before.
 
     Args:
         a: (B, m, r), r <= m; the only path for zero and rank-deficient matrices.
@@ -123,14 +149,19 @@ def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:
         left = torch.linalg.vector_norm(column, dim=-2, keepdim=True)
         usable = alive[..., k : k + 1] & (left > tolerance)
         replacement = _project_out(fill[..., k : k + 1].double(), before)
-        column = torch.where(usable, column / torch.where(usable, left, torch.ones_like(left)), replacement)
-        column = _project_out(column, before)  # dividing by a small rest amplified what round-off had left
+        column = torch.where(
+            usable, column / torch.where(usable, left, torch.ones_like(left)), replacement
+        )
+        # dividing by a small rest amplified what round-off had left
+        column = _project_out(column, before)
         basis[..., k : k + 1] = column / torch.linalg.vector_norm(column, dim=-2, keepdim=True)
     return basis.to(a.dtype)
 
 
 def _project_out(column: Tensor, basis: Tensor) -> Tensor:
-    """column minus its projection on the orthonormal basis, twice, since once leaves round-off behind."""
+    """column minus its projection on the orthonormal basis, twice, since once leaves
+    round-off behind.
+    """
     for _ in range(2):
         column = column - basis @ (basis.mT @ column)
     return column
@@ -144,11 +175,13 @@ def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         r: number of vectors, r <= min(m, n).
 
     Returns:
-        (U[:, :r], S, V[:, :r]): (B, m, r), (B, min(m, n)) descending, (B, n, r). NaN if the decomposition does not converge,
-        which vetoes the step on all workers, where an exception on this one alone would leave the others waiting. Of a d
-        that is not finite at least S is NaN.
+        (U[:, :r], S, V[:, :r]): (B, m, r), (B, min(m, n)) descending, (B, n, r). NaN if
+        the decomposition does not converge, which vetoes the step on all workers, where
+        an exception on this one alone would leave the others waiting. Of a d that is
+        not finite at least S is NaN.
     """
-    together = max(1, _SVD_ELEMENTS // max(1, d[0].numel()))  # a decomposition is as large as what is decomposed
+    # a decomposition is as large as what is decomposed
+    together = max(1, _SVD_ELEMENTS // max(1, d[0].numel()))
     parts = []
     try:
         for part in d.split(together):
@@ -163,11 +196,15 @@ def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
-    """U[:, :r] of the singular value decomposition d = U S V^T, (B, m, r); see `thin_svd`."""
+    """U[:, :r] of the singular value decomposition d = U S V^T, (B, m, r); see
+    `thin_svd`.
+    """
     return thin_svd(d, r)[0]
 
 
 def all_finite(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether decoded gradients of a narrow dtype are finite; asked of float16 only, whose range a sum may leave."""
+    """Whether decoded gradients of a narrow dtype are finite; asked of float16 only,
+    whose range a sum may leave.
+    """
     flags = [torch.isfinite(gradient).all() for gradient in gradients if gradient is not None]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

@@ -1,21 +1,25 @@
 """Numbers as bytes: int8, int4 and sign formats, for factors and for what stays dense.
 
-A matrix travels in blocks of its own numbers, each with a scale in float32; so what a matrix gives does not depend on its
-neighbours. A matrix whose size is no multiple of the block is filled up with zeros, which travel and count.
+A matrix travels in blocks of its own numbers, each with a scale in float32; so what a
+matrix gives does not depend on its neighbours. A matrix whose size is no multiple of
+the block is filled up with zeros, which travel and count.
 
     int8   256 numbers a block: codes -127 .. 127, scale = max|x| / 127                        260 bytes
     int4   64 numbers a block: codes -7 .. 7, two in a byte, scale = max|x| / 7                 36 bytes
     sign   1024 numbers a block: one bit each, 1 for x >= 0, scale = mean|x|                   132 bytes
 
-Rounding is to the nearest code, which is biased and needs error feedback; or stochastic (int8 and int4), which is right in
-expectation. sign is contractive with delta = ||x||_1^2 / (d ||x||_2^2) in each block of d numbers, and needs error feedback.
-What is sent is what the codes decode to, so that the rounding error stays in the error memory: sent + kept = given, exactly.
+Rounding is to the nearest code, which is biased and needs error feedback; or stochastic
+(int8 and int4), which is right in expectation. sign is contractive with delta =
+||x||_1^2 / (d ||x||_2^2) in each block of d numbers, and needs error feedback. What is
+sent is what the codes decode to, so that the rounding error stays in the error memory:
+sent + kept = given, exactly.
 
-How codes are averaged (see `communication.packet`): the blocks are dealt out among the workers; each receives everyone's
-codes of its share (all-to-all), averages them, rounds the mean to codes again, and everyone receives those (all-gather).
-So 2 (N - 1) / N times the codes go over each link, as in an all-reduce, where gathering everyone's would take N - 1 times.
-The second rounding is made by one worker for all, which books N times what it took off as its own: the mean of what the
-workers sent is then what all apply.
+How codes are averaged (see `communication.packet`): the blocks are dealt out among the
+workers; each receives everyone's codes of its share (all-to-all), averages them, rounds
+the mean to codes again, and everyone receives those (all-gather). So 2 (N - 1) / N
+times the codes go over each link, as in an all-reduce, where gathering everyone's would
+take N - 1 times. The second rounding is made by one worker for all, which books N times
+what it took off as its own: the mean of what the workers sent is then what all apply.
 """
 
 from __future__ import annotations
@@ -64,12 +68,15 @@ class Format:
         """Bytes of blocks of numbers.
 
         Args:
-            x: (k, block), float32 or float64, zeros behind the first `counts` numbers of each block.
+            x: (k, block), float32 or float64, zeros behind the first `counts` numbers
+                of each block.
             counts: (k,) in x's dtype: how many of a block's numbers are real.
-            noise: (k, block) uniform in [0, 1) for stochastic rounding, or None for the nearest code.
+            noise: (k, block) uniform in [0, 1) for stochastic rounding, or None for the
+                nearest code.
 
         Returns:
-            (k, block_bytes) uint8. A block with a number that is not finite decodes to numbers that are not finite.
+            (k, block_bytes) uint8. A block with a number that is not finite decodes to
+            numbers that are not finite.
         """
         size = x.abs()
         top = size.sum(dim=1) / counts.clamp(min=1) if not self.top else size.amax(dim=1) / self.top
@@ -77,8 +84,12 @@ class Format:
         if not self.top:
             codes = _packed((x >= 0).to(torch.uint8), 1)
         else:
-            steps = x / torch.where(scale > 0, scale, torch.ones_like(scale)).to(x.dtype).unsqueeze(1)
-            rounded = torch.round(steps) if noise is None else torch.floor(steps + noise.to(x.dtype))
+            steps = x / torch.where(scale > 0, scale, torch.ones_like(scale)).to(x.dtype).unsqueeze(
+                1
+            )
+            rounded = (
+                torch.round(steps) if noise is None else torch.floor(steps + noise.to(x.dtype))
+            )
             rounded = torch.nan_to_num(rounded).clamp(-self.top, self.top)
             codes = _packed((rounded + (1 << (self.bits - 1))).to(torch.uint8), self.bits)
         return torch.cat([codes, scale.unsqueeze(1).view(torch.uint8)], dim=1)
@@ -86,7 +97,8 @@ class Format:
     def decode(self, written: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers (k, block) of bytes (k, block_bytes)."""
         codes, last = written[:, :-_SCALE_BYTES], written[:, -_SCALE_BYTES:]
-        scale = last.clone(memory_format=torch.contiguous_format).view(torch.float32).to(dtype)  # at no odd place in memory
+        # at no odd place in memory
+        scale = last.clone(memory_format=torch.contiguous_format).view(torch.float32).to(dtype)
         numbers = _unpacked(codes, self.bits).to(dtype)
         if not self.top:
             return (2 * numbers - 1) * scale
@@ -98,17 +110,24 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (codes.view(codes.shape[0], codes.shape[1] * bits // 8, 8 // bits) << shifts).sum(dim=2, dtype=torch.uint8)
+    return (codes.view(codes.shape[0], codes.shape[1] * bits // 8, 8 // bits) << shifts).sum(
+        dim=2, dtype=torch.uint8
+    )
 
 
 def _unpacked(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return ((codes.unsqueeze(2) >> shifts) & ((1 << bits) - 1)).view(codes.shape[0], codes.shape[1] * 8 // bits)
+    return ((codes.unsqueeze(2) >> shifts) & ((1 << bits) - 1)).view(
+        codes.shape[0], codes.shape[1] * 8 // bits
+    )
 
 
-FORMATS = {one.name: one for one in (Format("int8", 8, 256, 127), Format("int4", 4, 64, 7), Format("sign", 1, 1024, 0))}
+FORMATS = {
+    one.name: one
+    for one in (Format("int8", 8, 256, 127), Format("int4", 4, 64, 7), Format("sign", 1, 1024, 0))
+}
 ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -117,7 +136,9 @@ def checked_format(key: str, value: object) -> Format | None:
     if value is None:
         return None
     if not isinstance(value, str) or value not in FORMATS:
-        raise ConfigError(f"{key}={value!r} is unknown; use null or one of {', '.join(map(repr, FORMATS))}.")
+        raise ConfigError(
+            f"{key}={value!r} is unknown; use null or one of {', '.join(map(repr, FORMATS))}."
+        )
     return FORMATS[value]
 
 
@@ -126,11 +147,14 @@ class Quantization:
     """What travels in a quantised format; None: in the wire dtype.
 
     Args:
-        factors: "int8", "int4" or "sign" for what compressors average in ordinary steps (P and Q).
+        factors: "int8", "int4" or "sign" for what compressors average in ordinary steps
+            (P and Q).
         restart: the same for what restarts average (a whole matrix, or factors).
-        dense: the same for parameters that are not compressed, where it is shorter; they then have an error memory.
-        rounding: "nearest", or "stochastic" (int8 and int4). Its draws follow from the seed, the step and the place in a
-            packet, so that another bucket size draws others.
+        dense: the same for parameters that are not compressed, where it is shorter;
+            they then have an error memory.
+        rounding: "nearest", or "stochastic" (int8 and int4). Its draws follow from the
+            seed, the step and the place in a packet, so that another bucket size draws
+            others.
 
     Raises:
         ConfigError: an unknown format or rounding, or stochastic rounding of signs.
@@ -150,11 +174,15 @@ class Quantization:
             checked_format(f"quantization.{key}", getattr(self, key))
             if self.rounding == "stochastic" and getattr(self, key) == "sign":
                 raise ConfigError(
-                    f'quantization.rounding="stochastic" is not possible with quantization.{key}="sign", which has no codes '
-                    'between which to choose; use "int8", "int4", or rounding="nearest".'
+                    'quantization.rounding="stochastic" is not possible with'
+                    f' quantization.{key}="sign", which has no codes between which to choose; use'
+                    ' "int8", "int4", or rounding="nearest".'
                 )
         if self.rounding not in ROUNDINGS:
-            raise ConfigError(f'quantization.rounding={self.rounding!r} is unknown; use "nearest" or "stochastic".')
+            raise ConfigError(
+                f'quantization.rounding={self.rounding!r} is unknown; use "nearest" or'
+                ' "stochastic".'
+            )
 
     def format_of(self, kind: str) -> Format | None:
         """The format in which averages of a kind of the ledger travel."""

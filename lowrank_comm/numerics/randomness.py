@@ -1,8 +1,10 @@
-"""Counter-based random draws: the same numbers on every worker, whatever the device, world size or order of calls.
+"""Counter-based random draws: the same numbers on every worker, whatever the device,
+world size or order of calls.
 
-Every draw is a pure function of (seed, parameter name, step t, purpose). The global random state of torch is never
-touched. Draws are made on the CPU in float32 and cast afterwards, because generators of different device types give
-different numbers for one seed.
+Every draw is a pure function of (seed, parameter name, step t, purpose). The global
+random state of torch is never touched. Draws are made on the CPU in float32 and cast
+afterwards, because generators of different device types give different numbers for one
+seed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ def stream(seed: int, name: str, t: int, purpose: str) -> torch.Generator:
         seed: the run's seed, equal on all workers.
         name: parameter name.
         t: step counter, from 0; -1 for draws that do not belong to a step.
-        purpose: what the numbers are for, so that two draws of one step are independent.
+        purpose: what the numbers are for, so that two draws of one step are
+            independent.
 
     Returns:
         A fresh CPU generator.
@@ -44,14 +47,17 @@ def gaussian(
 
     Args:
         seed, t, purpose: see `stream`.
-        names: one parameter name for each matrix of the batch; a batch draws what its members would draw alone.
+        names: one parameter name for each matrix of the batch; a batch draws what its
+            members would draw alone.
         shape: shape of one draw.
         dtype, device: of the result.
 
     Returns:
         Tensor of shape (len(names), *shape).
     """
-    return _stacked(torch.randn, [stream(seed, name, t, purpose) for name in names], shape, dtype, device)
+    return _stacked(
+        torch.randn, [stream(seed, name, t, purpose) for name in names], shape, dtype, device
+    )
 
 
 def uniform(
@@ -64,7 +70,9 @@ def uniform(
     device: torch.device,
 ) -> Tensor:
     """Tensors uniform in [0, 1), one for each name; see `gaussian`."""
-    return _stacked(torch.rand, [stream(seed, name, t, purpose) for name in names], shape, dtype, device)
+    return _stacked(
+        torch.rand, [stream(seed, name, t, purpose) for name in names], shape, dtype, device
+    )
 
 
 def _stacked(

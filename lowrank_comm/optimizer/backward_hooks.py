@@ -1,11 +1,14 @@
-"""Watches backward passes: tells of every new gradient, and runs a function when all gradients of a pass are final.
+"""Watches backward passes: tells of every new gradient, and runs a function when all
+gradients of a pass are final.
 
-A hook on each parameter queues a callback with the autograd engine at the first gradient of a pass. The callback queues
-another one, which runs after the callbacks that engines such as DDP queue for themselves. A pass that ends by an
-exception never runs its callbacks; the next pass is told from it by its number.
+A hook on each parameter queues a callback with the autograd engine at the first
+gradient of a pass. The callback queues another one, which runs after the callbacks that
+engines such as DDP queue for themselves. A pass that ends by an exception never runs
+its callbacks; the next pass is told from it by its number.
 
-Activation checkpointing with use_reentrant=True runs a backward pass of its own for each checkpointed part, inside the
-outer one. Its end is not the end of anything, and the outer pass's end cannot be seen from there, so it is refused.
+Activation checkpointing with use_reentrant=True runs a backward pass of its own for
+each checkpointed part, inside the outer one. Its end is not the end of anything, and
+the outer pass's end cannot be seen from there, so it is refused.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ _BACKWARD_OF_A_FUNCTION = torch.autograd.function.BackwardCFunction.apply.__code
 
 
 class BackwardWatch:
-    """Calls `on_gradient(parameter)` for each gradient, and `at_end()` once at the end of each backward pass.
+    """Calls `on_gradient(parameter)` for each gradient, and `at_end()` once at the end
+    of each backward pass.
 
-    Nobody is kept alive: autograd holds hooks where Python's garbage collector does not look, so a hook that held the object
-    whose methods they are, and by it the parameters, would hold both for ever. When the watch is gone, so are its hooks.
+    Nobody is kept alive: autograd holds hooks where Python's garbage collector does not
+    look, so a hook that held the object whose methods they are, and by it the
+    parameters, would hold both for ever. When the watch is gone, so are its hooks.
 
     Args:
         parameters: whose gradients count.
@@ -38,23 +43,31 @@ class BackwardWatch:
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None = None
+        self,
+        parameters: Iterable[Tensor],
+        on_gradient: Callable[[Tensor], None],
+        at_end: Callable[[], None] | None = None,
     ) -> None:
         self._on_gradient = weakref.WeakMethod(on_gradient)
         self._at_end = weakref.WeakMethod(at_end) if at_end is not None else None
         self._queued_in: int | None = None
         self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        self._finalizer = weakref.finalize(self, _take_off, self._handles, marked=at_end is not None)
+        self._finalizer = weakref.finalize(
+            self, _take_off, self._handles, marked=at_end is not None
+        )
         self._finalizer.atexit = False
         self.add(parameters)
 
     def add(self, parameters: Iterable[Tensor]) -> None:
         """Watch further parameters; those that are watched already stay as they are."""
         fresh = [p for p in parameters if p.requires_grad and not self._watches(p)]
-        if self._at_end is not None and any(getattr(parameter, _WATCHED, False) for parameter in fresh):
+        if self._at_end is not None and any(
+            getattr(parameter, _WATCHED, False) for parameter in fresh
+        ):
             raise ConfigError(
-                'reduce_at="backward": another optimizer with reduce_at="backward" holds the same parameters, and both '
-                "would average their gradients. Call detach() on the other one first."
+                'reduce_at="backward": another optimizer with reduce_at="backward" holds the same'
+                " parameters, and both would average their gradients. Call detach() on the other"
+                " one first."
             )
         me = weakref.ref(self)
 
@@ -66,11 +79,15 @@ class BackwardWatch:
         for parameter in fresh:
             if self._at_end is not None:
                 setattr(parameter, _WATCHED, True)
-            self._handles[id(parameter)] = weakref.ref(parameter), parameter.register_post_accumulate_grad_hook(hook)
+            self._handles[id(parameter)] = (
+                weakref.ref(parameter),
+                parameter.register_post_accumulate_grad_hook(hook),
+            )
 
     def _watches(self, parameter: Tensor) -> bool:
         known = self._handles.get(id(parameter))
-        return known is not None and known[0]() is parameter  # else it is gone, and another has its place in memory
+        # else it is gone, and another has its place in memory
+        return known is not None and known[0]() is parameter
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -93,9 +110,10 @@ class BackwardWatch:
             return
         if _within_another_pass():
             raise UnsupportedError(
-                'reduce_at="backward" with reentrant activation checkpointing: each checkpointed part has a backward pass '
-                "of its own, and gradients would be averaged at the end of each. Use checkpoint(..., use_reentrant=False) "
-                '(Trainer: gradient_checkpointing_kwargs={"use_reentrant": False}), or reduce_at="step".'
+                'reduce_at="backward" with reentrant activation checkpointing: each checkpointed'
+                " part has a backward pass of its own, and gradients would be averaged at the end"
+                " of each. Use checkpoint(..., use_reentrant=False) (Trainer:"
+                ' gradient_checkpointing_kwargs={"use_reentrant": False}), or reduce_at="step".'
             )
         at_end = self._at_end()
         if at_end is not None:
@@ -112,7 +130,9 @@ def _take_off(handles: dict[int, tuple[weakref.ref[Tensor], Any]], marked: bool)
 
 
 def _within_another_pass() -> bool:
-    """Whether this backward pass was started by the backward of a custom function, hence inside another pass."""
+    """Whether this backward pass was started by the backward of a custom function,
+    hence inside another pass.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _BACKWARD_OF_A_FUNCTION:

@@ -1,7 +1,9 @@
-"""Which buckets may start while a backward pass goes on: those whose gradients have all arrived, in their order.
+"""Which buckets may start while a backward pass goes on: those whose gradients have all
+arrived, in their order.
 
-A bucket that is complete waits for those before it, since all workers must begin buckets in one order. A parameter that
-gets no gradient in this pass keeps its bucket, and those after it, from starting early; they start when the pass ends.
+A bucket that is complete waits for those before it, since all workers must begin
+buckets in one order. A parameter that gets no gradient in this pass keeps its bucket,
+and those after it, from starting early; they start when the pass ends.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ class BucketScheduler:
     def __init__(self, reducer: Reducer, parameters: Sequence[Tensor], scale: float) -> None:
         self.scale, self.blocked = scale, False
         self._pass, self._reducer = torch._C._current_graph_task_id(), reducer
-        self._bucket_of = {id(parameters[k]): number for number, bucket in enumerate(reducer.buckets) for k in bucket.slots}
+        self._bucket_of = {
+            id(parameters[k]): number
+            for number, bucket in enumerate(reducer.buckets)
+            for k in bucket.slots
+        }
         self._missing = [len(bucket.slots) for bucket in reducer.buckets]
         self._next = 0
         self._seen: set[int] = set()

@@ -1,8 +1,11 @@
-"""At the first step: were the gradients averaged already, by an engine that nobody has connected?
+"""At the first step: were the gradients averaged already, by an engine that nobody has
+connected?
 
-Such gradients have the same bits on all ranks, and the engine has made collectives during the backward pass. So the
-collectives of each backward pass before the first step are counted (of several micro-batches, the last may be the only one
-with any), from its first gradient to its end, when engines have finished, and the gradients' bits are compared once.
+Such gradients have the same bits on all ranks, and the engine has made collectives
+during the backward pass. So the collectives of each backward pass before the first step
+are counted (of several micro-batches, the last may be the only one with any), from its
+first gradient to its end, when engines have finished, and the gradients' bits are
+compared once.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from lowrank_comm.errors import LowRankCommError
 _log = logging.getLogger("lowrank_comm")
 
 ATTACH = (
-    "Connect it by optimizer.attach(model), with the model as it is wrapped, before the first step (Hugging Face Trainer: "
-    "callbacks=[CompressionCallback(optimizer)]; Accelerate: lowrank_comm.integrations.accelerate.prepare)."
+    "Connect it by optimizer.attach(model), with the model as it is wrapped, before the first step"
+    " (Hugging Face Trainer: callbacks=[CompressionCallback(optimizer)]; Accelerate:"
+    " lowrank_comm.integrations.accelerate.prepare)."
 )
 
 
@@ -68,7 +72,8 @@ class DoubleAveragingGuard:
         if self._checked or self._pass == torch._C._current_graph_task_id():
             return
         self._pass = torch._C._current_graph_task_id()
-        before, queue = collectives_so_far(), torch.autograd.Variable._execution_engine.queue_callback
+        before = collectives_so_far()
+        queue = torch.autograd.Variable._execution_engine.queue_callback
         me = weakref.ref(self)
 
         def at_end() -> None:
@@ -76,7 +81,8 @@ class DoubleAveragingGuard:
             if there is not None:
                 there._happened |= collectives_so_far() > before
 
-        queue(lambda: queue(at_end))  # behind the callbacks of engines such as DDP
+        # behind the callbacks of engines such as DDP
+        queue(lambda: queue(at_end))
 
     def check(self, grads: Sequence[Tensor | None], workers: Workers) -> None:
         """Refuse gradients that were averaged already; a collective.
@@ -92,16 +98,20 @@ class DoubleAveragingGuard:
         _refuse_averaged(grads, workers, self._happened, self._advice)
 
 
-def _refuse_averaged(grads: Sequence[Tensor | None], workers: Workers, collectives_happened: bool, advice: str) -> None:
+def _refuse_averaged(
+    grads: Sequence[Tensor | None], workers: Workers, collectives_happened: bool, advice: str
+) -> None:
     """At the first step: an engine has averaged gradients already. A collective.
 
-    They then have the same bits on all ranks, and there were collectives during the backward pass. Equal gradients without
-    collectives come from equal data, or were averaged by hand, which is warned about.
+    They then have the same bits on all ranks, and there were collectives during the
+    backward pass. Equal gradients without collectives come from equal data, or were
+    averaged by hand, which is warned about.
 
     Args:
         grads: this worker's.
         workers: of the run.
-        collectives_happened: between the first gradient of the backward pass and its end, by anybody.
+        collectives_happened: between the first gradient of the backward pass and its
+            end, by anybody.
         advice: what to do about it.
 
     Raises:
@@ -110,19 +120,25 @@ def _refuse_averaged(grads: Sequence[Tensor | None], workers: Workers, collectiv
     if workers.here[1] == 1 or not workers.group.initialised:
         return
     there = [grad for grad in grads if grad is not None]
-    mine = f"{fingerprint(there)} {collectives_happened:d}" if any(bool(grad.any()) for grad in there) else ""
-    told = workers.all_gather_text(mine)  # all ranks of all nodes, so that all come to the same verdict
+    mine = (
+        f"{fingerprint(there)} {collectives_happened:d}"
+        if any(bool(grad.any()) for grad in there)
+        else ""
+    )
+    # all ranks of all nodes, so that all come to the same verdict
+    told = workers.all_gather_text(mine)
     workers.ledger.bytes["fingerprint"] += len(mine) + LENGTH_BYTES
     if not mine or len({words.split()[0] if words else "" for words in told}) > 1:
         return
     if all(words.endswith(" 1") for words in told):
         raise LowRankCommError(
-            f"all {len(told)} ranks came to the first step with the same gradients, bit for bit, after collectives during "
-            "the backward pass: an engine has averaged them already, and compression would save nothing. " + advice
+            f"all {len(told)} ranks came to the first step with the same gradients, bit for bit,"
+            " after collectives during the backward pass: an engine has averaged them already, and"
+            " compression would save nothing. " + advice
         )
     if workers.is_writer:
         _log.warning(
-            "all %d workers have the same gradients at the first step: do they train on the same data, or has somebody "
-            "averaged the gradients already?",
+            "all %d workers have the same gradients at the first step: do they train on the same"
+            " data, or has somebody averaged the gradients already?",
             len(told),
         )

@@ -1,7 +1,9 @@
-"""What an optimizer must know of whatever runs the model: where gradients wait, who the workers are, when backward ends.
+"""What an optimizer must know of whatever runs the model: where gradients wait, who the
+workers are, when backward ends.
 
-`Engine` is the answer for a plain model: `p.grad` is this worker's whole gradient. The adapters in `integrations` give the
-others' answers (DDP, FSDP2 and HSDP); `CompressedOptimizer.attach` looks for the adapter of the model that it is given.
+`Engine` is the answer for a plain model: `p.grad` is this worker's whole gradient. The
+adapters in `integrations` give the others' answers (DDP, FSDP2 and HSDP);
+`CompressedOptimizer.attach` looks for the adapter of the model that it is given.
 
 A step asks an engine, in this order:
 
@@ -42,11 +44,15 @@ class Engine:
     Attributes:
         name: for the plan.
         group, intra_node: the workers, and the ranks of this node.
-        reduces_at: when gradients are averaged unless the user says otherwise, "step" or "backward".
-        compares_values: whether parameters are to be equal on all workers of `group` at the start.
+        reduces_at: when gradients are averaged unless the user says otherwise, "step"
+            or "backward".
+        compares_values: whether parameters are to be equal on all workers of `group` at
+            the start.
         can_overlap: whether a bucket may start while the backward pass goes on.
-        saves_whole: a state dict holds whole parameters, also where a rank holds blocks of them.
-        accumulates_by: what a user writes around all backward passes but the last of a step.
+        saves_whole: a state dict holds whole parameters, also where a rank holds blocks
+            of them.
+        accumulates_by: what a user writes around all backward passes but the last of a
+            step.
     """
 
     name = "plain model"
@@ -62,13 +68,17 @@ class Engine:
 
     @property
     def can_overlap(self) -> bool:
-        """Two levels have a collective inside the node first, for which all gradients must be there."""
+        """Two levels have a collective inside the node first, for which all gradients
+        must be there.
+        """
         return self.intra_node.size == 1
 
     @property
     def begins_early(self) -> bool:
-        """Whether a bucket may start during backward; not where the engine has collectives of its own then, since a rank
-        that misses a gradient starts the bucket later, and all ranks must have collectives in one order."""
+        """Whether a bucket may start during backward; not where the engine has
+        collectives of its own then, since a rank that misses a gradient starts the
+        bucket later, and all ranks must have collectives in one order.
+        """
         return True
 
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamInfo]:
@@ -76,17 +86,21 @@ class Engine:
         sharded = [name for name, p in named if isinstance(p, DTensor)]
         if sharded:
             raise ConfigError(
-                f"parameter {sharded[0]!r} is a DTensor, as fully_shard makes them, and nobody has said so: call "
-                "optimizer.attach(model) before the first step."
+                f"parameter {sharded[0]!r} is a DTensor, as fully_shard makes them, and nobody has"
+                " said so: call optimizer.attach(model) before the first step."
             )
         if self.intra_node.size == 1:
             return [ParamInfo(name, tuple(p.shape), p.dtype, p.device) for name, p in named]
         device = named[0][1].device if named else torch.device("cpu")
-        self._scatter = RowScatter([(name, tuple(p.shape), p.dtype) for name, p in named], device, self.intra_node)
+        self._scatter = RowScatter(
+            [(name, tuple(p.shape), p.dtype) for name, p in named], device, self.intra_node
+        )
         return self._scatter.slots
 
     def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Local gradients in slot order, to be overwritten; None where there is none. With two levels a collective."""
+        """Local gradients in slot order, to be overwritten; None where there is none.
+        With two levels a collective.
+        """
         gradients = [p.grad for p in parameters]
         if self._scatter is None:
             return gradients
@@ -94,7 +108,9 @@ class Engine:
         return self._scatter.scatter(gradients)
 
     def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
-        """Averaged gradients into `p.grad`; None means that no worker had one. With two levels a collective."""
+        """Averaged gradients into `p.grad`; None means that no worker had one. With two
+        levels a collective.
+        """
         if self._scatter is not None:
             whole, self._whole = self._whole, []
             results = self._scatter.gather(results, whole)
@@ -123,12 +139,16 @@ class Engine:
         """An error memory, or what else has a parameter's shape, as the user sees it."""
         return error
 
-    def saved(self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
-        """What goes into a state dict: parameter name -> {"error": ..., "Q": ...}; no communication.
+    def saved(
+        self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """What goes into a state dict: parameter name -> {"error": ..., "Q": ...}; no
+        communication.
 
         Args:
             reducer: whose state it is.
-            whole: the state of whole parameters, if ranks hold blocks and it was gathered since the last step.
+            whole: the state of whole parameters, if ranks hold blocks and it was
+                gathered since the last step.
         """
         if self.intra_node.size == 1:
             return tensors_of(reducer)
@@ -141,13 +161,18 @@ class Engine:
         return True
 
     def watch(
-        self, parameters: Sequence[Tensor], on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None
+        self,
+        parameters: Sequence[Tensor],
+        on_gradient: Callable[[Tensor], None],
+        at_end: Callable[[], None] | None,
     ) -> BackwardWatch:
         """Hooks that tell of gradients and of the end of a backward pass."""
         return BackwardWatch(parameters, on_gradient, at_end)
 
     def on_join(self, take_part: weakref.WeakMethod[Callable[[], None]]) -> None:
-        """Keep `take_part`, to be called where other workers reduce and this one has no data any more."""
+        """Keep `take_part`, to be called where other workers reduce and this one has no
+        data any more.
+        """
 
     def release(self) -> None:
         """Give the model back to its engine."""
@@ -164,7 +189,9 @@ ADAPTERS = {
     "DeepSpeedEngine": None,
     "ReplicateModule": None,
 }
-"""Class of a wrapper, by name -> the module whose `connect` knows it; None where it is refused."""
+"""Class of a wrapper, by name -> the module whose `connect` knows it; None where it is
+refused.
+"""
 
 
 def wrapper_of(model: nn.Module) -> str | None:
@@ -196,19 +223,20 @@ def hint_of_two_levels(plan: Plan) -> list[str]:
     if plan.ranks_in_a_node > 1 or not ranks or ranks < 2 or plan.workers <= ranks:
         return []
     return [
-        f"hint: {ranks} ranks share a node here; with two levels (a 2-D mesh, or topology.shard_size) gradients are "
-        f"averaged exactly inside it, and the error memory of a rank is 1/{ranks} of this"
+        f"hint: {ranks} ranks share a node here; with two levels (a 2-D mesh, or"
+        " topology.shard_size) gradients are averaged exactly inside it, and the error memory of a"
+        f" rank is 1/{ranks} of this"
     ]
 
 
 _REFUSED = {
     "DeepSpeedEngine": (
-        'attach: the model is a DeepSpeedEngine, which reduces gradients itself. Put a section "lowrank_comm" with the '
-        "compressor's settings into the DeepSpeed JSON, import lowrank_comm.integrations.deepspeed, and give DeepSpeed the "
-        "base optimizer."
+        "attach: the model is a DeepSpeedEngine, which reduces gradients itself. Put a section"
+        ' "lowrank_comm" with the compressor\'s settings into the DeepSpeed JSON, import'
+        " lowrank_comm.integrations.deepspeed, and give DeepSpeed the base optimizer."
     ),
     "ReplicateModule": (
-        "attach: the model was given to torch's composable `replicate`, which is not supported; wrap it by "
-        "DistributedDataParallel, or use fully_shard."
+        "attach: the model was given to torch's composable `replicate`, which is not supported;"
+        " wrap it by DistributedDataParallel, or use fully_shard."
     ),
 }

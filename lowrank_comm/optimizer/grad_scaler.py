@@ -1,11 +1,15 @@
-"""GradScaler and the compressed optimizer: whose scale a gradient carries, and how a veto reaches the scaler.
+"""GradScaler and the compressed optimizer: whose scale a gradient carries, and how a
+veto reaches the scaler.
 
-A plain `GradScaler` decides on each worker alone, and would skip `step()` on the one worker that overflowed while the
-others wait in the collective. `CompressedOptimizer` therefore declares `_step_supports_amp_scaling`: the scaler then calls
-`step()` on every worker and hands over `grad_scale` (None if the caller has unscaled). The veto of the reduction decides.
+A plain `GradScaler` decides on each worker alone, and would skip `step()` on the one
+worker that overflowed while the others wait in the collective. `CompressedOptimizer`
+therefore declares `_step_supports_amp_scaling`: the scaler then calls `step()` on every
+worker and hands over `grad_scale` (None if the caller has unscaled). The veto of the
+reduction decides.
 
-The error memory never holds the scale, which changes over time: gradients are unscaled before the reduction inside
-`step()`, and whoever reduces before that (own clipping, or at the end of backward) must make the scaler known by `attach`.
+The error memory never holds the scale, which changes over time: gradients are unscaled
+before the reduction inside `step()`, and whoever reduces before that (own clipping, or
+at the end of backward) must make the scaler known by `attach`.
 """
 
 from __future__ import annotations
@@ -35,39 +39,55 @@ class LossScaling:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
     def scale_of_gradients(self) -> float:
-        """The loss scale that gradients carry outside `step()`: the attached scaler's while nobody has unscaled them."""
+        """The loss scale that gradients carry outside `step()`: the attached scaler's
+        while nobody has unscaled them.
+        """
         if self.scaler is None:
             return 1.0
         return float(self.scaler.get_scale()) if self._filed("stage").name == "READY" else 1.0
 
     def unscale(self, optimizer: Any, parameters: Sequence[Tensor], reduced: bool) -> None:
-        """Inside `step()`: take the scale out of the gradients, if a scaler says that it is still in them.
+        """Inside `step()`: take the scale out of the gradients, if a scaler says that
+        it is still in them.
 
         Args:
-            optimizer: on which the scaler that calls `step()` has left `grad_scale` (None after `scaler.unscale_`).
+            optimizer: on which the scaler that calls `step()` has left `grad_scale`
+                (None after `scaler.unscale_`).
             parameters: whose gradients to unscale.
             reduced: whether they were averaged before.
 
         Raises:
-            LowRankCommError: they were averaged when nobody knew of the scaler, hence perhaps with the scale in them.
+            LowRankCommError: they were averaged when nobody knew of the scaler, hence
+                perhaps with the scale in them.
         """
-        if not hasattr(optimizer, "found_inf"):  # no scaler, or one that is switched off
+        # no scaler, or one that is switched off
+        if not hasattr(optimizer, "found_inf"):
             return
         if reduced and self.scaler is None:
             raise LowRankCommError(
-                "a GradScaler calls step(), but the gradients were averaged before when nobody knew of it: the error memory "
-                "may have got the loss scale. Call optimizer.attach(model, scaler=scaler) at the start."
+                "a GradScaler calls step(), but the gradients were averaged before when nobody knew"
+                " of it: the error memory may have got the loss scale. Call optimizer.attach(model,"
+                " scaler=scaler) at the start."
             )
         if self.scaler is not None:
             found = self._filed("found_inf_per_device")
-            if not found:  # this worker has no gradients, others may; the scaler wants to have looked at some
-                found.update({device: torch.zeros((), device=device) for device in {p.device for p in parameters}})
+            # this worker has no gradients, others may; the scaler wants to have looked
+            # at some
+            if not found:
+                found.update(
+                    {
+                        device: torch.zeros((), device=device)
+                        for device in {p.device for p in parameters}
+                    }
+                )
         grads = [p.grad for p in parameters if p.grad is not None]
         if optimizer.grad_scale is not None and grads:
             torch._foreach_div_(grads, float(optimizer.grad_scale))
 
     def overflowed(self) -> None:
-        """A veto is an overflow for the scaler of every worker, so that their scales stay equal."""
+        """A veto is an overflow for the scaler of every worker, so that their scales
+        stay equal.
+        """
         if self.scaler is not None:
             for found in self._filed("found_inf_per_device").values():
                 found.fill_(1.0)

@@ -1,10 +1,13 @@
-"""The part of an optimizer that holds a reducer: which parameters it has, their names, its state, reports and state dicts.
+"""The part of an optimizer that holds a reducer: which parameters it has, their names,
+its state, reports and state dicts.
 
-`optimizer` has the order of a step; this file has what a step works on, and how it is saved.
+`optimizer` has the order of a step; this file has what a step works on, and how it is
+saved.
 
-State dicts: `state_dict()` is the base's, with the compressor's state added inside `state[parameter]` (keys starting
-with "lowrank_comm_"; torch.distributed.checkpoint keeps these and drops unknown top-level keys) and a readable tag at
-the top. It never communicates and never raises; see `checkpoint` for what "own" and "mean" are.
+State dicts: `state_dict()` is the base's, with the compressor's state added inside
+`state[parameter]` (keys starting with "lowrank_comm_"; torch.distributed.checkpoint
+keeps these and drops unknown top-level keys) and a readable tag at the top. It never
+communicates and never raises; see `checkpoint` for what "own" and "mean" are.
 """
 
 from __future__ import annotations
@@ -68,13 +71,21 @@ class LazyReducer(OptimizerWrapper):
         self._by_name: dict[str, Tensor] = {}
         self._reducer: Reducer | None = None
         self._scheduler: BucketScheduler | None = None
-        self._status: str | None = None  # of the gradients: None as they came, "averaged", or "vetoed"
+        # of the gradients: None as they came, "averaged", or "vetoed"
+        self._status: str | None = None
         self._warned_own = False
         # Gathered for a state dict, with the consolidation that it is of.
         self._whole_state: tuple[object, dict[str, dict[str, Tensor]]] | None = None
         # bad values fail here
-        empty = Reducer([], compressor, engine.group, **{**options, "initial_basis": None}, bucket_bytes=bucket_bytes)
-        self._memory = empty.assignment.error_feedback.memory  # for messages
+        empty = Reducer(
+            [],
+            compressor,
+            engine.group,
+            **{**options, "initial_basis": None},
+            bucket_bytes=bucket_bytes,
+        )
+        # for messages
+        self._memory = empty.assignment.error_feedback.memory
 
     @abstractmethod
     def _watch_backward(self) -> None:
@@ -82,15 +93,21 @@ class LazyReducer(OptimizerWrapper):
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What must be equal on all workers beside the reducer's own settings and the parameters' values."""
+        """What must be equal on all workers beside the reducer's own settings and the
+        parameters' values.
+        """
 
     @property
     def reducer(self) -> Reducer:
-        """The reducer of the present trainable parameters; made at the first step, or when it is first asked for."""
+        """The reducer of the present trainable parameters; made at the first step, or
+        when it is first asked for.
+        """
         return self._prepared()
 
     def _prepared(self) -> Reducer:
-        """Build the reducer, or build it anew with the state so far when parameters were added or unfrozen."""
+        """Build the reducer, or build it anew with the state so far when parameters
+        were added or unfrozen.
+        """
         self._by_name = {}
         named = self._namer.name_all(self.param_groups)
         for name, parameter in named:
@@ -100,16 +117,23 @@ class LazyReducer(OptimizerWrapper):
         known = {slot.name for slot in self._reducer.slots} if self._reducer else set()
         if not known <= self._by_name.keys():
             raise StateMismatchError(
-                f"parameter {min(known - self._by_name.keys())!r} is no longer known by this name; call attach(model) "
-                "before the first step, or build the base from named_parameters()."
+                f"parameter {min(known - self._by_name.keys())!r} is no longer known by this name;"
+                " call attach(model) before the first step, or build the base from"
+                " named_parameters()."
             )
-        if self._reducer is not None and all(name in known or not p.requires_grad for name, p in named):
+        if self._reducer is not None and all(
+            name in known or not p.requires_grad for name, p in named
+        ):
             return self._reducer
         taking_part = [(name, p) for name, p in named if p.requires_grad or name in known]
         self._refuse_added(taking_part)
         slots = self._engine.slots(taking_part)
         engine = self._engine
-        options = {**self._options, "intra_node": engine.intra_node, "bucket_bytes": self._bucket_bytes}
+        options = {
+            **self._options,
+            "intra_node": engine.intra_node,
+            "bucket_bytes": self._bucket_bytes,
+        }
         fresh = Reducer(slots, self.compressor, engine.group, **options)
         fresh.further_settings = self._further_settings
         self._watch_backward()
@@ -129,28 +153,36 @@ class LazyReducer(OptimizerWrapper):
         return self._parameters
 
     def _check_parameters(self, model: nn.Module, wrapper: str | None) -> None:
-        """ConfigError where the optimizer was built from another model, or before the model's parameters were replaced."""
+        """ConfigError where the optimizer was built from another model, or before the
+        model's parameters were replaced.
+        """
         held = {id(p) for p in model.parameters()}
         everything = [p for group in self.param_groups for p in group["params"]]
         foreign = [p for p in everything if id(p) not in held]
         if len(foreign) == len(everything) or (wrapper is not None and foreign):
             of_them = "none" if len(foreign) == len(everything) else f"all but {len(foreign)}"
             raise ConfigError(
-                f"attach: the optimizer holds {of_them} of this model's parameters: of {len(everything)} parameters of the "
-                f"optimizer {len(foreign)} are not the model's. Build it from this model, after fully_shard and the like, "
-                "which replace the parameters."
+                f"attach: the optimizer holds {of_them} of this model's parameters: of"
+                f" {len(everything)} parameters of the optimizer {len(foreign)} are not the"
+                " model's. Build it from this model, after fully_shard and the like, which replace"
+                " the parameters."
             )
         holds = {id(p) for p in everything}
-        left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in holds]
+        left_out = [
+            name for name, p in model.named_parameters() if p.requires_grad and id(p) not in holds
+        ]
         if wrapper is not None and left_out:
             raise ConfigError(
-                f"attach: the model has {len(left_out)} trainable parameters that the optimizer does not hold (the first: "
-                f"{left_out[0]}), and nobody would average their gradients any more. Give them to this optimizer, as a "
-                "parameter group of its own if they need other settings, or freeze them."
+                f"attach: the model has {len(left_out)} trainable parameters that the optimizer"
+                f" does not hold (the first: {left_out[0]}), and nobody would average their"
+                " gradients any more. Give them to this optimizer, as a parameter group of its own"
+                " if they need other settings, or freeze them."
             )
 
     def _refuse_added(self, taking_part: Sequence[tuple[str, Tensor]]) -> None:
-        """ConfigError for a parameter that the engine which the model is attached to has never seen."""
+        """ConfigError for a parameter that the engine which the model is attached to
+        has never seen.
+        """
         model = self._model() if self._model is not None else None
         if model is None or type(self._engine) is Engine:
             return
@@ -158,27 +190,41 @@ class LazyReducer(OptimizerWrapper):
         added = [name for name, p in taking_part if id(p) not in held]
         if added:
             raise ConfigError(
-                f"parameter {added[0]!r} was added to the optimizer after attach, and is not one of the attached model, so "
-                f"{self._engine.name} knows nothing of it. Add it to the model before it is wrapped, and attach then."
+                f"parameter {added[0]!r} was added to the optimizer after attach, and is not one of"
+                f" the attached model, so {self._engine.name} knows nothing of it. Add it to the"
+                " model before it is wrapped, and attach then."
             )
 
     def _further_settings(self, in_the_node: bool) -> dict[str, Any]:
-        """What must be equal on all workers, or on all ranks of a node, beside the reducer's own settings."""
-        settings = {**self._settings(), "optimizer": type(self.base).__name__, "engine": self._engine.name}
+        """What must be equal on all workers, or on all ranks of a node, beside the
+        reducer's own settings.
+        """
+        settings = {
+            **self._settings(),
+            "optimizer": type(self.base).__name__,
+            "engine": self._engine.name,
+        }
         # Later, unlike processors may have rounded the values apart by a last bit.
-        comparable = self._engine.compares_values and not (in_the_node and not self._engine.saves_whole)  # blocks differ
+        # blocks differ
+        comparable = self._engine.compares_values and not (
+            in_the_node and not self._engine.saves_whole
+        )
         if comparable and not self.reducer.has_passed:
             values = fingerprint([self._engine.local(p) for p in self._parameters])
-            settings["values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)"] = values
+            settings[
+                "values of the parameters (seed all workers alike, or broadcast the parameters from"
+                " rank 0)"
+            ] = values
         return settings
 
     def error_memory(self) -> dict[str, Tensor]:
         """This worker's error memory, e_i = Delta_i - sent_i of the last step.
 
         Returns:
-            Parameter name -> error in the parameter's shape and in gradient units, without the loss scale; live views, until
-            parameters are added. What keeps no error is absent: what goes dense, and all of it unless the form of
-            error feedback is "ef14".
+            Parameter name -> error in the parameter's shape and in gradient units,
+            without the loss scale; live views, until parameters are added. What keeps
+            no error is absent: what goes dense, and all of it unless the form of error
+            feedback is "ef14".
         """
         return {
             slot.name: self._engine.error_view(slot, self._by_name[slot.name], shaped["error"])
@@ -188,7 +234,9 @@ class LazyReducer(OptimizerWrapper):
 
     @property
     def last_report(self) -> StepReport | None:
-        """Bytes, captured energy, error norm, restarts and times of the last step; None before the first."""
+        """Bytes, captured energy, error norm, restarts and times of the last step; None
+        before the first.
+        """
         return self._reducer.last_report if self._reducer else None
 
     @property
@@ -201,27 +249,37 @@ class LazyReducer(OptimizerWrapper):
         """What was found, what goes low-rank, bytes a step, memory."""
         plan = self.reducer.plan
         hint = hint_of_two_levels(plan)
-        return replace(plan, engine=self._engine.name, notes=(*plan.notes, *self._engine.notes(), *hint))
+        return replace(
+            plan, engine=self._engine.name, notes=(*plan.notes, *self._engine.notes(), *hint)
+        )
 
     # ---------------------------------------------------------------- state
 
     def consolidate_error_memory(self) -> None:
-        """Every worker's error becomes the mean of all; a collective. Call it on all ranks before `state_dict()`.
+        """Every worker's error becomes the mean of all; a collective. Call it on all
+        ranks before `state_dict()`.
 
-        Training goes on as it would have: linear compressors use the mean error only. It sends the error memory once, as
-        many bytes as the gradients of all compressed matrices. Where ranks hold blocks of whole parameters (two levels, but
-        not FSDP2), each keeps a copy of the whole error memory on the CPU for the state dict, until the next is made.
+        Training goes on as it would have: linear compressors use the mean error only.
+        It sends the error memory once, as many bytes as the gradients of all compressed
+        matrices. Where ranks hold blocks of whole parameters (two levels, but not
+        FSDP2), each keeps a copy of the whole error memory on the CPU for the state
+        dict, until the next is made.
         """
         self.reducer.consolidate_error_memory()
         if self._holds_blocks:
-            self._whole_state = (self.reducer.consolidation, checkpoint.whole_tensors_of(self.reducer))
+            self._whole_state = (
+                self.reducer.consolidation,
+                checkpoint.whole_tensors_of(self.reducer),
+            )
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's state dict with the compressor's state (see `state_dicts`); never communicates, never raises.
+        """The base's state dict with the compressor's state (see `state_dicts`); never
+        communicates, never raises.
 
         Returns:
-            The state dict. It holds the mean error memory, fit for any worker, if `consolidate_error_memory()` was called
-            since the last step; else this worker's own, and that is warned about once.
+            The state dict. It holds the mean error memory, fit for any worker, if
+            `consolidate_error_memory()` was called since the last step; else this
+            worker's own, and that is warned about once.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -229,20 +287,25 @@ class LazyReducer(OptimizerWrapper):
         if self._reducer is not None:
             tag = checkpoint.tag_of(self._reducer)
             whole = self._gathered()
-            if self._holds_blocks and whole is None and tag.step > 0:  # consolidated, but not gathered
+            # consolidated, but not gathered
+            if self._holds_blocks and whole is None and tag.step > 0:
                 tag = replace(tag, kind="own")
             if tag.kind == "own" and not self._engine.saves_whole:
-                # Sharded checkpoints keep one node's DTensors and one rank's tag: then nobody is to take them for its own.
+                # Sharded checkpoints keep one node's DTensors and one rank's tag: then
+                # nobody is to take them for its own.
                 tag = replace(tag, rank=NOBODY)
             if tag.kind == "own" and tag.step > 0 and not self._warned_own:
                 self._warned_own = True
                 warnings.warn(
-                    f"state_dict() holds {tag.whose} own {self._memory} only. Call consolidate_error_memory() on all "
-                    "ranks before saving; then it fits every worker, at any world size.",
+                    f"state_dict() holds {tag.whose} own {self._memory} only. Call"
+                    " consolidate_error_memory() on all ranks before saving; then it fits every"
+                    " worker, at any world size.",
                     stacklevel=2,
                 )
             tensors = self._engine.saved(self._reducer, whole)
-            state_dicts.add(result, self._reducer, tensors, tag, self._numbered(result["param_groups"]))
+            state_dicts.add(
+                result, self._reducer, tensors, tag, self._numbered(result["param_groups"])
+            )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
@@ -252,38 +315,52 @@ class LazyReducer(OptimizerWrapper):
         """Restore the base and the compressor.
 
         Args:
-            state_dict: from `state_dict()`, at any world size if it holds the mean; a plain optimizer's is accepted too,
-                with a warning that the error memory starts from zero.
+            state_dict: from `state_dict()`, at any world size if it holds the mean; a
+                plain optimizer's is accepted too, with a warning that the error memory
+                starts from zero.
 
         Raises:
-            StateMismatchError: it holds another worker's own error memory, or error memory would be lost.
+            StateMismatchError: it holds another worker's own error memory, or error
+                memory would be lost.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         refuse_other_kind(state_dict)
-        # Names only where they are needed: Accelerate loads an empty state before it has wrapped the model that has them.
+        # Names only where they are needed: Accelerate loads an empty state before it
+        # has wrapped the model that has them.
         numbered = self._numbered(state_dict["param_groups"]) if state_dict["state"] else []
         plain, tag, tensors = state_dicts.split(state_dict, numbered)
         if tag is not None:
-            checkpoint.check_fits(self.reducer, tag, tensors)  # before anything is touched
+            # before anything is touched
+            checkpoint.check_fits(self.reducer, tag, tensors)
         self.base.load_state_dict(plain)
         self._status = None
         if tag is not None:
             checkpoint.restore(self.reducer, tag, tensors)
-            if self._holds_blocks:  # what was given is whole, and right until the next step
-                self._whole_state = (self.reducer.consolidation, copy.deepcopy(tensors)) if tag.kind == "mean" else None
+            # what was given is whole, and right until the next step
+            if self._holds_blocks:
+                self._whole_state = (
+                    (self.reducer.consolidation, copy.deepcopy(tensors))
+                    if tag.kind == "mean"
+                    else None
+                )
         else:
             if state_dict["state"] or (self._reducer is not None and self._reducer.step > 0):
-                _log.warning("the state dict holds no compressor state: the %s starts from zero", self._memory)
+                _log.warning(
+                    "the state dict holds no compressor state: the %s starts from zero",
+                    self._memory,
+                )
             if self._reducer is not None:
                 self._reducer.reset()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _gathered(self) -> dict[str, dict[str, Tensor]] | None:
-        """The state of whole parameters, if it was gathered at the last consolidation and no step was made since."""
+        """The state of whole parameters, if it was gathered at the last consolidation
+        and no step was made since.
+        """
         reducer = self._reducer
         if reducer is None or self._whole_state is None or not reducer.consolidated:
             return None
@@ -292,11 +369,16 @@ class LazyReducer(OptimizerWrapper):
 
     @property
     def _holds_blocks(self) -> bool:
-        """Whether this rank's state is of blocks of parameters, and a state dict's is to be of whole ones."""
+        """Whether this rank's state is of blocks of parameters, and a state dict's is
+        to be of whole ones.
+        """
         return self._engine.intra_node.size > 1 and self._engine.saves_whole
 
     def _numbered(self, saved_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-        """(parameter name, key in the state dict) for all parameters, by their order in the groups."""
+        """(parameter name, key in the state dict) for all parameters, by their order in
+        the groups.
+        """
         keys = [key for group in saved_groups for key in group["params"]]
         names = [name for name, _ in self._namer.name_all(self.param_groups)]
-        return list(zip(names, keys, strict=False))  # the base complains about another number of parameters
+        # the base complains about another number of parameters
+        return list(zip(names, keys, strict=False))

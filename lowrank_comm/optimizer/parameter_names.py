@@ -1,4 +1,6 @@
-"""Names of parameters: the model's own, however it was wrapped, since all state is keyed by them."""
+"""Names of parameters: the model's own, however it was wrapped, since all state is
+keyed by them.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 def wrappers_in_front(names: Iterable[str]) -> int:
-    """How many `module.` of wrappers stand in front of all names (a part of the model that is called so does not)."""
+    """How many `module.` of wrappers stand in front of all names (a part of the model
+    that is called so does not).
+    """
     own = [_WRAPPERS.sub("", name) for name in names]
     depth = 0
     while own and all(name.startswith("module.") for name in own):
@@ -23,7 +29,8 @@ def wrappers_in_front(names: Iterable[str]) -> int:
 
 
 def own_name(name: str, depth: int) -> str:
-    """The model's own name of a parameter: without `_orig_mod.` and the like anywhere, and without `depth` wrappers.
+    """The model's own name of a parameter: without `_orig_mod.` and the like anywhere,
+    and without `depth` wrappers.
 
     Example:
         >>> names = ["module._orig_mod.layers.0.weight", "module._orig_mod.head.weight"]
@@ -39,13 +46,15 @@ def own_name(name: str, depth: int) -> str:
 class Namer:
     """Finds the name of every parameter of an optimizer's groups.
 
-    Looked for in this order: what `learn` was told (a model, or named_parameters=), the group's `param_names` (torch's
-    own, where the optimizer was built from named_parameters()), and else "group.index", with a warning.
+    Looked for in this order: what `learn` was told (a model, or named_parameters=), the
+    group's `param_names` (torch's own, where the optimizer was built from
+    named_parameters()), and else "group.index", with a warning.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
         self._known: dict[int, str] = {}
-        self._depth: int | None = None  # of wrappers in torch's own names
+        # of wrappers in torch's own names
+        self._depth: int | None = None
         self._warned = False
         if named_parameters is not None:
             self.learn(named_parameters)
@@ -60,7 +69,8 @@ class Namer:
         """(name, parameter) in the order of the groups."""
         named: list[tuple[str, Tensor]] = []
         unnamed = 0
-        if self._depth is None:  # once: parameters that are added later must not rename the others
+        # once: parameters that are added later must not rename the others
+        if self._depth is None:
             torchs = [name for group in param_groups for name in group.get("param_names", ())]
             self._depth = wrappers_in_front(torchs) if torchs else None
         for g, group in enumerate(param_groups):
@@ -75,17 +85,17 @@ class Namer:
         if unnamed and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{unnamed} parameters have no names and are called by group and index (0.0, 0.1, ...): a checkpoint "
-                "then depends on their order. Build the base optimizer from model.named_parameters(), or call "
-                "attach(model).",
+                f"{unnamed} parameters have no names and are called by group and index (0.0, 0.1,"
+                " ...): a checkpoint then depends on their order. Build the base optimizer from"
+                " model.named_parameters(), or call attach(model).",
                 stacklevel=_stacklevel_of_the_caller(),
             )
         if self._depth and not self._known and not self._warned:
             self._warned = True
             warnings.warn(
-                "the names of all parameters start with 'module.', as in a model wrapped by DistributedDataParallel. If it "
-                "is, gradients are averaged by it and then once more: build the base optimizer from the plain model, and do "
-                "not wrap it.",
+                "the names of all parameters start with 'module.', as in a model wrapped by"
+                " DistributedDataParallel. If it is, gradients are averaged by it and then once"
+                " more: build the base optimizer from the plain model, and do not wrap it.",
                 stacklevel=_stacklevel_of_the_caller(),
             )
         return named
@@ -94,6 +104,8 @@ class Namer:
 def _stacklevel_of_the_caller() -> int:
     """For `warnings.warn`: the first frame that is neither this library's nor torch's."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(("lowrank_comm", "torch")):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(
+        ("lowrank_comm", "torch")
+    ):
         level, frame = level + 1, frame.f_back
     return level

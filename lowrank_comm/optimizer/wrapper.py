@@ -1,6 +1,8 @@
-"""An optimizer around another one that owns nothing: whatever the base owns is the base's, so nothing can drift apart.
+"""An optimizer around another one that owns nothing: whatever the base owns is the
+base's, so nothing can drift apart.
 
-And what an optimizer may want to know of whoever is around it: who calls its step, whether its neighbours are like it.
+And what an optimizer may want to know of whoever is around it: who calls its step,
+whether its neighbours are like it.
 """
 
 from __future__ import annotations
@@ -21,15 +23,18 @@ _HOOKS = (
 
 
 class OptimizerWrapper(Optimizer):
-    """A `torch.optim.Optimizer` whose `param_groups`, `state` and `defaults` are those of `base`.
+    """A `torch.optim.Optimizer` whose `param_groups`, `state` and `defaults` are those
+    of `base`.
 
-    Hooks are its own: those registered here run around this optimizer's step, the base's around the base's.
+    Hooks are its own: those registered here run around this optimizer's step, the
+    base's around the base's.
 
     Args:
         base: the optimizer that steps.
     """
 
-    def __init__(self, base: Optimizer) -> None:  # Optimizer.__init__ would make groups and state of its own
+    # Optimizer.__init__ would make groups and state of its own
+    def __init__(self, base: Optimizer) -> None:
         self.base = base
         for hooks in _HOOKS:
             setattr(self, hooks, OrderedDict())
@@ -63,16 +68,13 @@ class OptimizerWrapper(Optimizer):
         self.base.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; its parameters take part from the next step on, on all workers."""
+        """Add a group to the base; its parameters take part from the next step on, on
+        all workers.
+        """
         self.base.add_param_group(param_group)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "CompressedOptimizer cannot be pickled or deep-copied: it belongs to a process group. Use state_dict()."
+            "CompressedOptimizer cannot be pickled or deep-copied: it belongs to a process group."
+            " Use state_dict()."
         )
-
-
-
-
-
-

@@ -1,4 +1,6 @@
-"""Optimizers whose state lives in the projected space of GaLore or GoLore; `optimizer` tells how a step goes."""
+"""Optimizers whose state lives in the projected space of GaLore or GoLore; `optimizer`
+tells how a step goes.
+"""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
 """AdamW whose moments live in the projected space of GaLore or GoLore.
 
-Source: GaLore (Zhao et al.; arXiv 2403.03507), GoLore (He, Li, Hu et al.; arXiv 2410.11289). With P on the side of the
-columns, R the mean over the workers of g_i P (l x r):
+Source: GaLore (Zhao et al.; arXiv 2403.03507), GoLore (He, Li, Hu et al.; arXiv
+2410.11289). With P on the side of the columns, R the mean over the workers of g_i P (l
+x r):
 
     refresh:  T = P_old^T P_new;  M <- M T;  S <- S o T^2 (below)
     M <- b1 M + (1 - b1) R;       S <- b2 S + (1 - b2) R^2
     W <- W - lr alpha [ M^ / (sqrt(S^) + eps) ] P^T - lr wd W,    M^ = M / (1 - b1^k), S^ = S / (1 - b2^k)
 
-M are coordinates of a matrix in the full space, M P_old^T, and M T is the nearest that the new subspace has. S is no such
-thing. `second_moment` says what becomes of it:
+M are coordinates of a matrix in the full space, M P_old^T, and M T is the nearest that
+the new subspace has. S is no such thing. `second_moment` says what becomes of it:
 
     "rotate"  S_j <- sum_i S_i T_ij^2 + (1 - sum_i T_ij^2) mean_i S_i: exact if coordinates are uncorrelated; what a new
-              direction has outside of the old subspace gets the row's mean. It stays >= 0.
+              direction has outside of the old subspace gets the row's mean. It stays >=
+              0.
     "keep"    as it is, by position, as in GaLore's published code.
     "reset"   0, with its own count of steps for the bias correction, and updates that grow to full size over WARM_UP steps,
               since a quotient by a single R^2 is noise.
@@ -33,27 +35,38 @@ WARM_UP = 10
 
 
 class ProjectedAdamW(ProjectedOptimizer):
-    """AdamW with state in the projected space, data-parallel by averaging projected gradients.
+    """AdamW with state in the projected space, data-parallel by averaging projected
+    gradients.
 
-    W <- W - lr scale [ M^ / (sqrt(S^) + eps) ] P^T - lr weight_decay W, M and S of size l x r
+    W <- W - lr scale [ M^ / (sqrt(S^) + eps) ] P^T - lr weight_decay W, M and S of size
+    l x r
 
     Args:
-        params: parameters, (name, parameter) pairs, or groups of them; a group may have its own lr, betas, eps,
-            weight_decay, rank and scale. `rank=None` in a group is plain AdamW for it.
+        params: parameters, (name, parameter) pairs, or groups of them; a group may have
+            its own lr, betas, eps, weight_decay, rank and scale. `rank=None` in a group
+            is plain AdamW for it.
         lr: learning rate.
-        rank: r >= 1. A 2-D parameter with min(m, n) > r is projected; all others have plain AdamW.
+        rank: r >= 1. A 2-D parameter with min(m, n) > r is projected; all others have
+            plain AdamW.
         restart_every: tau in steps; the first step is a refresh.
-        projection: "galore" (singular vectors of the mean gradient) or "golore" (random, no bytes).
+        projection: "galore" (singular vectors of the mean gradient) or "golore"
+            (random, no bytes).
         galore_until: for "golore", in steps: refreshes before it are GaLore's.
         second_moment: "rotate", "keep" or "reset"; see the module's text.
         scale: alpha, of projected updates; GaLore's recipes have 0.25.
-        side: of P, "short" (the papers' code) or "long" (fewer bytes, less state, a smaller share for random subspaces).
-        betas, eps, weight_decay: as in torch's AdamW; the decay is decoupled and of the weights before the step.
-        max_grad_norm: clip the averaged gradients, projected where they are, to this norm.
-        free_gradients: add a gradient to R as soon as it is there and drop it, in steps without a refresh.
+        side: of P, "short" (the papers' code) or "long" (fewer bytes, less state, a
+            smaller share for random subspaces).
+        betas, eps, weight_decay: as in torch's AdamW; the decay is decoupled and of the
+            weights before the step.
+        max_grad_norm: clip the averaged gradients, projected where they are, to this
+            norm.
+        free_gradients: add a gradient to R as soon as it is there and drop it, in steps
+            without a refresh.
         process_group: the workers, None for the default group.
-        wire_dtype: on the wire, such as "bfloat16"; None for the wider of float32 and the parameter's.
-        named_parameters: names, where `params` has none; random subspaces depend on them.
+        wire_dtype: on the wire, such as "bfloat16"; None for the wider of float32 and
+            the parameter's.
+        named_parameters: names, where `params` has none; random subspaces depend on
+            them.
         seed: of random subspaces, equal on all workers.
 
     Raises:
@@ -97,11 +110,21 @@ class ProjectedAdamW(ProjectedOptimizer):
     ) -> None:
         if second_moment not in SECOND_MOMENTS:
             known = ", ".join(map(repr, SECOND_MOMENTS))
-            raise ConfigError(f"ProjectedAdamW: second_moment={second_moment!r} is unknown; choose one of {known}.")
+            raise ConfigError(
+                f"ProjectedAdamW: second_moment={second_moment!r} is unknown; choose one of"
+                f" {known}."
+            )
         self.second_moment = second_moment
         super().__init__(
             params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale},
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "rank": rank,
+                "scale": scale,
+            },
             restart_every=restart_every,
             projection=projection,
             galore_until=galore_until,
@@ -119,7 +142,9 @@ class ProjectedAdamW(ProjectedOptimizer):
         super().check_group(group)
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise ConfigError(f"ProjectedAdamW: betas must be two numbers such as (0.9, 0.999), got {betas!r}.")
+            raise ConfigError(
+                f"ProjectedAdamW: betas must be two numbers such as (0.9, 0.999), got {betas!r}."
+            )
         for beta in betas:
             check_number("ProjectedAdamW", "betas", beta, below=1.0)
         check_number("ProjectedAdamW", "eps", group["eps"])
@@ -132,7 +157,8 @@ class ProjectedAdamW(ProjectedOptimizer):
         """Zero moments."""
         return {
             "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "second_step": torch.zeros((), dtype=torch.float32, device="cpu"),  # since the last reset of exp_avg_sq
+            # since the last reset of exp_avg_sq
+            "second_step": torch.zeros((), dtype=torch.float32, device="cpu"),
             "exp_avg": torch.zeros_like(like),
             "exp_avg_sq": torch.zeros_like(like),
         }

@@ -1,8 +1,11 @@
-"""One averaging of projected gradients: the generators of `compressors` in lock-step, and nothing decoded.
+"""One averaging of projected gradients: the generators of `compressors` in lock-step,
+and nothing decoded.
 
-The same definitions of P as in compression (`GaLore`, `GoLore`), the same packets and the same veto; but what a generator
-ends with, R and P of applied = R P^T, is handed on in factors, and there is no error memory. In a step without a refresh a
-worker sends R (l x r), what travels dense, one finite flag and the mask of missing gradients, all in one collective.
+The same definitions of P as in compression (`GaLore`, `GoLore`), the same packets and
+the same veto; but what a generator ends with, R and P of applied = R P^T, is handed on
+in factors, and there is no error memory. In a step without a refresh a worker sends R
+(l x r), what travels dense, one finite flag and the mask of missing gradients, all in
+one collective.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from lowrank_comm.reduction.lockstep import Agreed, Passing, PassStats, Presence
 
 
 class Gradient(Delta):
-    """A gradient as the one matrix of a batch, widened on its way into each product, so that no wide copy of it stays.
+    """A gradient as the one matrix of a batch, widened on its way into each product, so
+    that no wide copy of it stays.
 
     Args:
         gradient: (m, n), in any floating dtype.
@@ -42,7 +46,8 @@ class Gradient(Delta):
 
 
 class Coordinates(Delta):
-    """A gradient of which only R, its coordinates in the present subspace, was kept: for steps without a refresh.
+    """A gradient of which only R, its coordinates in the present subspace, was kept:
+    for steps without a refresh.
 
     Args:
         r: (l, r), this worker's own.
@@ -77,7 +82,8 @@ class Entry:
         rank: r of the projection, or None where the gradient travels dense.
         basis: P (s, r) so far; None where dense, and before the first refresh.
         coordinates: R (l, r) of this worker, where its gradient was not kept.
-        refreshed_at: step of the last refresh; -1 before the first, None where it is not known.
+        refreshed_at: step of the last refresh; -1 before the first, None where it is
+            not known.
     """
 
     name: str
@@ -103,7 +109,8 @@ class Averaged:
     """What all workers agreed on for one parameter.
 
     Attributes:
-        gradient: R (l, r), the mean gradient in coordinates of the subspace; the mean gradient itself where it is dense.
+        gradient: R (l, r), the mean gradient in coordinates of the subspace; the mean
+            gradient itself where it is dense.
         basis: P (s, r), or None where it is dense.
         refreshed: whether P is a new one.
     """
@@ -126,15 +133,24 @@ class Averaging:
         ledger: bytes handed to collectives.
 
     Raises:
-        ConfigError: the wire's dtype or the seed is not possible, or the group is not one.
+        ConfigError: the wire's dtype or the seed is not possible, or the group is not
+            one.
     """
 
-    def __init__(self, compressor: GaLore, process_group: Any, seed: int, wire_dtype: str | None) -> None:
+    def __init__(
+        self, compressor: GaLore, process_group: Any, seed: int, wire_dtype: str | None
+    ) -> None:
         if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
-            raise ConfigError(f"wire_dtype={wire_dtype!r} is unknown; use None or one of {', '.join(WIRE_DTYPES)}.")
+            raise ConfigError(
+                f"wire_dtype={wire_dtype!r} is unknown; use None or one of"
+                f" {', '.join(WIRE_DTYPES)}."
+            )
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ConfigError(f"seed must be an integer, got {seed!r}; write for example seed=0.")
-        self.compressor, self.group, self.seed, self.wire_name = compressor, Group(process_group), seed, wire_dtype
+        self.compressor = compressor
+        self.group = Group(process_group)
+        self.seed = seed
+        self.wire_name = wire_dtype
         self.ledger = Ledger()
         self.device = torch.device("cpu")
         self._wire_dtype = WIRE_DTYPES.get(wire_dtype or "")
@@ -155,12 +171,16 @@ class Averaging:
         return [part.decode() for part in self.group.gather_bytes(words.encode(), self.device)]
 
     def deferred(self, refreshed_at: int | None, t: int) -> bool:
-        """Whether a refresh before step t fell on a step in which nobody had a gradient, and waits for one."""
+        """Whether a refresh before step t fell on a step in which nobody had a
+        gradient, and waits for one.
+        """
         scheduled = t - t % self.compressor.restart_every
         return refreshed_at is not None and refreshed_at < scheduled < t
 
     def refreshes(self, name: str, refreshed_at: int | None, t: int) -> bool:
-        """Whether a parameter's subspace is found anew at step t, if somebody has a gradient for it."""
+        """Whether a parameter's subspace is found anew at step t, if somebody has a
+        gradient for it.
+        """
         return self._schedule.due(name, t) or self.deferred(refreshed_at, t)
 
     def on_rows(self, parameter: Tensor) -> bool:
@@ -177,7 +197,9 @@ class Averaging:
         """A random P (s, r), until the first refresh."""
         m, n = entry.parameter.shape
         like = torch.empty(0, dtype=entry.dtype, device=entry.parameter.device)
-        return self.compressor.initial_state(Context((entry.name,), -1, self.seed, rank, m=m), m, n, like)["P"][0]
+        return self.compressor.initial_state(
+            Context((entry.name,), -1, self.seed, rank, m=m), m, n, like
+        )["P"][0]
 
     def average(self, entries: Sequence[Entry], t: int) -> list[Averaged | None] | None:
         """One pass; a collective, to be called by every worker.
@@ -187,8 +209,8 @@ class Averaging:
             t: step, from 0.
 
         Returns:
-            One for each entry, None where no worker had a gradient; or None, on all workers, if some worker's numbers were
-            not finite.
+            One for each entry, None where no worker had a gradient; or None, on all
+            workers, if some worker's numbers were not finite.
         """
         stats = PassStats()
         low = [entry for entry in entries if entry.rank is not None]
@@ -196,7 +218,10 @@ class Averaging:
         contexts = [self._context(entry, t) for entry in low]
         with full_precision(self.device):
             passing = lockstep(
-                [self._steps(k, entry, context) for k, (entry, context) in enumerate(zip(low, contexts, strict=True))],
+                [
+                    self._steps(k, entry, context)
+                    for k, (entry, context) in enumerate(zip(low, contexts, strict=True))
+                ],
                 [self._dense(entry) for entry in dense],
                 [entry.has_gradient for entry in low + dense],
                 workers=self.group.size,
@@ -214,7 +239,8 @@ class Averaging:
             return None
         answers: dict[str, Averaged] = {}
         for entry, result, context in zip(low, agreed.results, contexts, strict=True):
-            if result is None:  # nobody has the gradient that a refresh waits for
+            # nobody has the gradient that a refresh waits for
+            if result is None:
                 continue
             assert isinstance(result.applied, LowRank)
             p, q = result.applied.p[0], result.applied.q[0]
@@ -222,17 +248,29 @@ class Averaging:
             answers[entry.name] = Averaged(gradient, basis, context.restart)
         for entry, mean in zip(dense, agreed.dense, strict=True):
             answers[entry.name] = Averaged(mean)
-        there = {entry.name for entry, present in zip(low + dense, agreed.present, strict=True) if present}
+        there = {
+            entry.name
+            for entry, present in zip(low + dense, agreed.present, strict=True)
+            if present
+        }
         self.ledger.restarts += sum(
-            context.restart for entry, context in zip(low, contexts, strict=True) if entry.name in there
+            context.restart
+            for entry, context in zip(low, contexts, strict=True)
+            if entry.name in there
         )
         return [answers[entry.name] if entry.name in there else None for entry in entries]
 
     def _steps(self, number: int, entry: Entry, context: Context) -> Passing:
-        """The compressor's generator; one with a deferred refresh first waits for the packet that tells who has a gradient."""
+        """The compressor's generator; one with a deferred refresh first waits for the
+        packet that tells who has a gradient.
+        """
         if self.deferred(entry.refreshed_at, context.t) and not (yield Presence())[number]:
             return None
-        return (yield from self.compressor.step(self._delta(entry), {"P": self._basis(entry, context)}, context))
+        return (
+            yield from self.compressor.step(
+                self._delta(entry), {"P": self._basis(entry, context)}, context
+            )
+        )
 
     def _context(self, entry: Entry, t: int) -> Context:
         assert entry.rank is not None
@@ -245,7 +283,8 @@ class Averaging:
             m=entry.parameter.shape[0],
             worker=self.group.rank,
             workers=self.group.size,
-            wire_rounds=self._wire_dtype is not None and self._wire_dtype.itemsize < entry.dtype.itemsize,
+            wire_rounds=self._wire_dtype is not None
+            and self._wire_dtype.itemsize < entry.dtype.itemsize,
         )
 
     def _delta(self, entry: Entry) -> Delta:
@@ -253,10 +292,15 @@ class Averaging:
         if entry.coordinates is not None:
             return Coordinates(entry.coordinates, (m, n))
         gradient = entry.parameter.grad
-        return Gradient(entry.parameter.new_zeros(()).expand(m, n) if gradient is None else gradient, entry.dtype)
+        return Gradient(
+            entry.parameter.new_zeros(()).expand(m, n) if gradient is None else gradient,
+            entry.dtype,
+        )
 
     def _basis(self, entry: Entry, context: Context) -> Tensor:
-        """P (1, s, r) for the generator, which makes its own where the subspace is found anew."""
+        """P (1, s, r) for the generator, which makes its own where the subspace is
+        found anew.
+        """
         if entry.basis is not None:
             return entry.basis.unsqueeze(0)
         if context.restart:

@@ -1,22 +1,28 @@
-"""A data-parallel optimizer whose state lives in the projected space: what a step does, whatever the rule of the update.
+"""A data-parallel optimizer whose state lives in the projected space: what a step does,
+whatever the rule of the update.
 
-A 2-D parameter W (m x n) has an orthonormal P (s x r) on one of its sides; l is the other. Worker i has a gradient g_i:
+A 2-D parameter W (m x n) has an orthonormal P (s x r) on one of its sides; l is the
+other. Worker i has a gradient g_i:
 
     refresh (t mod tau == 0)  P_old -> P_new, by the definitions of `compressors.galore` and `compressors.golore`; what
-                              the state keeps in coordinates of P_old is carried over by T = P_old^T P_new
+                              the state keeps in coordinates of P_old is carried over by
+                              T = P_old^T P_new
     R = mean of g_i P         l r numbers sent; the whole g_i at GaLore's refreshes only
     direction = rule(R)       with state of size l x r
     W <- W - lr scale direction P^T - lr weight_decay W
 
-Every worker does the same with the same numbers, so that parameters stay equal and state dicts fit any number of workers.
-Other parameters (other than two dimensions, r >= min(m, n), or `rank=None` in their group) are averaged as they are, in the
-same collective, and updated by the same rule without P. There is no error memory: it would be of the size of the gradient,
-which is what this saves; what is orthogonal to P is lost until the next refresh. A refresh that falls on a step in which
-nobody has a gradient for a parameter comes with its next gradient.
+Every worker does the same with the same numbers, so that parameters stay equal and
+state dicts fit any number of workers. Other parameters (other than two dimensions, r >=
+min(m, n), or `rank=None` in their group) are averaged as they are, in the same
+collective, and updated by the same rule without P. There is no error memory: it would
+be of the size of the gradient, which is what this saves; what is orthogonal to P is
+lost until the next refresh. A refresh that falls on a step in which nobody has a
+gradient for a parameter comes with its next gradient.
 
-`p.grad` is this worker's own gradient, accumulated by as many backward passes as one likes, and stays so: nobody needs the
-averaged one. Hence `clip_grad_norm_` before `step()` would clip each worker's gradient by itself; `max_grad_norm` clips
-the average. If some worker's numbers are not finite, no worker steps.
+`p.grad` is this worker's own gradient, accumulated by as many backward passes as one
+likes, and stays so: nobody needs the averaged one. Hence `clip_grad_norm_` before
+`step()` would clip each worker's gradient by itself; `max_grad_norm` clips the average.
+If some worker's numbers are not finite, no worker steps.
 """
 
 from __future__ import annotations
@@ -49,14 +55,16 @@ PROJECTIONS = ("galore", "golore")
 
 
 class ProjectedOptimizer(Optimizer):
-    """Base of the optimizers in the projected space; see the module's text, and `ProjectedAdamW` for the arguments.
+    """Base of the optimizers in the projected space; see the module's text, and
+    `ProjectedAdamW` for the arguments.
 
     Args:
         params: parameters, pairs with names, or groups.
         defaults: of the groups.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler must call step() on every worker; see `loss_scaling`
+    # GradScaler must call step() on every worker; see `loss_scaling`
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -77,31 +85,41 @@ class ProjectedOptimizer(Optimizer):
         owner = type(self).__name__
         if transformers_uses_deepspeed():
             raise ConfigError(
-                f"{owner} averages gradients itself and cannot go with --deepspeed, which does so too; leave one out."
+                f"{owner} averages gradients itself and cannot go with --deepspeed, which does so"
+                " too; leave one out."
             )
         if projection not in PROJECTIONS:
             known = ", ".join(map(repr, PROJECTIONS))
-            raise ConfigError(f"{owner}: projection={projection!r} is unknown; choose one of {known}.")
+            raise ConfigError(
+                f"{owner}: projection={projection!r} is unknown; choose one of {known}."
+            )
         if projection == "galore" and galore_until:
             raise ConfigError(
-                f'{owner}: galore_until={galore_until!r} is for projection="golore", whose refreshes before that step are '
-                "GaLore's; leave it out, or choose that."
+                f'{owner}: galore_until={galore_until!r} is for projection="golore", whose'
+                " refreshes before that step are GaLore's; leave it out, or choose that."
             )
         if max_grad_norm is not None:
             check_number(owner, "max_grad_norm", max_grad_norm, above=0.0)
         if not isinstance(free_gradients, bool):
-            raise ConfigError(f"{owner}: free_gradients must be True or False, got {free_gradients!r}.")
+            raise ConfigError(
+                f"{owner}: free_gradients must be True or False, got {free_gradients!r}."
+            )
         common: dict[str, Any] = {"restart_every": restart_every, "side": side}
-        compressor = GaLore(**common) if projection == "galore" else GoLore(**common, galore_until=galore_until)
+        compressor = (
+            GaLore(**common)
+            if projection == "galore"
+            else GoLore(**common, galore_until=galore_until)
+        )
         self._averaging = Averaging(compressor, process_group, seed, wire_dtype)
         self._namer = Namer(named_parameters)
         self.max_grad_norm, self.free_gradients = max_grad_norm, free_gradients
         self._double_averaging = DoubleAveragingGuard(
-            f"Give {owner} the parameters of the plain model, and do not wrap it in DistributedDataParallel: the workers "
-            "need no other averaging."
+            f"Give {owner} the parameters of the plain model, and do not wrap it in"
+            " DistributedDataParallel: the workers need no other averaging."
         )
         self._scaling = LossScaling(id(self))
-        self._coordinates: dict[Tensor, Tensor] = {}  # parameter -> this worker's R, where gradients are freed
+        # parameter -> this worker's R, where gradients are freed
+        self._coordinates: dict[Tensor, Tensor] = {}
         self._agreed = self._compared = self._checked = self._warned_empty = False
         self._vetoes_in_a_row = 0
         self._names: dict[Tensor, str] = {}
@@ -114,7 +132,9 @@ class ProjectedOptimizer(Optimizer):
 
     @abstractmethod
     def initial_state(self, like: Tensor) -> dict[str, Any]:
-        """State before the first step, for gradients (or coordinates of gradients) like that one."""
+        """State before the first step, for gradients (or coordinates of gradients) like
+        that one.
+        """
 
     @abstractmethod
     def move(self, state: dict[str, Any], overlap: Tensor) -> None:
@@ -135,7 +155,11 @@ class ProjectedOptimizer(Optimizer):
 
     def settings(self) -> dict[str, Any]:
         """What must be equal on all workers beside the groups and the parameters."""
-        compressor = {key: value for key, value in self._averaging.compressor.describe().items() if key != "rank"}
+        compressor = {
+            key: value
+            for key, value in self._averaging.compressor.describe().items()
+            if key != "rank"
+        }
         return {
             **compressor,
             "optimizer": type(self).__name__,
@@ -147,7 +171,9 @@ class ProjectedOptimizer(Optimizer):
     # ---------------------------------------------------------------- parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters take part from the next step on, on all workers. See torch's method."""
+        """Add a group; its parameters take part from the next step on, on all workers.
+        See torch's method.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -164,7 +190,9 @@ class ProjectedOptimizer(Optimizer):
 
     @property
     def t(self) -> int:
-        """Steps made so far; t of the next one. Kept in the groups, which every way of saving an optimizer keeps."""
+        """Steps made so far; t of the next one. Kept in the groups, which every way of
+        saving an optimizer keeps.
+        """
         return max((int(group["t"]) for group in self.param_groups if "t" in group), default=0)
 
     @property
@@ -174,7 +202,11 @@ class ProjectedOptimizer(Optimizer):
     def rank_of(self, parameter: Tensor, group: Mapping[str, Any]) -> int | None:
         """r of a parameter's projection; None where it has plain updates."""
         rank = group["rank"]
-        return rank if parameter.dim() == 2 and rank is not None and rank < min(parameter.shape) else None
+        return (
+            rank
+            if parameter.dim() == 2 and rank is not None and rank < min(parameter.shape)
+            else None
+        )
 
     @property
     def side(self) -> str:
@@ -217,12 +249,19 @@ class ProjectedOptimizer(Optimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step was skipped, on all workers, since some worker's numbers were not finite."""
+        """Whether the last step was skipped, on all workers, since some worker's
+        numbers were not finite.
+        """
         return self._vetoes_in_a_row > 0
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state on this worker: moments and projectors."""
-        tensors = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
+        tensors = [
+            value
+            for state in self.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
         return sum(tensor.nbytes for tensor in tensors)
 
     # ---------------------------------------------------------------- a step
@@ -234,7 +273,8 @@ class ProjectedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Average, and update the parameters. A collective, to be called by every worker.
+        """Average, and update the parameters. A collective, to be called by every
+        worker.
 
         Args:
             closure: computes the loss and the gradients anew; it runs first.
@@ -243,8 +283,10 @@ class ProjectedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ConfigMismatchError: at the first step, and the first after a load, on every worker, if they differ.
-            LowRankCommError: at the first step, on every worker, if an engine has averaged the gradients already.
+            ConfigMismatchError: at the first step, and the first after a load, on every
+                worker, if they differ.
+            LowRankCommError: at the first step, on every worker, if an engine has
+                averaged the gradients already.
         """
         loss = None
         if closure is not None:
@@ -260,8 +302,9 @@ class ProjectedOptimizer(Optimizer):
         self._check(entries)
         if self._coordinates and hasattr(self, "found_inf"):
             raise ConfigError(
-                f"{type(self).__name__}: free_gradients=True cannot go with a GradScaler, which looks at gradients that are "
-                "gone by then; train in bfloat16, or leave free_gradients out."
+                f"{type(self).__name__}: free_gradients=True cannot go with a GradScaler, which"
+                " looks at gradients that are gone by then; train in bfloat16, or leave"
+                " free_gradients out."
             )
         self._scaling.unscale(self, self._parameters, reduced=False)
         averaged = self._averaging.average(entries, self.t)
@@ -269,14 +312,17 @@ class ProjectedOptimizer(Optimizer):
         self._vetoes_in_a_row = 0 if averaged is not None else self._vetoes_in_a_row + 1
         if averaged is None:
             _log.warning(
-                "step %d is skipped on all workers (%d in a row): a gradient was not finite, or too large for the wire",
+                "step %d is skipped on all workers (%d in a row): a gradient was not finite, or too"
+                " large for the wire",
                 self.t,
                 self._vetoes_in_a_row,
             )
             return loss
         if all(one is None for one in averaged) and not self._warned_empty:
             self._warned_empty = True
-            _log.warning("no worker has a gradient for any parameter of the optimizer, so nothing is trained")
+            _log.warning(
+                "no worker has a gradient for any parameter of the optimizer, so nothing is trained"
+            )
         clip = self._clipping(averaged)
         for (entry, group), one in zip(pairs, averaged, strict=True):
             if one is not None:
@@ -287,19 +333,27 @@ class ProjectedOptimizer(Optimizer):
         return loss
 
     def _check(self, entries: list[Entry]) -> None:
-        """Before anything whose sizes depend on it: do the workers have the same parameters, state and settings?"""
+        """Before anything whose sizes depend on it: do the workers have the same
+        parameters, state and settings?
+        """
         self._averaging.device = entries[0].parameter.device
         for entry in entries:
             if entry.parameter.grad is not None and entry.parameter.grad.is_sparse:
-                raise LowRankCommError(f"{entry.name}: sparse gradients cannot be averaged here; use sparse=False.")
+                raise LowRankCommError(
+                    f"{entry.name}: sparse gradients cannot be averaged here; use sparse=False."
+                )
         if not self._agreed:
             self.ledger.bytes["fingerprint"] += check_same(
-                described(self, entries, not self._compared), self._averaging.group, self._averaging.device
+                described(self, entries, not self._compared),
+                self._averaging.group,
+                self._averaging.device,
             )
             self._agreed = self._compared = True
         if not self._checked:
             self._checked = True
-            self._double_averaging.check([entry.parameter.grad for entry in entries], self._averaging)
+            self._double_averaging.check(
+                [entry.parameter.grad for entry in entries], self._averaging
+            )
             if not self.free_gradients and self._watch is not None:
                 self._watch.remove()
 
@@ -309,10 +363,17 @@ class ProjectedOptimizer(Optimizer):
         if self.max_grad_norm is None or not there:
             return None
         home = self._averaging.device
-        norms = [torch.linalg.vector_norm(gradient).to(device=home, dtype=torch.float32) for gradient in there]
-        return (self.max_grad_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp_(max=1.0)
+        norms = [
+            torch.linalg.vector_norm(gradient).to(device=home, dtype=torch.float32)
+            for gradient in there
+        ]
+        return (self.max_grad_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp_(
+            max=1.0
+        )
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], averaged: Averaged, clip: Tensor | None) -> None:
+    def _update(
+        self, parameter: Tensor, group: dict[str, Any], averaged: Averaged, clip: Tensor | None
+    ) -> None:
         gradient, basis, state = averaged.gradient, averaged.basis, self.state[parameter]
         if clip is not None:
             gradient = gradient * clip.to(gradient)
@@ -321,7 +382,8 @@ class ProjectedOptimizer(Optimizer):
         elif averaged.refreshed and basis is not None:
             self.move(state, state["projector"].mT @ basis)
         if basis is not None and (averaged.refreshed or "projector" not in state):
-            state["projector"] = basis.clone()  # what came is a piece of a packet, and would keep all of it
+            # what came is a piece of a packet, and would keep all of it
+            state["projector"] = basis.clone()
             state["refreshed_at"] = torch.tensor(float(self.t), dtype=torch.float32, device="cpu")
         direction = self.direction(gradient, state, group)
         lr = float(group["lr"])
@@ -337,7 +399,9 @@ class ProjectedOptimizer(Optimizer):
             parameter.add_((p @ q.mT).to(parameter.dtype), alpha=-lr * group["scale"])
 
     def _refreshed_at(self, parameter: Tensor) -> int | None:
-        """Step of a parameter's last refresh; -1 before the first, None in states saved without it."""
+        """Step of a parameter's last refresh; -1 before the first, None in states saved
+        without it.
+        """
         state = self.state.get(parameter, {})
         at = state.get("refreshed_at")
         return int(at) if at is not None else None if state else -1
@@ -362,7 +426,9 @@ class ProjectedOptimizer(Optimizer):
     # ---------------------------------------------------------------- state
 
     def _initialise(self, pairs: list[tuple[Entry, dict[str, Any]]]) -> None:
-        """Make all state without a step, for torch.distributed.checkpoint to load into; no communication."""
+        """Make all state without a step, for torch.distributed.checkpoint to load into;
+        no communication.
+        """
         for entry, _ in pairs:
             state, parameter = self.state[entry.parameter], entry.parameter
             if state:
@@ -372,18 +438,26 @@ class ProjectedOptimizer(Optimizer):
                 continue
             free = parameter.numel() // self._averaging.length(parameter)
             like = torch.zeros(free, entry.rank, dtype=entry.dtype, device=parameter.device)
-            state.update({**self.initial_state(like), "projector": self._averaging.initial_basis(entry, entry.rank)})
+            state.update(
+                {
+                    **self.initial_state(like),
+                    "projector": self._averaging.initial_basis(entry, entry.rank),
+                }
+            )
             state["refreshed_at"] = torch.tensor(-1.0, dtype=torch.float32, device="cpu")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict()` gave, at any number of workers. All workers must load the same.
+        """Restore what `state_dict()` gave, at any number of workers. All workers must
+        load the same.
 
         Raises:
-            StateMismatchError: it is of another optimizer, or of other ranks or sides of the basis.
+            StateMismatchError: it is of another optimizer, or of other ranks or sides
+                of the basis.
         """
         check_saved(self, state_dict)
         super().load_state_dict(state_dict)
-        # torch has cast what belongs to a bfloat16 parameter to bfloat16: moments and bases are to be as they were saved.
+        # torch has cast what belongs to a bfloat16 parameter to bfloat16: moments and
+        # bases are to be as they were saved.
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         for key, parameter in zip(keys, self._parameters, strict=True):
             for symbol, value in state_dict["state"].get(key, {}).items():

@@ -1,4 +1,6 @@
-"""SGD with momentum in the projected space of GaLore or GoLore: M <- momentum M T at a refresh, M <- momentum M + R."""
+"""SGD with momentum in the projected space of GaLore or GoLore: M <- momentum M T at a
+refresh, M <- momentum M + R.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from lowrank_comm.projected.optimizer import ProjectedOptimizer, check_number
 
 
 class ProjectedSGD(ProjectedOptimizer):
-    """SGD whose momentum lives in the projected space, data-parallel by averaging projected gradients.
+    """SGD whose momentum lives in the projected space, data-parallel by averaging
+    projected gradients.
 
     M <- momentum M + R;  W <- W - lr scale M P^T - lr weight_decay W
 
     Args:
-        params, lr, rank, restart_every, projection, galore_until, scale, side: see `ProjectedAdamW`.
+        params, lr, rank, restart_every, projection, galore_until, scale, side: see
+            `ProjectedAdamW`.
         momentum: of M, in [0, 1).
         weight_decay: decoupled, of the weights before the step.
-        max_grad_norm, free_gradients, process_group, wire_dtype, named_parameters, seed: see `ProjectedAdamW`.
+        max_grad_norm, free_gradients, process_group, wire_dtype, named_parameters,
+            seed: see `ProjectedAdamW`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -61,7 +66,13 @@ class ProjectedSGD(ProjectedOptimizer):
     ) -> None:
         super().__init__(
             params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rank": rank, "scale": scale},
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "rank": rank,
+                "scale": scale,
+            },
             restart_every=restart_every,
             projection=projection,
             galore_until=galore_until,
@@ -81,7 +92,10 @@ class ProjectedSGD(ProjectedOptimizer):
 
     def initial_state(self, like: Tensor) -> dict[str, Any]:
         """Zero moments."""
-        return {"step": torch.zeros((), dtype=torch.float32, device="cpu"), "momentum_buffer": torch.zeros_like(like)}
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "momentum_buffer": torch.zeros_like(like),
+        }
 
     def move(self, state: dict[str, Any], overlap: Tensor) -> None:
         """See the module's text."""

@@ -1,1 +1,3 @@
-"""The reducer: one compressed averaging of all gradients of a model, and the figures about it."""
+"""The reducer: one compressed averaging of all gradients of a model, and the figures
+about it.
+"""

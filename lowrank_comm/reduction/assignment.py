@@ -1,5 +1,7 @@
-"""Which compressor serves which parameter, with what around it: the policy's decision, put together with the form of error
-feedback, the codes on the wire, and the blocks of rows that a node's ranks hold."""
+"""Which compressor serves which parameter, with what around it: the policy's decision,
+put together with the form of error feedback, the codes on the wire, and the blocks of
+rows that a node's ranks hold.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,14 @@ class CompressorAssignment:
         seed: of the draws.
 
     Attributes:
-        linear: whether only the mean error of low-rank parameters matters: the compressor is linear, and nothing that it
-            averages has codes.
+        linear: whether only the mean error of low-rank parameters matters: the
+            compressor is linear, and nothing that it averages has codes.
         scheme: the compressor, with its rounds and EF21 around it.
 
     Raises:
         ConfigError: an argument is of the wrong kind, or does not suit the compressor.
-        UnsupportedError: it cannot be carried out on blocks of whole matrices, and it is to be.
+        UnsupportedError: it cannot be carried out on blocks of whole matrices, and it
+            is to be.
     """
 
     def __init__(
@@ -55,19 +58,27 @@ class CompressorAssignment:
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise ConfigError(
-                    f'rules must hold Rule objects such as Rule("lm_head.*", treatment="dense"), got {rule!r}.'
+                    'rules must hold Rule objects such as Rule("lm_head.*", treatment="dense"),'
+                    f" got {rule!r}."
                 )
         if error_feedback is not None and not isinstance(error_feedback, ErrorFeedback):
             raise ConfigError(
-                f'error_feedback must be None or such as ErrorFeedback(dtype="bfloat16"), got {error_feedback!r}.'
+                'error_feedback must be None or such as ErrorFeedback(dtype="bfloat16"), got'
+                f" {error_feedback!r}."
             )
         if quantization is not None and not isinstance(quantization, Quantization):
-            raise ConfigError(f'quantization must be None or such as Quantization(dense="int8"), got {quantization!r}.')
+            raise ConfigError(
+                'quantization must be None or such as Quantization(dense="int8"), got'
+                f" {quantization!r}."
+            )
         self.quantization = quantization or Quantization()
         self.error_feedback = (error_feedback or ErrorFeedback()).for_compressor(compressor)
         self.linear = compressor.linear and not self.quantization.of_compressors
-        self.compressor, self.scheme = compressor, with_feedback(compressor, self.error_feedback, self.linear)
-        self.policy = Policy(self.scheme, min_compression_rate, tuple(rules), self.quantization.dense)
+        self.compressor = compressor
+        self.scheme = with_feedback(compressor, self.error_feedback, self.linear)
+        self.policy = Policy(
+            self.scheme, min_compression_rate, tuple(rules), self.quantization.dense
+        )
         self._intra_node, self._seed = intra_node, seed
         self._check_codes()
         self._check_effect()
@@ -75,44 +86,58 @@ class CompressorAssignment:
             self._check_whole_matrices()
 
     def _check_effect(self) -> None:
-        """ConfigError for an option of the compressor to which the form of error feedback leaves nothing to do."""
-        form, rounds, options = self.error_feedback.form, self.error_feedback.rounds, self.compressor.describe()
+        """ConfigError for an option of the compressor to which the form of error
+        feedback leaves nothing to do.
+        """
+        form = self.error_feedback.form
+        rounds = self.error_feedback.rounds
+        options = self.compressor.describe()
         if options.get("consensus_restart") and form != "ef14":
             raise ConfigError(
-                f'consensus_restart=True is about the error memory, which error_feedback.form="{form}" does not have; leave '
-                'consensus_restart out, or use error_feedback.form="ef14".'
+                "consensus_restart=True is about the error memory, which"
+                f' error_feedback.form="{form}" does not have; leave consensus_restart out, or use'
+                ' error_feedback.form="ef14".'
             )
         for key in ("exact_restart", "apply_full"):
             if options.get(key) and rounds > 1:
                 raise ConfigError(
-                    f"{key}=True sends the whole matrix at a restart, and leaves nothing to error_feedback.rounds={rounds}, "
-                    f"whose further rounds would find no subspace; leave {key} out, or use rounds=1."
+                    f"{key}=True sends the whole matrix at a restart, and leaves nothing to"
+                    f" error_feedback.rounds={rounds}, whose further rounds would find no subspace;"
+                    f" leave {key} out, or use rounds=1."
                 )
 
     def _check_codes(self) -> None:
-        """ConfigError for codes that would have no effect, or a bias that nothing takes back."""
+        """ConfigError for codes that would have no effect, or a bias that nothing takes
+        back.
+        """
         codes, name = self.quantization, self.compressor.json_name
         if codes.of_compressors and not self.compressor.low_rank:
             key = "factors" if codes.factors else "restart"
             raise ConfigError(
-                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, which leaves every matrix dense; "
-                f"use quantization.dense={getattr(codes, key)!r}."
+                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, which"
+                f" leaves every matrix dense; use quantization.dense={getattr(codes, key)!r}."
             )
         if codes.restart and not (self.compressor.averages_restarts or self.compressor.gathers):
             raise ConfigError(
-                f"quantization.restart={codes.restart!r} has no meaning for {name} as it is set, whose restarts send "
-                "nothing of their own; leave it out."
+                f"quantization.restart={codes.restart!r} has no meaning for {name} as it is set,"
+                " whose restarts send nothing of their own; leave it out."
             )
         if codes.of_compressors and self.compressor.gathers:
             key = "factors" if codes.factors else "restart"
             raise ConfigError(
-                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, whose factors are gathered and not "
-                "averaged; leave it out (quantization.dense is possible), or use another compressor."
+                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, whose"
+                " factors are gathered and not averaged; leave it out (quantization.dense is"
+                " possible), or use another compressor."
             )
-        if codes.of_compressors and self.error_feedback.form == "none" and codes.rounding == "nearest":
+        if (
+            codes.of_compressors
+            and self.error_feedback.form == "none"
+            and codes.rounding == "nearest"
+        ):
             raise ConfigError(
-                f'quantization.rounding="nearest" is biased, and {name} without error feedback would never make up for it; '
-                'use quantization.rounding="stochastic", or error_feedback.form="ef14".'
+                f'quantization.rounding="nearest" is biased, and {name} without error feedback'
+                ' would never make up for it; use quantization.rounding="stochastic", or'
+                ' error_feedback.form="ef14".'
             )
 
     def _check_whole_matrices(self) -> None:
@@ -120,11 +145,16 @@ class CompressorAssignment:
         if not self.compressor.row_blocks:
             what = f"{self.compressor.json_name}, whose steps need whole matrices"
         elif self.scheme is not self.compressor:
-            what = f"error_feedback {self.error_feedback.describe()}, which is formed around whole matrices"
+            what = (
+                f"error_feedback {self.error_feedback.describe()}, which is formed around whole"
+                " matrices"
+            )
         elif any(rule.treatment == "row_sparse" for rule in self.policy.rules):
             what = 'treatment "row_sparse", since each rank of a node would touch other rows'
         if what:
-            raise UnsupportedError(f'shard_scope="matrix" is not possible with {what}; use shard_scope="shard".')
+            raise UnsupportedError(
+                f'shard_scope="matrix" is not possible with {what}; use shard_scope="shard".'
+            )
 
     def treat(self, slot: ParamInfo, rank: int) -> Treatment:
         """Treatment of the block of a parameter that rank `rank` of the node holds."""
@@ -133,16 +163,25 @@ class CompressorAssignment:
         if self._intra_node.whole_matrices:
             whole = self.policy.treat(slot.name, slot.whole)
             if whole.low_rank or not whole.batched:
-                return whole  # codes are of blocks, whatever the scope
-        return self.policy.treat_block(slot.name, slot.block(self._intra_node, rank), slot.block(self._intra_node, 0))
+                # codes are of blocks, whatever the scope
+                return whole
+        return self.policy.treat_block(
+            slot.name, slot.block(self._intra_node, rank), slot.block(self._intra_node, 0)
+        )
 
     def of_the_node(self, slot: ParamInfo) -> list[Treatment]:
-        """Of all blocks of a parameter in this node; one of the whole parameter, where the node computes it together."""
-        ranks = 1 if slot.whole is None or self._intra_node.whole_matrices else self._intra_node.size
+        """Of all blocks of a parameter in this node; one of the whole parameter, where
+        the node computes it together.
+        """
+        ranks = (
+            1 if slot.whole is None or self._intra_node.whole_matrices else self._intra_node.size
+        )
         return [self.treat(slot, rank) for rank in range(ranks)]
 
     def of(self, treatment: Treatment) -> tuple[Compressor, ErrorFeedback]:
-        """What carries a treatment out: the compressor with all that is around it, and how its errors are kept."""
+        """What carries a treatment out: the compressor with all that is around it, and
+        how its errors are kept.
+        """
         if treatment.low_rank:
             return self.scheme, self.error_feedback
         compressor = self.policy.scheme_of(treatment)
@@ -157,14 +196,18 @@ class CompressorAssignment:
         return {symbol: tensor[0] for symbol, tensor in state.items()}
 
     def noise(self, bucket: int, t: int, worker: int) -> Callable[[int], Noise] | None:
-        """Number of a packet -> its draws for stochastic rounding to codes; None for the nearest codes."""
+        """Number of a packet -> its draws for stochastic rounding to codes; None for
+        the nearest codes.
+        """
         if self.quantization.rounding == "nearest":
             return None
 
         def of_packet(number: int) -> Noise:
             def draw(purpose: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
                 whose = f"{purpose} of packet {number} of worker {worker}"
-                return uniform(self._seed, (f"bucket {bucket}",), t, whose, shape, torch.float32, device)[0]
+                return uniform(
+                    self._seed, (f"bucket {bucket}",), t, whose, shape, torch.float32, device
+                )[0]
 
             return draw
 

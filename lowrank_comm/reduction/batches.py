@@ -1,9 +1,11 @@
-"""Parameters as slots, and same-shape matrices as batches: the bookkeeping between a model's tensors and (B, m, n).
+"""Parameters as slots, and same-shape matrices as batches: the bookkeeping between a
+model's tensors and (B, m, n).
 
-Matrices of one shape share a batch, so that orthonormalising many of them is a few kernels and no Python loop. Between
-gradients and batch, small matrices are moved together; from `LARGE` elements on, where one operation takes longer than
-Python needs to start it, each is added and decoded directly, which saves a pass over memory. What a matrix gives does
-not depend on its batch.
+Matrices of one shape share a batch, so that orthonormalising many of them is a few
+kernels and no Python loop. Between gradients and batch, small matrices are moved
+together; from `LARGE` elements on, where one operation takes longer than Python needs
+to start it, each is added and decoded directly, which saves a pass over memory. What a
+matrix gives does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ import torch
 from torch import Tensor
 
 from lowrank_comm.communication.intra_node import IntraNodeGroup
-from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, columns_in_memory
+from lowrank_comm.compressors.base import (
+    Compressor,
+    Context,
+    Delta,
+    LowRank,
+    Result,
+    State,
+    columns_in_memory,
+)
 from lowrank_comm.error_feedback.ef21 import EF21
 from lowrank_comm.error_feedback.memory import LARGE, ErrorMemory, row_blocks
 from lowrank_comm.error_feedback.options import ErrorFeedback
@@ -26,14 +36,15 @@ from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
 
-CHUNK = 1 << 21  # elements of a batch at most: 8 MB in float32, so that it stays in a cache from one operation to the next
-
-
+# elements of a batch at most: 8 MB in float32, so that it stays in a cache from one
+# operation to the next
+CHUNK = 1 << 21
 
 
 @dataclass
 class Batch:
-    """B matrices of one shape and rank, with their error memory and the compressor's state.
+    """B matrices of one shape and rank, with their error memory and the compressor's
+    state.
 
     Attributes:
         slots: places in the list of gradients.
@@ -66,7 +77,9 @@ class Batch:
 
     @property
     def tracks(self) -> bool:
-        """Whether what is applied is an estimate that all know, of which the step's message is the change (EF21)."""
+        """Whether what is applied is an estimate that all know, of which the step's
+        message is the change (EF21).
+        """
         return isinstance(self.compressor, EF21)
 
     @property
@@ -74,13 +87,21 @@ class Batch:
         """Whether what is sent is P Q_i^T with P orthonormal and Q_i = Delta_i^T P."""
         return self.compressor.projects
 
-    def delta(self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None) -> Delta:
-        """Delta = g / scale + e of all matrices, or of `rows`; zero in place of a missing g. Valid until the next step."""
+    def delta(
+        self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None
+    ) -> Delta:
+        """Delta = g / scale + e of all matrices, or of `rows`; zero in place of a
+        missing g. Valid until the next step.
+        """
         work, error = self._workspace(), self.memory.on(self.device)
         slots = self.slots
         if rows is not None:
-            work, error, slots = work.new_empty(len(rows), self.m, self.n), error[rows], tuple(slots[row] for row in rows)
-        parts = [None if grads[k] is None else self._as_matrix(grads[k], error.dtype) for k in slots]
+            work = work.new_empty(len(rows), self.m, self.n)
+            error = error[rows]
+            slots = tuple(slots[row] for row in rows)
+        parts = [
+            None if grads[k] is None else self._as_matrix(grads[k], error.dtype) for k in slots
+        ]
         if self.m * self.n >= LARGE:
             return LazyDelta(work, error, parts, scale)
         zero = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.m, self.n)
@@ -91,22 +112,34 @@ class Batch:
         return Delta(torch.add(error, work, alpha=1.0 / scale, out=work))
 
     def _as_matrix(self, grad: Tensor | None, other: torch.dtype) -> Tensor:
-        """The gradient as (m, n), in a dtype whose sum with the error memory is formed in the computation's dtype."""
+        """The gradient as (m, n), in a dtype whose sum with the error memory is formed
+        in the computation's dtype.
+        """
         assert grad is not None
         matrix = grad.reshape(self.m, self.n)
-        return matrix if torch.promote_types(matrix.dtype, other) == self.dtype else matrix.to(self.dtype)
+        return (
+            matrix
+            if torch.promote_types(matrix.dtype, other) == self.dtype
+            else matrix.to(self.dtype)
+        )
 
     def _workspace(self) -> Tensor:
-        """Room for Delta. Kept between steps on a CPU only, where fresh pages cost as much as a pass over memory; a GPU's
-        allocator hands them out for nothing, and the room is of use to the backward pass."""
+        """Room for Delta. Kept between steps on a CPU only, where fresh pages cost as
+        much as a pass over memory; a GPU's allocator hands them out for nothing, and
+        the room is of use to the backward pass.
+        """
         if self._work is None:
-            work = torch.empty(len(self.slots), self.m, self.n, dtype=self.dtype, device=self.device)
+            work = torch.empty(
+                len(self.slots), self.m, self.n, dtype=self.dtype, device=self.device
+            )
             if self.device.type != "cpu":
                 return work
             self._work = work
         return self._work
 
-    def write(self, applied: LowRank | Tensor, targets: Sequence[Tensor | None], scale: float) -> None:
+    def write(
+        self, applied: LowRank | Tensor, targets: Sequence[Tensor | None], scale: float
+    ) -> None:
         """Decode into the gradients; None targets are left out."""
         in_place = all(t is None or (t.dtype == self.dtype and t.is_contiguous()) for t in targets)
         if isinstance(applied, LowRank) and scale == 1.0 and self.m * self.n >= LARGE and in_place:
@@ -117,13 +150,26 @@ class Batch:
         dense = applied.dense() if isinstance(applied, LowRank) else applied
         if scale != 1.0:
             dense = dense * scale
-        pairs = [(target, part) for target, part in zip(targets, dense.unbind(0), strict=True) if target is not None]
+        pairs = [
+            (target, part)
+            for target, part in zip(targets, dense.unbind(0), strict=True)
+            if target is not None
+        ]
         if pairs:
-            torch._foreach_copy_([t for t, _ in pairs], [part.reshape(t.shape) for t, part in pairs])
+            torch._foreach_copy_(
+                [t for t, _ in pairs], [part.reshape(t.shape) for t, part in pairs]
+            )
 
     def keep_error(self, delta: Tensor, result: Result, rows: list[int] | None, t: int) -> None:
-        """Commit the error memory of all matrices, or of `rows`: e <- Delta - sent. `delta` may be overwritten."""
-        if delta is self._work and result.kept is None and isinstance(result.sent, LowRank) and rows is None:
+        """Commit the error memory of all matrices, or of `rows`: e <- Delta - sent.
+        `delta` may be overwritten.
+        """
+        if (
+            delta is self._work
+            and result.kept is None
+            and isinstance(result.sent, LowRank)
+            and rows is None
+        ):
             free = self.memory.exchange(delta, result.sent)
             if free is not None:
                 self._work = free
@@ -132,7 +178,11 @@ class Batch:
 
     def rows_of_state(self, rows: list[int] | None) -> State:
         """State of some matrices, or of all."""
-        return self.state if rows is None else {symbol: tensor[rows] for symbol, tensor in self.state.items()}
+        return (
+            self.state
+            if rows is None
+            else {symbol: tensor[rows] for symbol, tensor in self.state.items()}
+        )
 
     def store_state(self, rows: list[int] | None, state: State) -> None:
         """Take over the next state of some matrices, or of all."""
@@ -144,9 +194,13 @@ class Batch:
 
 
 class LazyDelta(Delta):
-    """Delta of large matrices, formed within its first product, block of rows by block, while a block is in the cache."""
+    """Delta of large matrices, formed within its first product, block of rows by block,
+    while a block is in the cache.
+    """
 
-    def __init__(self, work: Tensor, error: Tensor, gradients: Sequence[Tensor | None], scale: float) -> None:
+    def __init__(
+        self, work: Tensor, error: Tensor, gradients: Sequence[Tensor | None], scale: float
+    ) -> None:
         super().__init__(work)
         self._error: Tensor | None = error
         self._gradients, self._scale, self._formed = gradients, scale, False
@@ -180,7 +234,8 @@ class LazyDelta(Delta):
             torch.add(error, gradient[block], alpha=1.0 / self._scale, out=self._tensor[row, block])
 
     def _done(self) -> None:
-        # An offloaded memory is here as a copy as large as the model; it must not live until the commit.
+        # An offloaded memory is here as a copy as large as the model; it must not live
+        # until the commit.
         self._formed, self._gradients, self._error = True, (), None
 
 
@@ -194,11 +249,13 @@ def build_batches(
     intra_node: IntraNodeGroup,
     indices: Sequence[int],
 ) -> list[Batch]:
-    """Group the parameters that are given to a compressor by scheme, shape, rank, dtype and device, in slot order.
+    """Group the parameters that are given to a compressor by scheme, shape, rank, dtype
+    and device, in slot order.
 
     Args:
         slots, treatments: the parameters and what the policy decided.
-        scheme_of: treatment -> (the compressor, with what is around it, how errors are kept).
+        scheme_of: treatment -> (the compressor, with what is around it, how errors are
+            kept).
         seed: of the draws.
         worker: this worker's number, for private draws.
         initial_basis: parameter name -> Q (n x r).
@@ -215,46 +272,88 @@ def build_batches(
     for k in indices:
         slot, treatment = slots[k], treatments[k]
         if treatment.batched:
-            key = (treatment.scheme, treatment.m, treatment.n, treatment.rank, slot.compute_dtype, slot.device)
+            key = (
+                treatment.scheme,
+                treatment.m,
+                treatment.n,
+                treatment.rank,
+                slot.compute_dtype,
+                slot.device,
+            )
             groups.setdefault(key, []).append(k)
     batches = []
     for members in groups.values():
-        largest = slots[members[0]].block(intra_node, 0)  # not this rank's own: the grouping is the same on all ranks of a node
+        # not this rank's own: the grouping is the same on all ranks of a node
+        largest = slots[members[0]].block(intra_node, 0)
         together = max(1, CHUNK // max(1, math.prod(largest)))
         for start in range(0, len(members), together):
             chosen = tuple(members[start : start + together])
             slot, treatment = slots[chosen[0]], treatments[chosen[0]]
             m, n, rank, dtype = treatment.m, treatment.n, treatment.rank, slot.compute_dtype
-            rows = slot.numel // n  # of a block of a whole matrix, fewer than m
+            # of a block of a whole matrix, fewer than m
+            rows = slot.numel // n
             compressor, error_feedback = scheme_of(treatment)
             names = tuple(slots[k].name for k in chosen)
             memory = ErrorMemory(error_feedback, names, rows, n, dtype, slot.device, seed, worker)
             like = torch.empty(0, dtype=dtype, device=slot.device)
-            context = Context(names, -1, seed, rank, m=m, rows=intra_node.block(m) if rows != m else slice(None))
-            state = functools.partial(_initial_state, compressor, context, m, n, like, initial_basis)
+            context = Context(
+                names, -1, seed, rank, m=m, rows=intra_node.block(m) if rows != m else slice(None)
+            )
+            state = functools.partial(
+                _initial_state, compressor, context, m, n, like, initial_basis
+            )
             batches.append(
-                Batch(chosen, names, rows, n, rank, dtype, slot.device, memory, compressor, state, context=context)
+                Batch(
+                    chosen,
+                    names,
+                    rows,
+                    n,
+                    rank,
+                    dtype,
+                    slot.device,
+                    memory,
+                    compressor,
+                    state,
+                    context=context,
+                )
             )
     return batches
 
 
 def _initial_state(
-    compressor: Compressor, context: Context, m: int, n: int, like: Tensor, initial_basis: Mapping[str, Tensor]
+    compressor: Compressor,
+    context: Context,
+    m: int,
+    n: int,
+    like: Tensor,
+    initial_basis: Mapping[str, Tensor],
 ) -> State:
-    """The compressor's state before the first step, with the given bases in the place of drawn ones."""
+    """The compressor's state before the first step, with the given bases in the place
+    of drawn ones.
+    """
     state = compressor.initial_state(context, m, n, like)
     for row, name in enumerate(context.names):
         if name in initial_basis:
             if "Q" not in state:
-                raise ConfigError(f"initial_basis names {name!r}, but {compressor.json_name} has no Q; leave it out.")
-            state["Q"][row] = _checked_basis(name, initial_basis[name], n, context.rank, context, state["Q"][row])
+                raise ConfigError(
+                    f"initial_basis names {name!r}, but {compressor.json_name} has no Q; leave it"
+                    " out."
+                )
+            state["Q"][row] = _checked_basis(
+                name, initial_basis[name], n, context.rank, context, state["Q"][row]
+            )
     return state
 
 
-def _checked_basis(name: str, basis: Tensor, n: int, rank: int, context: Context, like: Tensor) -> Tensor:
+def _checked_basis(
+    name: str, basis: Tensor, n: int, rank: int, context: Context, like: Tensor
+) -> Tensor:
     """A given Q as the compressor keeps it: orthonormal, dead columns replaced."""
     if tuple(basis.shape) != (n, rank):
-        raise ConfigError(f"initial_basis[{name!r}] has shape {tuple(basis.shape)}, Q must be n x r = {n} x {rank}.")
+        raise ConfigError(
+            f"initial_basis[{name!r}] has shape {tuple(basis.shape)}, Q must be n x r = {n} x"
+            f" {rank}."
+        )
     alone = Context((name,), context.t, context.seed, context.rank)
     fill = alone.draw("redraw Q", (n, rank), like)
     return orthonormal_rank_revealing(basis.to(like).unsqueeze(0), fill)[0]

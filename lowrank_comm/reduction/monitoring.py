@@ -1,8 +1,10 @@
-"""Figures to watch while training: as a flat dict for whatever logs (TensorBoard, W&B, Trainer), or as lines of JSON.
+"""Figures to watch while training: as a flat dict for whatever logs (TensorBoard, W&B,
+Trainer), or as lines of JSON.
 
-One definition for all: what the ledger has counted since the last look, as means over the steps between, and the norms of
-the last step. The keys begin with "compression/". Norms are computed when somebody looks, on this worker alone: no figure
-takes a collective.
+One definition for all: what the ledger has counted since the last look, as means over
+the steps between, and the norms of the last step. The keys begin with "compression/".
+Norms are computed when somebody looks, on this worker alone: no figure takes a
+collective.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ PREFIX = "compression/"
 
 
 class Compressing(Protocol):
-    """What has figures: a `CompressedOptimizer`, or what `lowrank_comm.integrations.deepspeed.get(engine)` returns."""
+    """What has figures: a `CompressedOptimizer`, or what
+    `lowrank_comm.integrations.deepspeed.get(engine)` returns.
+    """
 
     @property
     def ledger(self) -> Ledger: ...  # noqa: D102
@@ -72,13 +76,16 @@ class Figures:
         }
 
     def since_last(self) -> dict[str, float]:
-        """The figures since this was last called, or since the start; empty if there was no step.
+        """The figures since this was last called, or since the start; empty if there
+        was no step.
 
         Returns:
-            steps, and how many of them were skipped on all workers (a gradient was not finite); restarts, in matrices;
-            ratio (uncompressed bytes over bytes sent), bytes and collectives a step, `inside_bytes` between the ranks of
-            a node where there are two levels; host milliseconds a step by phase; and of the last step this worker's
-            captured_energy and error_norm (see `diagnostics.StepReport`).
+            steps, and how many of them were skipped on all workers (a gradient was not
+            finite); restarts, in matrices; ratio (uncompressed bytes over bytes sent),
+            bytes and collectives a step, `inside_bytes` between the ranks of a node
+            where there are two levels; host milliseconds a step by phase; and of the
+            last step this worker's captured_energy and error_norm (see
+            `diagnostics.StepReport`).
         """
         totals = self._totals()
         history = {key: value - self._before.get(key, 0) for key, value in totals.items()}
@@ -97,17 +104,23 @@ class Figures:
             "collectives": history["collectives"] / steps,
             "captured_energy": report.captured_energy if report else None,
             "error_norm": report.error_norm if report else None,
-            **{f"ms/{key.removeprefix('seconds/')}": 1e3 * history[key] / steps for key in history if key.startswith("seconds/")},
+            **{
+                f"ms/{key.removeprefix('seconds/')}": 1e3 * history[key] / steps
+                for key in history
+                if key.startswith("seconds/")
+            },
         }
         return {PREFIX + key: float(value) for key, value in found.items() if value is not None}
 
 
 class StepLog:
-    """A file of JSON lines for plain loops: `step`, the figures, and whatever else the loop gives. One process writes.
+    """A file of JSON lines for plain loops: `step`, the figures, and whatever else the
+    loop gives. One process writes.
 
     Args:
         source: a `CompressedOptimizer`, or the adapter of a DeepSpeed engine.
-        path: the file; lines are added to one that is there, so that a resumed run goes on with it.
+        path: the file; lines are added to one that is there, so that a resumed run goes
+            on with it.
         every: a line every so many calls of `write`.
 
     Raises:
@@ -123,7 +136,10 @@ class StepLog:
 
     def __init__(self, source: Compressing, path: str | Path, every: int = 1) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ConfigError(f"StepLog: every must be an integer of at least 1, got {every!r}; write for example every=10.")
+            raise ConfigError(
+                f"StepLog: every must be an integer of at least 1, got {every!r}; write for example"
+                " every=10."
+            )
         self._source, self._figures, self._every, self._calls = source, Figures(source), every, 0
         self._file = None
         if source.reducer.is_writer:
@@ -134,7 +150,8 @@ class StepLog:
         """Once a step, on all workers: adds a line if it is due.
 
         Args:
-            more: further entries of the line, such as loss=loss; tensors of one element become numbers.
+            more: further entries of the line, such as loss=loss; tensors of one element
+                become numbers.
         """
         self._calls += 1
         if self._file is None or self._calls % self._every:
@@ -152,9 +169,16 @@ class StepLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def _plain(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.item() if isinstance(value, Tensor) else value for key, value in entries.items()}
+    return {
+        key: value.item() if isinstance(value, Tensor) else value for key, value in entries.items()
+    }

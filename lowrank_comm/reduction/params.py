@@ -1,4 +1,6 @@
-"""One parameter as this rank holds it: name, shape, dtype, device, and its block of rows."""
+"""One parameter as this rank holds it: name, shape, dtype, device, and its block of
+rows.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class ParamInfo:
         shape: of what this rank holds.
         dtype: of its gradient.
         device: of the computation.
-        whole: shape of the whole parameter, of which the ranks of a node hold blocks; None where this is all of it.
+        whole: shape of the whole parameter, of which the ranks of a node hold blocks;
+            None where this is all of it.
         dim: along which it is cut into blocks.
     """
 
@@ -36,7 +39,9 @@ class ParamInfo:
         return math.prod(self.shape)
 
     def block(self, intra_node: IntraNodeGroup, rank: int) -> tuple[int, ...]:
-        """Shape of the block that rank `rank` of the node holds; rank 0 holds the largest."""
+        """Shape of the block that rank `rank` of the node holds; rank 0 holds the
+        largest.
+        """
         if self.whole is None:
             return self.shape
         held = intra_node.block(self.whole[self.dim], rank)

@@ -1,4 +1,6 @@
-"""The plan: what a step will send, how many bytes that is, and what it costs in memory, before the first step."""
+"""The plan: what a step will send, how many bytes that is, and what it costs in memory,
+before the first step.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,13 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-
-
 @dataclass(frozen=True)
 class PlanRow:
-    """One parameter of the plan: its treatment, its rank, what an ordinary step and one with a restart send, and why.
+    """One parameter of the plan: its treatment, its rank, what an ordinary step and one
+    with a restart send, and why.
 
-    `plain_bytes`: what an ordinary step would send if it were not coded or sent row by row.
+    `plain_bytes`: what an ordinary step would send if it were not coded or sent row by
+    row.
     """
 
     name: str
@@ -59,20 +61,24 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is going to happen, computed before the first step from names and shapes alone.
+    """What is going to happen, computed before the first step from names and shapes
+    alone.
 
     Attributes:
         rows: one for each parameter.
         compressor: its settings as text.
         workers: number of workers.
         restart_every: tau, or None.
-        error_bytes: of the error memory on this worker, and of what EF21 keeps in its place.
-        workspace_bytes: of Delta and of the packets, held from the pass to its commit, in an ordinary step.
+        error_bytes: of the error memory on this worker, and of what EF21 keeps in its
+            place.
+        workspace_bytes: of Delta and of the packets, held from the pass to its commit,
+            in an ordinary step.
         restart_workspace_bytes: the same where all matrices restart.
         idle_rules: patterns that match no parameter.
         notes: further lines from the engine.
         engine: what runs the model.
-        ranks_in_a_node: F, of which one worker consists; the rows are of whole parameters, bytes are those of a node.
+        ranks_in_a_node: F, of which one worker consists; the rows are of whole
+            parameters, bytes are those of a node.
         shard_scope: "shard" or "matrix", where F > 1.
     """
 
@@ -104,7 +110,9 @@ class Plan:
 
     @property
     def uncompressed_bytes(self) -> int:
-        """What an uncompressed all-reduce of the gradients carries, in their own dtypes."""
+        """What an uncompressed all-reduce of the gradients carries, in their own
+        dtypes.
+        """
         return sum(row.numel * row.bytes_per_element for row in self.rows)
 
     def __str__(self) -> str:
@@ -117,39 +125,61 @@ class Plan:
         plain = sum(row.plain_bytes for row in self.rows)
         coded = ""
         if plain > self.step_bytes:
-            coded = f"; without codes it would be {human_bytes(plain)} ({self.uncompressed_bytes / plain:.1f}x)"
+            coded = (
+                f"; without codes it would be {human_bytes(plain)}"
+                f" ({self.uncompressed_bytes / plain:.1f}x)"
+            )
         restarts = ""
         if self.restart_every and self.average_bytes:
             restarts = (
-                f"; {human_bytes(self.average_bytes)} on average with restarts every {self.restart_every} steps"
-                f" ({self.uncompressed_bytes / self.average_bytes:.1f}x)"
+                f"; {human_bytes(self.average_bytes)} on average with restarts every"
+                f" {self.restart_every} steps ({self.uncompressed_bytes / self.average_bytes:.1f}x)"
             )
         peak = ""
         if self.restart_workspace_bytes > self.workspace_bytes:
-            peak = f", {human_bytes(self.restart_workspace_bytes)} in a step that restarts all matrices"
+            peak = (
+                f", {human_bytes(self.restart_workspace_bytes)} in a step that restarts all"
+                " matrices"
+            )
         lines = [
-            f"lowrank_comm: {self.compressor} over {self._who()}" + (f", {self.engine}" if self.engine else ""),
-            f"  low-rank: {counted(len(low), 'matrix', 'matrices')}, {human_bytes(full_low)} of gradients -> "
-            f"{human_bytes(sent_low)} a step" + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
+            f"lowrank_comm: {self.compressor} over {self._who()}"
+            + (f", {self.engine}" if self.engine else ""),
+            f"  low-rank: {counted(len(low), 'matrix', 'matrices')}, {human_bytes(full_low)} of"
+            f" gradients -> {human_bytes(sent_low)} a step"
+            + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
             f"  dense:    {counted(len(dense), 'parameter')}, {human_bytes(sent_dense)} a step",
             *self._of_other_schemes(other),
-            f"  whole model: {human_bytes(self.uncompressed_bytes)} -> {human_bytes(self.step_bytes)} an ordinary step"
+            f"  whole model: {human_bytes(self.uncompressed_bytes)} ->"
+            f" {human_bytes(self.step_bytes)} an ordinary step"
             + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
             + restarts
             + coded,
-            f"  memory on this {'rank' if many else 'worker'}: error memory {human_bytes(self.error_bytes)}, "
-            f"and {human_bytes(self.workspace_bytes)} while a step is open{peak}",
+            (
+                f"  memory on this {'rank' if many else 'worker'}: error memory"
+                f" {human_bytes(self.error_bytes)}, and {human_bytes(self.workspace_bytes)} while a"
+                f" step is open{peak}"
+            ),
         ]
         lines += self._cap(sent_dense)
         cut = sum("cut to" in row.reason for row in low)
         if cut:
             lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
         if self.ranks_in_a_node > 1:
-            what = "each block of rows is compressed alone" if self.shard_scope == "shard" else "whole matrices, in blocks"
-            lines.append(f'  bytes are those of a node, between nodes; shard_scope="{self.shard_scope}": {what}')
+            what = (
+                "each block of rows is compressed alone"
+                if self.shard_scope == "shard"
+                else "whole matrices, in blocks"
+            )
+            lines.append(
+                f'  bytes are those of a node, between nodes; shard_scope="{self.shard_scope}":'
+                f" {what}"
+            )
         if self.workers == 1:
             who = "node" if many else "worker"
-            lines.append(f"  one {who}: gradients are compressed all the same, and what is called sent would be sent")
+            lines.append(
+                f"  one {who}: gradients are compressed all the same, and what is called sent would"
+                " be sent"
+            )
         lines += [f"  rule {pattern!r} matches no parameter" for pattern in self.idle_rules]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
@@ -161,7 +191,10 @@ class Plan:
             full = human_bytes(sum(row.numel * row.bytes_per_element for row in own))
             sent = human_bytes(sum(row.bytes for row in own))
             at_most = "at most " if scheme == "row_sparse" else ""
-            lines.append(f"  {scheme}: {counted(len(own), 'parameter')}, {full} of gradients -> {at_most}{sent} a step")
+            lines.append(
+                f"  {scheme}: {counted(len(own), 'parameter')}, {full} of gradients ->"
+                f" {at_most}{sent} a step"
+            )
         return lines
 
     def _who(self) -> str:
@@ -170,14 +203,21 @@ class Plan:
         return f"{counted(self.workers, 'node')} of {self.ranks_in_a_node} ranks"
 
     def _cap(self, sent_dense: float) -> list[str]:
-        """The parameters that set the ceiling of the ratio, if what stays dense is more than a fifth of what is sent."""
-        dense = sorted((row for row in self.rows if row.scheme == "dense"), key=lambda row: -row.elements)
+        """The parameters that set the ceiling of the ratio, if what stays dense is more
+        than a fifth of what is sent.
+        """
+        dense = sorted(
+            (row for row in self.rows if row.scheme == "dense"), key=lambda row: -row.elements
+        )
         if not self.step_bytes or sent_dense < 0.2 * self.step_bytes or not dense:
             return []
         names = ", ".join(f"{row.name} ({row.reason})" for row in dense[:3])
         if len(dense) == len(self.rows):
             return [f"  nothing is compressed; the largest: {names}"]
-        return [f"  the ratio is capped by what stays dense, {sent_dense / self.step_bytes:.0%} of the bytes: {names}"]
+        return [
+            f"  the ratio is capped by what stays dense, {sent_dense / self.step_bytes:.0%} of the"
+            f" bytes: {names}"
+        ]
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
@@ -198,7 +238,9 @@ def make_plan(
     of_the_node: Sequence[Sequence[Treatment]],
     intra_node: IntraNodeGroup,
 ) -> Plan:
-    """The plan of a reducer; see `diagnostics.Plan`. treatments: of what this rank holds; of_the_node: of all blocks."""
+    """The plan of a reducer; see `diagnostics.Plan`. treatments: of what this rank
+    holds; of_the_node: of all blocks.
+    """
 
     def in_a_restart(treatment: Treatment) -> int:
         if not treatment.low_rank:
@@ -207,7 +249,8 @@ def make_plan(
 
     def row(slot: ParamInfo, parts: Sequence[Treatment]) -> PlanRow:
         largest, shape = parts[0], slot.whole or slot.shape
-        elements, restart = sum(part.elements for part in parts), sum(in_a_restart(part) for part in parts)
+        elements = sum(part.elements for part in parts)
+        restart = sum(in_a_restart(part) for part in parts)
         wire = (wire_dtype or slot.compute_dtype).itemsize
         codes = FORMATS.get(largest.scheme)
         sent, in_restart = float(elements * wire), float(restart * wire)
@@ -215,9 +258,12 @@ def make_plan(
         if codes is not None:
             sent = in_restart = float(sum(codes.bytes(part.elements) for part in parts))
         elif largest.low_rank:
-            gathered = workers / 2 if compressor.gathers and workers > 1 else 1.0  # see `communication.ledger`
-            factors, of_restarts = quantization.format_of("factors"), quantization.format_of("restart")
-            sent = (factors.bytes(elements) if factors else sent) * gathered  # nearly: P and Q fill blocks of their own
+            # see `communication.ledger`
+            gathered = workers / 2 if compressor.gathers and workers > 1 else 1.0
+            factors = quantization.format_of("factors")
+            of_restarts = quantization.format_of("restart")
+            # nearly: P and Q fill blocks of their own
+            sent = (factors.bytes(elements) if factors else sent) * gathered
             in_restart = (of_restarts.bytes(restart) if of_restarts else in_restart) * gathered
             plain *= gathered
         return PlanRow(
@@ -237,19 +283,34 @@ def make_plan(
         )
 
     rows = tuple(row(slot, parts) for slot, parts in zip(slots, of_the_node, strict=True))
-    described = {key: value for key, value in compressor.describe().items() if key != "compressor" and value is not None}
+    described = {
+        key: value
+        for key, value in compressor.describe().items()
+        if key != "compressor" and value is not None
+    }
     settings = ", ".join(f"{key}={value}" for key, value in described.items())
     delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
 
     kept = sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept)
-    estimates = (t for batch in batches if batch.tracks for symbol, t in batch.state.items() if symbol in EF21.symbols)
+    estimates = (
+        t
+        for batch in batches
+        if batch.tracks
+        for symbol, t in batch.state.items()
+        if symbol in EF21.symbols
+    )
 
     def packets(restart: bool) -> int:
-        """Held at most: the buffer on the wire; if it is narrower, also the own part of it, and both again at full width."""
+        """Held at most: the buffer on the wire; if it is narrower, also the own part of
+        it, and both again at full width.
+        """
         total = 0
         for row, slot, treatment in zip(rows, slots, treatments, strict=True):
-            elements, full = in_a_restart(treatment) if restart else treatment.elements, slot.compute_dtype.itemsize
-            total += elements * (row.wire_bytes if row.wire_bytes >= full else 2 * (row.wire_bytes + full))
+            elements = in_a_restart(treatment) if restart else treatment.elements
+            full = slot.compute_dtype.itemsize
+            total += elements * (
+                row.wire_bytes if row.wire_bytes >= full else 2 * (row.wire_bytes + full)
+            )
         return total // intra_node.size if intra_node.whole_matrices else total
 
     return Plan(

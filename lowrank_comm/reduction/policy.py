@@ -1,12 +1,14 @@
-"""Which parameter is compressed and which travels dense, and why: the first matching rule wins, then the rate decides.
+"""Which parameter is compressed and which travels dense, and why: the first matching
+rule wins, then the rate decides.
 
-A tensor of two or more dimensions is seen as a matrix (shape[0], -1), in its own orientation. Its rank r is cut to
-min(m, n). It is compressed when
+A tensor of two or more dimensions is seen as a matrix (shape[0], -1), in its own
+orientation. Its rank r is cut to min(m, n). It is compressed when
 
     m n / (elements sent) > min_compression_rate            for PowerSGD: m n / (r (m + n))
 
-and goes dense otherwise: the term and the default of PyTorch's hook. A rate of 0 compresses every matrix. Embeddings are
-matrices like others. Tensors of fewer dimensions, and empty ones, are dense. What is dense may travel as codes
+and goes dense otherwise: the term and the default of PyTorch's hook. A rate of 0
+compresses every matrix. Embeddings are matrices like others. Tensors of fewer
+dimensions, and empty ones, are dense. What is dense may travel as codes
 (`quantization.dense`, or a rule), and an embedding row by row, by rule.
 """
 
@@ -32,14 +34,17 @@ class Rule:
     """An exception to the policy for parameters whose name matches.
 
     Args:
-        match: shell-style pattern of the whole parameter name, e.g. "*.embed_tokens.weight" or "lm_head.*".
-        treatment: "dense" (in the wire dtype), "low_rank" (whatever the rate), "int8", "int4" or "sign" (as codes, with
-            error feedback), "row_sparse" (only rows that are not zero; exact), or None to leave that to the rate.
+        match: shell-style pattern of the whole parameter name, e.g.
+            "*.embed_tokens.weight" or "lm_head.*".
+        treatment: "dense" (in the wire dtype), "low_rank" (whatever the rate), "int8",
+            "int4" or "sign" (as codes, with error feedback), "row_sparse" (only rows
+            that are not zero; exact), or None to leave that to the rate.
         rank: rank of these parameters, or None for the compressor's.
         min_compression_rate: rate of these parameters, or None for the general one.
 
     Raises:
-        ConfigError: an unknown treatment, a bad rank or rate, or a rank for something that goes dense.
+        ConfigError: an unknown treatment, a bad rank or rate, or a rank for something
+            that goes dense.
     """
 
     match: str
@@ -50,18 +55,24 @@ class Rule:
     def __post_init__(self) -> None:
         where = f"rules[match={self.match!r}]"
         if not isinstance(self.match, str):
-            raise ConfigError(f'{where}: match must be a pattern of parameter names such as "lm_head.*".')
+            raise ConfigError(
+                f'{where}: match must be a pattern of parameter names such as "lm_head.*".'
+            )
         if self.treatment not in (None, *TREATMENTS):
             raise ConfigError(
-                f"{where}.treatment={self.treatment!r} is unknown; use {', '.join(map(repr, TREATMENTS))}, or null."
+                f"{where}.treatment={self.treatment!r} is unknown; use"
+                f" {', '.join(map(repr, TREATMENTS))}, or null."
             )
         if self.rank is not None:
             checked_positive_int(where, "rank", self.rank)
         if self.min_compression_rate is not None:
             checked_rate(f"{where}.min_compression_rate", self.min_compression_rate)
-        if self.treatment not in (None, "low_rank") and (self.rank is not None or self.min_compression_rate is not None):
+        if self.treatment not in (None, "low_rank") and (
+            self.rank is not None or self.min_compression_rate is not None
+        ):
             raise ConfigError(
-                f"{where}: a parameter that is {self.treatment!r} has no rank or rate; leave them out, or the treatment."
+                f"{where}: a parameter that is {self.treatment!r} has no rank or rate; leave them"
+                " out, or the treatment."
             )
 
     def matches(self, name: str) -> bool:
@@ -70,9 +81,18 @@ class Rule:
 
 
 def checked_rate(key: str, value: object) -> float:
-    """value as a float if it is a finite number >= 0, else a ConfigError that names `key`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{key} must be a number of at least 0 (0 compresses every matrix), got {value!r}.")
+    """value as a float if it is a finite number >= 0, else a ConfigError that names
+    `key`.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value < 0
+    ):
+        raise ConfigError(
+            f"{key} must be a number of at least 0 (0 compresses every matrix), got {value!r}."
+        )
     return float(value)
 
 
@@ -82,7 +102,8 @@ class Treatment:
 
     Attributes:
         scheme: "low_rank", "dense", a format of `quantization`, or "row_sparse".
-        m, n: the matrix it is seen as; (numel, 1) where it is none and goes dense, (1, numel) where it has codes.
+        m, n: the matrix it is seen as; (numel, 1) where it is none and goes dense, (1,
+            numel) where it has codes.
         rank: r after the cut to min(m, n); 0 where it is not low-rank.
         elements: what a worker hands to the collectives for it in an ordinary step.
         reason: why, for the plan.
@@ -135,8 +156,11 @@ class Policy:
         def dense(reason: str) -> Treatment:
             if self.codes is None or not numel:
                 return Treatment("dense", numel, 1, 0, numel, reason)
-            if FORMATS[self.codes].bytes(numel) >= 4 * numel:  # a block is longer than these few numbers in float32
-                return Treatment("dense", numel, 1, 0, numel, f"{reason}, shorter than as {self.codes}")
+            # a block is longer than these few numbers in float32
+            if FORMATS[self.codes].bytes(numel) >= 4 * numel:
+                return Treatment(
+                    "dense", numel, 1, 0, numel, f"{reason}, shorter than as {self.codes}"
+                )
             return coded(self.codes, f"{reason}, as {self.codes}")
 
         def coded(codes: str, reason: str) -> Treatment:
@@ -151,7 +175,8 @@ class Policy:
             return coded(asked, f"{because}: {asked}")
         if asked == "row_sparse" and len(shape) != 2:
             raise ConfigError(
-                f"{because} asks for row_sparse, but {name} has the shape {tuple(shape)} and no rows; match matrices only."
+                f"{because} asks for row_sparse, but {name} has the shape {tuple(shape)} and no"
+                " rows; match matrices only."
             )
         if asked == "row_sparse":
             return Treatment("row_sparse", shape[0], shape[1], 0, numel, f"{because}: row_sparse")
@@ -167,15 +192,19 @@ class Policy:
         if rule and rule.min_compression_rate is not None:
             rate = rule.min_compression_rate
         if asked != "low_rank" and not numel / elements > rate:
-            return dense(f"rate {numel / elements:.2f} is not above {rate:g}" + (f" ({because})" if rule else ""))
+            return dense(
+                f"rate {numel / elements:.2f} is not above {rate:g}"
+                + (f" ({because})" if rule else "")
+            )
         cut = f"rank {wanted} cut to {r}" if r < wanted else ""
         return Treatment("low_rank", m, n, r, elements, ", ".join(filter(None, (because, cut))))
 
     def treat_block(self, name: str, shape: Sequence[int], largest: Sequence[int]) -> Treatment:
-        """Treatment of one of several blocks of a parameter, each of which is a matrix of its own.
+        """Treatment of one of several blocks of a parameter, each of which is a matrix
+        of its own.
 
-        The largest block decides between low-rank and dense, so that all ranks decide alike; rank and elements are the
-        block's own.
+        The largest block decides between low-rank and dense, so that all ranks decide
+        alike; rank and elements are the block's own.
         """
         decided = self.treat(name, largest)
         numel = math.prod(shape)
@@ -191,11 +220,17 @@ class Policy:
         return Treatment("low_rank", m, n, r, self.compressor.elements(m, n, r), decided.reason)
 
     def idle_rules(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Patterns of rules that match none of the names: perhaps a typo, perhaps another model's parameters."""
-        return tuple(rule.match for rule in self.rules if not any(rule.matches(name) for name in names))
+        """Patterns of rules that match none of the names: perhaps a typo, perhaps
+        another model's parameters.
+        """
+        return tuple(
+            rule.match for rule in self.rules if not any(rule.matches(name) for name in names)
+        )
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name, for the comparison between workers and for checkpoints."""
+        """Plain settings by name, for the comparison between workers and for
+        checkpoints.
+        """
         return {
             **self.compressor.describe(),
             "min_compression_rate": float(self.min_compression_rate),
@@ -206,4 +241,6 @@ class Policy:
         """The compressor of a parameter that is given to one."""
         if treatment.low_rank:
             return self.compressor
-        return RowSparse() if treatment.scheme == "row_sparse" else Quantized(codes=treatment.scheme)
+        return (
+            RowSparse() if treatment.scheme == "row_sparse" else Quantized(codes=treatment.scheme)
+        )

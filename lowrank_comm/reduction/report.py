@@ -1,4 +1,6 @@
-"""The report of a step, and the record of a pass that it is made from; norms are computed only when they are read."""
+"""The report of a step, and the record of a pass that it is made from; norms are
+computed only when they are read.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,25 @@ class StepReport:
 
     Attributes:
         step: t, from 0; a vetoed pass repeats the t of the next one.
-        applied: False if some worker's gradient was not finite: nothing was changed anywhere.
+        applied: False if some worker's gradient was not finite: nothing was changed
+            anywhere.
         bytes: kind -> bytes handed to collectives (kinds: see `communication.ledger`).
         collectives: how many collectives that took.
-        uncompressed_bytes: what an uncompressed all-reduce of the gradients would have carried, in their own dtypes.
+        uncompressed_bytes: what an uncompressed all-reduce of the gradients would have
+            carried, in their own dtypes.
         restarts: matrices that restarted.
-        captured_energy: ||sent||^2 / ||Delta||^2 over this worker's compressed matrices, in [0, 1]; None without any.
-        error_norm: Frobenius norm of this worker's whole error memory after the step; None without any.
-        seconds: host seconds in "compress", "communicate", "decompress", "commit". On CUDA, kernels run later than
-            the host; these are then the times to launch them, and waiting shows up where the host waits.
-        inside_bytes: kind -> bytes handed to collectives between the ranks of a node, where there are two levels; what an
-            engine sends there by itself (FSDP's reduce-scatter) is not in it.
-        surplus_bytes: what gathers carry beyond an all-reduce of the same payload; see `communication.ledger`.
+        captured_energy: ||sent||^2 / ||Delta||^2 over this worker's compressed
+            matrices, in [0, 1]; None without any.
+        error_norm: Frobenius norm of this worker's whole error memory after the step;
+            None without any.
+        seconds: host seconds in "compress", "communicate", "decompress", "commit". On
+            CUDA, kernels run later than the host; these are then the times to launch
+            them, and waiting shows up where the host waits.
+        inside_bytes: kind -> bytes handed to collectives between the ranks of a node,
+            where there are two levels; what an engine sends there by itself (FSDP's
+            reduce-scatter) is not in it.
+        surplus_bytes: what gathers carry beyond an all-reduce of the same payload; see
+            `communication.ledger`.
     """
 
     step: int
@@ -54,7 +63,11 @@ class StepReport:
     @property
     def ratio(self) -> float:
         """Uncompressed bytes over bytes sent in this step, with the surplus of gathers."""
-        return self.uncompressed_bytes / (self.total_bytes + self.surplus_bytes) if self.total_bytes else 1.0
+        return (
+            self.uncompressed_bytes / (self.total_bytes + self.surplus_bytes)
+            if self.total_bytes
+            else 1.0
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON lines."""
@@ -83,19 +96,35 @@ class PassRecord:
     _made: StepReport | None = None
 
     def enter(self, batch: Batch, rows: list[int] | None, delta: Tensor, result: Result) -> None:
-        """Keep what norms are computed from, if somebody asks: small factors, or the norm itself of what is large."""
-        if batch.tracks:  # what is applied is an estimate, of which only the change was sent
+        """Keep what norms are computed from, if somebody asks: small factors, or the
+        norm itself of what is large.
+        """
+        # what is applied is an estimate, of which only the change was sent
+        if batch.tracks:
             return
         if isinstance(result.sent, LowRank):
-            sent = result.sent.q if batch.projects and batch.context.m == batch.m else _norm_of_product(result.sent)
+            sent = (
+                result.sent.q
+                if batch.projects and batch.context.m == batch.m
+                else _norm_of_product(result.sent)
+            )
         else:
             sent = _norm_of(result.sent)
-        follows = result.kept is None and batch.context.m == batch.m and batch.memory.kept and batch.projects
+        follows = (
+            result.kept is None
+            and batch.context.m == batch.m
+            and batch.memory.kept
+            and batch.projects
+        )
         self.parts.append(_Part(batch, rows, sent, None if follows else _norm_of(delta)))
 
     def report(self, batches: Sequence[Batch]) -> StepReport:
         """The report, made once."""
-        if self._made is None or self._made.applied != self.applied or len(self._made.seconds) != len(self.stats.seconds):
+        if (
+            self._made is None
+            or self._made.applied != self.applied
+            or len(self._made.seconds) != len(self.stats.seconds)
+        ):
             captured, norm = self._energy(batches)
             self._made = StepReport(
                 self.step,
@@ -115,9 +144,11 @@ class PassRecord:
     def _energy(self, batches: Sequence[Batch]) -> tuple[float | None, float | None]:
         """Captured share of this worker's Delta, and the norm of its error memory.
 
-        What is sent by the PowerSGD family is a projection of Delta, so ||Delta||^2 = ||sent||^2 + ||e||^2, unless what is
-        kept is another thing than Delta - sent; and ||P Q_i^T|| = ||Q_i||. Of a block of rows of a whole matrix's
-        projection neither holds, nor of other schemes: there the norms are formed when the step is committed.
+        What is sent by the PowerSGD family is a projection of Delta, so ||Delta||^2 =
+        ||sent||^2 + ||e||^2, unless what is kept is another thing than Delta - sent;
+        and ||P Q_i^T|| = ||Q_i||. Of a block of rows of a whole matrix's projection
+        neither holds, nor of other schemes: there the norms are formed when the step is
+        committed.
         """
         kept = [batch for batch in batches if batch.memory.kept]
         if not batches:
@@ -132,7 +163,9 @@ class PassRecord:
 
 @dataclass
 class _Part:
-    """What one worker sent of some matrices of a batch (all, if rows is None), and ||Delta|| where it does not follow."""
+    """What one worker sent of some matrices of a batch (all, if rows is None), and
+    ||Delta|| where it does not follow.
+    """
 
     batch: Batch
     rows: list[int] | None
@@ -144,7 +177,9 @@ class _Part:
         if self.delta_norm is not None:
             return float(self.delta_norm) ** 2
         memory = self.batch.memory.tensor
-        return _norm(self.sent) ** 2 + _norm(memory if self.rows is None else memory[self.rows]) ** 2
+        return (
+            _norm(self.sent) ** 2 + _norm(memory if self.rows is None else memory[self.rows]) ** 2
+        )
 
 
 def _norm_of_product(sent: LowRank) -> Tensor:
@@ -159,5 +194,3 @@ def _norm(tensor: Tensor) -> float:
 
 def _norm_of(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64)
-
-

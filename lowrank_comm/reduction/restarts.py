@@ -1,4 +1,6 @@
-"""Which matrices restart in a step: the schedule, and restarts deferred for want of a gradient."""
+"""Which matrices restart in a step: the schedule, and restarts deferred for want of a
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class Restarts:
 
     def __init__(self, schedule: RestartSchedule | None, names: Iterable[str]) -> None:
         self.schedule, self._names = schedule, frozenset(names)
-        self._unsteady: dict[str, RestartHistory] = {}  # of all others the past follows from the step
+        # of all others the past follows from the step
+        self._unsteady: dict[str, RestartHistory] = {}
 
     def of(self, name: str, t: int) -> RestartHistory:
         """What a matrix has behind it before step t."""
@@ -38,15 +41,23 @@ class Restarts:
                 self._set(name, self.of(name, t).after(self.due(name, t), there), t + 1)
 
     def start_anew(self, names: Collection[str], t: int) -> None:
-        """These matrices have nothing behind them; they have missed the restart of step 0, and owe it."""
+        """These matrices have nothing behind them; they have missed the restart of step
+        0, and owe it.
+        """
         owing = t > 0 and self.schedule is not None
         for name in self._names.intersection(names):
-            self._set(name, RestartHistory(deferred=True) if owing else steady(self.schedule, name, t), t)
+            self._set(
+                name, RestartHistory(deferred=True) if owing else steady(self.schedule, name, t), t
+            )
 
     def unsteady(self) -> dict[str, tuple[int, int, bool]]:
-        """Name -> (restarts, age, deferred), to be saved; of matrices that have had a gradient in every step there is nothing
-        to say."""
-        return {name: (history.restarts, history.age, history.deferred) for name, history in sorted(self._unsteady.items())}
+        """Name -> (restarts, age, deferred), to be saved; of matrices that have had a
+        gradient in every step there is nothing to say.
+        """
+        return {
+            name: (history.restarts, history.age, history.deferred)
+            for name, history in sorted(self._unsteady.items())
+        }
 
     def describe(self) -> dict[str, str]:
         """The same in words, to be compared between workers."""
@@ -56,11 +67,15 @@ class Restarts:
         }
 
     def go_on(self, t: int, unsteady: Mapping[str, Sequence[int]]) -> None:
-        """The next step is t, as saved; of all that are not in `unsteady` nothing is deferred."""
+        """The next step is t, as saved; of all that are not in `unsteady` nothing is
+        deferred.
+        """
         self._unsteady = {}
         for name in self._names.intersection(unsteady):
             restarts, age, deferred = unsteady[name]
-            self._set(name, RestartHistory(restarts, age, bool(deferred) and self.schedule is not None), t)
+            self._set(
+                name, RestartHistory(restarts, age, bool(deferred) and self.schedule is not None), t
+            )
 
     def _set(self, name: str, history: RestartHistory, t: int) -> None:
         if history == steady(self.schedule, name, t):

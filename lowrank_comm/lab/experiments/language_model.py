@@ -1,13 +1,16 @@
-"""A language model from nothing under every compressor: Table 3 of the PowerSGD+ paper, at the size of the preset.
+"""A language model from nothing under every compressor: Table 3 of the PowerSGD+ paper,
+at the size of the preset.
 
-Protocol. One model, one text, N workers, AdamW. Stage 0, `tune/...`: every method at `tuning_rank` with every learning
-rate of one grid, on one seed; judged on part 0 of the held-out text. Stage 1, `final/...`: every method at every rank on the
-final seeds, which the tuning has not seen, with the learning rate that its tuning found; judged on part 1. `larger/...`: a
-larger model with the same learning rates, as a check of the order. Runs with one seed share initial weights and batches, so
-methods are compared seed by seed (`comparison`).
+Protocol. One model, one text, N workers, AdamW. Stage 0, `tune/...`: every method at
+`tuning_rank` with every learning rate of one grid, on one seed; judged on part 0 of the
+held-out text. Stage 1, `final/...`: every method at every rank on the final seeds,
+which the tuning has not seen, with the learning rate that its tuning found; judged on
+part 1. `larger/...`: a larger model with the same learning rates, as a check of the
+order. Runs with one seed share initial weights and batches, so methods are compared
+seed by seed (`comparison`).
 
-Under torchrun with as many processes as the preset has workers, each process is a worker of its own; otherwise all of
-them are simulated in one.
+Under torchrun with as many processes as the preset has workers, each process is a
+worker of its own; otherwise all of them are simulated in one.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class Larger(LabSettings):
 
 
 class LanguageModelSettings(LabSettings):
-    """See the module's text. `paper` names the column of the paper's table that stands beside the results."""
+    """See the module's text. `paper` names the column of the paper's table that stands
+    beside the results.
+    """
 
     text: TextSettings = TextSettings()
     workers: int = Field(default=4, ge=1)
@@ -78,13 +83,20 @@ class LanguageModelSettings(LabSettings):
     @model_validator(mode="after")
     def _consistent(self) -> LanguageModelSettings:
         if self.reference not in self.methods or self.methods[self.reference].has_rank:
-            raise ValueError(f"reference={self.reference!r} must be one of the methods, with has_rank: false")
-        unknown = [name for name in (self.larger.methods if self.larger else []) if name not in self.methods]
+            raise ValueError(
+                f"reference={self.reference!r} must be one of the methods, with has_rank: false"
+            )
+        unknown = [
+            name
+            for name in (self.larger.methods if self.larger else [])
+            if name not in self.methods
+        ]
         if unknown:
             raise ValueError(f"larger.methods: {', '.join(unknown)} is none of the methods")
         if self.tuning_seed in self.seeds:
             raise ValueError(
-                f"tuning_seed={self.tuning_seed} is among the seeds; results would be told of what was tuned on"
+                f"tuning_seed={self.tuning_seed} is among the seeds; results would be told of what"
+                " was tuned on"
             )
         return self
 
@@ -97,7 +109,9 @@ class LanguageModel(Experiment):
     Settings = LanguageModelSettings
 
     def cases(self, settings: LanguageModelSettings) -> list[Case]:
-        """Tuning, then the final runs seed by seed, so that a part of them has all methods, then the larger model."""
+        """Tuning, then the final runs seed by seed, so that a part of them has all
+        methods, then the larger model.
+        """
         cases = []
         for name, method in settings.methods.items():
             rank = settings.tuning_rank if method.has_rank else None
@@ -106,7 +120,13 @@ class LanguageModel(Experiment):
                 cases.append(Case(f"tune/{name}/lr{rate:g}", params))
         cases += _grid("final", settings, list(settings.methods), settings.ranks, settings.seeds)
         if settings.larger is not None:
-            cases += _grid("larger", settings, settings.larger.methods, settings.larger.ranks, settings.larger.seeds)
+            cases += _grid(
+                "larger",
+                settings,
+                settings.larger.methods,
+                settings.larger.ranks,
+                settings.larger.seeds,
+            )
         return cases
 
     def stage(self, settings: LanguageModelSettings, case: Case) -> int:
@@ -117,7 +137,8 @@ class LanguageModel(Experiment):
         """A final case gets the learning rate that its method's tuning found.
 
         Raises:
-            ConfigError: a tuning case of the method has not been finished, or all of them diverged.
+            ConfigError: a tuning case of the method has not been finished, or all of
+                them diverged.
         """
         if case.params["part"] == "tune":
             return case
@@ -126,12 +147,15 @@ class LanguageModel(Experiment):
         missing = [rate for rate in settings.learning_rates if rate not in tuned]
         if missing:
             raise ConfigError(
-                f"{case.key} needs the tuning of {method!r}, which lacks the learning rates {missing}: run "
-                f"--only 'tune/{method}/*' first, or see why it failed."
+                f"{case.key} needs the tuning of {method!r}, which lacks the learning rates"
+                f" {missing}: run --only 'tune/{method}/*' first, or see why it failed."
             )
         rate = pages.chosen_rate(tuned)
         if rate is None:
-            raise ConfigError(f"{case.key}: {method!r} diverged at every learning rate of {list(tuned)}; add smaller ones.")
+            raise ConfigError(
+                f"{case.key}: {method!r} diverged at every learning rate of {list(tuned)}; add"
+                " smaller ones."
+            )
         return Case(case.key, case.params | {"learning_rate": rate})
 
     def depends_on(self, settings: LanguageModelSettings, case: Case) -> Any:
@@ -142,24 +166,37 @@ class LanguageModel(Experiment):
             "workers": settings.workers,
             "dtype": settings.dtype,
         }
-        tuning = {"rates": settings.learning_rates, "rank": settings.tuning_rank, "seed": settings.tuning_seed}
+        tuning = {
+            "rates": settings.learning_rates,
+            "rank": settings.tuning_rank,
+            "seed": settings.tuning_seed,
+        }
         return common | {
             "training": _training(settings, part).model_dump(mode="json"),
             "section": method.section,
-            "tuning": None if part == "tune" else tuning | {"training": settings.training.model_dump(mode="json")},
+            "tuning": (
+                None
+                if part == "tune"
+                else tuning | {"training": settings.training.model_dump(mode="json")}
+            ),
         }
 
-    def run(self, settings: LanguageModelSettings, case: Case, progress: Progress) -> dict[str, Any]:
+    def run(
+        self, settings: LanguageModelSettings, case: Case, progress: Progress
+    ) -> dict[str, Any]:
         """Train one model and judge it."""
         params, training = case.params, _training(settings, case.params["part"])
         section = settings.methods[params["method"]].checked(params["rank"], params["seed"])
         device = join_processes(settings.device)
         text = load_text(settings.text)
         with random_state(params["seed"]):
-            model = new_llama(training.model, text.vocabulary, settings.text.sequence_length, text.token)
+            model = new_llama(
+                training.model, text.vocabulary, settings.text.sequence_length, text.token
+            )
         torch.nn.Module.to(model, device, getattr(torch, settings.dtype))
         streams = [
-            text.batches(worker, settings.workers, training.batch, params["seed"]) for worker in range(settings.workers)
+            text.batches(worker, settings.workers, training.batch, params["seed"])
+            for worker in range(settings.workers)
         ]
 
         def backward(worker: int) -> float:
@@ -171,11 +208,22 @@ class LanguageModel(Experiment):
             return loss
 
         trained, workers = train(
-            model, section, training.recipe, params["learning_rate"], settings.workers, backward, progress
+            model,
+            section,
+            training.recipe,
+            params["learning_rate"],
+            settings.workers,
+            backward,
+            progress,
         )
         held_out = text.held_out(0 if params["part"] == "tune" else 1)
-        at_once = training.micro_batch or training.batch  # what fits into the memory in training
-        loss = math.nan if trained.diverged else held_out_loss(model, held_out, workers, at_once, device)
+        # what fits into the memory in training
+        at_once = training.micro_batch or training.batch
+        loss = (
+            math.nan
+            if trained.diverged
+            else held_out_loss(model, held_out, workers, at_once, device)
+        )
         perplexity = math.exp(loss) if loss < 50 else math.inf
         return {
             "loss": loss,
@@ -200,7 +248,13 @@ def _params(part: str, method: str, rank: int | None, seed: int) -> dict[str, An
     return {"part": part, "method": method, "rank": rank, "seed": seed}
 
 
-def _grid(part: str, settings: LanguageModelSettings, methods: list[str], ranks: list[int], seeds: list[int]) -> list[Case]:
+def _grid(
+    part: str,
+    settings: LanguageModelSettings,
+    methods: list[str],
+    ranks: list[int],
+    seeds: list[int],
+) -> list[Case]:
     """Seeds outermost; a method without a rank once."""
     cases = []
     for seed in seeds:
@@ -212,18 +266,28 @@ def _grid(part: str, settings: LanguageModelSettings, methods: list[str], ranks:
 
 
 def _training(settings: LanguageModelSettings, part: str) -> Training:
-    return settings.larger.training if part == "larger" and settings.larger is not None else settings.training
+    return (
+        settings.larger.training
+        if part == "larger" and settings.larger is not None
+        else settings.training
+    )
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, blocks: Sequence[Tensor], workers: Workers, batch: int, device: torch.device) -> float:
-    """Mean loss of a token over held-out blocks of one length; the processes of a run share them."""
+def held_out_loss(
+    model: nn.Module, blocks: Sequence[Tensor], workers: Workers, batch: int, device: torch.device
+) -> float:
+    """Mean loss of a token over held-out blocks of one length; the processes of a run
+    share them.
+    """
     model.eval()
     own = workers.share(blocks)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, len(own), batch):
         ids = torch.stack(list(own[start : start + batch])).to(device)
         loss = model(input_ids=ids, labels=ids).loss
-        sums += torch.stack([loss.double() * len(ids), torch.full_like(loss, len(ids), dtype=torch.float64)])
+        sums += torch.stack(
+            [loss.double() * len(ids), torch.full_like(loss, len(ids), dtype=torch.float64)]
+        )
     total, count = workers.total(sums).tolist()
     return float(total / count)

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowrank_comm.lab.experiment import Row
-from lowrank_comm.lab.experiments.comparison import Spread, difference, listed, magnitude, ratio, table, verdict
+from lowrank_comm.lab.experiments.comparison import (
+    Spread,
+    difference,
+    listed,
+    magnitude,
+    ratio,
+    table,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +34,16 @@ PAPER: dict[str, dict[str, dict[int | None, float]]] = {
         "galore": {4: 92.93, 8: 70.55},
     },
 }
-"""Perplexity on C4: Table 3 of arXiv 2509.11254. One seed; GaLore's are reported as diverged."""
+"""Perplexity on C4: Table 3 of arXiv 2509.11254. One seed; GaLore's are reported as
+diverged.
+"""
 
-ORDER = (("adam", "powersgd"), ("adam", "powersgd_plus"), ("powersgd_plus", "powersgd"), ("powersgd", "galore"))
+ORDER = (
+    ("adam", "powersgd"),
+    ("adam", "powersgd_plus"),
+    ("powersgd_plus", "powersgd"),
+    ("powersgd", "galore"),
+)
 """Pairs whose order the paper's table states."""
 
 Values = dict[int, float]
@@ -36,11 +51,15 @@ Values = dict[int, float]
 
 
 def tuning(rows: Iterable[Row]) -> dict[str, dict[float, float | None]]:
-    """Method -> learning rate -> held-out perplexity of its tuning run; None where it diverged."""
+    """Method -> learning rate -> held-out perplexity of its tuning run; None where it
+    diverged.
+    """
     found: dict[str, dict[float, float | None]] = {}
     for row in rows:
         if row["params"]["part"] == "tune":
-            found.setdefault(row["params"]["method"], {})[row["params"]["learning_rate"]] = row["result"]["perplexity"]
+            found.setdefault(row["params"]["method"], {})[row["params"]["learning_rate"]] = row[
+                "result"
+            ]["perplexity"]
     return found
 
 
@@ -62,16 +81,22 @@ def perplexities(rows: Iterable[Row], part: str, method: str, rank: int | None) 
 def of(rows: Iterable[Row], part: str, method: str, rank: int | None) -> list[Row]:
     """The rows of a method at a rank."""
     wanted = {"part": part, "method": method, "rank": rank}
-    return [row for row in rows if all(row["params"][key] == value for key, value in wanted.items())]
+    return [
+        row for row in rows if all(row["params"][key] == value for key, value in wanted.items())
+    ]
 
 
 class _Part:
-    """The final runs, or those of the larger model, with the figures that tables and plots need."""
+    """The final runs, or those of the larger model, with the figures that tables and
+    plots need.
+    """
 
     def __init__(self, settings: Any, rows: Sequence[Row], part: str) -> None:
         self.settings, self.rows, self.part = settings, rows, part
         larger = settings.larger if part == "larger" else None
-        self.methods = [name for name in settings.methods if larger is None or name in larger.methods]
+        self.methods = [
+            name for name in settings.methods if larger is None or name in larger.methods
+        ]
         self.ranks = larger.ranks if larger else settings.ranks
         self.column = "130M" if larger and larger.training.model == "130M" else settings.paper
 
@@ -98,14 +123,22 @@ class _Part:
         return str(self.settings.methods[method].label)
 
     def against(self, method: str, other: str, rank: int) -> str:
-        """How much larger the perplexity is than another method's, and whether that is inside the spread."""
+        """How much larger the perplexity is than another method's, and whether that is
+        inside the spread.
+        """
         found = ratio(self.values(method, rank), self.values(other, rank))
         if method == other or found is None:
             return "-"
-        off = Spread(found.n, 100 * (found.mean - 1), None if found.deviation is None else 100 * found.deviation)
+        off = Spread(
+            found.n,
+            100 * (found.mean - 1),
+            None if found.deviation is None else 100 * found.deviation,
+        )
         if off.half_width is None:
             return f"{off.mean:+.1f} %"
-        return f"{off.mean:+.1f} ± {off.half_width:.1f} %" + (", inside the spread" if off.sign == 0 else "")
+        return f"{off.mean:+.1f} ± {off.half_width:.1f} %" + (
+            ", inside the spread" if off.sign == 0 else ""
+        )
 
     def lines(self, rank: int) -> list[list[str]]:
         """The table of a rank."""
@@ -114,7 +147,9 @@ class _Part:
             rows = of(self.rows, self.part, name, self.rank_of(name, rank))
             if not rows:
                 continue
-            values, gap, paper = Spread.of(list(self.values(name, rank).values())), self.gap(name, rank), None
+            values = Spread.of(list(self.values(name, rank).values()))
+            gap = self.gap(name, rank)
+            paper = None
             paper = self.paper_gap(name, rank)
             lost = sum(row["result"]["diverged"] for row in rows)
             diverged = f" ({lost} of {len(rows)} diverged)" if lost else ""
@@ -143,7 +178,10 @@ class _Part:
             if a is None or b is None:
                 continue
             sign = "<" if a < b else ">"
-            claim = f"rank {rank}, {self.label(left)} {sign} {self.label(right)} (paper: {a:.2f} {sign} {b:.2f})"
+            claim = (
+                f"rank {rank}, {self.label(left)} {sign} {self.label(right)} (paper: {a:.2f} {sign}"
+                f" {b:.2f})"
+            )
             found = difference(self.values(left, rank), self.values(right, rank))
             said.append(verdict(claim, found, -1 if a < b else 1, 2))
         return said
@@ -155,7 +193,9 @@ class _Part:
             for name in self.methods:
                 if self.settings.methods[name].has_rank:
                     found = difference(self.values(name, high), self.values(name, low))
-                    said.append(verdict(f"{self.label(name)}: rank {high} < rank {low}", found, -1, 2))
+                    said.append(
+                        verdict(f"{self.label(name)}: rank {high} < rank {low}", found, -1, 2)
+                    )
         return said
 
 
@@ -167,17 +207,21 @@ HEADS = (
 
 def page(settings: Any, rows: Sequence[Row]) -> str:
     """The body of the page."""
-    parts = [_about(settings, rows), "![Gap to full precision by method, and against the bytes sent](gap.png)"]
+    parts = [
+        _about(settings, rows),
+        "![Gap to full precision by method, and against the bytes sent](gap.png)",
+    ]
     final = _Part(settings, rows, "final")
     for rank in final.ranks:
         parts += [f"## Rank {rank}", table(HEADS, final.lines(rank))]
     parts += [
-        "Perplexity: mean ± standard deviation over the seeds. Ratio: of each seed's perplexities, in the same way; beside "
-        f"it that of the paper's Table 3 (LLaMA {settings.paper} on C4, one seed; its GaLore runs are reported as "
-        f"diverged). Against PowerSGD: mean of the seeds' "
-        "relative differences ± half of the 95 % confidence interval (Student's t); where that holds zero, the difference "
-        "is inside the spread. Sent a step: the ledger's count of a worker; times less: than uncompressed, both "
-        "as handed to the collectives." + _gathered(settings, rows),
+        "Perplexity: mean ± standard deviation over the seeds. Ratio: of each seed's perplexities,"
+        f" in the same way; beside it that of the paper's Table 3 (LLaMA {settings.paper} on C4,"
+        " one seed; its GaLore runs are reported as diverged). Against PowerSGD: mean of the"
+        " seeds' relative differences ± half of the 95 % confidence interval (Student's t); where"
+        " that holds zero, the difference is inside the spread. Sent a step: the ledger's count of"
+        " a worker; times less: than uncompressed, both as handed to the collectives."
+        + _gathered(settings, rows),
         "## The paper's order",
         listed([claim for rank in final.ranks for claim in final.claims(rank)]),
         "## Does the gap shrink with the rank?",
@@ -194,35 +238,45 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
 def _gathered(settings: Any, rows: Sequence[Row]) -> str:
     """That a gather's bytes weigh more."""
     final = [row for row in rows if row["params"]["part"] != "tune"]
-    gathering = {row["params"]["method"] for row in final if "gather" in row["result"]["sent"]["bytes"]}
+    gathering = {
+        row["params"]["method"] for row in final if "gather" in row["result"]["sent"]["bytes"]
+    }
     names = [name for name in settings.methods if name in gathering]
     if not names:
         return ""
     return (
-        f" What {', '.join(settings.methods[name].label for name in names)} sends is gathered: over each link go "
-        f"N / 2 = {settings.workers / 2:g} times as many bytes as in an all-reduce of the same number."
+        f" What {', '.join(settings.methods[name].label for name in names)} sends is gathered: over"
+        f" each link go N / 2 = {settings.workers / 2:g} times as many bytes as in an all-reduce of"
+        " the same number."
     )
 
 
 def _periods(settings: Any) -> str:
     """The methods' tau, where all that restart have the same."""
-    periods = {method.section["restart_every"] for method in settings.methods.values() if "restart_every" in method.section}
+    periods = {
+        method.section["restart_every"]
+        for method in settings.methods.values()
+        if "restart_every" in method.section
+    }
     return f", tau = {periods.pop()} for all that restart" if len(periods) == 1 else ""
 
 
 def _about(settings: Any, rows: Sequence[Row]) -> str:
     training, recipe = settings.training, settings.training.recipe
     tokens = settings.workers * training.batch * settings.text.sequence_length
-    text = settings.text.hub or settings.text.documents or settings.text.file or "Shakespeare's plays"
+    text = (
+        settings.text.hub or settings.text.documents or settings.text.file or "Shakespeare's plays"
+    )
     sizes = {row["result"]["parameters"] for row in rows if row["params"]["part"] != "larger"}
     size = f" ({max(sizes) / 1e6:.2f}M parameters)" if sizes else ""
     return (
-        f"LLaMA {training.model}{size} from random weights on {text}: {settings.workers} workers, {recipe.steps} steps of "
-        f"{tokens:,} tokens, AdamW with {recipe.schedule} schedule, {recipe.warmup_steps} steps of warm-up, clipping at "
-        f"{recipe.clip}{_periods(settings)}. The learning rate of each method is the best of "
-        f"{_list(settings.learning_rates)} at rank {settings.tuning_rank} on seed {settings.tuning_seed}, judged on one "
-        f"half of the held-out text; results are of the seeds {_list(settings.seeds)}, judged on the other half "
-        f"({settings.text.held_out_tokens // 2:,} tokens)."
+        f"LLaMA {training.model}{size} from random weights on {text}: {settings.workers} workers,"
+        f" {recipe.steps} steps of {tokens:,} tokens, AdamW with {recipe.schedule} schedule,"
+        f" {recipe.warmup_steps} steps of warm-up, clipping at {recipe.clip}{_periods(settings)}."
+        f" The learning rate of each method is the best of {_list(settings.learning_rates)} at rank"
+        f" {settings.tuning_rank} on seed {settings.tuning_seed}, judged on one half of the"
+        f" held-out text; results are of the seeds {_list(settings.seeds)}, judged on the other"
+        f" half ({settings.text.held_out_tokens // 2:,} tokens)."
     )
 
 
@@ -242,7 +296,11 @@ def _tuning_table(settings: Any, rows: Sequence[Row]) -> str:
         if best is not None and len(rates) > 1 and best in (min(rates), max(rates)):
             edges.append(f"{method.label} ({best:g})")
         lines.append(cells)
-    note = f"\n\nChosen at the edge of the grid, so perhaps not the best there is: {', '.join(edges)}." if edges else ""
+    note = (
+        f"\n\nChosen at the edge of the grid, so perhaps not the best there is: {', '.join(edges)}."
+        if edges
+        else ""
+    )
     runs = f"rank {settings.tuning_rank}, seed {settings.tuning_seed}"
     told = f"Held-out perplexity of the tuning runs ({runs}); the chosen one in bold."
     return f"{told}\n\n{table(['method', *(f'{rate:g}' for rate in rates)], lines)}{note}"
@@ -253,9 +311,10 @@ def _larger(settings: Any, rows: Sequence[Row]) -> list[str]:
     sizes = {row["result"]["parameters"] for row in rows if row["params"]["part"] == "larger"}
     size = f" ({max(sizes) / 1e6:.2f}M parameters)" if sizes else ""
     parts = [
-        f"## A larger model\n\nLLaMA {training.model}{size}, {training.recipe.steps} steps of "
-        f"{settings.workers * training.batch * settings.text.sequence_length:,} tokens, with the learning rates found for "
-        f"{settings.training.model}; seeds {_list(settings.larger.seeds)}. Beside them the paper's LLaMA {part.column}."
+        f"## A larger model\n\nLLaMA {training.model}{size}, {training.recipe.steps} steps of"
+        f" {settings.workers * training.batch * settings.text.sequence_length:,} tokens, with the"
+        f" learning rates found for {settings.training.model}; seeds"
+        f" {_list(settings.larger.seeds)}. Beside them the paper's LLaMA {part.column}."
     ]
     for rank in part.ranks:
         parts += [table(HEADS, part.lines(rank)), listed(part.claims(rank))]
@@ -281,7 +340,9 @@ def figures(settings: Any, rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def _draw_gaps(axes: Axes, part: _Part) -> None:
-    """Ratio to full precision: a mean with its deviation a rank, dots for the seeds, diamonds for the paper."""
+    """Ratio to full precision: a mean with its deviation a rank, dots for the seeds,
+    diamonds for the paper.
+    """
     names = [name for name in part.methods if part.settings.methods[name].has_rank]
     full = part.settings.reference
     for at, rank in enumerate(part.ranks):
@@ -296,9 +357,18 @@ def _draw_gaps(axes: Axes, part: _Part) -> None:
             if (paper := part.paper_gap(name, rank)) is not None:
                 axes.plot(paper, y, "D", markerfacecolor="none", color=colour)
         axes.plot([], [], "o", color=colour, label=f"rank {rank}")
-    axes.plot([], [], "D", markerfacecolor="none", color="grey", label=f"the paper, LLaMA {part.column} on C4")
+    axes.plot(
+        [],
+        [],
+        "D",
+        markerfacecolor="none",
+        color="grey",
+        label=f"the paper, LLaMA {part.column} on C4",
+    )
     axes.axvline(1.0, color="grey", linewidth=0.8)
-    axes.set_yticks(range(len(names)), [f"{part.label(name)}  {_number(part, name)}" for name in names])
+    axes.set_yticks(
+        range(len(names)), [f"{part.label(name)}  {_number(part, name)}" for name in names]
+    )
     axes.invert_yaxis()
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis, (1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0))
@@ -312,10 +382,13 @@ def _number(part: _Part, method: str) -> str:
 
 
 def _draw_traffic(axes: Axes, part: _Part) -> None:
-    """Mean ratio to full precision against the bytes of a step, methods by their numbers."""
+    """Mean ratio to full precision against the bytes of a step, methods by their
+    numbers.
+    """
     for at, rank in enumerate(part.ranks):
         for name in part.methods:
-            rows, found = of(part.rows, part.part, name, part.rank_of(name, rank)), part.gap(name, rank)
+            rows = of(part.rows, part.part, name, part.rank_of(name, rank))
+            found = part.gap(name, rank)
             if not rows or found is None or (part.rank_of(name, rank) is None and at):
                 continue
             sent = rows[0]["result"]["sent"]["bytes_per_step"] / 1e3
@@ -347,7 +420,10 @@ def _draw_curves(axes: Axes, part: _Part) -> None:
     """Training loss of worker 0, mean over the seeds, at the first rank."""
     rank = part.ranks[0]
     for at, name in enumerate(part.methods):
-        runs = [row["result"]["curve"] for row in of(part.rows, part.part, name, part.rank_of(name, rank))]
+        runs = [
+            row["result"]["curve"]
+            for row in of(part.rows, part.part, name, part.rank_of(name, rank))
+        ]
         points: dict[int, list[float]] = {}
         for step, loss in (point for run in runs for point in run):
             if loss is not None:
@@ -355,7 +431,9 @@ def _draw_curves(axes: Axes, part: _Part) -> None:
         if points:
             means = [sum(losses) / len(losses) for losses in points.values()]
             style = "-" if at < 10 else "--"
-            axes.plot(list(points), means, style, label=part.label(name), linewidth=2 if at == 0 else 1.2)
+            axes.plot(
+                list(points), means, style, label=part.label(name), linewidth=2 if at == 0 else 1.2
+            )
     axes.set_xlabel(f"step (rank {rank})")
     axes.set_ylabel("training loss, mean over the seeds")
     axes.legend(fontsize="small")

@@ -1,4 +1,6 @@
-"""A method in a preset: a name for tables and the section that configures it, as in a configuration file."""
+"""A method in a preset: a name for tables and the section that configures it, as in a
+configuration file.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""Scaling with n on the simulated clock: synchronous SGD comes to a floor, Inkheart SGD and M4 (reconstructions) go on.
+"""Scaling with n on the simulated clock: synchronous SGD comes to a floor, Inkheart SGD
+and M4 (reconstructions) go on.
 
-Every method is tuned for every n by the same search over the same grid, on seeds of its own; the seconds are those of other
-seeds. The control has the compression of Inkheart SGD but not its balance: G = n and K = d/n.
+Every method is tuned for every n by the same search over the same grid, on seeds of its
+own; the seconds are those of other seeds. The control has the compression of Inkheart
+SGD but not its balance: G = n and K = d/n.
 
-The claims are about slow links: synchronous SGD has a floor, T_0 (h + 2 kappa d) with T_0 the steps without noise, but its
-seconds still fall with n where h B of the batch that it wants is not small beside 2 kappa d. Whether kappa is large enough
-is asked of synchronous SGD alone, at n = 16: see `scaling_page.PLATEAU`.
+The claims are about slow links: synchronous SGD has a floor, T_0 (h + 2 kappa d) with
+T_0 the steps without noise, but its seconds still fall with n where h B of the batch
+that it wants is not small beside 2 kappa d. Whether kappa is large enough is asked of
+synchronous SGD alone, at n = 16: see `scaling_page.PLATEAU`.
 """
 
 from __future__ import annotations
@@ -19,27 +22,39 @@ from lowrank_comm.bidirectional import M4, InkheartSGD, MarinaP, Method
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
 from lowrank_comm.lab.experiments import scaling_page as pages
 from lowrank_comm.lab.experiments.scaling_page import OF_PROBLEM, SYNCHRONOUS, Problem
-from lowrank_comm.lab.problems.simulated_clock import Choice, Objective, Search, Trial, descend_on_grid, seconds_to_target
+from lowrank_comm.lab.problems.simulated_clock import (
+    Choice,
+    Objective,
+    Search,
+    Trial,
+    descend_on_grid,
+    seconds_to_target,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIRST_SEED = 1.5
-"""A choice is given up by the search when its first seed takes more than this times the best mean so far."""
+"""A choice is given up by the search when its first seed takes more than this times the
+best mean so far.
+"""
 
 
 class ScalingSettings(LabSettings):
-    """Grids are those of the search; a parameter that a method does not have is left out of its search.
+    """Grids are those of the search; a parameter that a method does not have is left
+    out of its search.
 
     Attributes:
         workers: n of every problem.
-        d, variance, tilt, eps, window, h, kappa: see `simulated_clock`. kappa is to be large enough that 2 kappa d is at
-            least 8 h B for synchronous SGD at n = 16; the page says whether it is.
+        d, variance, tilt, eps, window, h, kappa: see `simulated_clock`. kappa is to be
+            large enough that 2 kappa d is at least 8 h B for synchronous SGD at n = 16;
+            the page says whether it is.
         seeds, tuning_seeds: of the seconds that are told, and of the search.
         trials: most choices that a search tries.
         limit, most_steps: seconds on the clock, and steps, at which a run is given up.
-        batches, gammas, fractions, groups, weights: grids of B, gamma L, K/d, G and a, in order. Momentum is stable up to
-            gamma L = 2 (2 - a)/a, far above the 2 of plain SGD.
+        batches, gammas, fractions, groups, weights: grids of B, gamma L, K/d, G and a,
+            in order. Momentum is stable up to gamma L = 2 (2 - a)/a, far above the 2 of
+            plain SGD.
     """
 
     problems: tuple[Problem, ...] = ("quadratic", "non_convex", "heterogeneous")
@@ -57,7 +72,32 @@ class ScalingSettings(LabSettings):
     limit: float = 1e7
     most_steps: int = 20_000
     batches: tuple[int, ...] = (
-        *(1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560, 3584, 5120),
+        *(
+            1,
+            2,
+            3,
+            5,
+            7,
+            10,
+            14,
+            20,
+            28,
+            40,
+            56,
+            80,
+            112,
+            160,
+            224,
+            320,
+            448,
+            640,
+            896,
+            1280,
+            1792,
+            2560,
+            3584,
+            5120,
+        ),
     )
     gammas: tuple[float, ...] = (
         *(0.0078125, 0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
@@ -84,15 +124,21 @@ class Contender:
 CONTENDERS: dict[str, Contender] = {
     "sync": Contender(("B", "gamma L"), lambda choice, n: MarinaP(1)),
     "inkheart": Contender(
-        ("B", "gamma L", "K/d", "G"), lambda choice, n: InkheartSGD(choice["G"], uplink_fraction=choice["K/d"])
+        ("B", "gamma L", "K/d", "G"),
+        lambda choice, n: InkheartSGD(choice["G"], uplink_fraction=choice["K/d"]),
     ),
-    "control": Contender(("B", "gamma L"), lambda choice, n: InkheartSGD(n, uplink_fraction=1.0 / n)),
+    "control": Contender(
+        ("B", "gamma L"), lambda choice, n: InkheartSGD(n, uplink_fraction=1.0 / n)
+    ),
     "m4": Contender(
         ("B", "gamma L", "K/d", "G", "a"),
-        lambda choice, n: M4(choice["G"], uplink_fraction=choice["K/d"], gradient_weight=choice["a"]),
+        lambda choice, n: M4(
+            choice["G"], uplink_fraction=choice["K/d"], gradient_weight=choice["a"]
+        ),
     ),
     "sync_momentum": Contender(
-        ("B", "gamma L", "a"), lambda choice, n: M4(1, uplink_fraction=1.0, gradient_weight=choice["a"])
+        ("B", "gamma L", "a"),
+        lambda choice, n: M4(1, uplink_fraction=1.0, gradient_weight=choice["a"]),
     ),
 }
 
@@ -111,7 +157,8 @@ class Scaling(Experiment):
             for problem in settings.problems
             for method in OF_PROBLEM[problem]
             for n in settings.workers
-            if method != "control" or n <= settings.d  # K = d/n is at least 1
+            # K = d/n is at least 1
+            if method != "control" or n <= settings.d
         ]
 
     def depends_on(self, settings: ScalingSettings, case: Case) -> Any:
@@ -119,12 +166,17 @@ class Scaling(Experiment):
         return settings.model_dump(mode="json", exclude={"problems", "workers"})
 
     def run(self, settings: ScalingSettings, case: Case, progress: Progress) -> dict[str, Any]:
-        """The search, and the seconds of the choice that it found; of a synchronous method also its floor."""
+        """The search, and the seconds of the choice that it found; of a synchronous
+        method also its floor.
+        """
         problem, name, n = case.params["problem"], case.params["method"], case.params["n"]
         tilt = settings.tilt if problem == "heterogeneous" else 0.0
         objective = Objective(settings.d, settings.variance, problem == "non_convex", tilt)
         found = _search(settings, objective, name, n, progress)
-        runs = [_trial(settings, objective, name, n, found.chosen, seed, settings.limit) for seed in settings.seeds]
+        runs = [
+            _trial(settings, objective, name, n, found.chosen, seed, settings.limit)
+            for seed in settings.seeds
+        ]
         result = {
             "chosen": found.chosen,
             "trials": found.trials,
@@ -136,8 +188,12 @@ class Scaling(Experiment):
             "down": [run.down for run in runs],
         }
         if name in SYNCHRONOUS:
-            alone = settings.model_copy(update={"batches": (1,), "tuning_seeds": settings.tuning_seeds[:1]})
-            result["floor"] = _search(alone, replace(objective, variance=0.0, tilt=0.0), name, 1, progress).cost
+            alone = settings.model_copy(
+                update={"batches": (1,), "tuning_seeds": settings.tuning_seeds[:1]}
+            )
+            result["floor"] = _search(
+                alone, replace(objective, variance=0.0, tilt=0.0), name, 1, progress
+            ).cost
         return result
 
     def figures(self, settings: ScalingSettings, rows: Sequence[Row]) -> dict[str, Figure]:
@@ -149,39 +205,57 @@ class Scaling(Experiment):
         return pages.page(settings, rows)
 
 
-def _search(settings: ScalingSettings, objective: Objective, name: str, n: int, progress: Progress) -> Search:
+def _search(
+    settings: ScalingSettings, objective: Objective, name: str, n: int, progress: Progress
+) -> Search:
     grid = {key: pages.grid(settings, n)[key] for key in CONTENDERS[name].tuned}
     tried = 0
 
     def cost(choice: Choice, best: float) -> float:
         nonlocal tried
         tried += 1
-        progress(min(0.95, tried / settings.trials), ", ".join(f"{key}={value:g}" for key, value in choice.items()))
+        progress(
+            min(0.95, tried / settings.trials),
+            ", ".join(f"{key}={value:g}" for key, value in choice.items()),
+        )
         spent, count = 0.0, len(settings.tuning_seeds)
         for seed in settings.tuning_seeds:
-            limit = min(settings.limit, best * count - spent, best * FIRST_SEED if spent == 0 else math.inf)
+            limit = min(
+                settings.limit, best * count - spent, best * FIRST_SEED if spent == 0 else math.inf
+            )
             trial = _trial(settings, objective, name, n, choice, seed, limit)
             spent += trial.seconds
             if not math.isfinite(spent):
-                return math.inf if best <= settings.limit else settings.limit * (2.0 + trial.residual)
+                return (
+                    math.inf if best <= settings.limit else settings.limit * (2.0 + trial.residual)
+                )
         return spent / count
 
     best = Search({}, math.inf, 0, False)
     for start in _starts(settings, grid, name, n):
         found = descend_on_grid(grid, start, cost, settings.trials - best.trials)
-        chosen, least = (found.chosen, found.cost) if found.cost < best.cost or not best.chosen else (best.chosen, best.cost)
+        chosen, least = (
+            (found.chosen, found.cost)
+            if found.cost < best.cost or not best.chosen
+            else (best.chosen, best.cost)
+        )
         best = Search(chosen, least, best.trials + found.trials, found.capped)
         if best.capped:
             break
     return best
 
 
-def _starts(settings: ScalingSettings, grid: dict[str, Sequence[Any]], name: str, n: int) -> list[Choice]:
-    """Near what the theory has, up to constants: gamma half of the largest stable one, but 1/(n L) or so for the control.
+def _starts(
+    settings: ScalingSettings, grid: dict[str, Sequence[Any]], name: str, n: int
+) -> list[Choice]:
+    """Near what the theory has, up to constants: gamma half of the largest stable one,
+    but 1/(n L) or so for the control.
 
-    B = sigma^2 (d/K)/(n eps); with momentum, where larger steps want less noise, sqrt(2 kappa d sigma^2/(h n eps)), at which
-    h B balances the links. From gamma = 1/L the search for M4 at n = 256 ended in a valley far above synchronous SGD with
-    its step size. For the same reason a method that compresses both ways has two starts: the downlink alone, and both.
+    B = sigma^2 (d/K)/(n eps); with momentum, where larger steps want less noise, sqrt(2
+    kappa d sigma^2/(h n eps)), at which h B balances the links. From gamma = 1/L the
+    search for M4 at n = 256 ended in a valley far above synchronous SGD with its step
+    size. For the same reason a method that compresses both ways has two starts: the
+    downlink alone, and both.
     """
     least = settings.variance / (n * settings.eps)
     a, balanced = 0.3, math.sqrt(2 * settings.kappa * settings.d * least / settings.h)
@@ -194,14 +268,23 @@ def _starts(settings: ScalingSettings, grid: dict[str, Sequence[Any]], name: str
             "G": groups,
             "a": a,
         }
-        start = {key: min(values, key=lambda value: abs(math.log(value / wanted[key]))) for key, values in grid.items()}
+        start = {
+            key: min(values, key=lambda value: abs(math.log(value / wanted[key])))
+            for key, values in grid.items()
+        }
         if start not in found:
             found.append(start)
     return found
 
 
 def _trial(
-    settings: ScalingSettings, objective: Objective, name: str, n: int, choice: Choice, seed: int, limit: float
+    settings: ScalingSettings,
+    objective: Objective,
+    name: str,
+    n: int,
+    choice: Choice,
+    seed: int,
+    limit: float,
 ) -> Trial:
     first = math.ceil(choice["B"] / choice["a"]) if "a" in choice else choice["B"]
     return seconds_to_target(

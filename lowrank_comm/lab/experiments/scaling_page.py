@@ -1,4 +1,6 @@
-"""The page and figures of `scaling`, computed from its rows: seconds, choices, claims, and what limits the search."""
+"""The page and figures of `scaling`, computed from its rows: seconds, choices, claims,
+and what limits the search.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +36,63 @@ TITLES = {
     "heterogeneous": "Quadratic, heterogeneous data (linear tilts)",
 }
 EXPECTED: tuple[tuple[tuple[str, ...], str, tuple[str, int], tuple[str, int], str, float], ...] = (
-    (("quadratic", "non_convex"), "synchronous SGD has come to its floor", ("sync", 64), ("sync", 16), ">", 0.9),
-    (("quadratic", "non_convex"), "Inkheart SGD keeps falling", ("inkheart", 64), ("inkheart", 16), "<", 0.8),
-    (("quadratic", "non_convex"), "one worker loses nothing by it", ("inkheart", 1), ("sync", 1), "<=", 1.1),
-    (("quadratic", "non_convex"), "the control does not scale", ("control", 64), ("control", 4), ">", 0.85),
-    (("heterogeneous",), "momentum alone has come to its floor", ("sync_momentum", 64), ("sync_momentum", 16), ">", 0.9),
+    (
+        ("quadratic", "non_convex"),
+        "synchronous SGD has come to its floor",
+        ("sync", 64),
+        ("sync", 16),
+        ">",
+        0.9,
+    ),
+    (
+        ("quadratic", "non_convex"),
+        "Inkheart SGD keeps falling",
+        ("inkheart", 64),
+        ("inkheart", 16),
+        "<",
+        0.8,
+    ),
+    (
+        ("quadratic", "non_convex"),
+        "one worker loses nothing by it",
+        ("inkheart", 1),
+        ("sync", 1),
+        "<=",
+        1.1,
+    ),
+    (
+        ("quadratic", "non_convex"),
+        "the control does not scale",
+        ("control", 64),
+        ("control", 4),
+        ">",
+        0.85,
+    ),
+    (
+        ("heterogeneous",),
+        "momentum alone has come to its floor",
+        ("sync_momentum", 64),
+        ("sync_momentum", 16),
+        ">",
+        0.9,
+    ),
     (("heterogeneous",), "M4 keeps falling", ("m4", 64), ("m4", 16), "<", 0.9),
     (("heterogeneous",), "and further", ("m4", 256), ("m4", 16), "<", 0.75),
 )
-"""(problems, claim, numerator, denominator, relation, bound): what was expected before the runs."""
+"""(problems, claim, numerator, denominator, relation, bound): what was expected before
+the runs.
+"""
 PLATEAU = (16, 8.0)
-"""(n, least 2 kappa d/(h B)): where synchronous SGD counts as limited by its links, with the B that its own search chose."""
+"""(n, least 2 kappa d/(h B)): where synchronous SGD counts as limited by its links,
+with the B that its own search chose.
+"""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """An expected ratio, and what the rows say of it. ratio: infinite, where the numerator was not reached."""
+    """An expected ratio, and what the rows say of it. ratio: infinite, where the
+    numerator was not reached.
+    """
 
     problem: str
     claim: str
@@ -84,9 +127,11 @@ def grid(settings: Any, n: int) -> dict[str, Sequence[Any]]:
 
 
 def ends(settings: Any, row: Row) -> dict[str, bool]:
-    """What a search chose at an end of its grid: "B 1" -> whether that is the parameter's own limit, which no grid crosses.
+    """What a search chose at an end of its grid: "B 1" -> whether that is the
+    parameter's own limit, which no grid crosses.
 
-    Without momentum the last gamma below 2/L is such an end: from 2/L on gradient descent on a quadratic diverges.
+    Without momentum the last gamma below 2/L is such an end: from 2/L on gradient
+    descent on a quadratic diverges.
     """
     n, chosen = row["params"]["n"], row["result"]["chosen"]
     own = {"B": (1,), "gamma L": (), "K/d": (1 / settings.d, 1.0), "G": (1, n), "a": (1.0,)}
@@ -108,47 +153,82 @@ def _never_compressed_up(rows: Sequence[Row]) -> str:
         if "K/d" in chosen:
             shares.setdefault(LABELS[row["params"]["method"]], set()).add(chosen["K/d"])
     dense = [name for name, found in shares.items() if found == {1.0}]
-    return f" For {', '.join(dense)} that was so at every n: nothing here speaks of its compressed uplink." if dense else ""
+    return (
+        f" For {', '.join(dense)} that was so at every n: nothing here speaks of its compressed"
+        " uplink."
+        if dense
+        else ""
+    )
 
 
 def page(settings: Any, rows: Sequence[Row]) -> str:
     """Markdown below the heading."""
     text = [
-        f"Seconds on the simulated clock until the mean of ||grad f(x)||^2 over {settings.window} steps is at most "
-        f"{settings.eps:g}, against the number of workers n. A step takes h B + kappa (K_up + K_down) seconds, h = "
-        f"{settings.h:g} for one stochastic gradient and kappa = {settings.kappa:g} for one of d = {settings.d} "
-        "coordinates on a link; links work side by side. B: mini-batch of a worker; gamma: step size; K: coordinates that "
-        "a worker sends (RandK), of d; G: blocks into which the server's update is cut, of which a worker gets one; K_up "
-        f"and K_down: coordinates on the busiest link; a: weight of a new gradient in a momentum. The methods are told in "
-        f"[bidirectional.md](../bidirectional.md). Noise sigma^2 = {settings.variance:g}. Every method was tuned "
-        f"for every n by the same local search of at most {settings.trials} choices over the same grid, with step sizes "
-        f"from {min(settings.gammas):g}/L to {max(settings.gammas):g}/L, on the seeds "
-        f"{', '.join(map(str, settings.tuning_seeds))}; what stands here is mean and standard deviation over other seeds. A "
-        f"run is given up after {settings.limit:g} s or {settings.most_steps} steps.",
-        f"The claims are about slow links. The floor of synchronous SGD is what it takes without noise and with B = 1, its "
-        f"step size tuned: what it comes to with ever more workers. It counts as limited by its links where 2 kappa d is at "
-        f"least {PLATEAU[1]:g} h B at n = {PLATEAU[0]}, with the B that its own search chose there. kappa was chosen by "
-        "this alone, before Inkheart SGD and M4 were run at it. With faster links more of a step is computing, of which "
-        "more workers need less, and synchronous SGD goes on falling beyond that n.",
-        "Where K/d is 1, only the downlink is compressed, and a step still costs half of the 2 kappa d of synchronous SGD."
-        + _never_compressed_up(rows),
-        "Inkheart SGD and M4 are reconstructions from the abstract of their paper, not the authors' algorithms.",
+        (
+            "Seconds on the simulated clock until the mean of ||grad f(x)||^2 over"
+            f" {settings.window} steps is at most {settings.eps:g}, against the number of workers"
+            f" n. A step takes h B + kappa (K_up + K_down) seconds, h = {settings.h:g} for one"
+            f" stochastic gradient and kappa = {settings.kappa:g} for one of d = {settings.d}"
+            " coordinates on a link; links work side by side. B: mini-batch of a worker; gamma:"
+            " step size; K: coordinates that a worker sends (RandK), of d; G: blocks into which"
+            " the server's update is cut, of which a worker gets one; K_up and K_down: coordinates"
+            " on the busiest link; a: weight of a new gradient in a momentum. The methods are told"
+            f" in [bidirectional.md](../bidirectional.md). Noise sigma^2 = {settings.variance:g}."
+            " Every method was tuned for every n by the same local search of at most"
+            f" {settings.trials} choices over the same grid, with step sizes from"
+            f" {min(settings.gammas):g}/L to {max(settings.gammas):g}/L, on the seeds"
+            f" {', '.join(map(str, settings.tuning_seeds))}; what stands here is mean and standard"
+            f" deviation over other seeds. A run is given up after {settings.limit:g} s or"
+            f" {settings.most_steps} steps."
+        ),
+        (
+            "The claims are about slow links. The floor of synchronous SGD is what it takes"
+            " without noise and with B = 1, its step size tuned: what it comes to with ever more"
+            " workers. It counts as limited by its links where 2 kappa d is at least"
+            f" {PLATEAU[1]:g} h B at n = {PLATEAU[0]}, with the B that its own search chose there."
+            " kappa was chosen by this alone, before Inkheart SGD and M4 were run at it. With"
+            " faster links more of a step is computing, of which more workers need less, and"
+            " synchronous SGD goes on falling beyond that n."
+        ),
+        "Where K/d is 1, only the downlink is compressed, and a step still costs half of the 2"
+        " kappa d of synchronous SGD." + _never_compressed_up(rows),
+        (
+            "Inkheart SGD and M4 are reconstructions from the abstract of their paper, not the"
+            " authors' algorithms."
+        ),
     ]
-    contradicted = [claim for problem in settings.problems for claim in claims(problem, rows) if not claim.holds]
+    contradicted = [
+        claim for problem in settings.problems for claim in claims(problem, rows) if not claim.holds
+    ]
     if contradicted:
         text += ["What contradicts the expectation:"]
-        text += [listed([f"{TITLES[c.problem]}: {c.claim}: {_ratio(c)}, expected {c.bound} ({c.of})" for c in contradicted])]
+        text += [
+            listed(
+                [
+                    f"{TITLES[c.problem]}: {c.claim}: {_ratio(c)}, expected {c.bound} ({c.of})"
+                    for c in contradicted
+                ]
+            )
+        ]
     else:
         text += ["All expected ratios hold."]
     text += [_searched(settings, rows)]
     for problem in settings.problems:
-        smoothness = {row["result"]["smoothness"] for row in rows if row["params"]["problem"] == problem}
+        smoothness = {
+            row["result"]["smoothness"] for row in rows if row["params"]["problem"] == problem
+        }
         text += [f"## {TITLES[problem]}", *(f"L = {value:.4g}." for value in sorted(smoothness))]
         text += [f"![seconds against n]({problem}.png)", _table(settings, problem, rows, _seconds)]
-        text += [*_floor(settings, problem, rows), "What the search chose (gamma L: step size in multiples of 1/L):"]
+        text += [
+            *_floor(settings, problem, rows),
+            "What the search chose (gamma L: step size in multiples of 1/L):",
+        ]
         text += [_table(settings, problem, rows, _choice)]
         heads = ("expected", "ratio", "bound", "measured", "holds")
-        cells = [(c.claim, c.of, c.bound, _ratio(c), "yes" if c.holds else "**no**") for c in claims(problem, rows)]
+        cells = [
+            (c.claim, c.of, c.bound, _ratio(c), "yes" if c.holds else "**no**")
+            for c in claims(problem, rows)
+        ]
         text += [table(heads, cells)]
     return "\n\n".join(text)
 
@@ -160,16 +240,30 @@ def draw(problem: str, rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for method in OF_PROBLEM[problem]:
-        own = [row for row in rows if (row["params"]["problem"], row["params"]["method"]) == (problem, method)]
-        points = [(row["params"]["n"], spread) for row in own if (spread := _spread(row)) is not None]
+        own = [
+            row
+            for row in rows
+            if (row["params"]["problem"], row["params"]["method"]) == (problem, method)
+        ]
+        points = [
+            (row["params"]["n"], spread) for row in own if (spread := _spread(row)) is not None
+        ]
         if points:
             heights = [spread.mean for _, spread in points]
             bars = [spread.deviation or 0.0 for _, spread in points]
-            axes.errorbar([n for n, _ in points], heights, bars, marker="o", capsize=3, label=LABELS[method])
+            axes.errorbar(
+                [n for n, _ in points], heights, bars, marker="o", capsize=3, label=LABELS[method]
+            )
         floors = {row["result"]["floor"] for row in own if row["result"].get("floor") is not None}
         for floor in floors:
             axes.axhline(floor, color="grey", linestyle=":", label=f"floor of {LABELS[method]}")
-    axes.set(xscale="log", yscale="log", xlabel="workers n", ylabel="simulated seconds", title=TITLES[problem])
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="workers n",
+        ylabel="simulated seconds",
+        title=TITLES[problem],
+    )
     axes.legend(fontsize="small")
     return figure
 
@@ -185,7 +279,9 @@ def _spread(row: Row) -> Spread | None:
 
 
 def _mean(problem: str, method: str, n: int, rows: Sequence[Row]) -> float | None:
-    """Mean seconds, infinite where some seed did not arrive; None where the case is missing."""
+    """Mean seconds, infinite where some seed did not arrive; None where the case is
+    missing.
+    """
     row = _found(problem, method, n, rows)
     if row is None:
         return None
@@ -225,16 +321,20 @@ def _floor(settings: Any, problem: str, rows: Sequence[Row]) -> list[str]:
         row = _found(problem, method, n, rows)
         if row is None or row["result"].get("floor") is None or (spread := _spread(row)) is None:
             continue
-        floor, share = row["result"]["floor"], 2 * settings.kappa * settings.d / (settings.h * row["result"]["chosen"]["B"])
+        floor = row["result"]["floor"]
+        share = 2 * settings.kappa * settings.d / (settings.h * row["result"]["chosen"]["B"])
         text.append(
-            f"The floor of {LABELS[method]} is {floor / 1e3:.1f}k s; at n = {n} it takes {spread.mean / floor:.2f} times "
-            f"that, and 2 kappa d is {share:.1f} h B: {'limited' if share >= least else '**not** limited'} by its links."
+            f"The floor of {LABELS[method]} is {floor / 1e3:.1f}k s; at n = {n} it takes"
+            f" {spread.mean / floor:.2f} times that, and 2 kappa d is {share:.1f} h B:"
+            f" {'limited' if share >= least else '**not** limited'} by its links."
         )
     return text
 
 
 def _searched(settings: Any, rows: Sequence[Row]) -> str:
-    """What may keep a choice from being the best: the cap of the search, and the ends of its grid."""
+    """What may keep a choice from being the best: the cap of the search, and the ends
+    of its grid.
+    """
     capped = [f"`{row['key']}`" for row in rows if row["result"].get("capped")]
     found = {row["key"]: ends(settings, row) for row in rows}
     parts: dict[bool, list[str]] = {
@@ -247,10 +347,18 @@ def _searched(settings: Any, rows: Sequence[Row]) -> str:
     }
     return listed(
         [
-            f"Searches that the cap of {settings.trials} choices ended: {', '.join(capped) or 'none'}.",
-            "Choices at an end of the grid (without momentum also at the last step size below 2/L, from which gradient "
-            f"descent on a quadratic diverges): {', '.join(parts[False]) or 'none'}.",
-            "Choices at a limit of the parameter itself (B = 1, one coordinate, K = d, G = 1, G = n, a = 1), which no wider "
-            f"grid moves: {', '.join(parts[True]) or 'none'}.",
+            (
+                f"Searches that the cap of {settings.trials} choices ended:"
+                f" {', '.join(capped) or 'none'}."
+            ),
+            (
+                "Choices at an end of the grid (without momentum also at the last step size below"
+                " 2/L, from which gradient descent on a quadratic diverges):"
+                f" {', '.join(parts[False]) or 'none'}."
+            ),
+            (
+                "Choices at a limit of the parameter itself (B = 1, one coordinate, K = d, G = 1,"
+                f" G = n, a = 1), which no wider grid moves: {', '.join(parts[True]) or 'none'}."
+            ),
         ]
     )

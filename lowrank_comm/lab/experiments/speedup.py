@@ -1,15 +1,19 @@
-"""Linear speed-up (Theorem 2): how the mean squared gradient norm falls with the number N of workers.
+"""Linear speed-up (Theorem 2): how the mean squared gradient norm falls with the number
+N of workers.
 
-The problem is a noisy quadratic: f(X) = 0.5 <X, H X> with H diagonal, its eigenvalues spread evenly on a logarithmic scale
-from the condition number's inverse to 1, X m x n with independent rows; worker i sees grad f(X) + noise of its own, Gaussian
-with standard deviation sigma in every entry. The learning rate is eta = rate sqrt(N), as in the theorem's eta ~ sqrt(N / T).
-With it mean_t E||grad f(X_t)||^2 ~ 1 / sqrt(N T), a line of slope -1/2 in a log-log plot against N. Half of that is the
-larger step alone: the way from the start takes 1 / (eta T). The other half is the noise, eta sigma^2 / N, which falls only
-since the workers' noise is averaged; in the control (`shared_noise`) all workers have the same, and it rises as sqrt(N).
+The problem is a noisy quadratic: f(X) = 0.5 <X, H X> with H diagonal, its eigenvalues
+spread evenly on a logarithmic scale from the condition number's inverse to 1, X m x n
+with independent rows; worker i sees grad f(X) + noise of its own, Gaussian with
+standard deviation sigma in every entry. The learning rate is eta = rate sqrt(N), as in
+the theorem's eta ~ sqrt(N / T). With it mean_t E||grad f(X_t)||^2 ~ 1 / sqrt(N T), a
+line of slope -1/2 in a log-log plot against N. Half of that is the larger step alone:
+the way from the start takes 1 / (eta T). The other half is the noise, eta sigma^2 / N,
+which falls only since the workers' noise is averaged; in the control (`shared_noise`)
+all workers have the same, and it rises as sqrt(N).
 
-All seeds of a case are trained in one batch of matrices, which is the same as one after the other; noise is keyed by (seed,
-step, worker). The reported slope is a least-squares line through the means over the seeds; its spread is that of the
-slopes of single seeds.
+All seeds of a case are trained in one batch of matrices, which is the same as one after
+the other; noise is keyed by (seed, step, worker). The reported slope is a least-squares
+line through the means over the seeds; its spread is that of the slopes of single seeds.
 """
 
 from __future__ import annotations
@@ -78,7 +82,8 @@ class Speedup(Experiment):
 
     def run(self, settings: SpeedupSettings, case: Case, progress: Progress) -> dict[str, Any]:
         """Mean squared gradient norm over all steps, by seed."""
-        here = progress if settings.backend == "simulation" else silent  # another process cannot be handed the bar
+        # another process cannot be handed the bar
+        here = progress if settings.backend == "simulation" else silent
         workers, method = case.params["workers"], settings.method(case.params["method"])
         values = together(settings.backend, workers, mean_squared_gradients, settings, method, here)
         return {"mean_squared_gradient": {str(seed): value for seed, value in values.items()}}
@@ -93,14 +98,24 @@ class Speedup(Experiment):
                 values = [means[workers].mean for workers in means]
                 deviations = [means[workers].deviation or 0.0 for workers in means]
                 axes.errorbar(
-                    list(means), values, deviations, marker="o", markersize=4, color=f"C{number}", label=method.name
+                    list(means),
+                    values,
+                    deviations,
+                    marker="o",
+                    markersize=4,
+                    color=f"C{number}",
+                    label=method.name,
                 )
-        first = next((means for method in settings.methods if (means := _means(rows, method.name))), {})
+        first = next(
+            (means for method in settings.methods if (means := _means(rows, method.name))), {}
+        )
         if first:
             start = next(iter(first))
             line = [first[start].mean * math.sqrt(start / workers) for workers in first]
             axes.plot(list(first), line, "k--", linewidth=1, label="slope -1/2")
-        axes.set(xscale="log", yscale="log", xlabel="workers N", ylabel="mean over steps of ||grad f||²")
+        axes.set(
+            xscale="log", yscale="log", xlabel="workers N", ylabel="mean over steps of ||grad f||²"
+        )
         axes.set_xticks(settings.workers, [str(workers) for workers in settings.workers])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 4, 6)))
@@ -123,19 +138,31 @@ class Speedup(Experiment):
             inside = abs(slope + 0.5) <= settings.tolerance
             outside += [] if inside or method.shared_noise else [method.name]
             lines.append(
-                [method.name, *cells, f"{slope:.3f} ± {slopes.deviation or 0.0:.3f}", "yes" if inside else "**no**"]
+                [
+                    method.name,
+                    *cells,
+                    f"{slope:.3f} ± {slopes.deviation or 0.0:.3f}",
+                    "yes" if inside else "**no**",
+                ]
             )
-        heads = ["method", *(f"N = {n}" for n in settings.workers), "slope", f"-0.5 ± {settings.tolerance:g}"]
+        heads = [
+            "method",
+            *(f"N = {n}" for n in settings.workers),
+            "slope",
+            f"-0.5 ± {settings.tolerance:g}",
+        ]
         return (
-            f"f(X) = ½⟨X, HX⟩ on {settings.m} x {settings.n} matrices, condition number {settings.condition:g}, "
-            f"noise {settings.sigma:g} an entry, {settings.steps} steps from entries of size {settings.start:g}, learning "
-            f"rate {settings.rate:g} √N, {WORKERS[settings.backend]}. Mean over "
-            f"all steps of ‖∇f(X_t)‖², ± standard deviation over {len(settings.seeds)} seeds; slope of a line through "
-            "the logs of the means, ± standard deviation of the slopes of single seeds. Theorem 2 says -½ for large T. In "
-            "the control all workers have the same noise.\n\n"
-            "![Mean squared gradient norm against the number of workers](speedup.png)\n\n"
+            f"f(X) = ½⟨X, HX⟩ on {settings.m} x {settings.n} matrices, condition number"
+            f" {settings.condition:g}, noise {settings.sigma:g} an entry, {settings.steps} steps"
+            f" from entries of size {settings.start:g}, learning rate {settings.rate:g} √N,"
+            f" {WORKERS[settings.backend]}. Mean over all steps of ‖∇f(X_t)‖², ± standard deviation"
+            f" over {len(settings.seeds)} seeds; slope of a line through the logs of the means, ±"
+            " standard deviation of the slopes of single seeds. Theorem 2 says -½ for large T. In"
+            " the control all workers have the same noise.\n\n![Mean squared gradient norm against"
+            " the number of workers](speedup.png)\n\n"
             + table(heads, lines)
-            + f"\n\nOutside of -0.5 ± {settings.tolerance:g}, controls aside: {', '.join(outside) or 'none'}."
+            + f"\n\nOutside of -0.5 ± {settings.tolerance:g}, controls aside:"
+            f" {', '.join(outside) or 'none'}."
         )
 
 
@@ -149,7 +176,8 @@ def mean_squared_gradients(
     eigenvalues = settings.condition ** powers[:, None]
     x = torch.stack(
         [
-            settings.start * torch.randn(shape, generator=stream(seed, "X", -1, "start"), dtype=torch.float64)
+            settings.start
+            * torch.randn(shape, generator=stream(seed, "X", -1, "start"), dtype=torch.float64)
             for seed in settings.seeds
         ]
     )
@@ -163,7 +191,8 @@ def mean_squared_gradients(
         for worker in crew.here:
             purpose = "noise of all workers" if method.shared_noise else f"noise of worker {worker}"
             noise = [
-                torch.randn(shape, generator=stream(seed, "X", t, purpose), dtype=torch.float64) for seed in settings.seeds
+                torch.randn(shape, generator=stream(seed, "X", t, purpose), dtype=torch.float64)
+                for seed in settings.seeds
             ]
             seen = gradient + settings.sigma * torch.stack(noise)
             noisy.append(dict(zip(names.values(), seen, strict=True)))
@@ -177,7 +206,9 @@ def mean_squared_gradients(
 def _values(rows: Sequence[Row], method: str) -> dict[int, dict[str, float]]:
     """N -> seed -> value."""
     return {
-        row["params"]["workers"]: row["result"]["mean_squared_gradient"] for row in rows if row["params"]["method"] == method
+        row["params"]["workers"]: row["result"]["mean_squared_gradient"]
+        for row in rows
+        if row["params"]["method"] == method
     }
 
 
@@ -188,12 +219,16 @@ def _means(rows: Sequence[Row], method: str) -> dict[int, Spread]:
 
 
 def _slope(values: dict[int, float]) -> float | None:
-    """Slope of the least-squares line through (log N, log value); None with fewer than two points."""
+    """Slope of the least-squares line through (log N, log value); None with fewer than
+    two points.
+    """
     if len(values) < 2:
         return None
     xs, ys = [math.log(n) for n in values], [math.log(value) for value in values.values()]
     x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / sum((x - x0) ** 2 for x in xs)
+    return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / sum(
+        (x - x0) ** 2 for x in xs
+    )
 
 
 def _slopes(rows: Sequence[Row], method: str) -> Spread | None:

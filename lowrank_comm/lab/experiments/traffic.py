@@ -1,10 +1,13 @@
-"""Table 2: elements that a worker sends per iteration for one m x n matrix, measured by the ledger, against the formulas.
+"""Table 2: elements that a worker sends per iteration for one m x n matrix, measured by
+the ledger, against the formulas.
 
-Each case runs one method on one matrix for whole periods, on random gradients, and reads the worker's ledger: all bytes but
-the control numbers (a flag and a mask for each step) and the fingerprint of the settings, over the bytes of an element. Two
-formulas stand beside it, in the preset: what this library sends, which must agree to the last element, and what the paper's
-Table 2 prints for the method, where it prints something. What an all-gather receives from the other workers, and what a ring
-carries for each element, is not in it.
+Each case runs one method on one matrix for whole periods, on random gradients, and
+reads the worker's ledger: all bytes but the control numbers (a flag and a mask for each
+step) and the fingerprint of the settings, over the bytes of an element. Two formulas
+stand beside it, in the preset: what this library sends, which must agree to the last
+element, and what the paper's Table 2 prints for the method, where it prints something.
+What an all-gather receives from the other workers, and what a ring carries for each
+element, is not in it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ class TrafficMethod(SectionOf):
     """A method with its formulas.
 
     Attributes:
-        sent: elements per iteration in this library, a formula in m, n, r, tau, N, s = min(m, n), l = max(m, n).
+        sent: elements per iteration in this library, a formula in m, n, r, tau, N, s =
+            min(m, n), l = max(m, n).
         paper: what Table 2 of the paper prints; None where it has no such row.
         period: steps after which the traffic repeats; tau if it restarts, else 2.
     """
@@ -44,7 +48,9 @@ class TrafficMethod(SectionOf):
 
 
 class TrafficSettings(WithMethods):
-    """shapes: of the matrix; rank, restart_every: r and tau of every method that has them."""
+    """shapes: of the matrix; rank, restart_every: r and tau of every method that has
+    them.
+    """
 
     methods: list[TrafficMethod] = Field(min_length=1)  # type: ignore[assignment]
     shapes: tuple[tuple[int, int], ...] = ((64, 48), (48, 64))
@@ -86,7 +92,9 @@ class Traffic(Experiment):
         }  # fmt: skip
         period = method.period or section.get("restart_every") or 2
         steps = 2 * period
-        elements = together(settings.backend, settings.workers, elements_sent, section, m, n, steps, settings.seed)
+        elements = together(
+            settings.backend, settings.workers, elements_sent, section, m, n, steps, settings.seed
+        )
         return {
             "steps": steps,
             "elements": elements,
@@ -97,20 +105,34 @@ class Traffic(Experiment):
         }
 
     def figures(self, settings: TrafficSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """Measured elements and Table 2's, for the first shape, as shares of the matrix."""
+        """Measured elements and Table 2's, for the first shape, as shares of the
+        matrix.
+        """
         m, n = settings.shapes[0]
         shown = [row for row in rows if (row["params"]["m"], row["params"]["n"]) == (m, n)]
         figure = Figure(figsize=(8, 0.34 * len(shown) + 1.6), layout="constrained")
         axes = figure.subplots()
         places = range(len(shown))
-        axes.barh(places, [row["result"]["measured"] / (m * n) for row in shown], color="C0", label="measured")
+        axes.barh(
+            places,
+            [row["result"]["measured"] / (m * n) for row in shown],
+            color="C0",
+            label="measured",
+        )
         marked = [k for k in places if shown[k]["result"]["paper"] is not None]
         axes.plot(
-            [shown[k]["result"]["paper"] / (m * n) for k in marked], marked, "kD", markersize=5, label="Table 2 of the paper"
+            [shown[k]["result"]["paper"] / (m * n) for k in marked],
+            marked,
+            "kD",
+            markersize=5,
+            label="Table 2 of the paper",
         )
         axes.set_yticks(places, [row["params"]["method"] for row in shown])
         axes.invert_yaxis()
-        axes.set_xlabel(f"elements per iteration / mn, for {m} x {n}, r = {settings.rank}, tau = {settings.restart_every}")
+        axes.set_xlabel(
+            f"elements per iteration / mn, for {m} x {n}, r = {settings.rank}, tau ="
+            f" {settings.restart_every}"
+        )
         axes.grid(alpha=0.3, axis="x")
         axes.legend()
         return {"traffic": figure}
@@ -118,17 +140,25 @@ class Traffic(Experiment):
     def page(self, settings: TrafficSettings, rows: Sequence[Row]) -> str:
         """One table for each shape."""
         parts = [
-            f"r = {settings.rank}, tau = {settings.restart_every}, N = {settings.workers} ({settings.backend}), two whole "
-            "periods. Elements that one worker hands to the collectives per iteration, without a step's control numbers "
-            "(one flag and one mask of missing gradients). `library` is this library's own count, which must agree with "
-            "what was measured to the last element; `Table 2` is what the paper prints. s = min(m, n), l = max(m, n). "
-            "Where the two differ: a restart by SVD sends m n + m r here in the place of that step's factors and not "
-            "beside them; GaLore's basis lies on the short side by default, so that a step sends r l, where Table 2 has "
-            "the long side.",
+            (
+                f"r = {settings.rank}, tau = {settings.restart_every}, N = {settings.workers}"
+                f" ({settings.backend}), two whole periods. Elements that one worker hands to the"
+                " collectives per iteration, without a step's control numbers (one flag and one"
+                " mask of missing gradients). `library` is this library's own count, which must"
+                " agree with what was measured to the last element; `Table 2` is what the paper"
+                " prints. s = min(m, n), l = max(m, n). Where the two differ: a restart by SVD"
+                " sends m n + m r here in the place of that step's factors and not beside them;"
+                " GaLore's basis lies on the short side by default, so that a step sends r l,"
+                " where Table 2 has the long side."
+            ),
             "![Elements per iteration](traffic.png)",
         ]
         for m, n in settings.shapes:
-            lines = [_line(settings, row) for row in rows if (row["params"]["m"], row["params"]["n"]) == (m, n)]
+            lines = [
+                _line(settings, row)
+                for row in rows
+                if (row["params"]["m"], row["params"]["n"]) == (m, n)
+            ]
             heads = [
                 "method",
                 "library's formula",
@@ -150,14 +180,22 @@ class Traffic(Experiment):
         return "\n\n".join(parts)
 
 
-def elements_sent(crew: Crew, section: dict[str, Any], m: int, n: int, steps: int, seed: int) -> dict[str, int]:
-    """Kind -> elements that a worker has handed to the collectives in `steps` steps on random gradients."""
+def elements_sent(
+    crew: Crew, section: dict[str, Any], m: int, n: int, steps: int, seed: int
+) -> dict[str, int]:
+    """Kind -> elements that a worker has handed to the collectives in `steps` steps on
+    random gradients.
+    """
     averager = crew.averager(section, {"X": (m, n)})
     cpu = torch.device("cpu")
     for t in range(steps):
         averager.average(
             [
-                {"X": gaussian(seed, ["X"], t, f"gradient of worker {worker}", (m, n), torch.float64, cpu)[0]}
+                {
+                    "X": gaussian(
+                        seed, ["X"], t, f"gradient of worker {worker}", (m, n), torch.float64, cpu
+                    )[0]
+                }
                 for worker in crew.here
             ]
         )
@@ -166,7 +204,9 @@ def elements_sent(crew: Crew, section: dict[str, Any], m: int, n: int, steps: in
 
 
 def _section(settings: TrafficSettings, method: TrafficMethod) -> dict[str, Any]:
-    """The method's section with the common rank and period, where its compressor has them."""
+    """The method's section with the common rank and period, where its compressor has
+    them.
+    """
     kind = parsed_section({"compressor": method.section["compressor"]}).make_compressor()
     common = {"rank": settings.rank, "restart_every": settings.restart_every}
     return {key: value for key, value in common.items() if key in kind.options()} | method.section

@@ -1,9 +1,12 @@
-"""How far the workers' error memories part from one another, and what a 16-bit memory loses.
+"""How far the workers' error memories part from one another, and what a 16-bit memory
+loses.
 
-Worker i's gradient is C_t + heterogeneity H_i + noise xi_(i,t): C_t common with singular values 1/k, falling as
-1 / sqrt(1 + t / 100); the H_i differ between workers, are the same in every step, and sum to zero; entries of H_i and xi are
-standard normal. The memory is e_i = e_bar + d_i. A compressor that is linear, given its basis, uses e_bar only: d_i costs
-nothing but precision, and 16 bits have little of that. Two forms of the memory:
+Worker i's gradient is C_t + heterogeneity H_i + noise xi_(i,t): C_t common with
+singular values 1/k, falling as 1 / sqrt(1 + t / 100); the H_i differ between workers,
+are the same in every step, and sum to zero; entries of H_i and xi are standard normal.
+The memory is e_i = e_bar + d_i. A compressor that is linear, given its basis, uses
+e_bar only: d_i costs nothing but precision, and 16 bits have little of that. Two forms
+of the memory:
 
     local:     e_i = Delta_i - P~ Q_i^T     the paper's, and this library's
     averaged:  e_i = Delta_i - P~ Q^T       of public implementations; a control here, which the library does not offer
@@ -53,7 +56,8 @@ def measure(
     seeds: Sequence[int],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Run to the last checkpoint. All kinds of gradients and seeds are matrices of one batch.
+    """Run to the last checkpoint. All kinds of gradients and seeds are matrices of one
+    batch.
 
     Args:
         section: the compressor, as in a configuration file.
@@ -66,29 +70,45 @@ def measure(
         progress: told now and then.
 
     Returns:
-        For each kind of gradients, by checkpoint: "deviation" and "mean_error", root mean square of ||d_i|| over workers
-        and seeds, and of ||e_bar|| over seeds; "lost", the mean over seeds of ||sum given - sum applied - e_bar|| /
-        ||sum given||.
+        For each kind of gradients, by checkpoint: "deviation" and "mean_error", root
+        mean square of ||d_i|| over workers and seeds, and of ||e_bar|| over seeds;
+        "lost", the mean over seeds of ||sum given - sum applied - e_bar|| / ||sum
+        given||.
     """
     copies = [(kind, seed) for kind in range(len(gradients)) for seed in seeds]
     names = [f"X of seed {seed}, gradients {kind}" for kind, seed in copies]
     averager = Crew(workers).averager(
-        section, dict.fromkeys(names, shape), torch.float32, wrap=averaged_residual if averaged else None
+        section,
+        dict.fromkeys(names, shape),
+        torch.float32,
+        wrap=averaged_residual if averaged else None,
     )
     assert averager.simulation is not None
     kinds = len(gradients)
     heterogeneity, noise = (
-        torch.tensor(gradients, dtype=torch.float64).repeat_interleave(len(seeds), dim=0).T[..., None, None]
+        torch.tensor(gradients, dtype=torch.float64)
+        .repeat_interleave(len(seeds), dim=0)
+        .T[..., None, None]
     )
     common = torch.stack([_common(seed, shape) for seed in seeds]).repeat(kinds, 1, 1)
-    apart = torch.stack([_drawn(seeds, f"heterogeneity of worker {i}", shape) for i in range(workers)])
+    apart = torch.stack(
+        [_drawn(seeds, f"heterogeneity of worker {i}", shape) for i in range(workers)]
+    )
     apart = (apart - apart.mean(dim=0)).repeat(1, kinds, 1, 1)
-    given, applied = torch.zeros(len(copies), *shape).double(), torch.zeros(len(copies), *shape).double()
-    found: list[dict[str, Any]] = [{"deviation": {}, "mean_error": {}, "lost": {}} for _ in gradients]
+    given = torch.zeros(len(copies), *shape).double()
+    applied = torch.zeros(len(copies), *shape).double()
+    found: list[dict[str, Any]] = [
+        {"deviation": {}, "mean_error": {}, "lost": {}} for _ in gradients
+    ]
     for t in range(max(checkpoints)):
         base = common / (1 + t / 100) ** 0.5
-        drawn = [_drawn(seeds, f"noise of worker {i}", shape, t).repeat(kinds, 1, 1) for i in range(workers)]
-        each = [(base + heterogeneity * apart[i] + noise * drawn[i]).float() for i in range(workers)]
+        drawn = [
+            _drawn(seeds, f"noise of worker {i}", shape, t).repeat(kinds, 1, 1)
+            for i in range(workers)
+        ]
+        each = [
+            (base + heterogeneity * apart[i] + noise * drawn[i]).float() for i in range(workers)
+        ]
         mean = averager.average([dict(zip(names, gradient, strict=True)) for gradient in each])
         given += torch.stack(each).double().mean(dim=0)
         applied += torch.stack([mean[name] for name in names]).double()
@@ -96,14 +116,18 @@ def measure(
             progress(t / max(checkpoints), f"step {t} of {max(checkpoints)}")
         if t + 1 in checkpoints:
             memories = [averager.simulation.error_memory(i) for i in range(workers)]
-            errors = torch.stack([torch.stack([memory[name].double() for name in names]) for memory in memories])
+            errors = torch.stack(
+                [torch.stack([memory[name].double() for name in names]) for memory in memories]
+            )
             middle = errors.mean(dim=0)
             lost = _norm(given - applied - middle) / _norm(given)
             apart_now = (errors - middle).square().sum(dim=(2, 3)).mean(dim=0)
             for kind in range(kinds):
                 mine = slice(kind * len(seeds), (kind + 1) * len(seeds))
                 found[kind]["deviation"][str(t + 1)] = float(apart_now[mine].mean().sqrt())
-                found[kind]["mean_error"][str(t + 1)] = float(_norm(middle[mine]).square().mean().sqrt())
+                found[kind]["mean_error"][str(t + 1)] = float(
+                    _norm(middle[mine]).square().mean().sqrt()
+                )
                 found[kind]["lost"][str(t + 1)] = float(lost[mine].mean())
     return found
 
@@ -114,7 +138,10 @@ def _norm(matrices: Tensor) -> Tensor:
 
 def _drawn(seeds: Sequence[int], purpose: str, shape: tuple[int, int], t: int = -1) -> Tensor:
     return torch.stack(
-        [torch.randn(shape, generator=stream(seed, "drift", t, purpose), dtype=torch.float64) for seed in seeds]
+        [
+            torch.randn(shape, generator=stream(seed, "drift", t, purpose), dtype=torch.float64)
+            for seed in seeds
+        ]
     )
 
 

@@ -1,10 +1,13 @@
-"""A problem on which GaLore never learns and GoLore does: noise that is stronger than the gradient holds the subspace.
+"""A problem on which GaLore never learns and GoLore does: noise that is stronger than
+the gradient holds the subspace.
 
-f(X) = 0.5 ||A X||^2 with A = [I, 0] on R^(n x n), which sees the first n - r rows only; X_0 = 0.5 I there, 0 elsewhere, so
-that all n - r singular values of the gradient are 0.5. The noise is sigma xi I on the last r x r diagonal block, xi = +1 or
--1 by a fair coin. If sigma > 0.5, the r leading singular vectors of every noisy gradient are the noise's, and GaLore's
-subspace is orthogonal to the gradient, however often it is found anew: the counterexample of GoLore (arXiv 2410.11289). If
-sigma < 0.5, they are the gradient's.
+f(X) = 0.5 ||A X||^2 with A = [I, 0] on R^(n x n), which sees the first n - r rows only;
+X_0 = 0.5 I there, 0 elsewhere, so that all n - r singular values of the gradient are
+0.5. The noise is sigma xi I on the last r x r diagonal block, xi = +1 or -1 by a fair
+coin. If sigma > 0.5, the r leading singular vectors of every noisy gradient are the
+noise's, and GaLore's subspace is orthogonal to the gradient, however often it is found
+anew: the counterexample of GoLore (arXiv 2410.11289). If sigma < 0.5, they are the
+gradient's.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ def train(
     every: int,
     progress: Progress,
 ) -> dict[int, list[float]]:
-    """||grad f(X_t)||^2 at every `every`-th step and after the last, by seed. SGD from X_0, one worker.
+    """||grad f(X_t)||^2 at every `every`-th step and after the last, by seed. SGD from
+    X_0, one worker.
 
     Args:
         section: the compressor, as in a configuration file.
@@ -50,7 +54,9 @@ def train(
     x = {seed: 0.5 * torch.diag(seen[:, 0]) for seed in seeds}
     noise = torch.diag(sigma * (1 - seen[:, 0]))
     coins = {
-        seed: 2.0 * torch.randint(0, 2, (steps,), generator=stream(seed, "X", -1, "coins")).double() - 1 for seed in seeds
+        seed: 2.0 * torch.randint(0, 2, (steps,), generator=stream(seed, "X", -1, "coins")).double()
+        - 1
+        for seed in seeds
     }
     averager = Crew(1).averager(section, dict.fromkeys(names.values(), (size, size)))
     records: dict[int, list[float]] = {seed: [] for seed in seeds}
@@ -63,7 +69,9 @@ def train(
         if t % every == 0:
             look()
             progress(t / steps, f"step {t}")
-        applied = averager.average([{names[seed]: seen * x[seed] + coins[seed][t] * noise for seed in seeds}])
+        applied = averager.average(
+            [{names[seed]: seen * x[seed] + coins[seed][t] * noise for seed in seeds}]
+        )
         for seed in seeds:
             x[seed] = x[seed] - rate * applied[names[seed]]
     look()

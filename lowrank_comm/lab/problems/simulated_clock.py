@@ -1,4 +1,5 @@
-"""Seconds on the simulated clock until a bidirectional method has found a stationary point, and a search for its parameters.
+"""Seconds on the simulated clock until a bidirectional method has found a stationary
+point, and a search for its parameters.
 
     f(x) = 0.5 x^T A x - b^T x (+ the non-convex term),   A tridiagonal, eigenvalues in (0.008, 1.008),   b ~ 0.15 N(0, I)
     non-convex term: gradient 0.3 w (1 - w^2)/(1 + w^2)^2 in each coordinate, second derivative from -0.15 to 0.3 (at 0)
@@ -24,7 +25,9 @@ from lowrank_comm.numerics.randomness import stream
 DIVERGED = 1e6
 """||grad f(x)||^2 from which a run is given up."""
 NON_CONVEX = 0.3
-"""Factor of w (1 - w^2)/(1 + w^2)^2, the gradient of the non-convex term in each coordinate."""
+"""Factor of w (1 - w^2)/(1 + w^2)^2, the gradient of the non-convex term in each
+coordinate.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,23 @@ class Objective:
     @property
     def smoothness(self) -> float:
         """L: the largest eigenvalue of the Hessian anywhere, which it has at x = 0."""
-        return 0.508 + 0.5 * math.cos(math.pi / (self.d + 1)) + (NON_CONVEX if self.non_convex else 0.0)
+        return (
+            0.508
+            + 0.5 * math.cos(math.pi / (self.d + 1))
+            + (NON_CONVEX if self.non_convex else 0.0)
+        )
 
     def b(self) -> Tensor:
         """b, (d,)."""
-        return 0.15 * torch.randn(self.d, generator=stream(self.seed, "scaling", 0, "b"), dtype=torch.float64)
+        return 0.15 * torch.randn(
+            self.d, generator=stream(self.seed, "scaling", 0, "b"), dtype=torch.float64
+        )
 
     def tilts(self, n: int) -> Tensor:
         """c_i, (n, d); their sum is 0."""
-        drawn = torch.randn(n, self.d, generator=stream(self.seed, "scaling", 0, "tilts"), dtype=torch.float64)
+        drawn = torch.randn(
+            n, self.d, generator=stream(self.seed, "scaling", 0, "tilts"), dtype=torch.float64
+        )
         return self.tilt * (drawn - drawn.mean(dim=0))
 
     def gradient(self, w: Tensor, b: Tensor) -> Tensor:
@@ -72,8 +83,9 @@ class Objective:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run until eps: seconds on the clock (infinite, if a limit came first), the last mean of ||grad f||^2, steps, and
-    numbers carried on a link."""
+    """One run until eps: seconds on the clock (infinite, if a limit came first), the
+    last mean of ||grad f||^2, steps, and numbers carried on a link.
+    """
 
     seconds: float
     residual: float
@@ -98,7 +110,8 @@ def seconds_to_target(
     limit: float,
     most_steps: int,
 ) -> Trial:
-    """Run until the mean over `window` steps of the exact ||grad f(x)||^2 is at most eps, or a limit is reached.
+    """Run until the mean over `window` steps of the exact ||grad f(x)||^2 is at most
+    eps, or a limit is reached.
 
     Args:
         objective: f, and the noise.
@@ -119,7 +132,8 @@ def seconds_to_target(
     residual = math.inf
     while clock.seconds < limit and simulation.t < most_steps:
         size = first_batch if simulation.t == 0 else batch
-        noise = torch.randn(n, objective.d, generator=generator)  # in float32, which is drawn four times as fast
+        # in float32, which is drawn four times as fast
+        noise = torch.randn(n, objective.d, generator=generator)
         gradients = objective.gradient(simulation.points, b).add_(tilts)
         gradients.add_(noise, alpha=math.sqrt(objective.variance / (objective.d * size)))
         if not simulation.step(gradients, size):
@@ -127,10 +141,13 @@ def seconds_to_target(
         recent.append(float(objective.gradient(simulation.x[None], b).square().sum()))
         residual = sum(recent[-window:]) / min(window, len(recent))
         if residual > DIVERGED:
-            residual = DIVERGED * (1 + most_steps - simulation.t)  # the earlier, the worse
+            # the earlier, the worse
+            residual = DIVERGED * (1 + most_steps - simulation.t)
             break
         if len(recent) >= window and residual <= eps:
-            return Trial(clock.seconds, residual, simulation.t, simulation.ledger.up, simulation.ledger.down)
+            return Trial(
+                clock.seconds, residual, simulation.t, simulation.ledger.up, simulation.ledger.down
+            )
     return Trial(math.inf, residual, simulation.t, simulation.ledger.up, simulation.ledger.down)
 
 
@@ -140,7 +157,9 @@ Choice = dict[str, Any]
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found: the best choice, its cost, how many it tried, and whether the cap on these ended it."""
+    """What a search found: the best choice, its cost, how many it tried, and whether
+    the cap on these ended it.
+    """
 
     chosen: Choice
     cost: float
@@ -149,16 +168,21 @@ class Search:
 
 
 def descend_on_grid(
-    grid: Mapping[str, Sequence[Any]], start: Choice, cost: Callable[[Choice, float], float], most: int
+    grid: Mapping[str, Sequence[Any]],
+    start: Choice,
+    cost: Callable[[Choice, float], float],
+    most: int,
 ) -> Search:
-    """Local search: parameters go to neighbours on the grid while that helps, one at a time, and two at a time where no
-    single one moves (a larger step size may need a larger batch to help).
+    """Local search: parameters go to neighbours on the grid while that helps, one at a
+    time, and two at a time where no single one moves (a larger step size may need a
+    larger batch to help).
 
     Args:
         grid: parameter name -> values in order.
         start: where to begin.
-        cost: of a choice, given the best so far, above which it may give up and return infinity. Of choices that do not
-            arrive, those that come nearer should cost less, or a search that begins among them does not find out.
+        cost: of a choice, given the best so far, above which it may give up and return
+            infinity. Of choices that do not arrive, those that come nearer should cost
+            less, or a search that begins among them does not find out.
         most: evaluations at most.
     """
     known: dict[tuple[int, ...], float] = {}
@@ -168,7 +192,9 @@ def descend_on_grid(
 
     def at(place: tuple[int, ...]) -> float:
         if place not in known:
-            known[place] = cost({name: grid[name][k] for name, k in zip(names, place, strict=True)}, best)
+            known[place] = cost(
+                {name: grid[name][k] for name, k in zip(names, place, strict=True)}, best
+            )
         return known[place]
 
     def walk(move: tuple[int, ...]) -> bool:
@@ -176,17 +202,29 @@ def descend_on_grid(
         start = here
         while len(known) < most:
             there = tuple(k + by for k, by in zip(here, move, strict=True))
-            if any(not 0 <= k < len(grid[name]) for k, name in zip(there, names, strict=True)) or at(there) >= best:
+            if (
+                any(not 0 <= k < len(grid[name]) for k, name in zip(there, names, strict=True))
+                or at(there) >= best
+            ):
                 break
             here, best = there, at(there)
         return here != start
 
     best = at(here)
     moves = sorted(
-        (move for move in itertools.product((0, 1, -1), repeat=len(names)) if 1 <= sum(map(abs, move)) <= 2),
+        (
+            move
+            for move in itertools.product((0, 1, -1), repeat=len(names))
+            if 1 <= sum(map(abs, move)) <= 2
+        ),
         key=lambda move: sum(map(abs, move)),
     )
     singles = [move for move in moves if sum(map(abs, move)) == 1]
     while len(known) < most and (sum(map(walk, singles)) or any(map(walk, moves))):
         pass
-    return Search({name: grid[name][k] for name, k in zip(names, here, strict=True)}, best, len(known), len(known) >= most)
+    return Search(
+        {name: grid[name][k] for name, k in zip(names, here, strict=True)},
+        best,
+        len(known),
+        len(known) >= most,
+    )

@@ -1,13 +1,15 @@
-"""A small problem on which methods differ: a two-layer network that learns from a noisy teacher, by N workers whose data
-differ.
+"""A small problem on which methods differ: a two-layer network that learns from a noisy
+teacher, by N workers whose data differ.
 
-Student and teacher: y = W2 tanh(W1 x), the teacher's outputs with Gaussian noise. Inputs of worker i are Gaussian around a
-centre of its own (`heterogeneity`), so that the workers' gradients differ however many samples they take. Momentum SGD in
-the form v = mu v + (1 - mu) g, W = W - eta v, whose step does not grow with mu. What counts is the held-out loss without
-noise, over inputs of all workers, averaged over the last tenth of the steps.
+Student and teacher: y = W2 tanh(W1 x), the teacher's outputs with Gaussian noise.
+Inputs of worker i are Gaussian around a centre of its own (`heterogeneity`), so that
+the workers' gradients differ however many samples they take. Momentum SGD in the form v
+= mu v + (1 - mu) g, W = W - eta v, whose step does not grow with mu. What counts is the
+held-out loss without noise, over inputs of all workers, averaged over the last tenth of
+the steps.
 
-Many copies (seeds x learning rates) are trained in one batch of matrices, each with names, data and a start of its own; that
-is the same as one after the other.
+Many copies (seeds x learning rates) are trained in one batch of matrices, each with
+names, data and a start of its own; that is the same as one after the other.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ DIVERGED = 1e3
 
 
 class TeacherProblem(LabSettings):
-    """Sizes of the problem; see the module's text. batch: samples of a worker in a step."""
+    """Sizes of the problem; see the module's text. batch: samples of a worker in a
+    step.
+    """
 
     inputs: int = 24
     hidden: int = 32
@@ -56,12 +60,23 @@ class Copies:
         self._data_of = [self._seeds.index(seed) for seed, _ in pairs]
         self.rates = torch.tensor([rate for _, rate in pairs], dtype=torch.float64)[:, None, None]
         shapes = {"W1": (p.hidden, p.inputs), "W2": (p.outputs, p.hidden)}
-        self._teacher = {name: self._drawn("teacher " + name, shape, shape[1] ** -0.5) for name, shape in shapes.items()}
-        start = {name: self._drawn("start " + name, shape, 0.5 * shape[1] ** -0.5) for name, shape in shapes.items()}
+        self._teacher = {
+            name: self._drawn("teacher " + name, shape, shape[1] ** -0.5)
+            for name, shape in shapes.items()
+        }
+        start = {
+            name: self._drawn("start " + name, shape, 0.5 * shape[1] ** -0.5)
+            for name, shape in shapes.items()
+        }
         self.weights = {name: drawn[self._data_of] for name, drawn in start.items()}
         self.velocity = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        self._centres = [p.heterogeneity * self._drawn(f"centre {i}", (1, p.inputs), 1.0) for i in range(p.workers)]
-        self._held_out = torch.cat([self._inputs(i, -1, p.held_out // p.workers) for i in range(p.workers)], dim=1)
+        self._centres = [
+            p.heterogeneity * self._drawn(f"centre {i}", (1, p.inputs), 1.0)
+            for i in range(p.workers)
+        ]
+        self._held_out = torch.cat(
+            [self._inputs(i, -1, p.held_out // p.workers) for i in range(p.workers)], dim=1
+        )
         self._targets = self._taught(self._held_out)
         self.alive = torch.ones(len(pairs), dtype=torch.bool)
         self.names = {
@@ -70,7 +85,9 @@ class Copies:
         self.shapes = {one: shapes[name] for name, ones in self.names.items() for one in ones}
 
     def gradients(self, worker: int, t: int) -> dict[str, Tensor]:
-        """A worker's gradient at step t, by parameter name; zero for a copy that has diverged."""
+        """A worker's gradient at step t, by parameter name; zero for a copy that has
+        diverged.
+        """
         p = self._problem
         x = self._inputs(worker, t, p.batch)
         noise = p.noise * self._drawn(f"noise of worker {worker}", (p.batch, p.outputs), 1.0, t)
@@ -79,19 +96,33 @@ class Copies:
         residual = (hidden @ self.weights["W2"].mT - y) / p.batch
         back = (residual @ self.weights["W2"]) * (1 - hidden**2)
         both = {"W1": back.mT @ x, "W2": residual.mT @ hidden}
-        living = {name: torch.where(self.alive[:, None, None], gradient, 0.0) for name, gradient in both.items()}
-        return {one: gradient[k] for name, gradient in living.items() for k, one in enumerate(self.names[name])}
+        living = {
+            name: torch.where(self.alive[:, None, None], gradient, 0.0)
+            for name, gradient in both.items()
+        }
+        return {
+            one: gradient[k]
+            for name, gradient in living.items()
+            for k, one in enumerate(self.names[name])
+        }
 
     def step(self, applied: Mapping[str, Tensor], momentum: float) -> None:
         """v = mu v + (1 - mu) g, W = W - eta v."""
         for name, ones in self.names.items():
             mean = torch.stack([applied[one] for one in ones])
             self.velocity[name] = momentum * self.velocity[name] + (1 - momentum) * mean
-            self.weights[name] = self.weights[name] - self.rates * self.velocity[name] * self.alive[:, None, None]
+            self.weights[name] = (
+                self.weights[name] - self.rates * self.velocity[name] * self.alive[:, None, None]
+            )
 
     def losses(self) -> Tensor:
-        """Held-out loss of every copy, 0.5 ||y - y*||^2 a sample; infinite from where it has diverged."""
-        predicted = torch.tanh(self._held_out[self._data_of] @ self.weights["W1"].mT) @ self.weights["W2"].mT
+        """Held-out loss of every copy, 0.5 ||y - y*||^2 a sample; infinite from where
+        it has diverged.
+        """
+        predicted = (
+            torch.tanh(self._held_out[self._data_of] @ self.weights["W1"].mT)
+            @ self.weights["W2"].mT
+        )
         losses = 0.5 * (predicted - self._targets[self._data_of]).square().sum(dim=2).mean(dim=1)
         self.alive &= losses < DIVERGED
         return torch.where(self.alive, losses, torch.inf)
@@ -99,12 +130,15 @@ class Copies:
     def _drawn(self, purpose: str, shape: tuple[int, ...], scale: float, t: int = -1) -> Tensor:
         """(seeds, *shape) from (seed, t, purpose)."""
         draws = [
-            torch.randn(shape, generator=stream(seed, "teacher", t, purpose), dtype=torch.float64) for seed in self._seeds
+            torch.randn(shape, generator=stream(seed, "teacher", t, purpose), dtype=torch.float64)
+            for seed in self._seeds
         ]
         return scale * torch.stack(draws)
 
     def _inputs(self, worker: int, t: int, count: int) -> Tensor:
-        return self._centres[worker] + self._drawn(f"inputs of worker {worker}", (count, self._problem.inputs), 1.0, t)
+        return self._centres[worker] + self._drawn(
+            f"inputs of worker {worker}", (count, self._problem.inputs), 1.0, t
+        )
 
     def _taught(self, x: Tensor) -> Tensor:
         return torch.tanh(x @ self._teacher["W1"].mT) @ self._teacher["W2"].mT
@@ -127,8 +161,9 @@ def train(
         progress: told now and then.
 
     Returns:
-        "final": loss by copy over the last tenth of the steps; "curve": (step, losses by copy); "elements": a worker sent
-        per copy and step; "peak_elements": the most in one step after the first.
+        "final": loss by copy over the last tenth of the steps; "curve": (step, losses
+        by copy); "elements": a worker sent per copy and step; "peak_elements": the most
+        in one step after the first.
     """
     copies = Copies(problem, pairs)
     averager = Crew(problem.workers).averager(section, copies.shapes)
@@ -137,7 +172,10 @@ def train(
     curve: list[tuple[int, list[float]]] = []
     peak, sent = 0, 0
     for t in range(problem.steps):
-        copies.step(averager.average([copies.gradients(worker, t) for worker in range(problem.workers)]), momentum)
+        copies.step(
+            averager.average([copies.gradients(worker, t) for worker in range(problem.workers)]),
+            momentum,
+        )
         before, sent = sent, elements(averager)
         peak = max(peak, sent - before) if t else peak
         if t % every == 0 or t >= last_tenth:
@@ -157,6 +195,11 @@ def train(
 
 
 def elements(averager: Averager) -> int:
-    """Elements of matrices that a worker has sent; control numbers, which do not grow with the matrices, are left out."""
+    """Elements of matrices that a worker has sent; control numbers, which do not grow
+    with the matrices, are left out.
+    """
     kinds = averager.ledger.bytes
-    return sum(count for kind, count in kinds.items() if kind not in ("control", "fingerprint")) // torch.float64.itemsize
+    return (
+        sum(count for kind, count in kinds.items() if kind not in ("control", "fingerprint"))
+        // torch.float64.itemsize
+    )

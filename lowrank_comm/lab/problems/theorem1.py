@@ -1,19 +1,26 @@
-"""The problem of Theorem 1 (arXiv 2509.11254), on which PowerSGD never learns and PowerSGD+ does.
+"""The problem of Theorem 1 (arXiv 2509.11254), on which PowerSGD never learns and
+PowerSGD+ does.
 
-f(X) = psi(D^T X D), psi(x) = x^2 for |x| <= 1 and 2|x| - 1 beyond, with the gradient oracle g_i = G + xi_i (sigma B - G),
-G = psi'(D^T X D) D D^T the true gradient, B all ones, xi_i = +1 or -1 by a fair coin, rank 1. If all coins of the first
-step show +1 (probability 2^-N, and the case that is trained here), the first Delta is sigma B, the subspace is
-span(1, ..., 1), and D is orthogonal to it: no later step sees G, and it piles up in the error memory unseen.
+f(X) = psi(D^T X D), psi(x) = x^2 for |x| <= 1 and 2|x| - 1 beyond, with the gradient
+oracle g_i = G + xi_i (sigma B - G), G = psi'(D^T X D) D D^T the true gradient, B all
+ones, xi_i = +1 or -1 by a fair coin, rank 1. If all coins of the first step show +1
+(probability 2^-N, and the case that is trained here), the first Delta is sigma B, the
+subspace is span(1, ..., 1), and D is orthogonal to it: no later step sees G, and it
+piles up in the error memory unseen.
 
-What is exact. In floating point, round-off in the subspace grows with the error memory and may free PowerSGD after some
-10 to 20 steps. On the paper's 2 x 2 matrices (`block=1`) both entries of the basis are rounded alike, which keeps the trap
-shut where products and sums are rounded one by one; in rotated coordinates (`rotation`), which change nothing in the
-theorem, they are not. With `block=2` every entry of the paper's example is repeated in a 2 x 2 block (X is 4 x 4,
-D = (1, 1, -1, -1)), so that the basis is (1, 1, 1, 1) / 2; with sigma = 3 and N = 3 all of PowerSGD's numbers are integers
-or halves far below 2^53, and its float64 arithmetic *is* exact arithmetic: every applied update is a multiple of B, bit by
-bit. Not exact: the optimizer's own step on X (its rounding moves D^T X D by about 1e-13, and psi' does not change), and all
-of PowerSGD+, which needs no exactness to escape. N is odd because with an even N the coins may cancel, P is 0 then, and the
-random vector that takes its place opens the trap; the paper's proof passes over this case.
+What is exact. In floating point, round-off in the subspace grows with the error memory
+and may free PowerSGD after some 10 to 20 steps. On the paper's 2 x 2 matrices
+(`block=1`) both entries of the basis are rounded alike, which keeps the trap shut where
+products and sums are rounded one by one; in rotated coordinates (`rotation`), which
+change nothing in the theorem, they are not. With `block=2` every entry of the paper's
+example is repeated in a 2 x 2 block (X is 4 x 4, D = (1, 1, -1, -1)), so that the basis
+is (1, 1, 1, 1) / 2; with sigma = 3 and N = 3 all of PowerSGD's numbers are integers or
+halves far below 2^53, and its float64 arithmetic *is* exact arithmetic: every applied
+update is a multiple of B, bit by bit. Not exact: the optimizer's own step on X (its
+rounding moves D^T X D by about 1e-13, and psi' does not change), and all of PowerSGD+,
+which needs no exactness to escape. N is odd because with an even N the coins may
+cancel, P is 0 then, and the random vector that takes its place opens the trap; the
+paper's proof passes over this case.
 """
 
 from __future__ import annotations
@@ -37,11 +44,13 @@ class Problem:
     """The problem at one size.
 
     Args:
-        block: each entry of the paper's 2 x 2 matrices is repeated in a block x block square.
+        block: each entry of the paper's 2 x 2 matrices is repeated in a block x block
+            square.
         workers: N.
         sigma: of the noise.
         dtype: of everything.
-        rotation: seed of an orthogonal R; the problem is then that of R X R^T. None for the paper's coordinates.
+        rotation: seed of an orthogonal R; the problem is then that of R X R^T. None for
+            the paper's coordinates.
     """
 
     block: int = 2
@@ -53,7 +62,9 @@ class Problem:
     @cached_property
     def d(self) -> Tensor:
         """D, (2 block,)."""
-        return self._turned(torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(self.block))
+        return self._turned(
+            torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(self.block)
+        )
 
     @cached_property
     def a(self) -> Tensor:
@@ -75,7 +86,12 @@ class Problem:
         """R times a vector."""
         if self.rotation is not None:
             size = len(vector)
-            normal = torch.randn(size, size, generator=stream(self.rotation, "X", -1, "rotation"), dtype=torch.float64)
+            normal = torch.randn(
+                size,
+                size,
+                generator=stream(self.rotation, "X", -1, "rotation"),
+                dtype=torch.float64,
+            )
             vector = torch.linalg.qr(normal)[0] @ vector
         return vector.to(self.dtype)
 
@@ -86,10 +102,16 @@ class Problem:
     def loss_and_slope(self, x: Tensor) -> tuple[float, float]:
         """psi(D^T X D) and psi' there."""
         value = self.functional(x)
-        return (value * value, 2 * value) if abs(value) <= 1 else (2 * abs(value) - 1, 2.0 if value > 0 else -2.0)
+        return (
+            (value * value, 2 * value)
+            if abs(value) <= 1
+            else (2 * abs(value) - 1, 2.0 if value > 0 else -2.0)
+        )
 
     def coins(self, steps: int, seed: int) -> Tensor:
-        """xi: (steps, N) of +1 and -1; all +1 at the first step, the case of the theorem."""
+        """xi: (steps, N) of +1 and -1; all +1 at the first step, the case of the
+        theorem.
+        """
         xi = torch.randint(0, 2, (steps, self.workers), generator=stream(seed, "X", -1, "coins"))
         xi[0] = 1
         return (2 * xi - 1).to(self.dtype)
@@ -115,13 +137,18 @@ class Run:
 
     @property
     def trapped_exactly(self) -> bool:
-        """Whether every update was a multiple of B to the last bit: nothing of the gradient, a multiple of A, came
-        through."""
+        """Whether every update was a multiple of B to the last bit: nothing of the
+        gradient, a multiple of A, came through.
+        """
         return all(torch.equal(update, update[0, 0] * self.problem.b) for update in self.updates)
 
     def first_visible(self, change: float) -> int | None:
-        """First t at which D^T X_t D differs from its start by more than `change`; None if it never does."""
-        return next((t for t, value in enumerate(self.values) if abs(value - self.values[0]) > change), None)
+        """First t at which D^T X_t D differs from its start by more than `change`; None
+        if it never does.
+        """
+        return next(
+            (t for t, value in enumerate(self.values) if abs(value - self.values[0]) > change), None
+        )
 
 
 def train(
@@ -145,7 +172,9 @@ def train(
     """
     size = len(problem.d)
     basis = torch.tensor(first_basis or [1.0] + [0.0] * (size - 1), dtype=problem.dtype)[:, None]
-    averager = Crew(problem.workers).averager(section, {"X": (size, size)}, problem.dtype, {"X": basis})
+    averager = Crew(problem.workers).averager(
+        section, {"X": (size, size)}, problem.dtype, {"X": basis}
+    )
     x = torch.nn.Parameter(problem.start)
     optimizer = optimizer_of([x])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)

@@ -1,8 +1,11 @@
-"""Pages from results: a published file of rows becomes a page of Markdown and its figures, and nothing else goes in.
+"""Pages from results: a published file of rows becomes a page of Markdown and its
+figures, and nothing else goes in.
 
-A published file, docs/results/<experiment>.jsonl: its first line says what was run, by which command, on which machine and
-when; the rows follow, floats cut to six digits. The page is computed from it byte by byte, so a test can compare; a figure
-carries the sha256 of that file in its PNG header, since pixels differ between versions of the plotting library.
+A published file, docs/results/<experiment>.jsonl: its first line says what was run, by
+which command, on which machine and when; the rows follow, floats cut to six digits. The
+page is computed from it byte by byte, so a test can compare; a figure carries the
+sha256 of that file in its PNG header, since pixels differ between versions of the
+plotting library.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ SOURCE = "Source sha256"
 
 @dataclass(frozen=True)
 class Published:
-    """What a published file holds: what was run, and the rows in the order of the cases."""
+    """What a published file holds: what was run, and the rows in the order of the
+    cases.
+    """
 
     meta: dict[str, Any]
     rows: list[Row]
@@ -48,7 +53,8 @@ def published_text(meta: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """What a published file of these rows holds."""
     kept = [{key: row[key] for key in ("key", "params", "result", "seconds")} for row in rows]
     told = {key: value for key, value in meta.items() if key != "settings_hash"}
-    told["code"] = sorted({row.get("code", "not noted") for row in rows})  # fingerprints of the sources that made the rows
+    # fingerprints of the sources that made the rows
+    told["code"] = sorted({row.get("code", "not noted") for row in rows})
     return line({"meta": told}) + "".join(line(row, DIGITS) for row in kept)
 
 
@@ -60,7 +66,10 @@ def read_published(path: Path) -> Published:
     """
     lines = read_lines(path)
     if not lines or "meta" not in lines[0]:
-        raise ConfigError(f"{path} is no file of published results; `python -m lowrank_comm.lab publish` writes one.")
+        raise ConfigError(
+            f"{path} is no file of published results; `python -m lowrank_comm.lab publish` writes"
+            " one."
+        )
     return Published(lines[0]["meta"], lines[1:], hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -68,16 +77,29 @@ def page_of(published: Published) -> str:
     """The page, with figures as <experiment>/<stem>.png."""
     preset, meta = published.preset, published.meta
     kind = preset.experiment
-    missing = [case.key for case in kind.cases(preset.settings) if case.key not in {row["key"] for row in published.rows}]
+    missing = [
+        case.key
+        for case in kind.cases(preset.settings)
+        if case.key not in {row["key"] for row in published.rows}
+    ]
     seconds = sum(row["seconds"] for row in published.rows)
     computer = meta["machine"]
     device = computer["accelerator"] or computer["cpu"]
     text = [
         f"# {kind.title}\n",
-        f"<!-- Made from {kind.name}.jsonl by `make results`. Change the experiment or run it anew; do not edit. -->\n",
-        "The paper is that of PowerSGD+, arXiv 2509.11254. [Algorithms](../algorithms.md), [all results](README.md).\n",
-        f"`{meta['command']}`, {meta['date']}, {device}, {computer['cores']} cores, torch {computer['torch']}. "
-        f"{_seeds(meta['settings'])}{len(published.rows)} cases in {_time(seconds)} of one process's time.\n",
+        (
+            f"<!-- Made from {kind.name}.jsonl by `make results`. Change the experiment or run it"
+            " anew; do not edit. -->\n"
+        ),
+        (
+            "The paper is that of PowerSGD+, arXiv 2509.11254. [Algorithms](../algorithms.md), [all"
+            " results](README.md).\n"
+        ),
+        (
+            f"`{meta['command']}`, {meta['date']}, {device}, {computer['cores']} cores, torch"
+            f" {computer['torch']}. {_seeds(meta['settings'])}{len(published.rows)} cases in"
+            f" {_time(seconds)} of one process's time.\n"
+        ),
     ]
     if missing:
         text.append(f"Not run, or failed: {', '.join(f'`{key}`' for key in missing)}.\n")
@@ -92,7 +114,8 @@ def figures_of(published: Published) -> dict[str, Figure]:
 
 
 def write(published: Published, folder: Path) -> list[Path]:
-    """Write <experiment>.md and <experiment>/<stem>.png into the folder; old figures go.
+    """Write <experiment>.md and <experiment>/<stem>.png into the folder; old figures
+    go.
 
     Returns:
         The paths written.
@@ -105,7 +128,8 @@ def write(published: Published, folder: Path) -> list[Path]:
     shown = set(re.findall(rf"\]\({name}/([\w-]+)\.png\)", page))
     if shown != set(figures):
         raise ConfigError(
-            f"{name}: the page shows the figures {sorted(shown)}, drawn are {sorted(figures)}; they must agree."
+            f"{name}: the page shows the figures {sorted(shown)}, drawn are {sorted(figures)}; they"
+            " must agree."
         )
     pictures = folder / name
     for old in pictures.glob("*.png"):
@@ -136,8 +160,13 @@ def regenerate(folder: Path) -> list[Path]:
     """
     files = published_files(folder)
     if not files:
-        raise ConfigError(f"{folder} holds no <experiment>.jsonl; `python -m lowrank_comm.lab publish` writes one.")
-    return [path for file in files for path in write(read_published(file), folder)] + [write_index(folder)]
+        raise ConfigError(
+            f"{folder} holds no <experiment>.jsonl; `python -m lowrank_comm.lab publish` writes"
+            " one."
+        )
+    return [path for file in files for path in write(read_published(file), folder)] + [
+        write_index(folder)
+    ]
 
 
 def published_files(folder: Path) -> list[Path]:
@@ -150,9 +179,18 @@ def index_of(folder: Path) -> str:
     lines = [
         "# Results of the lab\n",
         "<!-- Made by `make results`; do not edit. -->\n",
-        "Each page is computed from the `.jsonl` file of the same name, which holds the result of every case, the settings",
-        "and seeds, the command and the machine. `make results` computes the pages anew; a test fails where one does not",
-        "match its file. The paper, its theorems and tables are those of PowerSGD+ (arXiv 2509.11254), unless another one",
+        (
+            "Each page is computed from the `.jsonl` file of the same name, which holds the result"
+            " of every case, the settings"
+        ),
+        (
+            "and seeds, the command and the machine. `make results` computes the pages anew; a test"
+            " fails where one does not"
+        ),
+        (
+            "match its file. The paper, its theorems and tables are those of PowerSGD+ (arXiv"
+            " 2509.11254), unless another one"
+        ),
         "is named; [docs/algorithms.md](../algorithms.md) tells the algorithms.\n",
         "| experiment | what it shows | command | run on |",
         "| --- | --- | --- | --- |",
@@ -161,7 +199,8 @@ def index_of(folder: Path) -> str:
         meta = read_published(path).meta
         title = experiment(meta["experiment"]).title
         lines.append(
-            f"| [{title}]({meta['experiment']}.md) | {meta['description']} | `{meta['command']}` | {meta['date']} |"
+            f"| [{title}]({meta['experiment']}.md) | {meta['description']} | `{meta['command']}` |"
+            f" {meta['date']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -174,7 +213,9 @@ def write_index(folder: Path) -> Path:
 
 
 def source_of(picture: Path) -> str | None:
-    """The sha256 that a figure carries, from its PNG header's text; None if it has none."""
+    """The sha256 that a figure carries, from its PNG header's text; None if it has
+    none.
+    """
     data, at = picture.read_bytes(), 8
     while at + 8 <= len(data):
         (length,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
@@ -187,14 +228,19 @@ def source_of(picture: Path) -> str | None:
 
 
 def _seeds(settings: Mapping[str, Any]) -> str:
-    """The settings' seeds as a sentence, where they have some, each with the parts of the settings that it stands in."""
+    """The settings' seeds as a sentence, where they have some, each with the parts of
+    the settings that it stands in.
+    """
     found: dict[str, list[str]] = {}
     for where, seeds in _seeds_in(settings):
         found.setdefault(seeds, []).append(where)
     if list(found.values()) == [[""]]:
         seeds = next(iter(found))
         return f"Seed{'s' if ',' in seeds else ''} {seeds}. "
-    told = [f"{seeds} ({', '.join(where or 'all else' for where in parts)})" for seeds, parts in found.items()]
+    told = [
+        f"{seeds} ({', '.join(where or 'all else' for where in parts)})"
+        for seeds, parts in found.items()
+    ]
     return f"Seeds {'; '.join(told)}. " if told else ""
 
 
@@ -209,4 +255,10 @@ def _seeds_in(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[st
 
 def _time(seconds: float) -> str:
     """Seconds in words, e.g. 3.2 min."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.1f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )

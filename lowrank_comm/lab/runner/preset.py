@@ -1,4 +1,5 @@
-"""Presets: an experiment's name with its settings, from a YAML file of the package or of the user.
+"""Presets: an experiment's name with its settings, from a YAML file of the package or
+of the user.
 
 Example:
     experiment: speedup
@@ -53,28 +54,40 @@ def checked(content: Any, name: str, argument: str) -> Preset:
         argument: see `Preset`.
 
     Raises:
-        ConfigError: a key is unknown or missing, the experiment is unknown, or a setting does not fit its schema.
+        ConfigError: a key is unknown or missing, the experiment is unknown, or a
+            setting does not fit its schema.
     """
     if not isinstance(content, Mapping):
-        raise ConfigError(f"preset {name} must be a mapping with the keys {', '.join(_KEYS)}, got {content!r}.")
+        raise ConfigError(
+            f"preset {name} must be a mapping with the keys {', '.join(_KEYS)}, got {content!r}."
+        )
     for key in content:
         if key not in _KEYS:
-            raise ConfigError(f"preset {name}: {key!r} is not a known key{nearest(str(key), _KEYS)}")
+            raise ConfigError(
+                f"preset {name}: {key!r} is not a known key{nearest(str(key), _KEYS)}"
+            )
     if "experiment" not in content:
-        raise ConfigError(f"preset {name} does not name its experiment; write experiment: one of {', '.join(EXPERIMENTS)}.")
+        raise ConfigError(
+            f"preset {name} does not name its experiment; write experiment: one of"
+            f" {', '.join(EXPERIMENTS)}."
+        )
     found = experiment(str(content["experiment"]))
     try:
         settings = found.Settings.model_validate(content.get("settings") or {})
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(name, found.Settings, detail) for detail in error.errors())) from None
+        raise ConfigError(
+            "; ".join(_explain(name, found.Settings, detail) for detail in error.errors())
+        ) from None
     return Preset(name, found, str(content.get("description", "")), settings, argument)
 
 
 def load(name_or_yaml: str, size: str = "small") -> Preset:
-    """The preset of a file, of an experiment's name and a size, or of its own name (speedup_small).
+    """The preset of a file, of an experiment's name and a size, or of its own name
+    (speedup_small).
 
     Raises:
-        ConfigError: there is no such preset, it is no YAML, or it does not fit its experiment.
+        ConfigError: there is no such preset, it is no YAML, or it does not fit its
+            experiment.
     """
     path, argument = Path(name_or_yaml), name_or_yaml
     if path.suffix not in (".yaml", ".yml"):
@@ -82,14 +95,20 @@ def load(name_or_yaml: str, size: str = "small") -> Preset:
             raise ConfigError(f"--preset {size} is unknown; use {' or '.join(SIZES)}.")
         path = FOLDER / f"{name_or_yaml}.yaml"
         if not path.is_file():
-            path, argument = FOLDER / f"{name_or_yaml}_{size}.yaml", f"{name_or_yaml} --preset {size}"
+            path = FOLDER / f"{name_or_yaml}_{size}.yaml"
+            argument = f"{name_or_yaml} --preset {size}"
     if not path.is_file():
         if path.parent != FOLDER:
             raise ConfigError(
-                f"{path} is not there; give a YAML file, or the name of an experiment ({', '.join(EXPERIMENTS)})."
+                f"{path} is not there; give a YAML file, or the name of an experiment"
+                f" ({', '.join(EXPERIMENTS)})."
             )
-        experiment(name_or_yaml)  # says which names there are
-        raise ConfigError(f"{name_or_yaml} has no preset {size}; `python -m lowrank_comm.lab list` shows the presets.")
+        # says which names there are
+        experiment(name_or_yaml)
+        raise ConfigError(
+            f"{name_or_yaml} has no preset {size}; `python -m lowrank_comm.lab list` shows the"
+            " presets."
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -1,9 +1,12 @@
-"""The rows of a run: one JSON line a finished case, in a file that only grows, so that a run can be killed at any time.
+"""The rows of a run: one JSON line a finished case, in a file that only grows, so that
+a run can be killed at any time.
 
-A line: {"key", "params", "result", "seconds", "made_for", "code"}. `made_for` is a hash of all settings that the result
-depends on; a row that was made for other settings is never mixed with new ones. `code` is one of the package's sources; rows
-of another version are kept, and that is said, since most changes touch no result. A last line without its end, which a kill
-leaves, does not count and is cut off before the next row is written.
+A line: {"key", "params", "result", "seconds", "made_for", "code"}. `made_for` is a hash
+of all settings that the result depends on; a row that was made for other settings is
+never mixed with new ones. `code` is one of the package's sources; rows of another
+version are kept, and that is said, since most changes touch no result. A last line
+without its end, which a kill leaves, does not count and is cut off before the next row
+is written.
 """
 
 from __future__ import annotations
@@ -38,11 +41,15 @@ def code() -> str:
     """Fingerprint of the package's Python files."""
     package = Path(__file__).parents[1]
     files = sorted(package.rglob("*.py"))
-    return fingerprint([[path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")] for path in files])
+    return fingerprint(
+        [[path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")] for path in files]
+    )
 
 
 def plain(value: Any, digits: int | None = None) -> Any:
-    """The value in JSON's types: numbers that are not finite become null, and floats are cut to `digits` if given."""
+    """The value in JSON's types: numbers that are not finite become null, and floats
+    are cut to `digits` if given.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -56,7 +63,10 @@ def plain(value: Any, digits: int | None = None) -> Any:
 
 def line(row: Mapping[str, Any], digits: int | None = None) -> str:
     """A row as one compact line."""
-    return json.dumps(plain(row, digits), separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(plain(row, digits), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        + "\n"
+    )
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -74,7 +84,8 @@ def read_lines(path: Path) -> list[Any]:
             values.append(json.loads(raw))
         except ValueError as error:
             raise ConfigError(
-                f"{path}, line {number} is no JSON ({error}); delete the line, and its case is run again."
+                f"{path}, line {number} is no JSON ({error}); delete the line, and its case is run"
+                " again."
             ) from None
     return values
 
@@ -100,12 +111,14 @@ class Rows:
         other = [
             case.key
             for case in cases
-            if case.key in rows and rows[case.key]["made_for"] != made_for(experiment, settings, case)
+            if case.key in rows
+            and rows[case.key]["made_for"] != made_for(experiment, settings, case)
         ]
         if other:
             raise ConfigError(
-                f"{self.path} holds {len(other)} rows that were made for other settings (the first: {other[0]}); give "
-                f"another --output-dir, or delete that file to run all cases again."
+                f"{self.path} holds {len(other)} rows that were made for other settings (the first:"
+                f" {other[0]}); give another --output-dir, or delete that file to run all cases"
+                " again."
             )
         return rows
 

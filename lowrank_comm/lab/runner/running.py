@@ -1,7 +1,9 @@
-"""Running a preset: the cases that are not finished, one after the other or in processes side by side, with a progress bar.
+"""Running a preset: the cases that are not finished, one after the other or in
+processes side by side, with a progress bar.
 
-A case that raises does not stop the others. It leaves no row, so the next call runs it again. Under torchrun, where all
-processes run every case together, it ends the call: a process that went on would meet the others in the wrong collective.
+A case that raises does not stop the others. It leaves no row, so the next call runs it
+again. Under torchrun, where all processes run every case together, it ends the call: a
+process that went on would meet the others in the wrong collective.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from lowrank_comm import __version__
 from lowrank_comm.errors import ConfigError, LowRankCommError
@@ -37,7 +46,9 @@ RUN_FILE = "run.json"
 
 @dataclass
 class Ended:
-    """What a call has done. finished: cases with a row now; failed: key -> traceback; total: cases of the preset."""
+    """What a call has done. finished: cases with a row now; failed: key -> traceback;
+    total: cases of the preset.
+    """
 
     finished: int = 0
     total: int = 0
@@ -49,7 +60,11 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        models = [text.split(":", 1)[1].strip() for text in info.read_text().splitlines() if text.startswith("model name")]
+        models = [
+            text.split(":", 1)[1].strip()
+            for text in info.read_text().splitlines()
+            if text.startswith("model name")
+        ]
         cpu = models[0] if models else cpu
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -70,12 +85,19 @@ def selected(cases: Sequence[Case], only: str | None) -> list[Case]:
     """
     chosen = [case for case in cases if only is None or fnmatch.fnmatchcase(case.key, only)]
     if not chosen:
-        raise ConfigError(f"--only {only!r} fits no case; the keys are {', '.join(case.key for case in cases)}.")
+        raise ConfigError(
+            f"--only {only!r} fits no case; the keys are {', '.join(case.key for case in cases)}."
+        )
     return chosen
 
 
 def run_preset(
-    preset: Preset, folder: Path, *, only: str | None = None, jobs: int = 1, console: Console | None = None
+    preset: Preset,
+    folder: Path,
+    *,
+    only: str | None = None,
+    jobs: int = 1,
+    console: Console | None = None,
 ) -> Ended:
     """Run what is not finished, and append to the folder's rows.
 
@@ -87,23 +109,29 @@ def run_preset(
         console: where progress is shown; nowhere if None.
 
     Raises:
-        ConfigError: the folder holds rows of other settings, no case fits `only`, jobs < 1, or jobs > 1 under torchrun.
+        ConfigError: the folder holds rows of other settings, no case fits `only`, jobs
+            < 1, or jobs > 1 under torchrun.
         LowRankCommError: a case failed under torchrun.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs} must be at least 1.")
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if jobs > 1 and together:
-        raise ConfigError(f"--jobs {jobs} under torchrun: its processes run every case together; leave --jobs out.")
+        raise ConfigError(
+            f"--jobs {jobs} under torchrun: its processes run every case together; leave --jobs"
+            " out."
+        )
     kind, settings = preset.experiment, preset.settings
     every = kind.cases(settings)
     keys = [case.key for case in every]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ConfigError(
-            f"preset {preset.name}: two cases have the key {twice!r}; change the settings so that they differ."
+            f"preset {preset.name}: two cases have the key {twice!r}; change the settings so that"
+            " they differ."
         )
-    rows, now = Rows(folder), code()  # of the files as they are before the first case, which may be edited while it runs
+    # of the files as they are before the first case, which may be edited while it runs
+    rows, now = Rows(folder), code()
     done = rows.of(kind, settings, every)
     todo = [case for case in selected(every, only) if case.key not in done]
     first = first_process()
@@ -125,7 +153,9 @@ def run_preset(
                 if isinstance(outcome, str):
                     ended.failed[case.key] = outcome
                     if together:
-                        raise LowRankCommError(f"{case.key} failed; the finished cases stay. {outcome}")
+                        raise LowRankCommError(
+                            f"{case.key} failed; the finished cases stay. {outcome}"
+                        )
                 else:
                     if first:
                         made = {"made_for": made_for(kind, settings, given[case.key]), "code": now}
@@ -137,12 +167,18 @@ def run_preset(
 
 
 def first_process() -> bool:
-    """Whether this process is to write: under torchrun all processes run every case together, and the first one writes."""
+    """Whether this process is to write: under torchrun all processes run every case
+    together, and the first one writes.
+    """
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _prepared(preset: Preset, cases: Sequence[Case], rows: Sequence[Row], ended: Ended) -> list[Case]:
-    """The cases of a stage as they are to be run; those that cannot be are entered as failed."""
+def _prepared(
+    preset: Preset, cases: Sequence[Case], rows: Sequence[Row], ended: Ended
+) -> list[Case]:
+    """The cases of a stage as they are to be run; those that cannot be are entered as
+    failed.
+    """
     ready = []
     for case in cases:
         try:
@@ -160,23 +196,40 @@ def ordered_rows(preset: Preset, folder: Path) -> list[Row]:
 
 
 def one_case(name: str, settings: dict[str, Any], case: Case, progress: Any) -> Row | str:
-    """A row, or the traceback of what went wrong. Plain arguments, so that another process can be handed them."""
+    """A row, or the traceback of what went wrong. Plain arguments, so that another
+    process can be handed them.
+    """
     kind = experiment(name)
     start = time.perf_counter()
     try:
         result = kind.run(kind.Settings.model_validate(settings), case, progress)
         seconds = round(time.perf_counter() - start, 3)
-        return {"key": case.key, "params": plain(case.params), "result": plain(result), "seconds": seconds}
+        return {
+            "key": case.key,
+            "params": plain(case.params),
+            "result": plain(result),
+            "seconds": seconds,
+        }
     except Exception:
         return traceback.format_exc()
 
 
-def _outcomes(preset: Preset, todo: Sequence[Case], jobs: int, bars: _Bars) -> Iterator[tuple[Case, Row | str]]:
+def _outcomes(
+    preset: Preset, todo: Sequence[Case], jobs: int, bars: _Bars
+) -> Iterator[tuple[Case, Row | str]]:
     """Each case with its outcome, as they end."""
     name, settings = preset.experiment.name, preset.settings.model_dump(mode="json")
     if jobs == 1:
         for case in todo:
-            yield case, one_case(name, settings, case, lambda share, text, key=case.key: bars.at(key, share, text))
+            yield (
+                case,
+                one_case(
+                    name,
+                    settings,
+                    case,
+                    lambda share, text, key=case.key: bars.at(key, share, text),
+                ),
+            )
         return
     with multiprocessing.Manager() as manager, _pool(jobs) as pool:
         queue = manager.Queue()
@@ -198,7 +251,9 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def _one_case_elsewhere(name: str, settings: dict[str, Any], case: Case, queue: Any) -> Row | str:
-    """In a process of its own, with one thread: processes side by side that each take all cores hinder one another."""
+    """In a process of its own, with one thread: processes side by side that each take
+    all cores hinder one another.
+    """
     torch.set_num_threads(1)
     last = 0.0
 
@@ -228,7 +283,8 @@ def _note(preset: Preset, folder: Path) -> None:
         "settings_hash": fingerprint(settings),
         "settings": settings,
     }
-    beside = path.with_suffix(".new")  # a kill leaves the old note or the new one, never half of one
+    # a kill leaves the old note or the new one, never half of one
+    beside = path.with_suffix(".new")
     beside.write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(path)
 
@@ -242,7 +298,9 @@ def read_note(path: Path) -> dict[str, Any]:
     try:
         note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); delete it, and `run` writes it again; the rows stay.") from None
+        raise ConfigError(
+            f"{path} is no JSON ({error}); delete it, and `run` writes it again; the rows stay."
+        ) from None
     return note
 
 
@@ -251,7 +309,9 @@ class _Bars:
 
     def __init__(self, display: Progress | None, name: str, total: int, done: int) -> None:
         self._display = display
-        self._whole = display.add_task(name, total=total, completed=done, where="") if display else None
+        self._whole = (
+            display.add_task(name, total=total, completed=done, where="") if display else None
+        )
         self._running: dict[str, TaskID] = {}
 
     def at(self, key: str, share: float, text: str) -> None:

@@ -1,8 +1,11 @@
-"""N workers that average gradients of a few matrices through a compressor: simulated here, or gloo processes of their own.
+"""N workers that average gradients of a few matrices through a compressor: simulated
+here, or gloo processes of their own.
 
-An experiment writes its loop once, as a module-level function `loop(crew, *arguments)`. The crew says which workers the
-process plays (all of them, or one) and makes the averager that they share; `together` calls the loop once in this process,
-or in N processes at once, and in the second case checks that all of them have come to the same value.
+An experiment writes its loop once, as a module-level function `loop(crew, *arguments)`.
+The crew says which workers the process plays (all of them, or one) and makes the
+averager that they share; `together` calls the loop once in this process, or in N
+processes at once, and in the second case checks that all of them have come to the same
+value.
 """
 
 from __future__ import annotations
@@ -39,16 +42,18 @@ TIMEOUT = timedelta(minutes=2)
 
 
 class Averager:
-    """The mean of the workers' gradients, as the compressor of a section lets it through.
+    """The mean of the workers' gradients, as the compressor of a section lets it
+    through.
 
     Args:
-        section: as in a configuration file; `min_compression_rate` is 0 unless it says otherwise, since the lab's matrices
-            are small.
+        section: as in a configuration file; `min_compression_rate` is 0 unless it says
+            otherwise, since the lab's matrices are small.
         shapes: parameter name -> shape.
         workers: N.
         rank: of the worker that this process plays; None if it plays all.
         dtype: of the parameters.
-        initial_basis: parameter name -> Q to start from; for PowerSGD and PowerSGD+, others have none.
+        initial_basis: parameter name -> Q to start from; for PowerSGD and PowerSGD+,
+            others have none.
         wrap: another compressor in the place of the section's, for controls.
     """
 
@@ -72,14 +77,18 @@ class Averager:
             self.simulation = Simulation(shapes, compressor, workers, dtype=dtype, **options)
             self._reducer = self.simulation.reducers[0]
         else:
-            slots = [ParamInfo(name, tuple(shape), dtype, torch.device("cpu")) for name, shape in shapes.items()]
+            slots = [
+                ParamInfo(name, tuple(shape), dtype, torch.device("cpu"))
+                for name, shape in shapes.items()
+            ]
             self._reducer = Reducer(slots, compressor, Group(), **options)
 
     def average(self, gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """One step; a collective in gloo processes.
 
         Args:
-            gradients: parameter name -> gradient, for each worker that this process plays. Nothing given is changed.
+            gradients: parameter name -> gradient, for each worker that this process
+                plays. Nothing given is changed.
 
         Returns:
             What every worker applies.
@@ -149,9 +158,15 @@ def together(backend: Backend, workers: int, loop: Callable[..., Any], *argument
     if backend == "simulation":
         return loop(Crew(workers), *arguments)
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+    ):
         store = str(Path(folder) / "store")
-        futures = [pool.submit(_one_process, rank, workers, store, loop, arguments) for rank in range(workers)]
+        futures = [
+            pool.submit(_one_process, rank, workers, store, loop, arguments)
+            for rank in range(workers)
+        ]
         return agreed([future.result() for future in futures])
 
 
@@ -162,15 +177,22 @@ def agreed(values: Sequence[Any]) -> Any:
         LowRankCommError: they have not.
     """
     if any(value != values[0] for value in values[1:]):
-        raise LowRankCommError("the processes have come to different results; the compressor is not consistent.")
+        raise LowRankCommError(
+            "the processes have come to different results; the compressor is not consistent."
+        )
     return values[0]
 
 
-def _one_process(rank: int, workers: int, store: str, loop: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _one_process(
+    rank: int, workers: int, store: str, loop: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
     torch.set_num_threads(1)
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
-    dist.init_process_group("gloo", store=dist.FileStore(store, workers), rank=rank, world_size=workers, timeout=TIMEOUT)
+        # a machine's own name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, workers), rank=rank, world_size=workers, timeout=TIMEOUT
+    )
     try:
         return loop(Crew(workers, rank), *arguments)
     finally:

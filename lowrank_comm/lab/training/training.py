@@ -1,7 +1,9 @@
-"""Training one model by N workers under one compressor: what the experiments that train share.
+"""Training one model by N workers under one compressor: what the experiments that train
+share.
 
-A `Method` is a line of a table: a `lowrank_comm` section with a label. A `Recipe` is the optimizer: AdamW, its schedule,
-clipping. `train` runs the steps and says what came out; whether it diverged is part of the result and no error.
+A `Method` is a line of a table: a `lowrank_comm` section with a label. A `Recipe` is
+the optimizer: AdamW, its schedule, clipping. `train` runs the steps and says what came
+out; whether it diverged is part of the result and no error.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from lowrank_comm.lab.experiment import LabSettings, Progress
 from lowrank_comm.lab.training.workers import Workers, averaged, make_workers
 
 SKIPPED_IN_A_ROW = 20
-"""Steps skipped one after the other, since gradients were not finite, after which a run has diverged."""
+"""Steps skipped one after the other, since gradients were not finite, after which a run
+has diverged.
+"""
 CURVE_POINTS = 24
 
 
@@ -29,7 +33,8 @@ class Method(LabSettings):
 
     Attributes:
         label: in tables and figures.
-        section: a `lowrank_comm` section, see `config`; the rank and the seed are set by the experiment.
+        section: a `lowrank_comm` section, see `config`; the rank and the seed are set
+            by the experiment.
         has_rank: false for what has none (no compression).
     """
 
@@ -43,7 +48,9 @@ class Method(LabSettings):
         Raises:
             ConfigError: it cannot work, or its compressor is unknown.
         """
-        return Section.parse(self.section | ({} if rank is None else {"rank": rank}) | {"seed": seed})
+        return Section.parse(
+            self.section | ({} if rank is None else {"rank": rank}) | {"seed": seed}
+        )
 
 
 class Recipe(LabSettings):
@@ -65,7 +72,9 @@ class Recipe(LabSettings):
     clip: float | None = 1.0
 
     def factor(self, step: int) -> float:
-        """Share of the highest learning rate in a step, from 0; never 0 in a step that is made."""
+        """Share of the highest learning rate in a step, from 0; never 0 in a step that
+        is made.
+        """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -79,7 +88,8 @@ class Trained:
     Attributes:
         steps: made, skipped ones included.
         diverged: it was given up since gradients stayed not finite.
-        curve: (step, mean training loss of worker 0 over the steps since the last point), null where not finite.
+        curve: (step, mean training loss of worker 0 over the steps since the last
+            point), null where not finite.
         sent: see `workers.averaged`.
     """
 
@@ -106,14 +116,17 @@ def train(
         recipe: the optimizer.
         learning_rate: the highest.
         workers: N.
-        backward: computes the next batch of a worker, by its number, backward into the parameters' `.grad`, and returns
-            its loss. Called once a step for each worker that lives in this process.
+        backward: computes the next batch of a worker, by its number, backward into the
+            parameters' `.grad`, and returns its loss. Called once a step for each
+            worker that lives in this process.
         progress: told the share of the steps that are done.
 
     Returns:
         What came out, and the workers, by whom an evaluation may be shared.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
     team = make_workers(model, optimizer, section, workers, recipe.clip)
     every = max(1, recipe.steps // CURVE_POINTS)
     curve: list[tuple[int, float | None]] = []

@@ -1,10 +1,13 @@
-"""N data-parallel workers of one training run: simulated in one process, or the processes that torchrun has started.
+"""N data-parallel workers of one training run: simulated in one process, or the
+processes that torchrun has started.
 
-The protocol of a step is the same for both. Whoever trains computes, for each worker that lives `here`, that worker's
-gradient into the parameters' `.grad` and calls `collect()`; after the last one `step()` averages over all workers through
-the compressor, clips by the norm of the average, and lets the base optimizer step. A simulated run computes the N gradients
-one after another with one model; under torchrun every process is one worker and a `CompressedOptimizer` averages. Both
-sum the same numbers, so a run of either kind gives the same model up to the order of a sum.
+The protocol of a step is the same for both. Whoever trains computes, for each worker
+that lives `here`, that worker's gradient into the parameters' `.grad` and calls
+`collect()`; after the last one `step()` averages over all workers through the
+compressor, clips by the norm of the average, and lets the base optimizer step. A
+simulated run computes the N gradients one after another with one model; under torchrun
+every process is one worker and a `CompressedOptimizer` averages. Both sum the same
+numbers, so a run of either kind gives the same model up to the order of a sum.
 """
 
 from __future__ import annotations
@@ -61,21 +64,34 @@ class SimulatedWorkers:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], optimizer: Optimizer, section: Section, workers: int, clip: float | None
+        self,
+        parameters: Mapping[str, Tensor],
+        optimizer: Optimizer,
+        section: Section,
+        workers: int,
+        clip: float | None,
     ) -> None:
         self.here = range(workers)
         self._parameters, self._optimizer, self._clip = dict(parameters), optimizer, clip
-        self._simulation = Simulation(self._parameters, section.make_compressor(), workers, **section.reducer_options())
+        self._simulation = Simulation(
+            self._parameters, section.make_compressor(), workers, **section.reducer_options()
+        )
         self._gradients: list[dict[str, Tensor | None]] = []
 
     def collect(self) -> None:
-        """Take the gradients of the next worker from the parameters, which are left without."""
-        self._gradients.append({name: parameter.grad for name, parameter in self._parameters.items()})
+        """Take the gradients of the next worker from the parameters, which are left
+        without.
+        """
+        self._gradients.append(
+            {name: parameter.grad for name, parameter in self._parameters.items()}
+        )
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def step(self) -> bool:
-        """Average, clip, step. False if a gradient was not finite, so that nothing has changed."""
+        """Average, clip, step. False if a gradient was not finite, so that nothing has
+        changed.
+        """
         gradients, self._gradients = self._gradients, []
         mean = self._simulation.reduce(gradients)
         for name, parameter in self._parameters.items():
@@ -101,9 +117,17 @@ class SimulatedWorkers:
 
 
 class ProcessWorkers:
-    """This process is one of N workers. Arguments as of `SimulatedWorkers`, without N: the default process group's size."""
+    """This process is one of N workers. Arguments as of `SimulatedWorkers`, without N:
+    the default process group's size.
+    """
 
-    def __init__(self, parameters: Mapping[str, Tensor], optimizer: Optimizer, section: Section, clip: float | None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        optimizer: Optimizer,
+        section: Section,
+        clip: float | None,
+    ) -> None:
         rank = dist.get_rank()
         self.here = range(rank, rank + 1)
         self._optimizer = CompressedOptimizer(
@@ -115,7 +139,9 @@ class ProcessWorkers:
         """The gradients stay in the parameters."""
 
     def step(self) -> bool:
-        """Average, clip, step. False if some worker's gradient was not finite, so that nothing has changed."""
+        """Average, clip, step. False if some worker's gradient was not finite, so that
+        nothing has changed.
+        """
         self._optimizer.step()
         self._optimizer.zero_grad()
         return not self._optimizer.step_was_skipped
@@ -137,18 +163,27 @@ class ProcessWorkers:
 Workers = SimulatedWorkers | ProcessWorkers
 
 
-def make_workers(model: nn.Module, optimizer: Optimizer, section: Section, workers: int, clip: float | None) -> Workers:
-    """The workers of a run: simulated, or this process and its peers where there is a process group of more than one.
+def make_workers(
+    model: nn.Module, optimizer: Optimizer, section: Section, workers: int, clip: float | None
+) -> Workers:
+    """The workers of a run: simulated, or this process and its peers where there is a
+    process group of more than one.
 
     Raises:
-        ConfigError: the settings ask for another number of workers than there are processes.
+        ConfigError: the settings ask for another number of workers than there are
+            processes.
     """
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return SimulatedWorkers(named, optimizer, section, workers, clip)
     if world != workers:
-        raise ConfigError(f"workers={workers}, but {world} processes were started; set workers: {world} in the preset.")
+        raise ConfigError(
+            f"workers={workers}, but {world} processes were started; set workers: {world} in the"
+            " preset."
+        )
     return ProcessWorkers(named, optimizer, section, clip)
 
 
@@ -158,7 +193,8 @@ def process_rank() -> int:
 
 
 def join_processes(device: str) -> torch.device:
-    """Join the processes that torchrun has started, if it has, and tell this one's device.
+    """Join the processes that torchrun has started, if it has, and tell this one's
+    device.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
@@ -171,7 +207,11 @@ def join_processes(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('device="cuda", but torch sees no GPU here; use "auto" or "cpu".')
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    place = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if on_gpu
+        else torch.device("cpu")
+    )
     if on_gpu:
         torch.cuda.set_device(place)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
@@ -180,7 +220,9 @@ def join_processes(device: str) -> torch.device:
 
 
 def averaged(sent: Sent, steps: int) -> dict[str, Any]:
-    """Plain figures of what a worker sent: totals, bytes a step, and how many times less than uncompressed."""
+    """Plain figures of what a worker sent: totals, bytes a step, and how many times
+    less than uncompressed.
+    """
     kinds = Counter(sent.bytes)
     total = sum(kinds.values())
     return {
