@@ -31,10 +31,10 @@ class CompressionHandle(Protocol):
     """What `lowrank_comm.integrations.deepspeed.get(engine)` offers and this file uses."""
 
     @property
-    def last_report(self) -> Any: ...  # noqa: D102
+    def last_report(self) -> Any: ...
 
     @property
-    def ledger(self) -> Any: ...  # noqa: D102
+    def ledger(self) -> Any: ...
 
 
 def gradient_bytes(model: torch.nn.Module) -> int:

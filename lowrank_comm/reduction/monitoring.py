@@ -31,13 +31,13 @@ class Compressing(Protocol):
     """
 
     @property
-    def ledger(self) -> Ledger: ...  # noqa: D102
+    def ledger(self) -> Ledger: ...
 
     @property
-    def last_report(self) -> StepReport | None: ...  # noqa: D102
+    def last_report(self) -> StepReport | None: ...
 
     @property
-    def reducer(self) -> Reducer: ...  # noqa: D102
+    def reducer(self) -> Reducer: ...
 
 
 class Figures:
