@@ -8,7 +8,9 @@ JSON.
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lowrank_comm.compressors import (
     Acp,
@@ -32,9 +34,11 @@ from lowrank_comm.errors import (
 )
 from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.optimizer.compressed import CompressedOptimizer
-from lowrank_comm.projected import ProjectedAdamW, ProjectedSGD
 from lowrank_comm.reduction.monitoring import Figures, StepLog
 from lowrank_comm.reduction.policy import Rule
+
+if TYPE_CHECKING:
+    from lowrank_comm.projected import ProjectedAdamW, ProjectedSGD
 
 # In a checkout that is not installed, `lowrank_comm.integrations` is the folder beside
 # this one.
@@ -71,3 +75,23 @@ __all__ = [
     "StepLog",
     "UnsupportedError",
 ]
+
+# Extensions are loaded when one of these names is asked for.
+_EXTENSIONS = {
+    "ProjectedAdamW": "lowrank_comm.projected:ProjectedAdamW",
+    "ProjectedSGD": "lowrank_comm.projected:ProjectedSGD",
+    "bidirectional": "lowrank_comm.bidirectional:",
+    "projected": "lowrank_comm.projected:",
+}
+
+# Type checkers see the imports above; a `__getattr__` would allow them any name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _EXTENSIONS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = pkgutil.resolve_name(_EXTENSIONS[name])
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_EXTENSIONS})

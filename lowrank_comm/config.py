@@ -23,7 +23,6 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from lowrank_comm.bidirectional.config import METHODS
 from lowrank_comm.communication import Group
 from lowrank_comm.communication.intra_node import SCOPES
 from lowrank_comm.compressors import REGISTRY, Compressor
@@ -34,6 +33,13 @@ from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
 
 SECTION = "lowrank_comm"
+
+OPTIMIZERS = dict.fromkeys(
+    ("inkheart", "m4", "marina_p", "m3"), "lowrank_comm.bidirectional:BidirectionalOptimizer"
+)
+"""Value of "compressor" that needs an optimizer of its own -> the class whose
+`from_config` takes the section. Its module is loaded when it is asked for.
+"""
 
 
 class _Strict(BaseModel):
@@ -142,7 +148,7 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
                 f"{SECTION} must be an object with keys such as 'compressor', got {section!r}."
             )
         # their keys are others
-        if section.get("compressor") in METHODS:
+        if section.get("compressor") in OPTIMIZERS:
             section = {"compressor": section["compressor"]}
         try:
             parsed = cls.model_validate(dict(section))
@@ -171,10 +177,10 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
 
     def make_compressor(self) -> Compressor:
         """The compressor that the section names, with its options."""
-        if self.compressor in METHODS:
+        if self.compressor in OPTIMIZERS:
             raise UnsupportedError(
                 f"{SECTION}.compressor={self.compressor!r} cannot be used here: in the"
-                f" bidirectional methods ({', '.join(sorted(METHODS))}) every worker has weights of"
+                f" bidirectional methods ({', '.join(sorted(OPTIMIZERS))}) every worker has weights of"
                 " its own, while this engine needs the same on all ranks. In a plain training loop"
                 " use CompressedOptimizer.from_config(base, section), or"
                 " lowrank_comm.bidirectional.BidirectionalOptimizer."
@@ -182,8 +188,8 @@ class Section(_Keys):  # type: ignore[misc, valid-type]
         if self.compressor not in REGISTRY:
             raise ConfigError(
                 f"{SECTION}.compressor={self.compressor!r} is"
-                f" unknown{nearest(self.compressor, [*REGISTRY, *METHODS])} Known:"
-                f" {', '.join(sorted([*REGISTRY, *METHODS]))}."
+                f" unknown{nearest(self.compressor, [*REGISTRY, *OPTIMIZERS])} Known:"
+                f" {', '.join(sorted([*REGISTRY, *OPTIMIZERS]))}."
             )
         kind = REGISTRY[self.compressor]
         options = {key: getattr(self, key) for key in _OPTIONS if getattr(self, key) is not None}

@@ -64,6 +64,33 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
     assert python(code, tmp_path, ROOT).strip() == "[]"
 
 
+def test_the_core_loads_no_extension_until_it_is_asked_for(tmp_path: Path) -> None:
+    code = """
+import sys, lowrank_comm, lowrank_comm.simulation, lowrank_comm.config, lowrank_comm.checkpoint
+extensions = ("bidirectional", "projected", "lab", "integrations")
+def loaded():
+    return sorted({m.split(".")[1] for m in sys.modules if m.startswith("lowrank_comm.")} & set(extensions))
+print(loaded())
+assert set(lowrank_comm.__all__) <= set(dir(lowrank_comm))
+from lowrank_comm import ProjectedAdamW
+assert lowrank_comm.ProjectedSGD.__mro__[1] is ProjectedAdamW.__mro__[1]
+print(loaded())
+from lowrank_comm.config import OPTIMIZERS
+import pkgutil
+assert set(lowrank_comm.bidirectional.METHODS) == set(OPTIMIZERS)
+assert {pkgutil.resolve_name(path) for path in OPTIMIZERS.values()} == {lowrank_comm.bidirectional.BidirectionalOptimizer}
+try:
+    lowrank_comm.ProjectedAdam
+except AttributeError as error:
+    print(error)
+"""
+    assert python(code, tmp_path, ROOT).splitlines() == [
+        "[]",
+        "['projected']",
+        "module 'lowrank_comm' has no attribute 'ProjectedAdam'",
+    ]
+
+
 def test_the_core_needs_torch_safetensors_and_pydantic_only(tmp_path: Path) -> None:
     """Every top-level module that lowrank_comm imports by itself is of the standard
     library or one of the three it declares. The lab has an extra of its own; nothing
@@ -78,11 +105,13 @@ for file in core.rglob("*.py"):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {{alias.name.split(".")[0] for alias in node.names}}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module.split(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            assert "lab" not in (node.module or "").split(".") + [alias.name for alias in node.names], file
-print(sorted(found - set(sys.stdlib_module_names)))
+            where = (node.module or "").split(".")
+            if node.level == 0:
+                found.add(where[0])
+            if node.level > 0 or where[0] == "lowrank_comm":
+                assert "lab" not in where + [alias.name for alias in node.names], file
+print(sorted(found - set(sys.stdlib_module_names) - {{"lowrank_comm"}}))
 """
     assert python(code, tmp_path).strip() == "['pydantic', 'safetensors', 'torch']"
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pkgutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,10 +28,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_comm.bidirectional import METHODS, BidirectionalOptimizer
 from lowrank_comm.communication.topology import grid
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.config import Section
+from lowrank_comm.config import OPTIMIZERS, Section
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.numerics.device import current_stream
@@ -238,8 +238,9 @@ class CompressedOptimizer(Attachment):
             >>> CompressedOptimizer.from_config(base, {"compressor": "powersgd", "rank": 2}).compressor
             PowerSGD(rank=2)
         """
-        if isinstance(section, Mapping) and section.get("compressor") in METHODS:
-            return BidirectionalOptimizer.from_config(base, section, **keywords)
+        if isinstance(section, Mapping) and section.get("compressor") in OPTIMIZERS:
+            extension = pkgutil.resolve_name(OPTIMIZERS[section["compressor"]])
+            return extension.from_config(base, section, **keywords)
         parsed = Section.parse(section)
         options = {
             **parsed.reducer_options(),
