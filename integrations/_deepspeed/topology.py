@@ -207,19 +207,16 @@ class Levels:
         device: torch.device,
     ) -> None:
         self.everyone = self.group = Group(process_group)
-        self._shapes, self._device = list(shapes), device
-        self._scatter: RowScatter | None = None
-        if size == 1:
-            self.intra_node = IntraNodeGroup(scope=scope)
-            self.slots = [ParamInfo(name, shape, dtype, device) for name, shape, dtype in shapes]
-        else:
+        self.intra_node = IntraNodeGroup(scope=scope)
+        if size > 1:
             between, inside = _groups(self.everyone, size, device)
             self.group, self.intra_node = Group(between), IntraNodeGroup(inside, scope)
-            self._scatter = RowScatter(shapes, device, self.intra_node)
-            self.slots = self._scatter.slots
+        self._whole = [ParamInfo(name, shape, dtype, device) for name, shape, dtype in shapes]
+        self._rows = RowScatter(self._whole, self.intra_node)
+        self.slots = self._rows.slots
 
     def reduce(self, reducer: Reducer, gradients: Sequence[Tensor | None], scale: float) -> Outcome:
-        """One pass; a collective of everyone.
+        """Average the gradients of one step; a collective of everyone.
 
         Args:
             reducer: of `slots`, over `group` and `intra_node`.
@@ -231,27 +228,20 @@ class Levels:
             looks only at what a rank owns or has a gradient for, so every rank gets all
             of it.
         """
-        if self._scatter is None:
-            outcome = reducer.reduce(gradients, scale=scale)
-        else:
-            # ranks of a node with different models would wait for each other in the
-            # scatter
-            reducer.ensure_agreed()
-            outcome = reducer.reduce(self._scatter.scatter(gradients), scale=scale)
-        if not outcome.applied:
-            return replace(outcome, grads=self._poisoned(gradients))
-        if self._scatter is None:
-            return outcome
-        return replace(outcome, grads=self._scatter.gather(outcome.grads, gradients))
+        # ranks of a node with different models would wait for each other in the scatter
+        reducer.ensure_agreed()
+        outcome = reducer.reduce(self._rows.scatter(gradients), scale=scale)
+        if outcome.applied:
+            return replace(outcome, grads=self._rows.gather(outcome.grads))
+        self._rows.forget()
+        return replace(outcome, grads=self._nan(gradients))
 
-    def _poisoned(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _nan(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [
-            (
-                torch.full(shape, torch.nan, dtype=dtype, device=self._device)
-                if g is None
-                else g.fill_(torch.nan)
-            )
-            for g, (_, shape, dtype) in zip(gradients, self._shapes, strict=True)
+            g.fill_(torch.nan)
+            if g is not None
+            else torch.full(info.shape, torch.nan, dtype=info.dtype, device=info.device)
+            for g, info in zip(gradients, self._whole, strict=True)
         ]
 
     def error_memory(self, reducer: Reducer) -> dict[str, Tensor]:
@@ -266,9 +256,9 @@ class Levels:
         """Lines of the plan: what every rank holds until the boundary, and what goes
         inside a node.
         """
-        local = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self._shapes)
+        local = sum(info.numel * info.dtype.itemsize for info in self._whole)
         held = f"until then every rank holds all of its local gradients ({human_bytes(local)})"
-        if self._scatter is None:
+        if self.intra_node.size == 1:
             return [
                 f"{held}, and the whole error memory where one is kept",
                 (
@@ -277,10 +267,10 @@ class Levels:
                 ),
             ]
         size, gradients, results = self.intra_node.size, 0, 0
-        for slot, (_, _, dtype) in zip(self.slots, self._shapes, strict=True):
+        for slot, info in zip(self.slots, self._whole, strict=True):
             largest = math.prod(slot.block(self.intra_node, 0))
             gradients += size * largest * slot.dtype.itemsize
-            results += largest * dtype.itemsize
+            results += largest * info.dtype.itemsize
         return [
             f"{held}, and 1/{size} of the error memory",
             (

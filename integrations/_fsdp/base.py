@@ -81,6 +81,11 @@ class FSDPEngine(Engine):
                 local(parameter.grad).copy_(result)
 
     @override
+    def forget(self) -> None:
+        # nothing is kept between collect and deliver
+        pass
+
+    @override
     def fill_nan(self, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:
             if parameter.grad is not None:

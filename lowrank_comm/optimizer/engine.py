@@ -20,7 +20,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -63,8 +62,7 @@ class Engine:
 
     def __init__(self, process_group: Any = None, shard_scope: str = "shard") -> None:
         self.group, self.intra_node = levels(process_group, shard_scope)
-        self._scatter: RowScatter | None = None
-        self._whole: list[Tensor | None] = []
+        self._rows = RowScatter([], self.intra_node)
 
     @property
     def can_overlap(self) -> bool:
@@ -89,38 +87,27 @@ class Engine:
                 f"parameter {sharded[0]!r} is a DTensor, as fully_shard makes them, and nobody has"
                 " said so: call optimizer.attach(model) before the first step."
             )
-        if self.intra_node.size == 1:
-            return [ParamInfo(name, tuple(p.shape), p.dtype, p.device) for name, p in named]
-        device = named[0][1].device if named else torch.device("cpu")
-        self._scatter = RowScatter(
-            [(name, tuple(p.shape), p.dtype) for name, p in named], device, self.intra_node
-        )
-        return self._scatter.slots
+        whole = [ParamInfo(name, tuple(p.shape), p.dtype, p.device) for name, p in named]
+        self._rows = RowScatter(whole, self.intra_node)
+        return self._rows.slots
 
     def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Local gradients in slot order, to be overwritten; None where there is none.
-        With two levels a collective.
+        """Return the local gradients in slot order, to be overwritten; None where there
+        is none. With two levels a collective.
         """
-        gradients = [p.grad for p in parameters]
-        if self._scatter is None:
-            return gradients
-        self._whole = gradients
-        return self._scatter.scatter(gradients)
+        return self._rows.scatter([p.grad for p in parameters])
 
     def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
-        """Averaged gradients into `p.grad`; None means that no worker had one. With two
-        levels a collective.
+        """Put the averaged gradients into `p.grad`; None means that no worker had one.
+        With two levels a collective.
         """
-        if self._scatter is not None:
-            whole, self._whole = self._whole, []
-            results = self._scatter.gather(results, whole)
-        for parameter, grad in zip(parameters, results, strict=True):
+        for parameter, grad in zip(parameters, self._rows.gather(results), strict=True):
             if parameter.grad is not grad:
                 parameter.grad = grad
 
     def forget(self) -> None:
         """After a veto: nothing will be delivered."""
-        self._whole = []
+        self._rows.forget()
 
     def fill_nan(self, parameters: Sequence[Tensor]) -> None:
         """NaN into every gradient that is there."""

@@ -1,22 +1,26 @@
-"""Whole gradients on every rank, two levels: each rank of a node gets the node's mean
-of its rows, and the way back.
+"""Between the whole gradients that a rank holds and what its reducer averages.
 
-    scatter   the mean over the node, of which each rank receives a block of rows   one reduce-scatter a portion
+Where every rank is a worker, both are the same, and nothing is copied or sent. With two
+levels the ranks of a node share the work by blocks of rows:
+
+    scatter   the mean over the node, of which each rank receives a block of rows;
+              one reduce-scatter a portion
     ...       the reducer averages the blocks between the nodes, compressed
-    gather    every rank of the node receives all blocks of the result              one all-gather a portion
+    gather    every rank of the node receives all blocks of the result;
+              one all-gather a portion
 
-This is for engines whose ranks all hold whole gradients: a plain model, DDP, and
-DeepSpeed. Error memory and the compressor's work are then shared by the ranks of a
-node. FSDP does the first part by itself. The mean is formed in the wider of float32 and
+This serves engines whose ranks all hold whole gradients: a plain model, DDP, and
+DeepSpeed. Each rank then has the error memory and the compressor's work of its rows
+only. FSDP does the first part by itself. The mean is formed in the wider of float32 and
 the gradient's dtype. A gradient that is missing on some ranks of the node counts as
-zero there; how many have one travels with the first portion.
+zero there; how many ranks have one is summed before the first portion.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,54 +29,51 @@ from lowrank_comm.communication import IntraNodeGroup
 from lowrank_comm.numerics.device import numbers_on
 from lowrank_comm.reduction.params import ParamInfo
 
-# bytes of gradients that travel together: room is needed for one portion at a time
+# bytes of gradients in one collective: a buffer is needed for one portion at a time
 PORTION = 1 << 26
 
 
 @dataclass(frozen=True)
 class _Portion:
-    """Parameters of one dtype that travel together."""
+    """Parameters of one dtype that share a collective."""
 
     members: list[int]
     dtype: torch.dtype
 
 
 class RowScatter:
-    """Between whole gradients and this rank's blocks of their rows.
+    """Turns whole gradients into this rank's blocks of rows, and results back.
+
+    A pass is `scatter`, then either `gather` or `forget`.
 
     Args:
-        shapes: of the whole parameters, by name, with the dtype of their gradients.
-        device: of the computation.
+        whole: the parameters as every rank of the node holds them; with two levels
+            their blocks are on the device of the first.
         intra_node: the ranks of the node.
 
     Attributes:
-        slots: the blocks of this rank, for the reducer.
+        slots: what the reducer averages: this rank's blocks, or the parameters
+            themselves where every rank is a worker.
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
-        device: torch.device,
-        intra_node: IntraNodeGroup,
-    ) -> None:
-        self._intra_node, self._device = intra_node, device
-        self._shapes = [shape for _, shape, _ in shapes]
-        self._dtypes = [dtype for _, _, dtype in shapes]
-        self.slots = [self._slot(name, shape, dtype) for name, shape, dtype in shapes]
+    def __init__(self, whole: Sequence[ParamInfo], intra_node: IntraNodeGroup) -> None:
+        self.slots, self._whole, self._intra_node = list(whole), list(whole), intra_node
+        self._device = whole[0].device if whole else torch.device("cpu")
+        self._gradients: Sequence[Tensor | None] = ()
+        if intra_node.size > 1:
+            self.slots = [self._block(info) for info in whole]
         self._portions = self._cut()
 
-    def _slot(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> ParamInfo:
-        whole = shape or (1,)
-        rows = self._intra_node.block(whole[0])
-        block = (rows.stop - rows.start, *whole[1:])
-        return ParamInfo(
-            name, block, torch.promote_types(dtype, torch.float32), self._device, whole
+    def _block(self, info: ParamInfo) -> ParamInfo:
+        whole = replace(
+            info, dtype=info.compute_dtype, device=self._device, whole=info.shape or (1,)
         )
+        return replace(whole, shape=whole.block(self._intra_node, self._intra_node.rank))
 
     def _cut(self) -> list[_Portion]:
         portions: list[_Portion] = []
         room: dict[torch.dtype, tuple[int, _Portion]] = {}
-        for k, dtype in enumerate(self._dtypes):
+        for k, dtype in enumerate(info.dtype for info in self._whole):
             size = self._padded(k) * self.slots[k].dtype.itemsize * self._intra_node.size
             left, portion = room.get(dtype, (0, None))
             if portion is None or size > left:
@@ -83,23 +84,25 @@ class RowScatter:
         return portions
 
     def _padded(self, k: int) -> int:
-        """Elements of the largest block of a parameter, as which all its blocks travel."""
-        whole = self.slots[k].whole
-        assert whole is not None
-        return self._intra_node.longest(whole[0]) * math.prod(whole[1:])
+        """Elements of the largest block of a parameter, to which all are padded."""
+        return math.prod(self.slots[k].block(self._intra_node, 0))
 
     @torch.no_grad()
     def scatter(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """This rank's blocks of the node's mean gradients; a collective inside the
-        node.
+        """Return this rank's blocks of the node's mean gradients; a collective inside
+        the node.
 
         Args:
-            gradients: whole ones, None where this rank has none; read only.
+            gradients: whole ones, None where this rank has none. `gather` overwrites
+                them.
 
         Returns:
-            Blocks in slot order, new tensors; None where no rank of the node has a
-            gradient.
+            In slot order, new tensors, or None where no rank of the node has a
+            gradient. The gradients themselves where every rank is a worker.
         """
+        if self._intra_node.size == 1:
+            return list(gradients)
+        self._gradients = gradients
         present = numbers_on(self._device, [float(g is not None) for g in gradients], torch.float32)
         self._intra_node.sum_([present], "control")
         blocks: list[Tensor | None] = [None] * len(gradients)
@@ -129,20 +132,20 @@ class RowScatter:
             room[f, : part.numel()] = part
 
     @torch.no_grad()
-    def gather(
-        self, blocks: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The whole results; a collective inside the node.
+    def gather(self, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the whole results; a collective inside the node.
 
         Args:
             blocks: in slot order, None for the same parameters on all ranks of the
                 node.
-            gradients: the whole gradients given to `scatter`, overwritten.
 
         Returns:
-            In slot order; the gradients given, or new tensors where this rank had none.
+            In slot order: the tensors given to `scatter`, overwritten, or new ones
+            where this rank had none.
         """
-        results = list(gradients)
+        if self._intra_node.size == 1:
+            return list(blocks)
+        results, self._gradients = list(self._gradients), ()
         for portion in self._portions:
             members = [k for k in portion.members if blocks[k] is not None]
             if not members:
@@ -156,10 +159,15 @@ class RowScatter:
                 room[: block.numel()] = block.reshape(-1)
             everything = self._intra_node.gather(buffer, "results")
             for k, parts in zip(members, everything.split(lengths, dim=1), strict=True):
-                whole = parts.reshape(-1)[: math.prod(self._shapes[k])].view(self._shapes[k])
+                info = self._whole[k]
+                whole = parts.reshape(-1)[: info.numel].view(info.shape)
                 target = results[k]
                 if target is None:
                     results[k] = whole.clone()
                 else:
                     target.copy_(whole)
         return results
+
+    def forget(self) -> None:
+        """Drop what `scatter` was given: after a veto there is no `gather`."""
+        self._gradients = ()
