@@ -76,8 +76,8 @@ def _send(run: Steps, answer: object) -> Request | Result:
 
 def at(compressor: Compressor, context: Context, t: int, restart: bool) -> Context:
     """The context of step t of matrices that have had a gradient in every step."""
-    turn = compressor.variant(steady(compressor.schedule({}), context.names[0], t), restart)
-    return replace(context, t=t, restart=restart, turn=turn)
+    variant = compressor.variant(steady(compressor.schedule({}), context.names[0], t), restart)
+    return replace(context, t=t, restart=restart, variant=variant)
 
 
 def dense(value: object) -> Tensor:

@@ -19,7 +19,7 @@ from reference import gradient, spectrum_matrix
 
 from lowrank_comm import ConfigError, GreedyLore
 from lowrank_comm.compressors.base import Compressor, Context, Delta
-from lowrank_comm.compressors.greedy_basis import basis_of, greedy_choice
+from lowrank_comm.compressors.greedy_basis import find_basis, greedy_choice
 from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.config import Section
 from lowrank_comm.numerics.randomness import gaussian
@@ -327,7 +327,7 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 def basis_from(d: torch.Tensor, columns: int) -> torch.Tensor:
-    run = basis_of(d, Context(tuple(f"w{k}" for k in range(len(d))), 0, 0, 2), columns)
+    run = find_basis(d, Context(tuple(f"w{k}" for k in range(len(d))), 0, 0, 2), columns)
     request = next(run)
     with pytest.raises(StopIteration) as end:
         run.send(request.of(request.matrices, list(range(len(d)))))

@@ -36,10 +36,10 @@ from lowrank_comm.compressors.base import (
     Steps,
     checked_positive_int,
 )
-from lowrank_comm.compressors.powersgd import orthonormal
 from lowrank_comm.compressors.powersgd_plus import randomized_comp, svd_comp
 from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule
+from lowrank_comm.compressors.subspaces import orthonormal
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
 
@@ -117,12 +117,11 @@ class Acp(Compressor):
         return None if self.restart_every is None else RestartSchedule(self.restart_every)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        bases = {"P": (m, context.rank), "Q": (n, context.rank)}
-        drawn = {
-            symbol: context.draw(f"initial {symbol}", shape, like)
-            for symbol, shape in bases.items()
-        }
-        return {symbol: orthonormal_rank_revealing(basis, basis) for symbol, basis in drawn.items()}
+        state = {}
+        for symbol, rows in (("P", m), ("Q", n)):
+            drawn = context.draw(f"initial {symbol}", (rows, context.rank), like)
+            state[symbol] = orthonormal_rank_revealing(drawn, drawn)
+        return state
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         if context.restart:

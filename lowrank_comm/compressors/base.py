@@ -154,6 +154,7 @@ class Context:
             computation.
         m: rows of the whole matrices.
         rows: those of them that this rank holds.
+        in_blocks: whether the ranks of a node hold the matrices in blocks of rows.
         round: of several on what is left of the same matrices (`feedback.Rounds`), each
             with draws of its own.
         worker: this worker's number, from 0; for private draws and for its own part of
@@ -170,6 +171,7 @@ class Context:
     wire_rounds: bool = False
     m: int = 0
     rows: slice = field(default_factory=lambda: slice(None))
+    in_blocks: bool = False
     round: int = 0
     worker: int = 0
     workers: int = 1

@@ -29,9 +29,8 @@ gradient, for ever: that is GaLore's trap, which GoLore escapes (arXiv 2410.1128
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -44,25 +43,22 @@ from lowrank_comm.compressors.base import (
     State,
     Steps,
     checked_positive_int,
-    transposed_product,
 )
-from lowrank_comm.compressors.requests import ComputeOnce, Mean, Request
+from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.compressors.restart_schedule import RestartSchedule
-from lowrank_comm.compressors.subspaces import project, random_basis
+from lowrank_comm.compressors.subspaces import (
+    basis_on_rows,
+    project,
+    projected_here,
+    random_basis,
+    singular_vectors,
+)
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.numerics.linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 
 SIDES = ("short", "long")
 
 
-def basis_on_rows(m: int, n: int, side: str) -> bool:
-    """Whether an m x n matrix has its basis on the side of its rows (P is m x r), and
-    not of its columns (n x r).
-    """
-    return m < n if side == "short" else m > n
-
-
-def basis_of(delta: Delta, context: Context, side: str) -> tuple[bool, int]:
+def basis_side(delta: Delta, context: Context, side: str) -> tuple[bool, int]:
     """(whether the basis of these matrices is on the side of their rows, its length s)."""
     # delta may be a block of the rows
     m, n = context.m or delta.shape[-2], delta.shape[-1]
@@ -125,17 +121,14 @@ class GaLore(Compressor):
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         # Random, and not zero: a parameter that is added between two refreshes has no
         # other until the next.
-        return {
-            "P": random_basis(
-                context, "initial P", m if basis_on_rows(m, n, self.side) else n, context.rank, like
-            )
-        }
+        s = m if basis_on_rows(m, n, self.side) else n
+        return {"P": random_basis(context, "initial P", s, context.rank, like)}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        on_rows, _ = basis_of(delta, context, self.side)
+        on_rows, _ = basis_side(delta, context, self.side)
         if context.restart:
-            return (yield from refreshed(delta, context, on_rows, self.apply_full))
-        return (yield from projected(delta, state["P"], context, on_rows))
+            return refreshed(delta, context, on_rows, self.apply_full)
+        return projected(delta, state["P"], context, on_rows)
 
 
 def check_side(owner: str, side: object) -> None:
@@ -181,26 +174,8 @@ def refreshed(delta: Delta, context: Context, on_rows: bool, apply_full: bool) -
     vectors.
     """
     d, own = yield Mean(delta.tensor, "restart")
-    p = yield from singular_basis(d, context, on_rows)
+    p = yield from singular_vectors(d if on_rows else d.mT, context)
     if apply_full:
         return Result(applied=d, sent=own, state={"P": p})
-    if on_rows:
-        return Result(
-            LowRank(p, transposed_product(d, p)), LowRank(p, transposed_product(own, p)), {"P": p}
-        )
-    return Result(LowRank(d @ p, p), LowRank(own @ p, p), {"P": p})
-
-
-def singular_basis(d: Tensor, context: Context, on_rows: bool) -> Generator[Request, Any, Tensor]:
-    """Leading left (on_rows) or right singular vectors of the mean d, (B, s, r),
-    computed on one worker.
-    """
-    matrices, r = d if on_rows else d.mT, context.rank
-    s = matrices.shape[-2]
-    p: Tensor = yield ComputeOnce(
-        matrices, s, r, lambda some: leading_left_singular_vectors(some, r)
-    )
-    # a basis that was rounded on the wire is orthonormal no more
-    if context.wire_rounds:
-        p = orthonormal_rank_revealing(p, context.draw("fill P", (s, r), p))
-    return p
+    applied, sent = (projected_here(matrices, p, on_rows) for matrices in (d, own))
+    return Result(applied, sent, {"P": p})

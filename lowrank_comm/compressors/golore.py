@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lowrank_comm.compressors.base import Context, Delta, State, Steps
-from lowrank_comm.compressors.galore import GaLore, basis_of, check_flag, projected, refreshed
+from lowrank_comm.compressors.galore import GaLore, basis_side, check_flag, projected, refreshed
 from lowrank_comm.compressors.subspaces import random_basis
 from lowrank_comm.errors import ConfigError
 
@@ -115,16 +115,11 @@ class GoLore(GaLore):
         return super().restart_elements(m, n, r) if self.galore_until else self.elements(m, n, r)
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        on_rows, s = basis_of(delta, context, self.side)
+        on_rows, s = basis_side(delta, context, self.side)
         if context.restart and context.t < self.galore_until:
-            return (yield from refreshed(delta, context, on_rows, self.apply_full))
-        p = (
-            random_basis(context, "random P", s, context.rank, state["P"])
-            if context.restart
-            else state["P"]
-        )
-        return (
-            yield from projected(
-                delta, p, context, on_rows, s / context.rank if self.scaled else 1.0
-            )
-        )
+            return refreshed(delta, context, on_rows, self.apply_full)
+        p = state["P"]
+        if context.restart:
+            p = random_basis(context, "random P", s, context.rank, p)
+        scale = s / context.rank if self.scaled else 1.0
+        return projected(delta, p, context, on_rows, scale)

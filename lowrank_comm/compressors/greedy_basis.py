@@ -38,12 +38,10 @@ from torch import Tensor
 from lowrank_comm.compressors.base import (
     Context,
     Delta,
-    LowRank,
     checked_positive_int,
-    transposed_product,
 )
-from lowrank_comm.compressors.powersgd import orthonormal
 from lowrank_comm.compressors.requests import ComputeOnce, Mean, Request
+from lowrank_comm.compressors.subspaces import basis_on_rows, orthonormal
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 
@@ -78,13 +76,6 @@ def basis_columns(basis: str | int | None, s: int, r: int) -> int:
     return min(s, CAP * r if basis is None else max(int(basis), r))
 
 
-def on_rows(m: int, n: int) -> bool:
-    """Whether the short side of an m x n matrix is that of its rows; of a square one,
-    it is that of the columns.
-    """
-    return m < n
-
-
 def initial_basis(context: Context, s: int, columns: int, like: Tensor) -> Tensor:
     """Random coordinate vectors, (B, s, columns): what serves a parameter that is added
     between two refreshes, and costs nothing to make.
@@ -94,12 +85,12 @@ def initial_basis(context: Context, s: int, columns: int, like: Tensor) -> Tenso
     return basis.scatter_(1, chosen[:, None, :], 1.0)
 
 
-def basis_of(d: Tensor, context: Context, columns: int) -> Generator[Request, Any, Tensor]:
+def find_basis(d: Tensor, context: Context, columns: int) -> Generator[Request, Any, Tensor]:
     """The leading singular directions of the mean D on its short side, computed on one
     worker: (B, s, columns), in descending order; exact where `columns` and 8 more are
     all there are.
     """
-    matrices = d if on_rows(*d.shape[-2:]) else d.mT
+    matrices = d if basis_on_rows(*d.shape[-2:]) else d.mT
     s = matrices.shape[-2]
 
     def compute(some: Tensor, indices: list[int]) -> Tensor:
@@ -127,7 +118,7 @@ def _range_finder(a: Tensor, columns: int, context: Context) -> Tensor:
 
 def times_basis(delta: Delta, u: Tensor) -> Tensor:
     """Delta U, or Delta^T U where U is on the side of the rows: (B, l, c)."""
-    return delta.transposed_times(u) if on_rows(*delta.shape[-2:]) else delta.times(u)
+    return delta.transposed_times(u) if basis_on_rows(*delta.shape[-2:]) else delta.times(u)
 
 
 def score_elements(columns: int, r: int, probes: int) -> int:
@@ -162,11 +153,3 @@ def greedy_choice(
     energy = scores.double().square().sum(dim=1)
     best = torch.sort(energy, dim=-1, descending=True, stable=True).indices[:, :r]
     return torch.gather(u, 2, best[:, None, :].expand(-1, u.shape[1], -1))
-
-
-def projected_here(d: Tensor, v: Tensor) -> LowRank:
-    """What V V^T leaves, on the short side, of matrices that are known here: no
-    collective. d: (B, m, n).
-    """
-    rows = on_rows(*d.shape[-2:])
-    return LowRank(v, transposed_product(d, v)) if rows else LowRank(d @ v, v)

@@ -49,16 +49,15 @@ from lowrank_comm.compressors.base import (
 from lowrank_comm.compressors.greedy_basis import (
     CAP,
     basis_columns,
-    basis_of,
     checked_basis,
+    find_basis,
     greedy_choice,
     initial_basis,
-    on_rows,
     score_elements,
 )
 from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.compressors.restart_schedule import RestartSchedule, staggered
-from lowrank_comm.compressors.subspaces import project
+from lowrank_comm.compressors.subspaces import basis_on_rows, project
 from lowrank_comm.errors import ConfigError
 
 
@@ -126,39 +125,31 @@ class GreedyLore(Compressor):
             raise ConfigError(f"GreedyLore: stagger must be True or False, got {self.stagger!r}.")
 
     def elements(self, m: int, n: int, r: int) -> int:
-        return r * max(m, n) + score_elements(
-            basis_columns(self.basis, min(m, n), r), r, self.probes
-        )
+        columns = basis_columns(self.basis, min(m, n), r)
+        return r * max(m, n) + score_elements(columns, r, self.probes)
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         return m * n + min(m, n) * self._kept_columns(min(m, n), r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        return (
-            staggered(self.restart_every, costs)
-            if self.stagger
-            else RestartSchedule(self.restart_every)
-        )
+        if self.stagger:
+            return staggered(self.restart_every, costs)
+        return RestartSchedule(self.restart_every)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        return {
-            "U": initial_basis(
-                context, min(m, n), self._kept_columns(min(m, n), context.rank), like
-            )
-        }
+        s = min(m, n)
+        return {"U": initial_basis(context, s, self._kept_columns(s, context.rank), like)}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         u = state["U"]
         if context.restart:
             d, own = yield Mean(delta.tensor, "restart")
-            return Result(
-                applied=d, sent=own, state={"U": (yield from basis_of(d, context, u.shape[-1]))}
-            )
+            u = yield from find_basis(d, context, u.shape[-1])
+            return Result(applied=d, sent=own, state={"U": u})
         missing = basis_columns(self.basis, u.shape[1], context.rank) - u.shape[-1]
-        v = yield from greedy_choice(
-            delta, _with_complement(u, context, missing), context, self.probes
-        )
-        applied, sent = yield from project(delta, v, on_rows(*delta.shape[-2:]))
+        candidates = _with_complement(u, context, missing)
+        v = yield from greedy_choice(delta, candidates, context, self.probes)
+        applied, sent = yield from project(delta, v, basis_on_rows(*delta.shape[-2:]))
         return Result(applied, sent, {"U": u})
 
     def _kept_columns(self, s: int, r: int) -> int:

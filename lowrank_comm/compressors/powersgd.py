@@ -45,13 +45,8 @@ from lowrank_comm.compressors.base import (
     Steps,
     checked_positive_int,
 )
-from lowrank_comm.compressors.requests import Decide, Mean, Request, SumOverRows, WholeRows
-from lowrank_comm.numerics.linalg import (
-    cholesky_qr,
-    least_pivot,
-    orthonormal_rank_revealing,
-    safe_pivot,
-)
+from lowrank_comm.compressors.requests import Mean, Request
+from lowrank_comm.compressors.subspaces import orthonormal
 
 
 @dataclass(frozen=True)
@@ -96,88 +91,34 @@ class PowerSGD(Compressor):
         return {"Q": context.draw("initial Q", (n, context.rank), like)}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        return (yield from ssp_comp(delta, state["Q"], context, iterations=self.power_iterations))
+        return ssp_comp(delta, state["Q"], context, iterations=self.power_iterations)
 
 
 def ssp_comp(
     delta: Delta, q: Tensor, context: Context, kind: str = "factors", iterations: int = 1
 ) -> Steps:
-    """SSP-Comp of Algorithm 1 on a batch, `iterations` times on the same Delta. delta:
-    (B, m, n), q: (B, n, r). Two averages and r (m + n) elements a matrix for each
-    iteration.
+    """SSP-Comp of Algorithm 1 on a batch, `iterations` times on the same Delta.
+
+    Two averages and r (m + n) elements a matrix for each iteration.
+
+    Args:
+        delta: (B, m, n), or the rows of it that this rank holds.
+        q: (B, n, r).
+        context: of the batch.
+        kind: of the ledger.
+        iterations: k >= 1.
     """
-    for k in range(1, iterations):
-        purpose = f" of iteration {k}"
-        _, q_mean, _ = yield from power_iteration(delta, q, context, kind, purpose)
+    for k in range(1, iterations + 1):
+        purpose = f" of iteration {k}" if k < iterations else ""
+        p_mean, _ = yield Mean(delta.times(q), kind)
+        p = yield from orthonormal(p_mean, context, f"fill P{purpose}")
+        q_mean, q_own = yield Mean(delta.transposed_times(p), kind, over_rows=True)
         q = yield from next_q(q_mean, context, purpose)
-    p, q_mean, q_own = yield from power_iteration(delta, q, context, kind)
-    return Result(
-        applied=LowRank(p, q_mean),
-        sent=LowRank(p, q_own),
-        state={"Q": (yield from next_q(q_mean, context))},
-    )
-
-
-def power_iteration(
-    delta: Delta, q: Tensor, context: Context, kind: str, purpose: str = ""
-) -> Generator[Request, Any, tuple[Tensor, Tensor, Tensor]]:
-    """P~, mean Q and own Q of one power iteration; `purpose` tells the draws of several
-    iterations of one step apart.
-    """
-    p_mean, _ = yield Mean(delta.times(q), kind)
-    p = yield from orthonormal(p_mean, context, f"fill P{purpose}")
-    q_mean, q_own = yield Mean(delta.transposed_times(p), kind, over_rows=True)
-    return p, q_mean, q_own
+    return Result(applied=LowRank(p, q_mean), sent=LowRank(p, q_own), state={"Q": q})
 
 
 def next_q(q_mean: Tensor, context: Context, purpose: str = "") -> Generator[Request, Any, Tensor]:
     """Basis of range(mean Q) for the next power iteration, its dead columns redrawn
     from (seed, name, t).
     """
-    return (
-        yield from orthonormal(q_mean, context, f"redraw Q{purpose}", passes=1, in_blocks=False)
-    )
-
-
-def orthonormal(
-    a: Tensor, context: Context, purpose: str, passes: int = 2, in_blocks: bool = True
-) -> Generator[Request, Any, Tensor]:
-    """orth(a) for averaged a (B, rows, r): Cholesky-QR; again in float64 where columns
-    are nearly dependent; column by column, with random vectors for the dead ones, where
-    they are dependent. Each matrix gets what it would get alone.
-
-    `in_blocks`: this rank may hold a block of the rows only, as of P. The r x r Gram
-    matrices are then summed over the blocks; in the last case all rows of `a` are
-    fetched.
-    """
-    basis, pivot = yield from _cholesky_qr(a, passes, in_blocks)
-    safe = pivot > safe_pivot(a.dtype)
-    if (yield Decide(safe)):
-        return basis
-    unsafe = (~safe).nonzero().flatten()
-    wide, pivot = yield from _cholesky_qr(a[unsafe].double(), 2, in_blocks)
-    basis[unsafe] = wide.to(a.dtype)
-    good = pivot > least_pivot(a.dtype)
-    if (yield Decide(good)):
-        return basis
-    dead = unsafe[~good]
-    whole = (yield WholeRows(a[dead], context.m)) if in_blocks else a[dead]
-    fill = context.only(dead.tolist()).draw(purpose, tuple(whole.shape[-2:]), a)
-    basis[dead] = orthonormal_rank_revealing(whole, fill)[
-        :, context.rows if in_blocks else slice(None)
-    ]
-    return basis
-
-
-def _cholesky_qr(
-    a: Tensor, passes: int, in_blocks: bool
-) -> Generator[Request, Any, tuple[Tensor, Tensor]]:
-    """`cholesky_qr`, with the Gram matrices of all rows."""
-    steps = cholesky_qr(a, passes)
-    gram = next(steps)
-    while True:
-        try:
-            gram = steps.send((yield SumOverRows(gram)) if in_blocks else gram)
-        except StopIteration as end:
-            result: tuple[Tensor, Tensor] = end.value
-            return result
+    return orthonormal(q_mean, context, f"redraw Q{purpose}", passes=1, in_blocks=False)

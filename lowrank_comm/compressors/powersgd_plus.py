@@ -59,20 +59,23 @@ from lowrank_comm.compressors.base import (
 )
 from lowrank_comm.compressors.greedy_basis import (
     basis_columns,
-    basis_of,
     checked_basis,
+    find_basis,
     greedy_choice,
     initial_basis,
-    on_rows,
-    projected_here,
     score_elements,
 )
 from lowrank_comm.compressors.powersgd import PowerSGD, next_q, ssp_comp
-from lowrank_comm.compressors.requests import ComputeOnce, Mean, SumOverRows, WholeRows
+from lowrank_comm.compressors.requests import Mean, SumOverRows
 from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered
-from lowrank_comm.compressors.subspaces import random_basis
+from lowrank_comm.compressors.subspaces import (
+    basis_on_rows,
+    project,
+    projected_here,
+    random_basis,
+    singular_vectors,
+)
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.numerics.linalg import leading_left_singular_vectors, orthonormal_rank_revealing
 
 RESTARTS = ("svd", "randomized", "greedy", "random_projection")
 PROBES, BASIS_EVERY = 4, 10
@@ -200,11 +203,9 @@ class PowerSGDPlus(PowerSGD):
         return self._chosen(m, n, r) if variant else self._found(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        return (
-            staggered(self.restart_every, costs)
-            if self.stagger
-            else RestartSchedule(self.restart_every)
-        )
+        if self.stagger:
+            return staggered(self.restart_every, costs)
+        return RestartSchedule(self.restart_every)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         state = super().initial_state(context, m, n, like)
@@ -214,16 +215,14 @@ class PowerSGDPlus(PowerSGD):
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         if self.restart == "greedy":
-            return (yield from self._with_basis(delta, state, context))
+            return self._with_basis(delta, state, context)
         if not context.restart:
-            return (
-                yield from ssp_comp(delta, state["Q"], context, iterations=self.power_iterations)
-            )
+            return ssp_comp(delta, state["Q"], context, iterations=self.power_iterations)
         if self.restart == "svd":
-            return (yield from svd_comp(delta, context, self.exact_restart, self.consensus_restart))
+            return svd_comp(delta, context, self.exact_restart, self.consensus_restart)
         if self.restart == "randomized":
-            return (yield from randomized_comp(delta, context, self.power_iterations))
-        return (yield from _random_projection_comp(delta, context))
+            return randomized_comp(delta, context, self.power_iterations)
+        return _random_projection_comp(delta, context)
 
     def _columns(self, m: int, n: int, r: int) -> int:
         return basis_columns(self.basis, min(m, n), r)
@@ -241,19 +240,18 @@ class PowerSGDPlus(PowerSGD):
     def _with_basis(self, delta: Delta, state: State, context: Context) -> Steps:
         """A step of restart="greedy"."""
         q, u, iterations = state["Q"], state["U"], self.power_iterations
+        on_rows = basis_on_rows(*delta.shape[-2:])
         if not context.restart:
             result = yield from ssp_comp(delta, q, context, iterations=iterations)
         elif context.variant == 0:
             d, own = yield Mean(delta.tensor, "restart")
-            u = yield from basis_of(d, context, u.shape[-1])
+            u = yield from find_basis(d, context, u.shape[-1])
             v = u[..., : context.rank]
-            applied = projected_here(d, v)
-            result = Result(
-                applied, projected_here(own, v), {"Q": (yield from next_q(applied.q, context))}
-            )
+            applied, sent = (projected_here(matrices, v, on_rows) for matrices in (d, own))
+            result = Result(applied, sent, {"Q": (yield from next_q(applied.q, context))})
         else:
             v = yield from greedy_choice(delta, u, context, self.probes or PROBES)
-            if on_rows(*delta.shape[-2:]):
+            if on_rows:
                 flipped = yield from ssp_comp(_Transposed(delta), v, context, "restart", iterations)
                 result = _transposed(flipped)
             else:
@@ -266,16 +264,8 @@ def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: boo
     have. `exact`, `consensus`: see the options of `PowerSGDPlus`. m n + m r elements a
     matrix.
     """
-    r = context.rank
     d, own = yield Mean(delta.tensor, "restart")
-    p = yield ComputeOnce(
-        d, context.m, r, lambda matrices: leading_left_singular_vectors(matrices, r)
-    )
-    # a basis that was rounded on the wire is orthonormal no more
-    if context.wire_rounds:
-        whole = yield WholeRows(p, context.m)
-        fill = context.draw("fill P", (whole.shape[1], r), p)
-        p = orthonormal_rank_revealing(whole, fill)[:, context.rows]
+    p = yield from singular_vectors(d, context, in_blocks=True)
     q = yield SumOverRows(transposed_product(d, p))
     q_next = yield from next_q(q, context)
     applied = LowRank(p, q)
@@ -283,11 +273,9 @@ def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: boo
         return Result(applied=d, sent=own, state={"Q": q_next})
     sent = LowRank(p, (yield SumOverRows(transposed_product(own, p))))
     if consensus:
-        # delta - own is what the wire's rounding took from this worker alone; it stays
-        # with this worker.
-        return Result(
-            applied, sent, {"Q": q_next}, kept=(delta.tensor - own) + (d - applied.dense())
-        )
+        # what the wire's rounding took from this worker stays with it
+        rounded_off = delta.tensor - own
+        return Result(applied, sent, {"Q": q_next}, kept=rounded_off + (d - applied.dense()))
     return Result(applied, sent, {"Q": q_next})
 
 
@@ -296,7 +284,7 @@ def randomized_comp(delta: Delta, context: Context, iterations: int = 1) -> Step
     iterations) r (m + n) elements a matrix.
     """
     fresh = context.draw("restart Q", (delta.tensor.shape[-1], context.rank), delta.tensor)
-    return (yield from ssp_comp(delta, fresh, context, "restart", 1 + iterations))
+    return ssp_comp(delta, fresh, context, "restart", 1 + iterations)
 
 
 def _random_projection_comp(delta: Delta, context: Context) -> Steps:
@@ -305,12 +293,10 @@ def _random_projection_comp(delta: Delta, context: Context) -> Steps:
     """
     m, n = context.m or delta.shape[-2], delta.shape[-1]
     v = random_basis(context, "restart V", min(m, n), context.rank, delta.tensor)
-    if not on_rows(m, n):
-        mean, own = yield Mean(delta.times(v), "restart")
-        return Result(LowRank(mean, v), LowRank(own, v), {"Q": v})
-    v = v[:, context.rows]
-    mean, own = yield Mean(delta.transposed_times(v), "restart", over_rows=True)
-    return Result(LowRank(v, mean), LowRank(v, own), {"Q": (yield from next_q(mean, context))})
+    on_rows = basis_on_rows(m, n)
+    applied, sent = yield from project(delta, v, on_rows, context.rows, "restart")
+    q = (yield from next_q(applied.q, context)) if on_rows else v
+    return Result(applied, sent, {"Q": q})
 
 
 class _Transposed(Delta):

@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, State, Steps
-from lowrank_comm.compressors.galore import basis_of, check_side, projected, projected_elements
+from lowrank_comm.compressors.galore import basis_side, check_side, projected, projected_elements
 from lowrank_comm.compressors.subspaces import random_basis
 from lowrank_comm.errors import ConfigError
 
@@ -91,7 +91,7 @@ class RandomProjection(Compressor):
         return {}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        on_rows, s = basis_of(delta, context, self.side)
+        on_rows, s = basis_side(delta, context, self.side)
         p = random_basis(context, "random P", s, context.rank, delta.like)
         scale = s / context.rank if self.form == "unbiased" else 1.0
         return replace((yield from projected(delta, p, context, on_rows, scale)), state={})

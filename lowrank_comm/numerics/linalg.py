@@ -1,17 +1,20 @@
 """Batched linear algebra of tall, thin matrices: orthonormal bases with a rule for dead
 columns, truncated SVD.
 
-Orthonormalisation has three paths, from cheap to sure. `cholesky_qr` is two matrix
-products and a Cholesky factorisation of the r x r Gram matrix for each pass, no loop
-over columns; it also tells its smallest pivot, the sine of the smallest angle between a
-column and those before it, so that who calls it knows what to expect: in float32, two
-passes are orthonormal to round-off while the pivot is above 1e-2; in float64 down to
-1e-7. Whoever reads the pivot decides when to pay for the transfer to the host. Where
-even float64 says no, `orthonormal_rank_revealing` goes column by column, finds the dead
-ones (zero, or dependent on those before) and puts given random vectors in their place.
-A basis with such replacements is legitimate: P P^T stays an orthogonal projection, only
-some of its directions are arbitrary. Nothing here returns a zero column, since a zero
-column of Q would stay zero for ever.
+Orthonormalisation has three paths, from cheap to sure; `compressors.subspaces` chooses.
+
+    Cholesky-QR in float32   two passes are orthonormal to round-off while the pivot is
+                             above 1e-2
+    the same in float64      down to a pivot of 1e-7
+    column by column         dead columns (zero, or dependent on those before) are found
+                             and replaced by given random vectors
+
+A pass of Cholesky-QR is two matrix products and a Cholesky factorisation of the r x r
+Gram matrix, without a loop over columns. Its smallest pivot, the sine of the smallest
+angle between a column and those before it, tells how good the basis is; it stays on the
+device until the caller reads it. A basis with replaced columns is legitimate: P P^T
+stays an orthogonal projection, only some of its directions are arbitrary. No function
+here returns a zero column, since a zero column of Q would stay zero for ever.
 
 Everything works on batches (B, m, r); a batch gives what its members would give alone.
 """
@@ -19,7 +22,7 @@ Everything works on batches (B, m, r); a batch gives what its members would give
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,7 +73,7 @@ def dead_tolerance(dtype: torch.dtype) -> float:
 
 
 def safe_pivot(dtype: torch.dtype) -> float:
-    """Pivot above which `cholesky_qr` in this dtype is as good as any other way."""
+    """Pivot above which Cholesky-QR in this dtype is as good as any other way."""
     return 1e-2 if dtype == torch.float32 else _PIVOT_FLOOR
 
 
@@ -81,20 +84,21 @@ def least_pivot(dtype: torch.dtype) -> float:
     return max(dead_tolerance(dtype), _PIVOT_FLOOR)
 
 
-def cholesky_qr(a: Tensor, passes: int = 2) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Orthonormal basis of range(a) by Cholesky-QR in a's dtype, of matrices of which
-    `a` may be a block of rows.
+def gram_matrix(a: Tensor) -> Tensor:
+    """a^T a in float64, (B, r, r). a: (B, m, r)."""
+    return (a.mT @ a).double()
 
-    G = a^T a = L L^T (after scaling a's columns to norm 1);  basis = a L^-T;  the second pass repeats that on the basis
+
+def cholesky_pass(a: Tensor, gram: Tensor, pivot: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One pass of Cholesky-QR in a's dtype; a second pass on its basis makes that
+    orthonormal to round-off.
+
+    G = a^T a = L L^T (after scaling a's columns to norm 1);  basis = a L^-T
 
     Args:
-        a: (B, rows, r), r <= m, float32 or float64.
-        passes: 2 for a basis that is orthonormal to round-off, 1 where only its
-            condition matters.
-
-    Yields:
-        The part of G that these rows make, (B, r, r) float64; is sent the sum over all
-        blocks of rows.
+        a: (B, rows, r), r <= m, float32 or float64; may be a block of the rows.
+        gram: G of all rows, (B, r, r) float64.
+        pivot: of the pass before, which is returned unless this pass fails.
 
     Returns:
         (basis, pivot): basis (B, rows, r), garbage where the pivot is 0; pivot (B,)
@@ -102,24 +106,18 @@ def cholesky_qr(a: Tensor, passes: int = 2) -> Generator[Tensor, Tensor, tuple[T
         an angle between a column and those before it, 0 where a column is zero next to
         the largest, or a number is not finite or out of the dtype's range.
     """
-    basis, smallest = a, None
-    for _ in range(passes):
-        gram = yield (basis.mT @ basis).double()
-        squares = gram.diagonal(dim1=-2, dim2=-1)
-        scale = squares.rsqrt()
-        lower, info = torch.linalg.cholesky_ex(gram * scale[..., :, None] * scale[..., None, :])
-        identity = torch.eye(a.shape[-1], dtype=gram.dtype, device=a.device).expand_as(gram)
-        inverse = scale[..., :, None] * torch.linalg.solve_triangular(
-            lower.mT, identity, upper=True
-        )
-        basis = basis @ inverse.to(a.dtype)
-        pivot = lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
-        sound = (info == 0) & (
-            squares > dead_tolerance(a.dtype) ** 2 * squares.amax(dim=-1, keepdim=True)
-        ).all(dim=-1)
-        pivot = torch.where(sound & torch.isfinite(pivot), pivot, torch.zeros_like(pivot))
-        smallest = pivot if smallest is None else torch.where(pivot > 0, smallest, pivot)
-    assert smallest is not None
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    scale = squares.rsqrt()
+    lower, info = torch.linalg.cholesky_ex(gram * scale[..., :, None] * scale[..., None, :])
+    identity = torch.eye(a.shape[-1], dtype=gram.dtype, device=a.device).expand_as(gram)
+    inverse = torch.linalg.solve_triangular(lower.mT, identity, upper=True)
+    basis = a @ (scale[..., :, None] * inverse).to(a.dtype)
+    least = dead_tolerance(a.dtype) ** 2 * squares.amax(dim=-1, keepdim=True)
+    smallest = lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
+    sound = (info == 0) & (squares > least).all(dim=-1) & torch.isfinite(smallest)
+    smallest = torch.where(sound, smallest, torch.zeros_like(smallest))
+    if pivot is not None:
+        smallest = torch.where(smallest > 0, pivot, smallest)
     return basis, smallest
 
 

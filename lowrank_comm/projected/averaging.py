@@ -20,7 +20,8 @@ from torch import Tensor
 from lowrank_comm.communication import Group, IntraNodeGroup, Ledger
 from lowrank_comm.communication.flat_buffers import WIRE_DTYPES
 from lowrank_comm.compressors.base import Context, Delta, LowRank
-from lowrank_comm.compressors.galore import GaLore, basis_on_rows
+from lowrank_comm.compressors.galore import GaLore
+from lowrank_comm.compressors.subspaces import basis_on_rows
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import full_precision
 from lowrank_comm.reduction.lockstep import Agreed, Passing, PassStats, Presence, lockstep

@@ -296,8 +296,9 @@ def build_batches(
             names = tuple(slots[k].name for k in chosen)
             memory = ErrorMemory(error_feedback, names, rows, n, dtype, slot.device, seed, worker)
             like = torch.empty(0, dtype=dtype, device=slot.device)
+            held = intra_node.block(m) if rows != m else slice(None)
             context = Context(
-                names, -1, seed, rank, m=m, rows=intra_node.block(m) if rows != m else slice(None)
+                names, -1, seed, rank, m=m, rows=held, in_blocks=intra_node.whole_matrices
             )
             state = functools.partial(
                 _initial_state, compressor, context, m, n, like, initial_basis
