@@ -195,7 +195,7 @@ def train(run: Run, device: Device) -> Trained:
         losses.append(loss.item())
     parameters = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
     optimizer.detach()
-    return Trained(parameters, losses, max(began), len(reducer.buckets))
+    return Trained(parameters, losses, max(began), len(reducer.state.buckets))
 
 
 def quietly(attach: Callable[[], object]) -> None:

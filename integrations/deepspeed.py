@@ -478,7 +478,7 @@ def _attach(engine: Any, section: Section) -> None:
     refuse_engine(engine)
     adapter = DeepSpeedAdapter(engine, seam, section)
     engine.__dict__[_KEY] = adapter
-    if adapter.reducer.is_writer:
+    if adapter.reducer.workers.is_writer:
         print(adapter.plan, flush=True)
 
 

@@ -286,7 +286,7 @@ class CompressionCallback(TrainerCallback):
             figures = callback._figures if callback is not None and "loss" in logs else None
             # Of one process only: the others' norms are their own, and nobody looks at
             # them.
-            if figures is not None and source is not None and source.reducer.is_writer:
+            if figures is not None and source is not None and source.reducer.workers.is_writer:
                 logs = {**logs, **figures.since_last()}
             return log(logs, *args, **kwargs)
 

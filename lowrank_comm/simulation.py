@@ -141,7 +141,7 @@ class Simulation:
             for reducer, given in zip(self.reducers, gradients, strict=True)
         ]
         passes = [
-            r.exchange(r.buckets[0], grads, 1.0)
+            r.exchange(r.state.buckets[0], grads, 1.0)
             for r, grads in zip(self.reducers, copies, strict=True)
         ]
         asked = [next(one) for one in passes]
@@ -163,7 +163,7 @@ class Simulation:
 
     def error_memory(self, worker: int) -> dict[str, Tensor]:
         """Parameter name -> error of one worker, live views."""
-        return self.reducers[worker].error_memory()
+        return self.reducers[worker].state.error_memory()
 
     @property
     def last_reports(self) -> list[StepReport | None]:

@@ -329,12 +329,17 @@ def only_the_mean_error_matters(compressor: Compressor) -> None:
     for t in range(before):
         three.reduce([drawn(t, worker) for worker in range(3)])
     one, wrong = simulation(compressor, SHAPES, 1), simulation(compressor, SHAPES, 1)
-    errors, states = [three.error_memory(worker) for worker in range(3)], three.reducers[0].bases()
+    errors, states = (
+        [three.error_memory(worker) for worker in range(3)],
+        three.reducers[0].state.bases(),
+    )
     for name in SHAPES:
-        one.reducers[0].set_state(name, sum(error[name] for error in errors) / 3, states[name])
-        wrong.reducers[0].set_state(name, errors[0][name], states[name])
+        one.reducers[0].state.set_state(
+            name, sum(error[name] for error in errors) / 3, states[name]
+        )
+        wrong.reducers[0].state.set_state(name, errors[0][name], states[name])
     for sim in (one, wrong):
-        sim.reducers[0].continue_at(before)
+        sim.reducers[0].state.continue_at(before)
     differs = False
     for t in range(before, before + 10):
         gradients = [drawn(t, worker) for worker in range(3)]

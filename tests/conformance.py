@@ -155,10 +155,12 @@ def drawn(
 
 def state_of(reducer: Reducer) -> dict[str, Tensor]:
     """Everything that a reducer has learnt, copied, by name and symbol."""
-    errors = {f"{name}/error": error.clone() for name, error in reducer.error_memory().items()}
+    errors = {
+        f"{name}/error": error.clone() for name, error in reducer.state.error_memory().items()
+    }
     return errors | {
         f"{name}/{k}": v.clone()
-        for name, state in reducer.bases().items()
+        for name, state in reducer.state.bases().items()
         for k, v in state.items()
     }
 

@@ -242,7 +242,7 @@ def resume(rank: int, folder: str, stage: int, dtype: str, gas: int, **top: Any)
         owed = [
             slot.name
             for slot in adapter.reducer.slots
-            if adapter.reducer.restarts.deferred(slot.name)
+            if adapter.reducer.state.restarts.deferred(slot.name)
         ]
         resumed = train(engine, range(4, 8), rank, detour=not_at_restarts)
         resumed_final = parameters(engine)

@@ -107,7 +107,9 @@ def rank_2(rank: int, stage: int, gas: int, scope: str) -> dict[str, Any]:
         # A matrix that nobody uses owes a restart from the first step on, where there
         # are restarts, and sends nothing.
         idle = sum(
-            row.bytes for row in adapter.plan.rows if adapter.reducer.restarts.deferred(row.name)
+            row.bytes
+            for row in adapter.plan.rows
+            if adapter.reducer.state.restarts.deferred(row.name)
         )
         return {
             "losses": losses,
@@ -244,7 +246,10 @@ def mesh(rank: int) -> dict[str, Any]:
             with engines(engine_of(config(2, section=section), mesh_param=(WORLD, 1))) as engine:
                 losses.append(train(engine, range(4), rank))
         reducer = adapter_of(engine).reducer
-        return {"losses": gap(*losses), "who": (reducer.group.size, reducer.intra_node.size)}
+        return {
+            "losses": gap(*losses),
+            "who": (reducer.workers.group.size, reducer.workers.intra_node.size),
+        }
     finally:
         groups_of_deepspeed.mesh_device = None
 
@@ -295,10 +300,10 @@ def part_of_the_world(rank: int) -> dict[str, Any]:
             ) as engine:
                 losses.append(train(engine, range(3), rank))
                 if section is not None:
-                    shards = adapter_of(engine).reducer.intra_node
+                    shards = adapter_of(engine).reducer.workers.intra_node
                     found = {
                         "node": (shards.rank, shards.size),
-                        "workers": adapter_of(engine).reducer.group.size,
+                        "workers": adapter_of(engine).reducer.workers.group.size,
                     }
         found["losses"] = gap(*losses)
         found["no divisor"] = message(
@@ -369,7 +374,7 @@ def ef21_in_other_blocks(rank: int, folder: str) -> dict[int, dict[str, Tensor]]
                 train(engine, range(4), rank)
             else:
                 engine.load_checkpoint(folder)
-            bases = adapter_of(engine).reducer.bases()
+            bases = adapter_of(engine).reducer.state.bases()
             # which averages
             if size == F:
                 engine.save_checkpoint(folder)

@@ -155,7 +155,7 @@ def state(adapter: Any) -> dict[str, Any]:
     errors = {name: e.clone() for name, e in adapter.error_memory().items()}
     bases = {
         f"{name}/{key}": q.clone()
-        for name, state in adapter.reducer.bases().items()
+        for name, state in adapter.reducer.state.bases().items()
         for key, q in state.items()
     }
     return {"errors": errors, "bases": bases, "step": adapter.reducer.step}

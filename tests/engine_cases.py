@@ -55,7 +55,7 @@ def state_of(model: nn.Module, optimizer: CompressedOptimizer) -> dict[str, Tens
     """Parameters, error memory and bases on this rank, as they are."""
     state = {f"p {name}": local(p) for name, p in plain_names(model).items()}
     state |= {f"e {name}": local(e) for name, e in optimizer.error_memory().items()}
-    state |= {f"q {name}": b["Q"] for name, b in optimizer.reducer.bases().items()}
+    state |= {f"q {name}": b["Q"] for name, b in optimizer.reducer.state.bases().items()}
     return state | {"t": torch.tensor(optimizer.reducer.step)}
 
 
@@ -374,11 +374,11 @@ def gap_of_saved_errors(optimizer: CompressedOptimizer) -> float:
     for slot in optimizer.reducer.slots:
         entry = saved["state"][names.index(slot.name)].get("lowrank_comm_error")
         if entry is not None:
-            mine = optimizer.reducer.error_memory()[slot.name]
+            mine = optimizer.reducer.state.error_memory()[slot.name]
             whole = (
                 entry
                 if entry.shape == mine.shape
-                else optimizer.reducer.intra_node.own(entry, slot.dim)
+                else optimizer.reducer.workers.intra_node.own(entry, slot.dim)
             )
             gap = max(gap, float((whole - mine).abs().max()))
     return gap

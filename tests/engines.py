@@ -433,21 +433,23 @@ def goes_on(olds: list[Simulation], news: list[Simulation], at: int, lost: str =
     """
     for new in news:
         for reducer in new.reducers:
-            reducer.continue_at(at)
-    for name, kept in olds[0].reducers[0].bases().items():
+            reducer.state.continue_at(at)
+    for name, kept in olds[0].reducers[0].state.bases().items():
         for symbol in kept.keys() & {"y", "y_mean", "v"} - {lost}:
             blocks = [
-                torch.stack([reducer.bases()[name][symbol] for reducer in old.reducers]).mean(0)
+                torch.stack([reducer.state.bases()[name][symbol] for reducer in old.reducers]).mean(
+                    0
+                )
                 for old in olds
-                if name in old.reducers[0].bases()
+                if name in old.reducers[0].state.bases()
             ]
             whole = torch.cat(blocks)
             assert whole.norm() > 0
             for f, new in enumerate(news):
                 for reducer in new.reducers:
-                    if name in reducer.bases():
+                    if name in reducer.state.bases():
                         started = {"v_started": torch.ones(1, 1)} if symbol == "v" else {}
-                        reducer.set_state(
+                        reducer.state.set_state(
                             name,
                             None,
                             {symbol: whole[block_of(len(whole), len(news), f)], **started},

@@ -37,7 +37,7 @@ def printed(rank: int, setup: Setup) -> tuple[str, str, int]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         plan = optimizer.attach(model)
-    memory = sum(e.nbytes for e in optimizer.reducer.error_memory().values())
+    memory = sum(e.nbytes for e in optimizer.reducer.state.error_memory().values())
     optimizer.detach()
     return out.getvalue(), str(plan), memory
 

@@ -455,7 +455,7 @@ def sum_of_errors(sim: Simulation) -> dict[str, Tensor]:
 
 def consolidate(sim: Simulation) -> None:
     """What `consolidate_error_memory` does, for workers that share a process."""
-    for batches in zip(*(reducer._batches for reducer in sim.reducers), strict=True):
+    for batches in zip(*(reducer.state.batches for reducer in sim.reducers), strict=True):
         if batches[0].memory.kept:
             mean = torch.stack([batch.memory.tensor for batch in batches]).mean(0)
             for batch in batches:
@@ -465,7 +465,7 @@ def consolidate(sim: Simulation) -> None:
             for batch in batches:
                 batch.state[symbol] = mean.clone()
     for reducer in sim.reducers:
-        reducer.mark_consolidated()
+        reducer.state.mark_consolidated()
 
 
 @every_combination
@@ -478,7 +478,7 @@ def test_resume_of_the_same_run_is_bit_equal(section: Given) -> None:
             name: {k: v.clone() for k, v in parts.items()}
             for name, parts in tensors_of(one).items()
         }
-        other._worker = other.here
+        other.state.belongs_to(other.workers.global_rank, other.workers.world_size)
         restore(other, tag_of(one), tensors)
     for t in range(4, 9):
         gradients = [drawn(t, k, dtype=torch.float32) for k in range(2)]

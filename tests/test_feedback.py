@@ -204,7 +204,7 @@ def test_without_errors_a_run_resumes_from_what_it_keeps(
     steps(first, 0, 5)
     assert first.error_memory() == {}
     symbols = {"none": set(), "ef21": {"y"}, "ef21_sgdm": {"y", "v", "v_started"}}[form]
-    assert set(first.reducer.bases()["w"]) == symbols | {"Q"}
+    assert set(first.reducer.state.bases()["w"]) == symbols | {"Q"}
     if how == "state dict":
         resumed.load_state_dict(copy.deepcopy(first.state_dict()))
     else:
@@ -235,7 +235,7 @@ def test_errors_are_not_lost_without_a_word(form: str) -> None:
     restore(
         old.reducer, tag_of(new.reducer), {"w": {"Q": tensors_of(new.reducer)["w"]["Q"].clone()}}
     )
-    assert torch.equal(old.reducer.bases()["w"]["Q"], new.reducer.bases()["w"]["Q"])
+    assert torch.equal(old.reducer.state.bases()["w"]["Q"], new.reducer.state.bases()["w"]["Q"])
     assert float(old.error_memory()["w"].norm()) == 0
 
 
@@ -339,7 +339,7 @@ def test_a_restart_that_sends_everything_serves_all_rounds() -> None:
         counted = [dict(each.last_reports[0].bytes) for each in (sim, alone)]
         if t == 0:
             assert counted[0] == counted[1]
-            state = sim.reducers[0].bases()["w"]
+            state = sim.reducers[0].state.bases()["w"]
             assert torch.equal(state["U"], state["U_round1"])
         else:
             assert counted[0]["factors"] == 2 * counted[1]["factors"]

@@ -341,10 +341,10 @@ def held(reducer: Reducer) -> dict[str, Tensor]:
     """A copy of the error memory and the bases."""
     bases = {
         f"{name} {symbol}": q
-        for name, parts in reducer.bases().items()
+        for name, parts in reducer.state.bases().items()
         for symbol, q in parts.items()
     }
-    return {name: tensor.clone() for name, tensor in (reducer.error_memory() | bases).items()}
+    return {name: tensor.clone() for name, tensor in (reducer.state.error_memory() | bases).items()}
 
 
 @every_compressor

@@ -116,7 +116,7 @@ def test_an_owed_restart_comes_with_the_next_gradient_and_is_counted_then(sectio
         pytest.skip("its count of bytes is random, or depends on t")
     compressor = compressor_of(section)
     sim = simulated(section, SHAPES, 2)
-    schedule = sim.reducers[0].restarts.schedule
+    schedule = sim.reducers[0].state.restarts.schedule
     total = 0
     for t in range(3 * TAU + 2):
         sim.reduce([given(t, worker) for worker in range(2)])
@@ -224,7 +224,7 @@ def test_a_step_that_does_not_count_changes_nothing(ends: str) -> None:
                 grads.reverse()
             if not counts and ends == "vetoed":
                 next(g for g in grads if g is not None)[0, 0] = torch.nan
-            before = reducer.restarts.unsteady()
+            before = reducer.state.restarts.unsteady()
             applied = reducer.reduce(grads).applied
             assert applied == (counts or ends == "rolled back")
             if counts:
@@ -232,7 +232,7 @@ def test_a_step_that_does_not_count_changes_nothing(ends: str) -> None:
                 continue
             if applied:
                 reducer.rollback()
-            assert (reducer.restarts.unsteady(), reducer.step) == (before, t)
+            assert (reducer.state.restarts.unsteady(), reducer.step) == (before, t)
             assert reducer.last_report.restarts == 0
     # "idle" at 0 and TAU, "w" at the step after each
     assert reducer.ledger.restarts == 4
@@ -257,7 +257,7 @@ def test_one_workers_nan_in_an_owed_restart_changes_nothing_anywhere(
     assert sim.reduce(bad) == {}
     for reducer, state in zip(sim.reducers, before, strict=True):
         assert all(torch.equal(tensor, state[key]) for key, tensor in state_of(reducer).items())
-        assert (reducer.restarts.deferred("late"), reducer.step, reducer.ledger.restarts) == (
+        assert (reducer.state.restarts.deferred("late"), reducer.step, reducer.ledger.restarts) == (
             True,
             1,
             1,
@@ -283,7 +283,7 @@ def test_gradients_in_every_other_step_are_followed(section: Given) -> None:
         out = sim.reduce([{name: x}] * 2)
         assert out[other] is None
         total[name] += out[name]
-    restarts = sim.reducers[0].restarts.schedule is not None
+    restarts = sim.reducers[0].state.restarts.schedule is not None
     assert sim.reducers[0].ledger.restarts == (
         2 * 120 // TAU + section.get("stagger", False) if restarts else 0
     )
@@ -360,10 +360,10 @@ def test_every_kth_greedy_restart_of_a_matrix_finds_a_basis() -> None:
             {"rare": torch.from_numpy(gradient((9, 6), t, k))} if PATTERNS["rare"](t) else {}
             for k in range(2)
         ]
-        before = sim.reducers[0].bases()["rare"]["U"]
+        before = sim.reducers[0].state.bases()["rare"]["U"]
         sim.reduce(gradients)
         if gradients[0]:
-            found.append(not torch.equal(sim.reducers[0].bases()["rare"]["U"], before))
+            found.append(not torch.equal(sim.reducers[0].state.bases()["rare"]["U"], before))
     assert found == [True, False] * 3
 
 
@@ -392,8 +392,8 @@ def test_resume_is_bit_equal_with_restarts_owed_and_turns_apart(section: Given) 
     straight, resumed = (simulated(section, SHAPES, 2, torch.float32) for _ in range(2))
     for t in range(TAU + 1):
         straight.reduce([given(t, k, dtype=torch.float32) for k in range(2)])
-    schedule = straight.reducers[0].restarts.schedule
-    owed = {name for name in SHAPES if straight.reducers[0].restarts.deferred(name)}
+    schedule = straight.reducers[0].state.restarts.schedule
+    owed = {name for name in SHAPES if straight.reducers[0].state.restarts.deferred(name)}
     assert owed == {name for name in SHAPES if in_words(schedule, name, TAU + 1)[0]}
     assert owed or schedule is None
     for one, other in zip(straight.reducers, resumed.reducers, strict=True):
@@ -401,7 +401,7 @@ def test_resume_is_bit_equal_with_restarts_owed_and_turns_apart(section: Given) 
             name: {k: v.clone() for k, v in parts.items()}
             for name, parts in tensors_of(one).items()
         }
-        other._worker = other.here
+        other.state.belongs_to(other.workers.global_rank, other.workers.world_size)
         restore(other, tag_of(one), tensors)
     for t in range(TAU + 1, 3 * TAU):
         gradients = [given(t, k, dtype=torch.float32) for k in range(2)]
@@ -471,7 +471,7 @@ def over_gloo(rank: int, compressor: Compressor) -> dict[str, Any]:
         p.data.copy_(values[name])
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    owed = sorted(name for name in SHAPES if resumed.reducer.restarts.deferred(name))
+    owed = sorted(name for name in SHAPES if resumed.reducer.state.restarts.deferred(name))
     history += advance(parameters, optimizer, range(FIRST, ALL), rank, 2)
     again = advance(others, resumed, range(FIRST, ALL), rank, 2)
     return {"history": history, "again": again, "owed": owed}
@@ -521,7 +521,7 @@ def loads_another_state(rank: int) -> str:
 def test_workers_that_loaded_unlike_states_are_told_and_do_not_hang(gloo: GlooPool) -> None:
     for message in gloo.run(loads_another_state, 2):
         assert "restarts.late" in message
-        assert "one owed" in message
+        assert "one deferred" in message
 
 
 @pytest.mark.parametrize("keeps_the_top", [True, False])
@@ -531,7 +531,7 @@ def test_state_dicts_carry_what_is_owed(keeps_the_top: bool) -> None:
     """
     parameters, optimizer = optimizer_of(COMPRESSORS[0])
     advance(parameters, optimizer, range(FIRST), 0, 1)
-    expected = optimizer.reducer.restarts.unsteady()
+    expected = optimizer.reducer.state.restarts.unsteady()
     assert any(owed for _, _, owed in expected.values())
     state = copy.deepcopy(optimizer.state_dict())
     assert "unsteady" not in state[KEY]
@@ -539,11 +539,11 @@ def test_state_dicts_carry_what_is_owed(keeps_the_top: bool) -> None:
         del state[KEY]
     _, resumed = optimizer_of(COMPRESSORS[0])
     resumed.load_state_dict(state)
-    assert resumed.reducer.restarts.unsteady() == expected
+    assert resumed.reducer.state.restarts.unsteady() == expected
     for entries in state["state"].values():
         entries[PREFIX + "tag"] = entries[PREFIX + "tag"][:6]
     resumed.load_state_dict(state)
-    assert (resumed.reducer.restarts.unsteady(), resumed.reducer.step) == ({}, FIRST)
+    assert (resumed.reducer.state.restarts.unsteady(), resumed.reducer.step) == ({}, FIRST)
 
 
 def test_files_carry_what_is_owed(tmp_path: Path) -> None:

@@ -836,7 +836,9 @@ def missing(rank: int) -> dict[str, Any]:
         if t == 1:
             before = {name: p.detach().clone() for name, p in parameters.items()}
             errors = {name: e.clone() for name, e in optimizer.error_memory().items()}
-            bases = {name: parts["Q"].clone() for name, parts in optimizer.reducer.bases().items()}
+            bases = {
+                name: parts["Q"].clone() for name, parts in optimizer.reducer.state.bases().items()
+            }
         optimizer.step()
         if t == 1:
             report["none"] = sorted(name for name, p in parameters.items() if p.grad is None)
@@ -852,7 +854,7 @@ def missing(rank: int) -> dict[str, Any]:
             }
             report["same_basis"] = sorted(
                 n
-                for n, parts in optimizer.reducer.bases().items()
+                for n, parts in optimizer.reducer.state.bases().items()
                 if torch.equal(parts["Q"], bases[n])
             )
     report["parameters"] = {name: p.detach().numpy().copy() for name, p in parameters.items()}

@@ -167,7 +167,7 @@ def test_the_subspace_is_that_of_the_compressors(projection: str) -> None:
         )
         for name in SHAPES:
             assert torch.equal(
-                optimizer.state[held[name]]["projector"], sim.reducers[0].bases()[name]["P"]
+                optimizer.state[held[name]]["projector"], sim.reducers[0].state.bases()[name]["P"]
             )
 
 

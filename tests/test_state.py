@@ -242,7 +242,9 @@ def everything(trainer: Trainer) -> dict[str, Any]:
     optimizer = trainer.optimizer
     return {
         "errors": {name: e.clone() for name, e in optimizer.error_memory().items()},
-        "bases": {name: parts["Q"].clone() for name, parts in optimizer.reducer.bases().items()},
+        "bases": {
+            name: parts["Q"].clone() for name, parts in optimizer.reducer.state.bases().items()
+        },
         "moments": [
             optimizer.state[p]["exp_avg"].clone()
             for p in trainer.model.parameters()
@@ -309,8 +311,8 @@ def test_what_a_saved_state_does_not_have_starts_anew(caplog: pytest.LogCaptureF
     assert torch.equal(used.optimizer.error_memory()["0.weight"], kept)
     assert not used.optimizer.error_memory()["1.weight"].any()
     assert torch.equal(
-        used.optimizer.reducer.bases()["1.weight"]["Q"],
-        fresh.optimizer.reducer.bases()["1.weight"]["Q"],
+        used.optimizer.reducer.state.bases()["1.weight"]["Q"],
+        fresh.optimizer.reducer.state.bases()["1.weight"]["Q"],
     )
 
 
@@ -345,8 +347,8 @@ def test_what_is_kept_beside_a_basis_that_starts_anew_is_said(
         "the saved bases of 2 parameters (first: 0.weight) are of another rank, or of other blocks"
         " of rows: they start anew" + KEPT[form]
     ]
-    for name, kept in one.optimizer.reducer.bases().items():
-        found = other.optimizer.reducer.bases()[name]
+    for name, kept in one.optimizer.reducer.state.bases().items():
+        found = other.optimizer.reducer.state.bases()[name]
         for symbol in kept.keys() - {"Q"}:
             assert kept[symbol].any()
             assert torch.equal(found[symbol], kept[symbol])
@@ -368,8 +370,8 @@ def test_what_another_form_did_not_keep_starts_from_zero(caplog: pytest.LogCaptu
     assert caplog.messages == [
         "no saved EF21 memory (y, v) for 2 parameters (first: 0.weight): they start from zero"
     ]
-    for name, kept in one.optimizer.reducer.bases().items():
-        found = other.optimizer.reducer.bases()[name]
+    for name, kept in one.optimizer.reducer.state.bases().items():
+        found = other.optimizer.reducer.state.bases()[name]
         assert not any(found[symbol].any() for symbol in ("y", "v", "v_started"))
         assert torch.equal(found["Q"], kept["Q"])
 
@@ -615,8 +617,8 @@ def changed_after_consolidation(rank: int) -> list[float]:
         error.fill_(rank)
     trainer.optimizer.consolidate_error_memory()
     means = [float(e.mean()) for e in trainer.optimizer.error_memory().values()]
-    trainer.optimizer.reducer.set_state("0.weight", torch.ones(12, 9), {})
-    assert not trainer.optimizer.reducer.consolidated
+    trainer.optimizer.reducer.state.set_state("0.weight", torch.ones(12, 9), {})
+    assert not trainer.optimizer.reducer.state.consolidated
     return means
 
 
@@ -854,7 +856,7 @@ def test_a_state_dict_that_is_held_keeps_its_bases_when_another_is_loaded() -> N
     basis = held["state"][0]["lowrank_comm_Q"].clone()
     one.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
     assert torch.equal(held["state"][0]["lowrank_comm_Q"], basis)
-    assert not torch.equal(one.optimizer.reducer.bases()["0.weight"]["Q"], basis)
+    assert not torch.equal(one.optimizer.reducer.state.bases()["0.weight"]["Q"], basis)
 
 
 def test_views_of_the_error_memory_stay_live() -> None:

@@ -249,7 +249,9 @@ class Levels:
         holds no row, dense ones absent.
         """
         return {
-            slot.name: shaped["error"] for slot, _, shaped in reducer.blocks() if "error" in shaped
+            slot.name: shaped["error"]
+            for slot, _, shaped in reducer.state.blocks()
+            if "error" in shaped
         }
 
     def notes(self) -> list[str]:

@@ -88,7 +88,7 @@ class HSDPEngine(FSDPEngine):
         named = dict(self._named)
         whole_bases = self.intra_node.size == 1 or self.intra_node.whole_matrices
         result: dict[str, dict[str, Tensor]] = {}
-        for slot, largest, shaped in reducer.blocks():
+        for slot, largest, shaped in reducer.state.blocks():
             parameter, bases = named[slot.name], block_bases(reducer, slot, largest)
             if not whole_bases:
                 mesh = self._shard_mesh(parameter)

@@ -55,9 +55,13 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
         StateMismatchError: on every worker, if rank 0 could not write.
     """
     reducer.consolidate_error_memory()
-    tensors = whole_tensors_of(reducer) if reducer.intra_node.size > 1 or reducer.is_writer else {}
+    tensors = (
+        whole_tensors_of(reducer)
+        if reducer.workers.intra_node.size > 1 or reducer.workers.is_writer
+        else {}
+    )
     mine = {"name": uuid.uuid4().hex, "error": ""}
-    if reducer.is_writer:
+    if reducer.workers.is_writer:
         try:
             _write(reducer, tensors, Path(folder) / FILE_NAME, mine["name"])
         except (OSError, SafetensorError) as error:
@@ -92,7 +96,7 @@ def _write(
 
 def _tell(reducer: Reducer, mine: dict[str, str]) -> list[dict[str, str]]:
     """Every worker's words, in rank order; a collective."""
-    return [json.loads(words) for words in reducer.all_gather_text(json.dumps(mine))]
+    return [json.loads(words) for words in reducer.workers.all_gather_text(json.dumps(mine))]
 
 
 def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = None) -> bool:

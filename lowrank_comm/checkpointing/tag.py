@@ -52,11 +52,12 @@ class Tag:
                 unknown format.
         """
         check_format(self.format, "the saved state")
-        here, memory = reducer.here, reducer.assignment.error_feedback.memory
-        if self.kind == "own" and (self.rank, self.world) != here:
+        memory, workers = reducer.assignment.error_feedback.memory, reducer.workers
+        rank, world = workers.global_rank, workers.world_size
+        if self.kind == "own" and (self.rank, self.world) != (rank, world):
             raise StateMismatchError(
                 f"the saved {memory} is {self.whose} own of {self.world} ranks; this is rank"
-                f" {here[0]} of {here[1]}. Loading it here would lose that of the other workers."
+                f" {rank} of {world}. Loading it here would lose that of the other workers."
                 " Call optimizer.consolidate_error_memory() on all ranks before state_dict(), then"
                 " it fits any worker."
             )
@@ -64,8 +65,9 @@ class Tag:
 
 def tag_of(reducer: Reducer) -> Tag:
     """Tag of the reducer's present state."""
-    rank, world = reducer.worker
+    state = reducer.state
+    rank, world = state.worker
     # before the first step all errors are zero
-    shared = reducer.consolidated or world == 1 or reducer.step == 0
-    kind = "mean" if shared or not reducer.keeps_private_state else "own"
-    return Tag(kind, rank, world, reducer.step, reducer.seed, unsteady=reducer.restarts.unsteady())
+    shared = state.consolidated or world == 1 or state.step == 0
+    kind = "mean" if shared or not state.keeps_private_state else "own"
+    return Tag(kind, rank, world, state.step, state.seed, unsteady=state.restarts.unsteady())

@@ -28,10 +28,10 @@ def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     """Parameter name -> {"error": ..., "Q": ...}; live tensors, no copies. No "error"
     where none is kept.
     """
-    memory = reducer.error_memory()
+    memory = reducer.state.error_memory()
     return {
         name: ({"error": memory[name]} if name in memory else {}) | bases
-        for name, bases in reducer.bases().items()
+        for name, bases in reducer.state.bases().items()
     }
 
 
@@ -42,14 +42,14 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     Where each block has a basis of its own, they are kept together, (F, n, r), by a
     symbol that tells F.
     """
-    intra_node = reducer.intra_node
+    intra_node = reducer.workers.intra_node
     if intra_node.size == 1:
         return {
             name: {k: t.detach().cpu() for k, t in parts.items()}
             for name, parts in tensors_of(reducer).items()
         }
     result: dict[str, dict[str, Tensor]] = {}
-    for slot, largest, shaped in reducer.blocks():
+    for slot, largest, shaped in reducer.state.blocks():
         entry = {
             symbol: intra_node.whole(
                 tensor.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint"
@@ -72,9 +72,9 @@ def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     """`whole_tensors_of` before the first step, without communication: zero errors, and
     bases that nobody has used.
     """
-    intra_node = reducer.intra_node
+    intra_node = reducer.workers.intra_node
     result: dict[str, dict[str, Tensor]] = {}
-    for slot, largest, shaped in reducer.blocks():
+    for slot, largest, shaped in reducer.state.blocks():
         bases = block_bases(reducer, slot, largest)
         # copies, since DCP loads in place
         if not intra_node.whole_matrices:
@@ -118,7 +118,7 @@ def block_bases(reducer: Reducer, slot: ParamInfo, largest: Treatment) -> dict[s
         for symbol, tensor in initial.items()
         if symbol not in shaped
     }
-    held = reducer.bases_of(slot.name)
+    held = reducer.state.bases_of(slot.name)
     for symbol in rooms.keys() & held.keys():
         rooms[symbol][tuple(slice(0, size) for size in held[symbol].shape)] = held[symbol]
     return rooms
@@ -128,7 +128,7 @@ def _in_memory(reducer: Reducer, name: str) -> tuple[str, ...]:
     """Symbols of what is kept of one parameter's earlier gradients: right for any rank
     and any blocks, unlike a basis.
     """
-    scheme = reducer.scheme_of(name)
+    scheme = reducer.state.scheme_of(name)
     return (
         "error",
         *((*scheme.parameter_shaped_state, *scheme.replicated_state) if scheme else ()),
@@ -142,7 +142,7 @@ def _cut_to(
     its basis of those of all blocks.
     """
     slots = {slot.name: slot for slot in reducer.slots}
-    own_basis = f"{_OF}{reducer.intra_node.size}"
+    own_basis = f"{_OF}{reducer.workers.intra_node.size}"
     result: dict[str, dict[str, Tensor]] = {}
     for name, saved in tensors.items():
         slot = slots.get(name)
@@ -156,18 +156,18 @@ def _cut_to(
                 and slot.whole is not None
                 and tensor.shape == slot.whole
             ):
-                tensor = reducer.intra_node.own(tensor, slot.dim)
-            elif symbol.endswith(own_basis) and reducer.intra_node.size > 1:
+                tensor = reducer.workers.intra_node.own(tensor, slot.dim)
+            elif symbol.endswith(own_basis) and reducer.workers.intra_node.size > 1:
                 symbol = symbol.removesuffix(own_basis)
-                tensor = tensor[reducer.intra_node.rank] if tensor.dim() == 3 else tensor
-                kept = reducer.bases_of(name).get(symbol)
+                tensor = tensor[reducer.workers.intra_node.rank] if tensor.dim() == 3 else tensor
+                kept = reducer.state.bases_of(name).get(symbol)
                 tensor = (
                     tensor[tuple(slice(0, size) for size in kept.shape)]
                     if kept is not None
                     else tensor
                 )
             parts[symbol] = tensor
-        if slot is None or slot.numel > 0 or reducer.bases_of(name):
+        if slot is None or slot.numel > 0 or reducer.state.bases_of(name):
             result[name] = parts
     return result
 
@@ -225,7 +225,7 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     empty = sorted(name for name, parts in known.items() if parts and name not in tensors)
     # and no others: the saved tensors may be this reducer's own, as in
     # load_state_dict(state_dict())
-    reducer.reset(empty)
+    reducer.state.reset(empty)
     anew: list[str] = []
     symbols = {(name, k.split(_OF)[0]) for name, saved in tensors.items() for k in saved}
     unused = sorted({k for name, k in symbols if k not in known.get(name, {}) and k != "error"})
@@ -244,8 +244,8 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
                 those.append(name)
                 fits = {k: tensor.clone() for k, tensor in fits.items() if k not in group}
         if name in empty or name in anew:
-            reducer.reset([name])
-        reducer.set_state(name, fits.pop("error", None), fits)
+            reducer.state.reset([name])
+        reducer.state.set_state(name, fits.pop("error", None), fits)
     words = reducer.assignment.error_feedback.memory
     if unused:
         _log.warning("the saved run had another scheme: its %s is not used here", ", ".join(unused))
@@ -274,11 +274,11 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
             tag.seed,
             reducer.seed,
         )
-    reducer.continue_at(tag.step, tag.unsteady)
+    reducer.state.continue_at(tag.step, tag.unsteady)
     # A basis that is random again is not to wait for the next period. (A rank of a node
     # may hold no row of a matrix, and could not tell that its basis starts anew; all of
     # them must restart alike, so there it waits.)
-    owing = unsaved | set(anew) if reducer.intra_node.size == 1 else unsaved
-    reducer.restarts.start_anew(owing, tag.step)
+    owing = unsaved | set(anew) if reducer.workers.intra_node.size == 1 else unsaved
+    reducer.state.restarts.start_anew(owing, tag.step)
     if tag.kind == "mean":
-        reducer.mark_consolidated()
+        reducer.state.mark_consolidated()

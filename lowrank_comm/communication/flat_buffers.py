@@ -24,7 +24,28 @@ from torch import Tensor
 
 from lowrank_comm.communication.collectives import AllGather, Exchange
 from lowrank_comm.communication.quantized_mean import Noise, QuantizedMean
+from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.quantization import Format
+
+WIRE_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def wire_dtype_called(name: str | None) -> torch.dtype | None:
+    """Return the wire dtype of that name; None for None, each tensor's own.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
+    if name is not None and name not in WIRE_DTYPES:
+        raise ConfigError(
+            f"wire_dtype={name!r} is unknown; leave it out, or use one of {', '.join(WIRE_DTYPES)}."
+        )
+    return WIRE_DTYPES[name] if name is not None else None
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -264,11 +285,3 @@ class FlatBuffers:
                 before = members[: members.index(number)]
                 return buffer, sum(self._entries[k].tensor.numel() for k in before)
         raise KeyError(number)
-
-
-WIRE_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}

@@ -118,13 +118,13 @@ class Attachment(LazyReducer):
         self._namer.learn(model.named_parameters())
         self._scaling.attach(scaler)
         plan = self.plan
-        if self.reducer.is_writer:
+        if self.reducer.workers.is_writer:
             print(plan, flush=True)
         return plan
 
     def _connect(self, wrapper: str, model: nn.Module) -> None:
         """Let the engine of a wrapped model take the place of that of a plain one."""
-        if self._reducer is not None and self._reducer.has_passed:
+        if self._reducer is not None and self._reducer.state.has_passed:
             raise ConfigError(
                 "attach: the optimizer has made steps already; call attach(model) before the first"
                 " one."

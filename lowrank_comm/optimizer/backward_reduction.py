@@ -33,10 +33,10 @@ class BucketScheduler:
         self._pass, self._reducer = torch._C._current_graph_task_id(), reducer
         self._bucket_of = {
             id(parameters[k]): number
-            for number, bucket in enumerate(reducer.buckets)
+            for number, bucket in enumerate(reducer.state.buckets)
             for k in bucket.slots
         }
-        self._missing = [len(bucket.slots) for bucket in reducer.buckets]
+        self._missing = [len(bucket.slots) for bucket in reducer.state.buckets]
         self._next = 0
         self._seen: set[int] = set()
 

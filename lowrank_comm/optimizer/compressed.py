@@ -319,12 +319,14 @@ class CompressedOptimizer(Attachment):
         ):
             # of a backward pass that has failed
             reducer.abandon()
-        first = not reducer.has_passed
+        first = not reducer.state.has_passed
         # before anything whose sizes follow from what is compared
         reducer.ensure_agreed()
         # the others are known not to average over these workers any more
         if first and type(self._engine) is Engine:
-            self._double_averaging.check([p.grad for p in parameters], reducer)
+            self._double_averaging.check(
+                [p.grad for p in parameters], reducer.workers, reducer.ledger
+            )
         grads = self._engine.collect(parameters)
         outcome = reducer.reduce(grads, scale=scale)
         applied = outcome.applied
@@ -341,7 +343,7 @@ class CompressedOptimizer(Attachment):
                 for g, p in zip(outcome.grads, parameters, strict=True)
                 if p.dtype == torch.float16
             ]
-            if narrow and reducer.any_in_the_node(
+            if narrow and reducer.workers.any_in_the_node(
                 not all_finite(g.to(t) for g, t in narrow if g is not None)
             ):
                 # the same on all workers, since they all hold the same numbers now
@@ -429,7 +431,7 @@ class CompressedOptimizer(Attachment):
         if self._reduces_at == "step":
             self._status = None
             return
-        if self._overlap and self._reducer is not None and self._reducer.has_passed:
+        if self._overlap and self._reducer is not None and self._reducer.state.has_passed:
             self._begin_early(parameter)
 
     def _holds_averaged(self) -> bool:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.communication.agreement import fingerprint
-from lowrank_comm.communication.group import LENGTH_BYTES, Group, collectives_so_far
+from lowrank_comm.communication.group import LENGTH_BYTES, collectives_so_far
 from lowrank_comm.communication.ledger import Ledger
+from lowrank_comm.communication.workers import Workers
 from lowrank_comm.errors import LowRankCommError
 
 _log = logging.getLogger("lowrank_comm")
@@ -30,24 +30,6 @@ ATTACH = (
     " (Hugging Face Trainer: callbacks=[CompressionCallback(optimizer)]; Accelerate:"
     " lowrank_comm.integrations.accelerate.prepare)."
 )
-
-
-class Workers(Protocol):
-    """Those who come to the first step together; a `Reducer` knows them."""
-
-    group: Group
-    ledger: Ledger
-
-    @property
-    def here(self) -> tuple[int, int]:
-        """This rank's number, and how many there are."""
-
-    @property
-    def is_writer(self) -> bool:
-        """Whether this is the one rank that writes what all share."""
-
-    def all_gather_text(self, words: str) -> list[str]:
-        """Every rank's words; a collective."""
 
 
 class DoubleAveragingGuard:
@@ -84,22 +66,27 @@ class DoubleAveragingGuard:
         # behind the callbacks of engines such as DDP
         queue(lambda: queue(at_end))
 
-    def check(self, grads: Sequence[Tensor | None], workers: Workers) -> None:
+    def check(self, grads: Sequence[Tensor | None], workers: Workers, ledger: Ledger) -> None:
         """Refuse gradients that were averaged already; a collective.
 
         Args:
             grads: this worker's.
             workers: of the run.
+            ledger: filled in.
 
         Raises:
             LowRankCommError: on all ranks.
         """
         self._checked = True
-        _refuse_averaged(grads, workers, self._happened, self._advice)
+        _refuse_averaged(grads, workers, ledger, self._happened, self._advice)
 
 
 def _refuse_averaged(
-    grads: Sequence[Tensor | None], workers: Workers, collectives_happened: bool, advice: str
+    grads: Sequence[Tensor | None],
+    workers: Workers,
+    ledger: Ledger,
+    collectives_happened: bool,
+    advice: str,
 ) -> None:
     """At the first step: an engine has averaged gradients already. A collective.
 
@@ -117,7 +104,7 @@ def _refuse_averaged(
     Raises:
         LowRankCommError: on all workers.
     """
-    if workers.here[1] == 1 or not workers.group.initialised:
+    if workers.world_size == 1 or not workers.group.initialised:
         return
     there = [grad for grad in grads if grad is not None]
     mine = (
@@ -127,7 +114,7 @@ def _refuse_averaged(
     )
     # all ranks of all nodes, so that all come to the same verdict
     told = workers.all_gather_text(mine)
-    workers.ledger.bytes["fingerprint"] += len(mine) + LENGTH_BYTES
+    ledger.bytes["fingerprint"] += len(mine) + LENGTH_BYTES
     if not mine or len({words.split()[0] if words else "" for words in told}) > 1:
         return
     if all(words.endswith(" 1") for words in told):

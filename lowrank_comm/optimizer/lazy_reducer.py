@@ -209,7 +209,7 @@ class LazyReducer(OptimizerWrapper):
         comparable = self._engine.compares_values and not (
             in_the_node and not self._engine.saves_whole
         )
-        if comparable and not self.reducer.has_passed:
+        if comparable and not self.reducer.state.has_passed:
             values = fingerprint([self._engine.local(p) for p in self._parameters])
             settings[
                 "values of the parameters (seed all workers alike, or broadcast the parameters from"
@@ -228,7 +228,7 @@ class LazyReducer(OptimizerWrapper):
         """
         return {
             slot.name: self._engine.error_view(slot, self._by_name[slot.name], shaped["error"])
-            for slot, _, shaped in self.reducer.blocks()
+            for slot, _, shaped in self.reducer.state.blocks()
             if "error" in shaped
         }
 
@@ -268,7 +268,7 @@ class LazyReducer(OptimizerWrapper):
         self.reducer.consolidate_error_memory()
         if self._holds_blocks:
             self._whole_state = (
-                self.reducer.consolidation,
+                self.reducer.state.consolidation,
                 checkpoint.whole_tensors_of(self.reducer),
             )
 
@@ -342,7 +342,7 @@ class LazyReducer(OptimizerWrapper):
             # what was given is whole, and right until the next step
             if self._holds_blocks:
                 self._whole_state = (
-                    (self.reducer.consolidation, copy.deepcopy(tensors))
+                    (self.reducer.state.consolidation, copy.deepcopy(tensors))
                     if tag.kind == "mean"
                     else None
                 )
@@ -362,10 +362,10 @@ class LazyReducer(OptimizerWrapper):
         and no step was made since.
         """
         reducer = self._reducer
-        if reducer is None or self._whole_state is None or not reducer.consolidated:
+        if reducer is None or self._whole_state is None or not reducer.state.consolidated:
             return None
         of, tensors = self._whole_state
-        return tensors if of is reducer.consolidation else None
+        return tensors if of is reducer.state.consolidation else None
 
     @property
     def _holds_blocks(self) -> bool:

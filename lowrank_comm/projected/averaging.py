@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lowrank_comm.communication import Group, IntraNodeGroup, Ledger
-from lowrank_comm.communication.flat_buffers import WIRE_DTYPES
+from lowrank_comm.communication.flat_buffers import wire_dtype_called
+from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Context, Delta, LowRank
 from lowrank_comm.compressors.galore import GaLore
 from lowrank_comm.compressors.subspaces import basis_on_rows
@@ -131,6 +132,7 @@ class Averaging:
         wire_dtype: on the wire, or None for the wider of float32 and the parameter's.
 
     Attributes:
+        workers: who takes part.
         ledger: bytes handed to collectives.
 
     Raises:
@@ -141,35 +143,15 @@ class Averaging:
     def __init__(
         self, compressor: GaLore, process_group: Any, seed: int, wire_dtype: str | None
     ) -> None:
-        if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
-            raise ConfigError(
-                f"wire_dtype={wire_dtype!r} is unknown; use None or one of"
-                f" {', '.join(WIRE_DTYPES)}."
-            )
+        self._wire_dtype = wire_dtype_called(wire_dtype)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ConfigError(f"seed must be an integer, got {seed!r}; write for example seed=0.")
         self.compressor = compressor
-        self.group = Group(process_group)
+        self.workers = Workers(Group(process_group))
         self.seed = seed
         self.wire_name = wire_dtype
         self.ledger = Ledger()
-        self.device = torch.device("cpu")
-        self._wire_dtype = WIRE_DTYPES.get(wire_dtype or "")
         self._schedule = compressor.schedule({})
-
-    @property
-    def here(self) -> tuple[int, int]:
-        """This worker's number, and how many there are."""
-        return self.group.rank, self.group.size
-
-    @property
-    def is_writer(self) -> bool:
-        """Whether this is the one worker that writes what all share."""
-        return self.group.rank == 0
-
-    def all_gather_text(self, words: str) -> list[str]:
-        """Every worker's words; a collective."""
-        return [part.decode() for part in self.group.gather_bytes(words.encode(), self.device)]
 
     def deferred(self, refreshed_at: int | None, t: int) -> bool:
         """Whether a refresh before step t fell on a step in which nobody had a
@@ -217,7 +199,7 @@ class Averaging:
         low = [entry for entry in entries if entry.rank is not None]
         dense = [entry for entry in entries if entry.rank is None]
         contexts = [self._context(entry, t) for entry in low]
-        with full_precision(self.device):
+        with full_precision(self.workers.device):
             passing = lockstep(
                 [
                     self._steps(k, entry, context)
@@ -225,10 +207,10 @@ class Averaging:
                 ],
                 [self._dense(entry) for entry in dense],
                 [entry.has_gradient for entry in low + dense],
-                workers=self.group.size,
-                rank=self.group.rank,
+                workers=self.workers.group.size,
+                rank=self.workers.group.rank,
                 wire_dtype=self._wire_dtype,
-                device=self.device,
+                device=self.workers.device,
                 stats=stats,
                 intra_node=IntraNodeGroup(),
             )
@@ -282,8 +264,8 @@ class Averaging:
             entry.rank,
             restart=self.refreshes(entry.name, entry.refreshed_at, t),
             m=entry.parameter.shape[0],
-            worker=self.group.rank,
-            workers=self.group.size,
+            worker=self.workers.group.rank,
+            workers=self.workers.group.size,
             wire_rounds=self._wire_dtype is not None
             and self._wire_dtype.itemsize < entry.dtype.itemsize,
         )
@@ -317,7 +299,7 @@ class Averaging:
         """Drive the pass over the process group."""
         exchanges = next(passing)
         while True:
-            works = self.group.start(exchanges)
+            works = self.workers.group.start(exchanges)
             for work in works:
                 work.wait()
             try:

@@ -336,7 +336,7 @@ class ProjectedOptimizer(Optimizer):
         """Before anything whose sizes depend on it: do the workers have the same
         parameters, state and settings?
         """
-        self._averaging.device = entries[0].parameter.device
+        self._averaging.workers.device = entries[0].parameter.device
         for entry in entries:
             if entry.parameter.grad is not None and entry.parameter.grad.is_sparse:
                 raise LowRankCommError(
@@ -345,14 +345,16 @@ class ProjectedOptimizer(Optimizer):
         if not self._agreed:
             self.ledger.bytes["fingerprint"] += check_same(
                 described(self, entries, not self._compared),
-                self._averaging.group,
-                self._averaging.device,
+                self._averaging.workers.group,
+                self._averaging.workers.device,
             )
             self._agreed = self._compared = True
         if not self._checked:
             self._checked = True
             self._double_averaging.check(
-                [entry.parameter.grad for entry in entries], self._averaging
+                [entry.parameter.grad for entry in entries],
+                self._averaging.workers,
+                self.ledger,
             )
             if not self.free_gradients and self._watch is not None:
                 self._watch.remove()
@@ -362,7 +364,7 @@ class ProjectedOptimizer(Optimizer):
         there = [one.gradient for one in averaged if one is not None]
         if self.max_grad_norm is None or not there:
             return None
-        home = self._averaging.device
+        home = self._averaging.workers.device
         norms = [
             torch.linalg.vector_norm(gradient).to(device=home, dtype=torch.float32)
             for gradient in there

@@ -142,7 +142,7 @@ class StepLog:
             )
         self._source, self._figures, self._every, self._calls = source, Figures(source), every, 0
         self._file = None
-        if source.reducer.is_writer:
+        if source.reducer.workers.is_writer:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115  (closed by close)
 

@@ -38,21 +38,29 @@ the same code.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_comm.communication import Group, IntraNodeGroup, Ledger
 from lowrank_comm.communication.collectives import Exchange
-from lowrank_comm.compressors.base import Context, Delta, LowRank, Result, Steps
-from lowrank_comm.errors import LowRankCommError
+from lowrank_comm.communication.flat_buffers import wire_dtype_called
+from lowrank_comm.communication.workers import Workers
+from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, Steps
+from lowrank_comm.error_feedback.options import ErrorFeedback
+from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.numerics.linalg import full_precision
+from lowrank_comm.numerics.quantization import Quantization
+from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.batches import Batch
 from lowrank_comm.reduction.lockstep import Agreed, Passing, PassStats, Presence, lockstep
 from lowrank_comm.reduction.params import ParamInfo
-from lowrank_comm.reduction.report import PassRecord
+from lowrank_comm.reduction.plan import Plan, make_plan
+from lowrank_comm.reduction.policy import Rule
+from lowrank_comm.reduction.report import PassRecord, StepReport
 from lowrank_comm.reduction.state import Bucket, CompressionState
 
 __all__ = ["Outcome", "ParamInfo", "Reducer"]
@@ -123,7 +131,7 @@ class _Pending:
     present: dict[int, bool]
 
 
-class Reducer(CompressionState):
+class Reducer:
     """Averages gradients over a group of workers through a compressor with error
     feedback.
 
@@ -139,6 +147,18 @@ class Reducer(CompressionState):
         seed: of all random draws.
         initial_basis: parameter name -> Q (n x r) to start from, instead of a Gaussian
             one.
+        intra_node: the ranks of this node; None where each rank is a worker.
+        bucket_bytes: size of the buckets that may start during backward; None for one
+            bucket of all parameters.
+
+    Attributes:
+        workers: who takes part.
+        assignment: which compressor serves which parameter.
+        state: what is kept between steps: error memory, bases, step.
+        ledger: bytes handed to collectives.
+        device: of the first parameter, for flags and control numbers.
+        further_settings: what else must be equal, of whoever uses the reducer: given
+            False between workers, True between the ranks of a node.
 
     Raises:
         ConfigError: a name occurs twice, a dtype is unknown, or an initial basis does
@@ -146,6 +166,55 @@ class Reducer(CompressionState):
 
     Source: Algorithm 2 of arXiv 2509.11254, steps (7a), (7b) and the error update.
     """
+
+    def __init__(
+        self,
+        slots: Sequence[ParamInfo],
+        compressor: Compressor,
+        group: Group,
+        *,
+        min_compression_rate: float = 2.0,
+        rules: Sequence[Rule] = (),
+        error_feedback: ErrorFeedback | None = None,
+        quantization: Quantization | None = None,
+        wire_dtype: str | None = None,
+        seed: int = 0,
+        initial_basis: Mapping[str, Tensor] | None = None,
+        intra_node: IntraNodeGroup | None = None,
+        bucket_bytes: int | None = None,
+    ) -> None:
+        self._wire_name, self._wire_dtype = wire_dtype, wire_dtype_called(wire_dtype)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ConfigError(
+                f"seed must be an integer of 64 bits, got {seed!r}; write for example seed=0."
+            )
+        self.slots, self.compressor, self.seed = list(slots), compressor, seed
+        _check_slots(self.slots)
+        self.device = self.slots[0].device if self.slots else torch.device("cpu")
+        self.workers = Workers(group, intra_node, self.device)
+        self.assignment = CompressorAssignment(
+            compressor,
+            min_compression_rate,
+            rules,
+            error_feedback,
+            quantization,
+            self.workers.intra_node,
+            seed,
+        )
+        self.state = CompressionState(
+            self.slots, self.assignment, self.workers, seed, initial_basis or {}, bucket_bytes
+        )
+        self.ledger = Ledger()
+        self.further_settings: Callable[[bool], dict[str, Any]] | None = None
+        # buckets that have been started
+        self._flights: list[_Flight] = []
+        # a pass that waits for commit or rollback
+        self._pending: _Pending | None = None
+
+    @property
+    def step(self) -> int:
+        """t of the next pass."""
+        return self.state.step
 
     def reduce(self, grads: Sequence[Tensor | None], *, scale: float = 1.0) -> Outcome:
         """One lock-step pass over all parameters; a collective, to be called by every
@@ -166,7 +235,7 @@ class Reducer(CompressionState):
             LowRankCommError: the last pass was neither committed nor rolled back, or
                 the list does not fit the slots.
         """
-        for k in range(len(self._flights), len(self.buckets)):
+        for k in range(len(self._flights), len(self.state.buckets)):
             self.begin(k, grads, scale=scale)
         flights, self._flights = self._flights, []
         passed: list[_Passed] = []
@@ -181,7 +250,7 @@ class Reducer(CompressionState):
                 except StopIteration as end:
                     passed.append(end.value)
                     continue
-                flight.works = self.group.start(buffers)
+                flight.works = self.workers.group.start(buffers)
                 going.append(flight)
             return self.finish(grads, scale, passed)
 
@@ -198,8 +267,8 @@ class Reducer(CompressionState):
         """
         self.ensure_agreed()
         with full_precision(self.device):
-            passing = self.exchange(self.buckets[k], grads, scale)
-            self._flights.append(_Flight(passing, self.group.start(next(passing))))
+            passing = self.exchange(self.state.buckets[k], grads, scale)
+            self._flights.append(_Flight(passing, self.workers.group.start(next(passing))))
 
     @property
     def begun(self) -> int:
@@ -242,14 +311,16 @@ class Reducer(CompressionState):
             steps,
             dense,
             [grads[k] is not None for k in bucket.slots],
-            workers=self.group.size,
-            rank=self.group.rank,
+            workers=self.workers.group.size,
+            rank=self.workers.group.rank,
             wire_dtype=self._wire_dtype,
             device=self.device,
             stats=stats,
-            intra_node=self.intra_node,
+            intra_node=self.workers.intra_node,
             quantization=self.assignment.quantization,
-            noise=self.assignment.noise(self.buckets.index(bucket), self.step, self.group.rank),
+            noise=self.assignment.noise(
+                self.state.buckets.index(bucket), self.step, self.workers.group.rank
+            ),
         )
         for job, result in zip(jobs, agreed.results if agreed else (), strict=False):
             job.result = result
@@ -262,11 +333,12 @@ class Reducer(CompressionState):
         """Decode what all buckets have agreed on, or find out that some worker vetoed
         one of them.
         """
-        self._worker = self.here
+        workers = self.workers
+        self.state.belongs_to(workers.global_rank, workers.world_size)
         vetoed = any(one.agreed is None for one in passed)
         # there, all ranks have seen it
-        if not self.intra_node.whole_matrices:
-            vetoed = self.any_in_the_node(vetoed)
+        if not workers.intra_node.whole_matrices:
+            vetoed = workers.any_in_the_node(vetoed)
         jobs = [job for one in passed for job in one.jobs]
         stats = self._account_of_all(passed)
         present = {
@@ -288,15 +360,6 @@ class Reducer(CompressionState):
         self.ledger.clock({"decompress": spent})
         return Outcome(True, result_grads)
 
-    def any_in_the_node(self, mine: bool) -> bool:
-        """Whether it is so on any rank of this node; a collective of these ranks."""
-        if self.intra_node.size == 1:
-            return mine
-        # a kernel, not a transfer
-        flag = torch.full((1,), float(mine), dtype=torch.float32, device=self.device)
-        self.intra_node.sum_([flag], "control")
-        return float(flag) != 0.0
-
     def _account_of_all(self, passed: Sequence[_Passed]) -> PassStats:
         """Sums over the buckets, and what went between the ranks of the node since the
         last pass.
@@ -314,9 +377,10 @@ class Reducer(CompressionState):
 
     def _count_inside(self, stats: PassStats) -> None:
         """Enter what went between the ranks of this node since it was last entered."""
-        stats.inside.update(self.intra_node.bytes)
-        self.ledger.inside.update(self.intra_node.bytes)
-        self.intra_node.bytes.clear()
+        sent = self.workers.intra_node.bytes
+        stats.inside.update(sent)
+        self.ledger.inside.update(sent)
+        sent.clear()
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -324,20 +388,20 @@ class Reducer(CompressionState):
         if self._pending is None:
             raise LowRankCommError("commit() without a pending pass; call reduce() first.")
         clock = time.perf_counter()
-        pending: _Pending = self._pending
-        self._pending = None
-        assert self._last is not None
+        pending, self._pending = self._pending, None
+        last = self.state.last_pass
+        assert last is not None
         # what went back inside the node since the pass
-        self._count_inside(self._last.stats)
+        self._count_inside(last.stats)
         with full_precision(self.device):
             for job in pending.jobs:
-                self._commit(job, pending.present, self._last)
-        self.restarts.commit(
+                self._commit(job, pending.present, last)
+        self.state.restarts.commit(
             self.step, {self.slots[k].name: there for k, there in pending.present.items()}
         )
-        self.step += 1
-        self.ledger.restarts += self._last.restarts
-        self._last.stats.seconds["commit"] = spent = time.perf_counter() - clock
+        self.state.step += 1
+        self.ledger.restarts += last.restarts
+        last.stats.seconds["commit"] = spent = time.perf_counter() - clock
         self.ledger.clock({"commit": spent})
 
     def _commit(self, job: _Job, present: dict[int, bool], last: PassRecord) -> None:
@@ -362,13 +426,113 @@ class Reducer(CompressionState):
         were before it.
         """
         self._pending = None
-        if self._last is not None:
-            self._last.applied = False
+        if self.state.last_pass is not None:
+            self.state.last_pass.applied = False
 
     @property
     def pending(self) -> bool:
         """Whether a pass waits for commit or rollback."""
         return self._pending is not None
+
+    # ---------------------------------------------------------------- between steps
+
+    def reset(self) -> None:
+        """Go back to the state before the first step: no pending pass, zero errors,
+        initial bases, step 0.
+        """
+        self._pending = None
+        self.state.reset()
+
+    def take_over(self, old: Reducer) -> None:
+        """Go on with the state of a reducer of fewer parameters, on all workers alike."""
+        self.state.take_over(old.state)
+        self.ledger = old.ledger
+        self.workers.intra_node.bytes = old.workers.intra_node.bytes
+
+    @torch.no_grad()
+    def consolidate_error_memory(self) -> None:
+        """Every worker's error becomes the mean of all; a collective.
+
+        Linear compressors use the mean error only, so training goes on as it would have
+        (to round-off), and what any worker then saves is right for every worker at any
+        world size.
+
+        Raises:
+            LowRankCommError: a pass is pending.
+        """
+        if self._pending is not None:
+            raise LowRankCommError(
+                "consolidate_error_memory() within a step; call it after optimizer.step()."
+            )
+        self.state.settle_last_report()
+        self.ensure_agreed()
+        if self.workers.group.size > 1:
+            self.state.average_errors(self._mean)
+        self.state.mark_consolidated()
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        self.ledger.collectives += self.workers.group.sum_([tensor])
+        self.ledger.bytes["consolidation"] += tensor.nbytes
+        return tensor.div_(self.workers.group.size)
+
+    def ensure_agreed(self) -> None:
+        """Compare settings, parameters and step with the other workers, unless that was
+        done since they last changed. A collective.
+
+        Before the first pass, and before the next one after a state was loaded or
+        parameters were added, which all workers must do alike: workers that loaded
+        different steps would restart at different times, and wait for each other.
+        """
+        if self.workers.agreed:
+            return
+        further = self.further_settings or (lambda in_the_node: {})
+        mine, blocks = self.describe(), None
+        if self.workers.intra_node.size > 1:
+            settings = {key: value for key, value in mine.items() if key != "parameters"}
+            blocks = {
+                "settings": settings | further(True),
+                "parameters": [(slot.name, slot.whole) for slot in self.slots],
+            }
+        self.ledger.bytes["fingerprint"] += self.workers.agree(mine | further(False), blocks)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that must be equal on all workers."""
+        intra_node = self.workers.intra_node
+        ranks = f"{intra_node.size} ranks, {intra_node.scope}" if intra_node.size > 1 else None
+        return {
+            **self.assignment.describe(),
+            "seed": self.seed,
+            "wire_dtype": self._wire_name,
+            "shards": ranks,
+            **self.state.describe(),
+        }
+
+    @property
+    def plan(self) -> Plan:
+        """What goes low-rank, how many bytes that is, and what it costs in memory."""
+        schedule = self.state.restarts.schedule
+        idle = self.assignment.policy.idle_rules([slot.name for slot in self.slots])
+        return make_plan(
+            self.slots,
+            self.state.treatments,
+            self.assignment.scheme,
+            self.state.batches,
+            self.workers.group.size,
+            self._wire_dtype,
+            self.assignment.quantization,
+            schedule.restart_every if schedule else None,
+            idle,
+            [self.assignment.of_the_node(slot) for slot in self.slots],
+            self.workers.intra_node,
+        )
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """The last pass; None before the first. Norms cost one read of the error
+        memory, when this is first read.
+        """
+        last = self.state.last_pass
+        return last.report(self.state.batches) if last else None
 
     # ---------------------------------------------------------------- parts of a step
 
@@ -425,9 +589,10 @@ class Reducer(CompressionState):
         """
         kinds: dict[tuple[bool, bool, int], list[int]] = {}
         for row, name in enumerate(batch.names):
-            deferred = self.restarts.deferred(name)
-            restart = deferred or self.restarts.due(name, self.step)
-            variant = batch.compressor.variant(self.restarts.of(name, self.step), restart)
+            restarts = self.state.restarts
+            deferred = restarts.deferred(name)
+            restart = deferred or restarts.due(name, self.step)
+            variant = batch.compressor.variant(restarts.of(name, self.step), restart)
             kinds.setdefault((deferred, restart, variant), []).append(row)
         jobs = []
         # one order on all workers, whichever row came first
@@ -438,8 +603,8 @@ class Reducer(CompressionState):
                 t=self.step,
                 restart=restart,
                 variant=variant,
-                worker=self.group.rank,
-                workers=self.group.size,
+                worker=self.workers.group.rank,
+                workers=self.workers.group.size,
                 wire_rounds=self._wire_dtype is not None
                 and self._wire_dtype.itemsize < batch.dtype.itemsize,
             )
@@ -508,11 +673,28 @@ class Reducer(CompressionState):
             for row in job.indices
         )
         full = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
-        self._last = PassRecord(self.step, applied, stats, full, restarts)
+        self.state.last_pass = PassRecord(self.step, applied, stats, full, restarts)
         self.ledger.enter(
             stats.bytes, stats.collectives, full, applied, stats.surplus, stats.spared
         )
         self.ledger.clock(stats.seconds)
+
+
+def _check_slots(slots: Sequence[ParamInfo]) -> None:
+    """Refuse dtypes that cannot be averaged, and names that occur twice."""
+    seen: set[str] = set()
+    for slot in slots:
+        if not slot.dtype.is_floating_point:
+            raise ConfigError(
+                f"{slot.name}: parameters of {slot.dtype} cannot be averaged here; use a real"
+                " floating dtype."
+            )
+        if slot.name in seen:
+            raise ConfigError(
+                f"parameter names must be unique, but {slot.name!r} occurs twice; give each its"
+                " own name."
+            )
+        seen.add(slot.name)
 
 
 def _rows_of_result(result: Result, rows: list[int]) -> Result:
