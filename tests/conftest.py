@@ -9,18 +9,17 @@ processes of its own, and ports, folders and clusters are each test's own.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
-from gloo import GlooPool
+
+from tests.support import ROOT
+from tests.support.gloo import GlooPool
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,10 +29,19 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-LONGEST = (
-    "test_deepspeed", "test_slurm", "test_trainer", "test_quickstarts", "test_deepspeed_levels", "test_engines",
-    "test_engine_runs", "test_configs", "test_examples_engines", "test_demo_cluster", "test_lightning",
-)  # fmt: skip
+LONGEST = [
+    "integrations/test_deepspeed.py",
+    "examples/test_slurm.py",
+    "integrations/test_trainer.py",
+    "docs/test_quickstarts.py",
+    "integrations/test_deepspeed_levels.py",
+    "integrations/test_engines.py",
+    "integrations/test_engine_runs.py",
+    "configs/test_configs.py",
+    "examples/test_train_engines.py",
+    "benchmarks/test_demo_cluster.py",
+    "integrations/test_lightning.py",
+]
 """Files that take minutes, the longest first."""
 
 
@@ -42,11 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     else they stay in their order.
     """
     if hasattr(config, "workerinput"):
-        items.sort(
-            key=lambda item: (
-                LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
-            )
-        )
+        place = {ROOT / "tests" / name: k for k, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from gloo import GlooPool
 
 from lowrank_comm import (
     CompressedOptimizer,
@@ -24,6 +23,7 @@ from lowrank_comm import (
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import Section
 from lowrank_comm.reduction.policy import Rule
+from tests.support.gloo import GlooPool
 
 FULL = {
     "compressor": "powersgd_plus",

@@ -7,14 +7,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from driver import recorded_step
-from gloo import GlooPool
-from reference import gradient
 from torch import Tensor
 
 from lowrank_comm import CompressedOptimizer, Identity, LowRankCommError, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
+from tests.support.driver import recorded_step
+from tests.support.gloo import GlooPool
+from tests.support.reference import gradient
 
 SHAPES = {
     "tall": (12, 7),

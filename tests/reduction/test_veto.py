@@ -1,0 +1,428 @@
+"""A number that is not finite, on any rank and in any parameter, stops the step on all
+ranks and changes no bit anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_comm import CompressedOptimizer, Identity, LowRankCommError, PowerSGD, PowerSGDPlus
+from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.simulation import Simulation
+from tests.support.gloo import GlooPool
+from tests.support.reference import gradient
+
+SHAPES = {"tall": (12, 7), "twin": (12, 7), "wide": (7, 12), "bias": (5,)}
+BAD_STEP, STEPS = 3, 7
+COMPRESSORS = [
+    PowerSGD(2),
+    PowerSGDPlus(2, restart_every=3),
+    PowerSGDPlus(2, restart_every=3, restart="randomized"),
+    PowerSGDPlus(2, restart_every=3, exact_restart=True, stagger=True),
+    Identity(),
+]
+
+
+def bits(value: Any) -> Any:
+    """A nested state with every tensor as its bytes, so that == means equal bit by bit."""
+    if isinstance(value, Tensor):
+        return (
+            value.dtype,
+            tuple(value.shape),
+            value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
+    if isinstance(value, dict):
+        return {key: bits(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits(part) for part in value]
+    return value
+
+
+class Run:
+    """A model of four parameters under Adam, on one rank."""
+
+    def __init__(
+        self, compressor: Compressor, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> None:
+        self.model = torch.nn.ParameterDict(
+            {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
+        )
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = CompressedOptimizer(
+            torch.optim.Adam(self.model.named_parameters(), lr=0.1),
+            compressor=compressor,
+            min_compression_rate=0,
+            **options,
+        )
+
+    def give(self, step: int, rank: int, factor: float = 1.0) -> None:
+        for k, p in enumerate(self.parameters.values()):
+            p.grad = (
+                torch.as_tensor(gradient(tuple(p.shape), step, rank, k), dtype=p.dtype) * factor
+            )
+
+    def state(self) -> Any:
+        """Everything that a veto must leave alone: parameters, error memory, bases,
+        counters, the base optimizer's state.
+        """
+        return bits(
+            {
+                "parameters": {name: p.data for name, p in self.parameters.items()},
+                "errors": self.optimizer.error_memory(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        )
+
+
+def vetoed(
+    rank: int, compressor: Compressor, poison: dict[int, dict[str, float]], explicit: bool
+) -> dict[str, Any]:
+    """STEPS good steps; before the good step BAD_STEP, one with poisoned gradients. A
+    twin never sees the bad one.
+    """
+    run, twin = Run(compressor), Run(compressor)
+    report: dict[str, Any] = {"same": []}
+    for t in range(STEPS):
+        if t == BAD_STEP:
+            before = run.state()
+            run.give(100, rank)
+            for name, value in poison.get(rank, {}).items():
+                run.parameters[name].grad.view(-1)[1] = value
+            if explicit:
+                run.optimizer.reduce_gradients()
+            run.optimizer.step()
+            report["untouched"] = run.state() == before
+            report["applied"] = run.optimizer.last_report.applied
+            run.optimizer.zero_grad()
+        run.give(t, rank)
+        twin.give(t, rank)
+        run.optimizer.step()
+        twin.optimizer.step()
+        report["same"].append(run.state() == twin.state())
+    report["parameters"] = bits({name: p.data for name, p in run.parameters.items()})
+    report["moved"] = all(bool(p.data.any()) for p in run.parameters.values())
+    report["totals"] = (run.optimizer.ledger.steps, run.optimizer.ledger.vetoed)
+    return report
+
+
+POISON = {
+    "nan in a matrix": {1: {"twin": torch.nan}},
+    "inf in a matrix": {0: {"wide": torch.inf}},
+    "nan in a vector": {1: {"bias": torch.nan}},
+    "-inf in a vector": {1: {"bias": -torch.inf}},
+    "inf and -inf that cancel": {
+        0: {"tall": torch.inf, "bias": torch.inf},
+        1: {"tall": -torch.inf, "bias": -torch.inf},
+    },
+    "a sum that overflows": {0: {"bias": 3e38}, 1: {"bias": 3e38}},
+    "nan everywhere": {rank: dict.fromkeys(SHAPES, torch.nan) for rank in range(4)},
+}
+
+
+@pytest.mark.parametrize("poison", POISON.values(), ids=POISON.keys())
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize("explicit", [True, False], ids=["reduce_gradients", "step"])
+def test_veto_on_all_ranks(
+    gloo: GlooPool, compressor: Compressor, poison: dict[int, dict[str, float]], explicit: bool
+) -> None:
+    reports = gloo.run(vetoed, 2, compressor, poison, explicit)
+    for report in reports:
+        assert report["untouched"]
+        assert report["applied"] is False
+        assert all(report["same"]), report["same"]
+        assert report["moved"]
+        assert report["totals"] == (STEPS + 1, 1)
+        assert report["parameters"] == reports[0]["parameters"]
+
+
+def test_veto_among_four(gloo: GlooPool) -> None:
+    for report in gloo.run(
+        vetoed, 4, PowerSGDPlus(2, restart_every=3), {2: {"tall": torch.nan}}, False
+    ):
+        assert report["untouched"]
+        assert all(report["same"])
+
+
+def test_veto_alone() -> None:
+    """One process without torch.distributed: the same rule."""
+    report = vetoed(0, PowerSGDPlus(2, restart_every=3), {0: {"tall": torch.nan}}, False)
+    assert report["untouched"]
+    assert all(report["same"])
+
+
+def overflowing_wire(rank: int) -> dict[str, Any]:
+    """Finite gradients whose sum, or whose P, does not fit the wire: 16-bit floats end
+    at 65 504.
+    """
+    run = Run(PowerSGD(2), wire_dtype="float16")
+    run.give(0, rank)
+    run.optimizer.step()
+    before = run.state()
+    run.give(1, rank, 1e30)
+    run.optimizer.step()
+    return {"untouched": run.state() == before, "applied": run.optimizer.last_report.applied}
+
+
+def test_veto_when_the_wire_overflows(gloo: GlooPool) -> None:
+    for report in gloo.run(overflowing_wire, 2):
+        assert report == {"untouched": True, "applied": False}
+
+
+def overflowing_parameters(rank: int) -> dict[str, Any]:
+    """float16 parameters: local gradients, P and Q are finite in float32, but the mean
+    does not fit the gradient.
+    """
+    run = Run(PowerSGD(2), dtype=torch.float16)
+    run.give(0, rank)
+    run.optimizer.step()
+    run.optimizer.error_memory()["tall"].fill_(1e5)
+    before = run.state()
+    run.give(1, rank)
+    run.optimizer.step()
+    found = {"untouched": run.state() == before, "applied": run.optimizer.last_report.applied}
+    run.optimizer.error_memory()["tall"].zero_()
+    run.give(1, rank)
+    run.optimizer.step()
+    return found | {"goes on": run.optimizer.last_report.applied and run.state() != before}
+
+
+def test_veto_when_what_is_decompressed_overflows_the_parameters_dtype(gloo: GlooPool) -> None:
+    for report in gloo.run(overflowing_parameters, 2):
+        assert report == {"untouched": True, "applied": False, "goes on": True}
+
+
+def test_veto_when_the_singular_vectors_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker alone computes them: its exception would leave the others waiting, its
+    NaN stops all.
+    """
+    workers = Simulation(
+        {"w": (12, 7), "b": (3,)}, PowerSGDPlus(2, restart_every=2), 2, min_compression_rate=0
+    )
+
+    def given(t: int) -> list[dict[str, Tensor]]:
+        shapes = {"w": (12, 7), "b": (3,)}
+        return [
+            {
+                n: torch.as_tensor(gradient(s, t, worker), dtype=torch.float32)
+                for n, s in shapes.items()
+            }
+            for worker in (0, 1)
+        ]
+
+    assert workers.reduce(given(0))
+    assert workers.reduce(given(1))
+    before = [bits(workers.error_memory(worker)) for worker in (0, 1)]
+    with monkeypatch.context() as patch:
+
+        def fails(*_: Any, **__: Any) -> None:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+        patch.setattr(torch.linalg, "svd", fails)
+        assert workers.reduce(given(2)) == {}
+    assert [bits(workers.error_memory(worker)) for worker in (0, 1)] == before
+    assert workers.reduce(given(2))
+
+
+HUGE = 2.9e38
+ALMOST = {
+    "one worker, one column": lambda worker: torch.full((12, 7), HUGE if worker == 0 else 1.0),
+    "columns that cancel between workers": lambda worker: torch.full(
+        (12, 7), HUGE * (1 - 2 * worker)
+    ),
+}
+
+
+@pytest.mark.parametrize("given", ALMOST.values(), ids=ALMOST.keys())
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        PowerSGD(2),
+        PowerSGDPlus(2, 1),
+        PowerSGDPlus(2, 1, restart="randomized"),
+        PowerSGDPlus(2, 1, exact_restart=True),
+    ],
+    ids=repr,
+)
+def test_finite_numbers_from_which_infinite_ones_would_be_computed(
+    compressor: Compressor, given: Any
+) -> None:
+    """Finite in float32, but not their products with a basis: those of an SVD restart
+    come after its last collective.
+    """
+    workers = Simulation({"w": (12, 7)}, compressor, 2, min_compression_rate=0)
+    assert workers.reduce([{"w": torch.full((12, 7), 1e30)}] * 2)
+    before = [bits(workers.error_memory(worker)) for worker in (0, 1)]
+    assert workers.reduce([{"w": given(worker)} for worker in (0, 1)]) == {}
+    assert [bits(workers.error_memory(worker)) for worker in (0, 1)] == before
+    assert workers.reduce([{"w": torch.ones(12, 7)}] * 2)
+
+
+def test_reduce_gradients_is_idempotent_after_a_veto_too() -> None:
+    run = Run(PowerSGD(2))
+    run.give(0, 0, torch.nan)
+    assert [run.optimizer.reduce_gradients() for _ in range(3)] == [False] * 3
+    assert (run.optimizer.ledger.steps, run.optimizer.ledger.vetoed) == (1, 1)
+
+
+# --- with torch's GradScaler -----------------------------------------------------------------------------------------
+
+
+def scaled(
+    rank: int, unscale_first: bool, bad_rank: int, attached: bool, reduce_at: str
+) -> dict[str, Any]:
+    """Training through torch.amp.GradScaler; at one step the loss overflows on one rank
+    only. The twin has neither scaler nor bad step.
+    """
+    run = Run(PowerSGDPlus(2, restart_every=3), reduce_at=reduce_at)
+    twin = Run(PowerSGDPlus(2, restart_every=3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
+    if attached:
+        run.optimizer.attach(run.model, scaler=scaler)
+
+    def loss(one: Run, t: int) -> Tensor:
+        return sum(
+            (p * torch.as_tensor(gradient(tuple(p.shape), t, rank, k), dtype=p.dtype)).sum()
+            for k, p in enumerate(one.parameters.values())
+        )
+
+    def train(t: int, factor: float = 1.0) -> None:
+        run.optimizer.zero_grad()
+        scaler.scale(loss(run, t) * factor).backward()
+        if unscale_first:
+            scaler.unscale_(run.optimizer)
+        scaler.step(run.optimizer)
+        scaler.update()
+
+    report: dict[str, Any] = {"distance": [], "scales": []}
+    for t in range(STEPS):
+        if t == BAD_STEP:
+            before = run.state()
+            train(100, torch.inf if rank == bad_rank else 1.0)
+            report["untouched"] = run.state() == before
+        train(t)
+        twin.optimizer.zero_grad()
+        loss(twin, t).backward()
+        twin.optimizer.step()
+        report["scales"].append(scaler.get_scale())
+        report["distance"].append(
+            max(
+                float((p - q).detach().abs().max())
+                for p, q in zip(run.parameters.values(), twin.parameters.values(), strict=True)
+            )
+        )
+        report["error_distance"] = max(
+            float((e - twin.optimizer.error_memory()[name]).abs().max())
+            for name, e in run.optimizer.error_memory().items()
+        )
+    report["moved"] = all(bool(p.data.any()) for p in run.parameters.values())
+    return report
+
+
+@pytest.mark.parametrize("unscale_first", [False, True], ids=["step", "unscale_ then step"])
+@pytest.mark.parametrize("attached", [True, False], ids=["attach(scaler=)", "scaler unknown"])
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_grad_scaler_with_an_overflow_on_one_rank(
+    gloo: GlooPool, unscale_first: bool, attached: bool, bad_rank: int
+) -> None:
+    """All ranks skip, nothing hangs, and the error memory is free of the scale. With
+    the scaler made known to attach(), all scales stay equal; otherwise only the bad
+    rank lowers its own, which changes nothing else, since each rank unscales by its
+    own.
+    """
+    reports = gloo.run(scaled, 2, unscale_first, bad_rank, attached, "step")
+    for rank, report in enumerate(reports):
+        assert report["untouched"]
+        lowered = 2.0**11 if attached or rank == bad_rank else 2.0**12
+        assert report["scales"] == [2.0**12] * BAD_STEP + [lowered] * (STEPS - BAD_STEP)
+        assert max(report["distance"]) < 1e-5
+        assert report["error_distance"] < 1e-5
+        assert report["moved"]
+
+
+@pytest.mark.parametrize("unscale_first", [False, True], ids=["step", "unscale_ then step"])
+def test_grad_scaler_when_the_reduction_is_at_the_end_of_backward(
+    gloo: GlooPool, unscale_first: bool
+) -> None:
+    """The gradients carry the scale when they are reduced; a veto leaves NaN
+    everywhere, which every rank's scaler finds.
+    """
+    for report in gloo.run(scaled, 2, unscale_first, 1, True, "backward"):
+        assert report["untouched"]
+        assert report["scales"] == [2.0**12] * BAD_STEP + [2.0**11] * (STEPS - BAD_STEP)
+        assert max(report["distance"]) < 1e-5
+        assert report["error_distance"] < 1e-5
+
+
+def test_a_reduction_with_a_scale_that_nobody_knew_of_is_told() -> None:
+    """reduce_gradients() before step(), with a scaler that attach() was not told of:
+    the scale is in the error memory.
+    """
+    run = Run(PowerSGD(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(sum((p * (k + 1)).sum() for k, p in enumerate(run.parameters.values()))).backward()
+    run.optimizer.reduce_gradients()
+    with pytest.raises(LowRankCommError, match=r"attach\(model, scaler=scaler\)"):
+        scaler.step(run.optimizer)
+
+
+@pytest.mark.parametrize("reduce_at", ["step", "backward"])
+def test_a_scale_that_is_taken_out_after_the_reduction_is_told_too(reduce_at: str) -> None:
+    """As Trainer and Accelerate do: unscale_, clip, step. The scale would be in the
+    error memory without a word.
+    """
+    run = Run(PowerSGD(2), reduce_at=reduce_at)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(sum((p * (k + 1)).sum() for k, p in enumerate(run.parameters.values()))).backward()
+    run.optimizer.reduce_gradients()
+    scaler.unscale_(run.optimizer)
+    with pytest.raises(LowRankCommError, match=r"attach\(model, scaler=scaler\)"):
+        scaler.step(run.optimizer)
+
+
+def test_a_scaler_that_is_switched_off_is_none() -> None:
+    run = Run(PowerSGD(2))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run.optimizer.attach(run.model, scaler=scaler)
+    for factor in (1.0, torch.nan, 1.0):
+        run.give(0, 0, factor)
+        run.optimizer.reduce_gradients()
+        scaler.step(run.optimizer)
+        scaler.update()
+    assert (run.optimizer.ledger.vetoed, run.optimizer.reducer.step) == (1, 2)
+
+
+def no_gradients_on_rank_1(rank: int) -> tuple[float, bool]:
+    run = Run(PowerSGD(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    run.optimizer.attach(run.model, scaler=scaler)
+    loss = scaler.scale(sum((p * (k + 1)).sum() for k, p in enumerate(run.parameters.values())))
+    if rank == 0:
+        loss.backward()
+    scaler.step(run.optimizer)
+    scaler.update()
+    return scaler.get_scale(), all(bool(p.data.any()) for p in run.parameters.values())
+
+
+def test_a_scaler_on_a_rank_without_any_gradient(gloo: GlooPool) -> None:
+    """torch's scaler insists on having looked at some gradient; what the others sent is
+    applied here too.
+    """
+    assert gloo.run(no_gradients_on_rank_1, 2) == [(2.0**12, True)] * 2
+
+
+def test_vetoes_in_a_row_are_counted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(PowerSGD(2))
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        for factor in (torch.nan, torch.nan, 1.0, torch.inf):
+            run.give(0, 0, factor)
+            run.optimizer.step()
+    assert [message.split("(")[1].split(")")[0] for message in caplog.messages] == [
+        "1 in a row",
+        "2 in a row",
+        "1 in a row",
+    ]
