@@ -37,9 +37,9 @@ from lowrank_comm.errors import ConfigError, StateMismatchError
 from lowrank_comm.numerics.linalg import full_precision
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
-from lowrank_comm.optimizer.environment import only_initialises_state
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.optimizer.step import StepLog, run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper
 
 _log = logging.getLogger("lowrank_comm")
@@ -112,7 +112,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
         self._scaling, self._double_averaging = LossScaling(id(self)), DoubleAveragingGuard()
         self._flat: FlatParameters | None = None
         self._state: State | None = None
-        self._agreed = self._loaded = self._skipped = False
+        self._agreed = self._loaded = False
+        self._step_log = StepLog("some worker's gradient was not finite")
         trainable = self._trainable()
         self._watch: BackwardWatch | None = BackwardWatch(trainable, self._new_gradient)
 
@@ -166,7 +167,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         """Whether the last step was skipped, on all workers, since some worker's
         gradient was not finite.
         """
-        return self._skipped
+        return self._step_log.skipped_in_a_row > 0
 
     @property
     def is_server(self) -> bool:
@@ -213,15 +214,19 @@ class BidirectionalOptimizer(OptimizerWrapper):
             UnsupportedError: at the first step, on every worker, if an engine has
                 averaged the gradients.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if only_initialises_state(self.param_groups):
-            self.base.step()
-            return loss
+        return run_step(
+            self,
+            self.param_groups,
+            closure,
+            self._scaling,
+            initialise=self.base.step,
+            average=self._exchange,
+            update=self._move_to,
+        )
+
+    def _exchange(self) -> State | None:
+        """Uplink, the base's step on x, downlink; None if the step is vetoed."""
         flat = self._prepared()
-        self._scaling.unscale(self, flat.parameters, reduced=False)
         gradients = flat.gradients()
         self._agree(gradients)
         assert self._state is not None
@@ -234,17 +239,14 @@ class BidirectionalOptimizer(OptimizerWrapper):
                 self._transport,
                 self._descend,
             )
-        self._skipped = state is None
+        self._step_log.enter(self.t, state is not None)
         self.ledger.close(state is not None)
-        if state is None:
-            self._scaling.overflowed()
-            _log.warning(
-                "step %d is skipped on all workers: some worker's gradient was not finite", self.t
-            )
-            return loss
+        return state
+
+    def _move_to(self, state: State) -> None:
+        """Take the state over; the parameters become the new w_i."""
         self._state, self.t = state, self.t + 1
-        flat.write(self.method.points(state)[0])
-        return loss
+        self._prepared().write(self.method.points(state)[0])
 
     def _new_gradient(self, parameter: Tensor) -> None:
         self._double_averaging.gradient()

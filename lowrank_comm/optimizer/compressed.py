@@ -18,7 +18,6 @@ the step is due. If any worker's gradient is not finite, no worker steps.
 from __future__ import annotations
 
 import contextlib
-import logging
 import pkgutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,11 +39,10 @@ from lowrank_comm.optimizer.attachment import AVERAGES, Attachment
 from lowrank_comm.optimizer.backward_reduction import BucketScheduler
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.engine import Engine
-from lowrank_comm.optimizer.environment import only_initialises_state, transformers_uses_deepspeed
+from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.optimizer.step import StepLog, run_step
 from lowrank_comm.reduction.policy import Rule
-
-_log = logging.getLogger("lowrank_comm")
 
 
 class CompressedOptimizer(Attachment):
@@ -186,12 +184,17 @@ class CompressedOptimizer(Attachment):
         )
         self.max_grad_norm = max_grad_norm
         self._averaged: list[weakref.ref[Tensor]] = []
-        self._vetoes_in_a_row = 0
         self._asked_reduce_at, self._overlap = reduce_at, bool(overlap)
         self._only_accumulates = False
         # that of the last reduction
         self._stream: Any = None
-        self._double_averaging, self._warned_empty = DoubleAveragingGuard(), False
+        self._double_averaging = DoubleAveragingGuard()
+        self._step_log = StepLog(
+            "a gradient (with the error memory) was not finite, or too large for the wire or the"
+            " parameter's dtype",
+            empty=": was the optimizer built, or attached, before fully_shard replaced the"
+            " parameters, or was every backward pass told not to be the last?",
+        )
         self._watch_backward()
 
     @property
@@ -199,7 +202,7 @@ class CompressedOptimizer(Attachment):
         """Whether the last step was skipped, on all workers, since some worker's
         gradient was not finite.
         """
-        return self._vetoes_in_a_row > 0
+        return self._step_log.skipped_in_a_row > 0
 
     @property
     def _reduces_at(self) -> str:
@@ -330,14 +333,8 @@ class CompressedOptimizer(Attachment):
         grads = self._engine.collect(parameters)
         outcome = reducer.reduce(grads, scale=scale)
         applied = outcome.applied
-        if applied and all(grad is None for grad in outcome.grads) and not self._warned_empty:
-            self._warned_empty = True
-            _log.warning(
-                "no worker has a gradient for any parameter of the optimizer, so nothing is"
-                " trained: was the optimizer built, or attached, before fully_shard replaced the"
-                " parameters, or was every backward pass told not to be the last?"
-            )
         if applied:
+            self._step_log.warn_if_empty(outcome.grads)
             narrow = [
                 (g, p.dtype)
                 for g, p in zip(outcome.grads, parameters, strict=True)
@@ -354,14 +351,7 @@ class CompressedOptimizer(Attachment):
                 reducer.commit()
         if not applied:
             self._engine.forget()
-        self._vetoes_in_a_row = 0 if applied else self._vetoes_in_a_row + 1
-        if not applied:
-            _log.warning(
-                "step %d is skipped on all workers (%d in a row): a gradient (with the error"
-                " memory) was not finite, or too large for the wire or the parameter's dtype",
-                reducer.step,
-                self._vetoes_in_a_row,
-            )
+        self._step_log.enter(reducer.step, applied)
         self._averaged = [weakref.ref(p.grad) for p in parameters if p.grad is not None]
         self._status = "averaged" if applied else "vetoed"
         return applied
@@ -391,29 +381,39 @@ class CompressedOptimizer(Attachment):
             LowRankCommError: a GradScaler that `attach` was not told of, and gradients
                 that were averaged before.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if only_initialises_state(self.param_groups):
-            # the state dict that torch makes next must have a place for the
-            # compressor's state
-            self._prepared()
-            self.base.step()
-            return loss
-        everything = [p for group in self.param_groups for p in group["params"]]
-        self._scaling.unscale(self, everything, reduced=self._status is not None)
+        return run_step(
+            self,
+            self.base.param_groups,
+            closure,
+            self._scaling,
+            initialise=self._initialise,
+            average=self._average,
+            update=self._update,
+            averaged_before=lambda: self._status is not None,
+        )
+
+    def _initialise(self) -> None:
+        """Let the base create its state; the state dict that torch makes next must have
+        a place for the compressor's state too.
+        """
+        self._prepared()
+        self.base.step()
+
+    def _average(self) -> bool | None:
+        """Average the gradients, unless that was done before; None if the step is
+        vetoed.
+        """
         applied = self._reduce(1.0) if self._status is None else self._status == "averaged"
         self._status = None
-        if not applied:
-            self._scaling.overflowed()
-            return loss
+        return applied or None
+
+    def _update(self, _: bool) -> None:
         if self.max_grad_norm is not None:
+            everything = [p for group in self.base.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(
                 [p for p in everything if p.grad is not None], self.max_grad_norm
             )
         self.base.step()
-        return loss
 
     def _watch_backward(self) -> None:
         """Notice new gradients, and the end of backward."""

@@ -47,12 +47,12 @@ class LossScaling:
         return float(self.scaler.get_scale()) if self._filed("stage").name == "READY" else 1.0
 
     def unscale(self, optimizer: Any, parameters: Sequence[Tensor], reduced: bool) -> None:
-        """Inside `step()`: take the scale out of the gradients, if a scaler says that
+        """Inside a `step()` that a scaler calls: take the scale out of the gradients, if
         it is still in them.
 
         Args:
-            optimizer: on which the scaler that calls `step()` has left `grad_scale`
-                (None after `scaler.unscale_`).
+            optimizer: on which the scaler has left `grad_scale` (None after
+                `scaler.unscale_`).
             parameters: whose gradients to unscale.
             reduced: whether they were averaged before.
 
@@ -60,9 +60,6 @@ class LossScaling:
             LowRankCommError: they were averaged when nobody knew of the scaler, hence
                 perhaps with the scale in them.
         """
-        # no scaler, or one that is switched off
-        if not hasattr(optimizer, "found_inf"):
-            return
         if reduced and self.scaler is None:
             raise LowRankCommError(
                 "a GradScaler calls step(), but the gradients were averaged before when nobody knew"

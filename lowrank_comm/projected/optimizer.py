@@ -27,7 +27,6 @@ If some worker's numbers are not finite, no worker steps.
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -43,13 +42,12 @@ from lowrank_comm.compressors.golore import GoLore
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
-from lowrank_comm.optimizer.environment import only_initialises_state, transformers_uses_deepspeed
+from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.optimizer.step import StepLog, run_step
 from lowrank_comm.projected.averaging import Averaged, Averaging, Entry
 from lowrank_comm.projected.checks import check_number, check_parameter, check_saved, described
-
-_log = logging.getLogger("lowrank_comm")
 
 PROJECTIONS = ("galore", "golore")
 
@@ -120,8 +118,8 @@ class ProjectedOptimizer(Optimizer):
         self._scaling = LossScaling(id(self))
         # parameter -> this worker's R, where gradients are freed
         self._coordinates: dict[Tensor, Tensor] = {}
-        self._agreed = self._compared = self._checked = self._warned_empty = False
-        self._vetoes_in_a_row = 0
+        self._agreed = self._compared = self._checked = False
+        self._step_log = StepLog("a gradient was not finite, or too large for the wire")
         self._names: dict[Tensor, str] = {}
         self._watch: BackwardWatch | None = None
         super().__init__(params, defaults)
@@ -252,7 +250,7 @@ class ProjectedOptimizer(Optimizer):
         """Whether the last step was skipped, on all workers, since some worker's
         numbers were not finite.
         """
-        return self._vetoes_in_a_row > 0
+        return self._step_log.skipped_in_a_row > 0
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state on this worker: moments and projectors."""
@@ -288,16 +286,25 @@ class ProjectedOptimizer(Optimizer):
             LowRankCommError: at the first step, on every worker, if an engine has
                 averaged the gradients already.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        return run_step(
+            self,
+            self.param_groups,
+            closure,
+            self._scaling,
+            initialise=self._initialise,
+            average=self._average,
+            update=self._update_all,
+        )
+
+    def _average(self) -> list[tuple[Entry, dict[str, Any], Averaged | None]] | None:
+        """Average over the workers; None if the step is vetoed.
+
+        Returns:
+            For each trainable parameter (entry, group, average).
+        """
         pairs = self._entries()
-        if only_initialises_state(self.param_groups):
-            self._initialise(pairs)
-            return loss
         if not pairs:
-            return loss
+            return []
         entries = [entry for entry, _ in pairs]
         self._check(entries)
         if self._coordinates and hasattr(self, "found_inf"):
@@ -306,31 +313,26 @@ class ProjectedOptimizer(Optimizer):
                 " looks at gradients that are gone by then; train in bfloat16, or leave"
                 " free_gradients out."
             )
-        self._scaling.unscale(self, self._parameters, reduced=False)
         averaged = self._averaging.average(entries, self.t)
         self._coordinates.clear()
-        self._vetoes_in_a_row = 0 if averaged is not None else self._vetoes_in_a_row + 1
+        self._step_log.enter(self.t, averaged is not None)
         if averaged is None:
-            _log.warning(
-                "step %d is skipped on all workers (%d in a row): a gradient was not finite, or too"
-                " large for the wire",
-                self.t,
-                self._vetoes_in_a_row,
-            )
-            return loss
-        if all(one is None for one in averaged) and not self._warned_empty:
-            self._warned_empty = True
-            _log.warning(
-                "no worker has a gradient for any parameter of the optimizer, so nothing is trained"
-            )
-        clip = self._clipping(averaged)
-        for (entry, group), one in zip(pairs, averaged, strict=True):
+            return None
+        return [(*pair, one) for pair, one in zip(pairs, averaged, strict=True)]
+
+    def _update_all(self, averaged: list[tuple[Entry, dict[str, Any], Averaged | None]]) -> None:
+        """Update the parameters, clipped together, and count the step."""
+        if not averaged:
+            return
+        means = [one for _, _, one in averaged]
+        self._step_log.warn_if_empty(means)
+        clip = self._clipping(means)
+        for entry, group, one in averaged:
             if one is not None:
                 self._update(entry.parameter, group, one, clip)
         t = self.t + 1
         for group in self.param_groups:
             group["t"] = t
-        return loss
 
     def _check(self, entries: list[Entry]) -> None:
         """Before anything whose sizes depend on it: do the workers have the same
@@ -427,11 +429,11 @@ class ProjectedOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- state
 
-    def _initialise(self, pairs: list[tuple[Entry, dict[str, Any]]]) -> None:
+    def _initialise(self) -> None:
         """Make all state without a step, for torch.distributed.checkpoint to load into;
         no communication.
         """
-        for entry, _ in pairs:
+        for entry, _ in self._entries():
             state, parameter = self.state[entry.parameter], entry.parameter
             if state:
                 continue

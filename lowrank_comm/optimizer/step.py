@@ -1,0 +1,132 @@
+"""The order of a step, the same for all optimizers of this library:
+
+closure              computes the loss and the gradients, if there is one
+initialise           instead of all that follows, in the step by which
+                     torch.distributed.checkpoint makes an optimizer create its state
+unscale              take a GradScaler's scale out of the gradients
+average              over the workers; one worker whose numbers are not finite vetoes
+                     the step for all of them
+update               the parameters, or tell the scaler of the veto
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+from lowrank_comm.optimizer.grad_scaler import LossScaling
+
+_log = logging.getLogger("lowrank_comm")
+
+Averaged = TypeVar("Averaged")
+
+
+def run_step(
+    optimizer: Optimizer,
+    param_groups: Sequence[Mapping[str, Any]],
+    closure: Callable[[], Any] | None,
+    scaling: LossScaling,
+    *,
+    initialise: Callable[[], None],
+    average: Callable[[], Averaged | None],
+    update: Callable[[Averaged], None],
+    averaged_before: Callable[[], bool] = lambda: False,
+) -> Any:
+    """Run one step in the order above.
+
+    Args:
+        optimizer: on which a `GradScaler` that calls its step leaves `found_inf` and
+            `grad_scale`.
+        param_groups: of the optimizer.
+        closure: of `step()`.
+        scaling: what is known of a scaler.
+        initialise: makes the optimizer's state without a step; no communication.
+        average: averages over the workers; None if the step is vetoed.
+        update: makes the step with what `average` returned.
+        averaged_before: whether the gradients were averaged before the step.
+
+    Returns:
+        The closure's loss, or None.
+    """
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    if _only_initialises_state(param_groups):
+        initialise()
+        return loss
+    # only a GradScaler that is switched on leaves it here
+    if hasattr(optimizer, "found_inf"):
+        parameters = [p for group in param_groups for p in group["params"]]
+        scaling.unscale(optimizer, parameters, reduced=averaged_before())
+    averaged = average()
+    if averaged is None:
+        scaling.overflowed()
+    else:
+        update(averaged)
+    return loss
+
+
+def _only_initialises_state(param_groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether torch.distributed.checkpoint is making an optimizer create its state.
+
+    It does so by a step with lr 0 and zero gradients, perhaps on one rank alone. That
+    is no step of the compressor: it would take the error memory and apply it with lr 0.
+    The caller is looked up in the stack, since a worker's gradients may be zero in a
+    real step too, and then it must take part.
+    """
+    for group in param_groups:
+        if float(group.get("lr", 1.0)) != 0.0:
+            return False
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(9):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False
+
+
+class StepLog:
+    """Counts the steps that were skipped on all workers, and warns of what is wrong.
+
+    Args:
+        veto: why a step is skipped, for the message.
+        empty: what the message says further when no worker has any gradient.
+
+    Attributes:
+        skipped_in_a_row: steps, up to the last one.
+    """
+
+    def __init__(self, veto: str, empty: str = "") -> None:
+        self._veto, self._empty = veto, empty
+        self._warned_empty = False
+        self.skipped_in_a_row = 0
+
+    def enter(self, step: int, applied: bool) -> None:
+        """Enter step t, and warn if it is skipped."""
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if not applied:
+            _log.warning(
+                "step %d is skipped on all workers (%d in a row): %s",
+                step,
+                self.skipped_in_a_row,
+                self._veto,
+            )
+
+    def warn_if_empty(self, averaged: Iterable[object | None]) -> None:
+        """Warn, once, that no worker has a gradient for any parameter."""
+        if not self._warned_empty and all(one is None for one in averaged):
+            self._warned_empty = True
+            _log.warning(
+                "no worker has a gradient for any parameter of the optimizer, so nothing is"
+                " trained%s",
+                self._empty,
+            )
