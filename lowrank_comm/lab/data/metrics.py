@@ -1,71 +1,51 @@
 """The scores of sentence tasks, from predictions and labels: accuracy, F1, Matthews',
 Pearson's and Spearman's correlation.
 
-Written out, since the packages that have them are large. All take sequences of one
+The computation is scikit-learn's and SciPy's. All functions take sequences of one
 length; a score whose denominator is zero is 0, as in the benchmark's own code.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Numbers = Sequence[float]
 
 
 def accuracy(predicted: Numbers, labels: Numbers) -> float:
-    """Share of equal pairs."""
-    return sum(p == y for p, y in zip(predicted, labels, strict=True)) / len(labels)
-
-
-def _counts(predicted: Numbers, labels: Numbers) -> tuple[int, int, int, int]:
-    """True positives, false positives, false negatives, true negatives of label 1."""
-    pairs = list(zip((p == 1 for p in predicted), (y == 1 for y in labels), strict=True))
-    return (
-        pairs.count((True, True)),
-        pairs.count((True, False)),
-        pairs.count((False, True)),
-        pairs.count((False, False)),
-    )
+    """Return the share of equal pairs."""
+    return float(accuracy_score(labels, predicted))
 
 
 def f1(predicted: Numbers, labels: Numbers) -> float:
-    """2 TP / (2 TP + FP + FN), of label 1."""
-    hits, false_alarms, misses, _ = _counts(predicted, labels)
-    return 2 * hits / (2 * hits + false_alarms + misses) if hits else 0.0
+    """Return 2 TP / (2 TP + FP + FN), of label 1."""
+    return float(f1_score(labels, predicted, zero_division=0.0))
 
 
 def matthews(predicted: Numbers, labels: Numbers) -> float:
-    """(TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN))."""
-    tp, fp, fn, tn = _counts(predicted, labels)
-    square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / math.sqrt(square) if square else 0.0
+    """Return (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN))."""
+    return float(matthews_corrcoef(labels, predicted))
 
 
 def pearson(predicted: Numbers, labels: Numbers) -> float:
-    """Covariance over the product of the standard deviations."""
-    n = len(labels)
-    x, y = [v - sum(predicted) / n for v in predicted], [v - sum(labels) / n for v in labels]
-    square = sum(v * v for v in x) * sum(v * v for v in y)
-    return sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(square) if square > 0 else 0.0
+    """Return the covariance over the product of the standard deviations."""
+    if _constant(predicted) or _constant(labels):
+        return 0.0
+    return float(stats.pearsonr(predicted, labels).statistic)
 
 
 def spearman(predicted: Numbers, labels: Numbers) -> float:
-    """Pearson's correlation of the ranks; equal values share the mean of theirs."""
-    return pearson(_ranks(predicted), _ranks(labels))
+    """Return Pearson's correlation of the ranks; equal values share the mean rank."""
+    if _constant(predicted) or _constant(labels):
+        return 0.0
+    return float(stats.spearmanr(predicted, labels).statistic)
 
 
-def _ranks(values: Numbers) -> list[float]:
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    ranks, start = [0.0] * len(values), 0
-    while start < len(order):
-        end = start
-        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
-            end += 1
-        for place in order[start : end + 1]:
-            ranks[place] = (start + end) / 2
-        start = end + 1
-    return ranks
+def _constant(values: Numbers) -> bool:
+    return min(values) == max(values)
 
 
 METRICS: dict[str, Callable[[Numbers, Numbers], float]] = {

@@ -14,46 +14,25 @@ is inside the spread. One seed has no spread, and then nothing is claimed.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+
+from scipy import stats
 
 
-@cache
 def student_t(degrees: int, probability: float = 0.975) -> float:
-    """Quantile of Student's t distribution, to six digits.
-
-    F(t) = 1/2 + (Gamma((k+1)/2) / (sqrt(k pi) Gamma(k/2))) * integral_0^t (1 +
-    x^2/k)^(-(k+1)/2) dx
-
-    With x = sqrt(k) tan(u) the integrand is cos(u)^(k-1) on a bounded interval, which
-    Simpson's rule integrates well.
+    """Return the quantile of Student's t distribution.
 
     Args:
-        degrees: k >= 1, degrees of freedom.
-        probability: between 0.5 and 1.
+        degrees: degrees of freedom, at least 1.
+        probability: of a value below the quantile.
 
     Example:
         >>> round(student_t(2), 3)
         4.303
     """
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-
-    def above_half(angle: float, pieces: int = 400) -> float:
-        width = angle / pieces
-        weights = [1 if i in (0, pieces) else 4 if i % 2 else 2 for i in range(pieces + 1)]
-        return (
-            scale
-            * sum(w * math.cos(width * i) ** (degrees - 1) for i, w in enumerate(weights))
-            * width
-            / 3
-        )
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if above_half(middle) < probability - 0.5 else (low, middle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
+    return float(stats.t.ppf(probability, degrees))
 
 
 @dataclass(frozen=True)
@@ -66,24 +45,18 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """Of some values; None if there are none."""
+        """Summarize some values; None if there are none."""
         if not values:
             return None
-        mean = sum(values) / len(values)
-        if len(values) == 1:
-            return cls(1, mean, None)
-        return cls(
-            len(values), mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        )
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(len(values), statistics.fmean(values), deviation)
 
     @property
     def half_width(self) -> float | None:
         """Half of the 95 % confidence interval of the mean; None for n = 1."""
-        return (
-            None
-            if self.deviation is None
-            else student_t(self.n - 1) * self.deviation / math.sqrt(self.n)
-        )
+        if self.deviation is None:
+            return None
+        return student_t(self.n - 1) * self.deviation / math.sqrt(self.n)
 
     @property
     def sign(self) -> int | None:

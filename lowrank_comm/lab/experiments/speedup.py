@@ -19,6 +19,7 @@ line through the means over the seeds; its spread is that of the slopes of singl
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -225,10 +226,7 @@ def _slope(values: dict[int, float]) -> float | None:
     if len(values) < 2:
         return None
     xs, ys = [math.log(n) for n in values], [math.log(value) for value in values.values()]
-    x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / sum(
-        (x - x0) ** 2 for x in xs
-    )
+    return statistics.linear_regression(xs, ys).slope
 
 
 def _slopes(rows: Sequence[Row], method: str) -> Spread | None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.lab.experiment import Row
@@ -213,18 +214,9 @@ def write_index(folder: Path) -> Path:
 
 
 def source_of(picture: Path) -> str | None:
-    """The sha256 that a figure carries, from its PNG header's text; None if it has
-    none.
-    """
-    data, at = picture.read_bytes(), 8
-    while at + 8 <= len(data):
-        (length,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
-        if kind == b"tEXt":
-            key, _, value = data[at + 8 : at + 8 + length].partition(b"\0")
-            if key == SOURCE.encode():
-                return value.decode("latin-1")
-        at += 12 + length
-    return None
+    """Return the sha256 in a figure's PNG header; None if it has none."""
+    with Image.open(picture) as image:
+        return image.info.get(SOURCE)
 
 
 def _seeds(settings: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from lowrank_comm.errors import ConfigError, nearest
 from lowrank_comm.lab.experiment import Experiment
 from lowrank_comm.lab.experiments import EXPERIMENTS, experiment
 
-FOLDER = Path(__file__).parent / "presets"
+FOLDER = Path(__file__).parents[1] / "presets"
 SIZES = ("small", "paper")
 _KEYS = ("experiment", "description", "settings")
 

@@ -39,7 +39,7 @@ def made_for(experiment: Experiment, settings: Any, case: Case) -> str:
 @functools.cache
 def code() -> str:
     """Fingerprint of the package's Python files."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     files = sorted(package.rglob("*.py"))
     return fingerprint(
         [[path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")] for path in files]
