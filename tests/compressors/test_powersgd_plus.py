@@ -1,45 +1,29 @@
-"""Restarts of PowerSGD+: when, what they capture, and the options that cost no further
-bytes.
+"""PowerSGD with several power iterations, and PowerSGD+'s restarts by greedy choice and
+by random projection.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lowrank_comm import PowerSGD, PowerSGDPlus
-from lowrank_comm.communication import Group
+from lowrank_comm import ConfigError, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.reduction.reducer import ParamInfo, Reducer
-from tests.support.driver import simulation
-from tests.support.reference import gradient, spectrum_matrix
+from lowrank_comm.config import Section
+from lowrank_comm.numerics.randomness import gaussian
+from tests.support import checks
+from tests.support.checks import Driven
+from tests.support.driver import dense, simulation
+from tests.support.gloo import GlooPool
+from tests.support.reference import gradient, spectrum_matrix, ssp_comp
+from tests.support.spectra import SPECTRA, captured
 
-SPECTRA = {
-    "1/k": lambda count: 1.0 / np.arange(1, count + 1),
-    "1/sqrt k": lambda count: np.arange(1, count + 1) ** -0.5,
-    "0.7^k": lambda count: 0.7 ** np.arange(count),
-    "flat": np.ones,
-}
 every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
-
-
-def captured(compressor: Compressor, matrix: np.ndarray, draws: int) -> np.ndarray:
-    """Share of the energy that the first step applies, for `draws` independent draws:
-    one batch of equal matrices with names of their own.
-    """
-    names = [f"draw{k}" for k in range(draws)]
-    given = torch.from_numpy(matrix)
-    applied = simulation(compressor, dict.fromkeys(names, matrix.shape), 1).reduce(
-        [{name: given.clone() for name in names}]
-    )
-    return np.array([float(applied[name].norm() ** 2 / given.norm() ** 2) for name in names])
-
-
-# --- contraction -----------------------------------------------------------------------------------------------------
 
 
 @every_spectrum
@@ -61,17 +45,6 @@ def test_lemma_2_for_svd_restarts(spectrum: str, shape: tuple[int, int], rank: i
     total = float(mean.norm() ** 2)
     assert left <= (1 - rank / min(shape)) * total * (1 + 1e-12)
     assert left == pytest.approx(float((values[rank:] ** 2).sum()), rel=1e-10)
-
-
-def test_lemma_2_does_not_hold_for_a_subspace_of_the_past() -> None:
-    """Negative control, and the reason for restarts: PowerSGD's single step from a bad
-    basis captures less than r / n.
-    """
-    u, s, v = np.linalg.svd(spectrum_matrix(20, 12, SPECTRA["0.7^k"](12)))
-    matrix, worst = torch.from_numpy((u[:, :12] * s) @ v), torch.from_numpy(v[-3:].T.copy())
-    sim = simulation(PowerSGD(3), {"w": (20, 12)}, 1, initial_basis={"w": worst})
-    applied = sim.reduce([{"w": matrix.clone()}])["w"]
-    assert float(applied.norm() ** 2) < 0.1 * 3 / 12 * float(matrix.norm() ** 2)
 
 
 DRAWS = 300
@@ -133,107 +106,6 @@ def test_each_randomized_restart_draws_anew() -> None:
     assert float((second - first).norm() / first.norm()) > 0.1
 
 
-# --- when ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("restart", ["svd", "randomized"])
-@pytest.mark.parametrize("tau", [1, 3, 4])
-def test_restarts_come_every_tau_steps_from_the_first(restart: str, tau: int) -> None:
-    sim = simulation(
-        PowerSGDPlus(2, restart_every=tau, restart=restart),
-        {"a": (9, 6), "b": (6, 9), "c": (9, 6)},
-        2,
-    )
-    seen = []
-    for t in range(10):
-        sim.reduce(
-            [
-                {
-                    name: torch.from_numpy(gradient(shape, t, worker))
-                    for name, shape in (("a", (9, 6)), ("b", (6, 9)), ("c", (9, 6)))
-                }
-                for worker in range(2)
-            ]
-        )
-        seen.append(sim.last_reports[0].restarts)
-    assert seen == [3 if t % tau == 0 else 0 for t in range(10)]
-
-
-def restarted_by_step(
-    shapes: dict[str, tuple[int, ...]], tau: int, steps: int
-) -> tuple[list[set[str]], list[int]]:
-    """Which matrices restarted at each step, told from outside: with exact_restart they
-    are those without error afterwards.
-    """
-    sim = simulation(
-        PowerSGDPlus(1, restart_every=tau, stagger=True, exact_restart=True), shapes, 1
-    )
-    names, restart_bytes = [], []
-    for t in range(steps):
-        sim.reduce(
-            [
-                {
-                    name: torch.from_numpy(gradient(shape, t, 0, k))
-                    for k, (name, shape) in enumerate(shapes.items())
-                }
-            ]
-        )
-        names.append({name for name, error in sim.error_memory(0).items() if not error.any()})
-        restart_bytes.append(sim.last_reports[0].bytes.get("restart", 0))
-        assert sim.last_reports[0].restarts == len(names[-1])
-    return names, restart_bytes
-
-
-def test_staggered_restarts_are_once_a_period_and_level() -> None:
-    tau = 6
-    equal = {f"w{k:02}": (8, 5) for k in range(12)}
-    names, restart_bytes = restarted_by_step(equal, tau, 1 + 3 * tau)
-    assert names[0] == set(equal)
-    for period in range(3):
-        steps = names[1 + period * tau : 1 + (period + 1) * tau]
-        # each once
-        assert sorted(name for step in steps for name in step) == sorted(equal)
-        # at the same place in every period
-        assert steps == names[1 : 1 + tau]
-    assert restart_bytes[0] == 12 * 8 * 5 * 8
-    # 12 equal matrices over 6 steps
-    assert set(restart_bytes[1:]) == {2 * 8 * 5 * 8}
-
-
-def test_staggered_restarts_of_unequal_matrices_are_level_too() -> None:
-    tau = 5
-    shapes = {f"w{k:02}": (4 + 2 * k, 3 + k % 4) for k in range(17)}
-    names, restart_bytes = restarted_by_step(shapes, tau, 1 + tau)
-    assert sorted(name for step in names[1:] for name in step) == sorted(shapes)
-    sizes = [8 * m * n for m, n in shapes.values()]
-    assert max(restart_bytes[1:]) <= sum(sizes) / tau + max(sizes)
-    assert min(restart_bytes[1:]) >= sum(sizes) / tau - max(sizes)
-    assert restart_bytes[0] == sum(sizes)
-
-
-def test_restarts_of_a_pass_that_is_rolled_back_are_not_counted() -> None:
-    slots = [ParamInfo("w", (12, 7), torch.float64, torch.device("cpu"))]
-    reducer = Reducer(slots, PowerSGDPlus(2, restart_every=2), Group(), min_compression_rate=0)
-    for commits in (False, True, True, True):
-        reducer.reduce([torch.from_numpy(gradient((12, 7), 0, 0))])
-        reducer.commit() if commits else reducer.rollback()
-    # t = 0 and t = 2
-    assert reducer.ledger.restarts == 2
-    assert reducer.ledger.steps == 4
-
-
-def test_without_stagger_all_restart_together() -> None:
-    sim = simulation(PowerSGDPlus(1, restart_every=4), {f"w{k}": (8, 5) for k in range(6)}, 1)
-    counts = []
-    for t in range(9):
-        sim.reduce([{f"w{k}": torch.from_numpy(gradient((8, 5), t, 0, k)) for k in range(6)}])
-        counts.append(sim.last_reports[0].restarts)
-    assert counts == [6, 0, 0, 0, 6, 0, 0, 0, 6]
-
-
-# --- the options that are free ---------------------------------------------------------------------------------------
-
-
 def run(
     compressor: Compressor, steps: int, workers: int = 3
 ) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
@@ -276,3 +148,167 @@ def test_consensus_restart_changes_no_trajectory_and_makes_errors_equal() -> Non
         spread = max(float((error - errors[t][0]).norm()) for error in errors[t])
         assert spread < 1e-12 if t % tau == 0 else spread > 1e-2
         assert max(float((error - plain_errors[t][0]).norm()) for error in plain_errors[t]) > 1e-2
+
+
+SCHEMES = [
+    PowerSGD(2, power_iterations=3),
+    PowerSGDPlus(2, restart_every=2, restart="greedy", basis_every=2),
+    PowerSGDPlus(
+        2, restart_every=3, restart="greedy", basis_every=3, basis=4, probes=1, power_iterations=2
+    ),
+    PowerSGDPlus(2, restart_every=3, restart="random_projection"),
+]
+
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
+
+
+@pytest.mark.parametrize("check", checks.LINEAR, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[1], SCHEMES[3]], ids=repr)
+def test_invariants(scheme: Compressor, check: Callable[[Compressor], None]) -> None:
+    check(scheme)
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[3]], ids=repr)
+def test_gloo_equals_simulation(gloo: GlooPool, scheme: Compressor) -> None:
+    checks.processes_equal_simulation(gloo, scheme)
+
+
+@every_scheme
+def test_bytes_over_two_periods_of_the_basis(scheme: Compressor) -> None:
+    checks.bytes_are_as_said(scheme, 18)
+
+
+def test_the_formulas_of_the_bytes() -> None:
+    assert PowerSGD(2, power_iterations=3).elements(100, 50, 2) == 3 * 2 * 150
+    assert (
+        PowerSGDPlus(2, restart="randomized", power_iterations=2).restart_elements(100, 50, 2)
+        == 3 * 2 * 150
+    )
+    assert PowerSGDPlus(2, power_iterations=2).restart_elements(100, 50, 2) == 100 * 50 + 100 * 2
+    assert PowerSGDPlus(2, restart="random_projection").restart_elements(50, 100, 2) == 2 * 100
+    greedy = PowerSGDPlus(
+        2, restart_every=10, restart="greedy", basis_every=3, basis="full", probes=2
+    )
+    between = 2 * 150 + 2 * 50
+    found = 100 * 50 + 50 * 50
+    costs = [greedy.elements_at(100, 50, 2, t, True) for t in range(0, 70, 10)]
+    assert costs == [found, between, between, found, between, between, found]
+    # their mean, rounded up
+    assert greedy.restart_elements(100, 50, 2) == -(-(found + 2 * between) // 3)
+    assert greedy.elements_at(100, 50, 2, 5, False) == 2 * 150
+
+
+@every_scheme
+def test_compression_is_an_orthogonal_projection(scheme: Compressor) -> None:
+    """Lemma 1: what is applied is orthogonal to what is left of the mean."""
+    for shape in ((8, 10), (10, 8)):
+        driven = Driven(scheme, shape, 2)
+        for t in range(8):
+            results = driven.step(
+                [torch.from_numpy(gradient(shape, t, worker)) for worker in range(2)]
+            )
+            mean = torch.stack(driven.deltas).mean(0)
+            applied = dense(results[0].applied)
+            assert abs(float((applied * (mean - applied)).sum())) < 1e-10 * float(mean.norm()) ** 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=repr)
+def test_the_report_of_the_norms(scheme: Compressor) -> None:
+    """Captured energy and the norm of the errors, where the orthonormal factor is
+    sometimes P and sometimes Q.
+    """
+    shapes = {"tall": (13, 7), "wide": (6, 11)}
+    sim = simulation(scheme, shapes)
+    for t in range(6):
+        given = checks.drawn(t, 0, shapes)
+        delta = {name: g + sim.error_memory(0)[name] for name, g in given.items()}
+        out = sim.reduce([{name: g.clone() for name, g in given.items()}])
+        total = sum(float(d.norm()) ** 2 for d in delta.values())
+        captured = sum(float(a.norm()) ** 2 for a in out.values()) / total
+        error = sum(float(e.norm()) ** 2 for e in sim.error_memory(0).values()) ** 0.5
+        assert sim.last_reports[0].captured_energy == pytest.approx(captured, rel=1e-9)
+        assert sim.last_reports[0].error_norm == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (15, 15)])
+def test_a_random_projection_captures_its_share_of_the_short_side(shape: tuple[int, int]) -> None:
+    """delta = r / min(m, n) exactly in expectation, whatever the spectrum: 800 draws, 4
+    standard errors. (On the long side it would be r / max(m, n), which differs by more
+    than that: control.)
+    """
+    names, rank = [f"draw{k}" for k in range(800)], 3
+    matrix = torch.from_numpy(spectrum_matrix(*shape, 0.7 ** np.arange(min(shape))))
+    scheme = PowerSGDPlus(rank, restart="random_projection")
+    applied = simulation(scheme, dict.fromkeys(names, shape)).reduce(
+        [{name: matrix.clone() for name in names}]
+    )
+    captured = np.array([float((applied[name].norm() / matrix.norm()) ** 2) for name in names])
+    error = captured.std() / len(names) ** 0.5
+    assert captured.mean() == pytest.approx(rank / min(shape), abs=4 * error)
+    assert min(shape) == max(shape) or abs(captured.mean() - rank / max(shape)) > 4 * error
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+def test_the_step_after_a_random_projection_uses_its_subspace(shape: tuple[int, int]) -> None:
+    """Two steps in NumPy from the library's draw of V."""
+    scheme = PowerSGDPlus(2, restart_every=5, restart="random_projection")
+    sim = simulation(scheme, {"w": shape}, 2, seed=4)
+    z = gaussian(4, ("w",), 0, "restart V", (7, 2), torch.float64, torch.device("cpu"))[0].numpy()
+    v = np.linalg.qr(z)[0]
+    first, second = ([gradient(shape, t, worker) for worker in range(2)] for t in range(2))
+    applied = sim.reduce([{"w": torch.from_numpy(g.copy())} for g in first])["w"].numpy()
+    project = (lambda a: a @ v @ v.T) if shape[0] > shape[1] else (lambda a: v @ v.T @ a)
+    np.testing.assert_allclose(applied, project(first[0] + first[1]) / 2, atol=1e-12)
+    q = v if shape[0] > shape[1] else ((first[0] + first[1]) / 2).T @ v
+    result = ssp_comp(q, [g + f - project(f) for g, f in zip(second, first, strict=True)])
+    applied = sim.reduce([{"w": torch.from_numpy(g.copy())} for g in second])["w"].numpy()
+    np.testing.assert_allclose(applied, result.applied, atol=1e-11)
+
+
+def test_by_name_from_json() -> None:
+    section = {
+        "compressor": "powersgd_plus",
+        "rank": 2,
+        "restart": "greedy",
+        "basis": "full",
+        "basis_every": 4,
+    }
+    assert Section.parse(section).make_compressor() == PowerSGDPlus(
+        2, restart="greedy", basis="full", basis_every=4
+    )
+    assert Section.parse(
+        {"compressor": "powersgd", "power_iterations": 2}
+    ).make_compressor() == PowerSGD(power_iterations=2)
+
+
+def test_matrices_in_blocks_of_rows() -> None:
+    """All rules but the greedy one are those of whole matrices when these are held in
+    blocks.
+    """
+    assert PowerSGD(2, power_iterations=2).row_blocks
+    for restart in ("svd", "randomized", "random_projection"):
+        assert PowerSGDPlus(2, restart=restart).row_blocks
+    assert not PowerSGDPlus(2, restart="greedy").row_blocks
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: PowerSGD(2, power_iterations=0), "power_iterations"),
+        (lambda: PowerSGDPlus(2, power_iterations=True), "power_iterations"),
+        (lambda: PowerSGDPlus(2, restart="greedi"), "'greedi'"),
+        (lambda: PowerSGDPlus(2, basis_every=3), "basis_every=3"),
+        (lambda: PowerSGDPlus(2, restart="randomized", basis=8), "basis=8"),
+        (lambda: PowerSGDPlus(2, restart="random_projection", probes=2), "probes=2"),
+        (lambda: PowerSGDPlus(2, restart="greedy", basis=1), "basis=1"),
+        (lambda: PowerSGDPlus(2, restart="greedy", basis_every=0), "basis_every"),
+        (lambda: PowerSGDPlus(2, restart="greedy", exact_restart=True), "exact_restart"),
+        (
+            lambda: PowerSGDPlus(2, restart="random_projection", consensus_restart=True),
+            "consensus_restart",
+        ),
+    ],
+)
+def test_bad_options_are_refused_by_name(make: Callable[[], Compressor], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()

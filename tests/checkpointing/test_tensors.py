@@ -1,0 +1,132 @@
+"""What a saved state holds that the run does not, and the other way round: what is
+refused, what starts from zero, what is said."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from lowrank_comm import ErrorFeedback, PowerSGD, StateMismatchError
+from tests.support.checkpointed import Trainer, equal, everything
+
+
+def test_errors_that_would_be_lost_are_refused() -> None:
+    """Resuming with other rules: the saved error has no place to go. It is not dropped
+    without a word.
+    """
+    one = Trainer(PowerSGD(2))
+    one.train(0, 3, 0)
+    with pytest.raises(StateMismatchError, match=r"0\.weight"):
+        Trainer(PowerSGD(2), min_compression_rate=1000).optimizer.load_state_dict(
+            one.optimizer.state_dict()
+        )
+
+
+def test_what_a_saved_state_does_not_have_starts_anew(caplog: pytest.LogCaptureFixture) -> None:
+    fresh, used = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
+    used.train(0, 3, 0)
+    state = used.optimizer.state_dict()
+    # the second layer, as saved before it was trained
+    for number in (2, 3):
+        state["state"][number] = {
+            k: v for k, v in state["state"][number].items() if not k.startswith("lowrank_comm_")
+        }
+    kept = used.optimizer.error_memory()["0.weight"].clone()
+    used.train(3, 2, 0)
+    state = copy.deepcopy(state)
+    state["state"][0]["lowrank_comm_error"] = kept
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        used.optimizer.load_state_dict(state)
+    assert "1.weight" in caplog.text
+    assert torch.equal(used.optimizer.error_memory()["0.weight"], kept)
+    assert not used.optimizer.error_memory()["1.weight"].any()
+    assert torch.equal(
+        used.optimizer.reducer.state.bases()["1.weight"]["Q"],
+        fresh.optimizer.reducer.state.bases()["1.weight"]["Q"],
+    )
+
+
+def test_another_rank_keeps_the_error_and_starts_the_basis_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(3))
+    one.train(0, 3, 0)
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        other.optimizer.load_state_dict(one.optimizer.state_dict())
+    assert "rank" in caplog.text
+    for name, error in one.optimizer.error_memory().items():
+        assert torch.equal(other.optimizer.error_memory()[name], error)
+    other.train(3, 2, 0)
+
+
+KEPT = {"ef14": ", the error memory is kept", "ef21": ", the EF21 memory (y) is kept", "none": ""}
+
+KEPT["ef21_sgdm"] = ", the EF21 memory (y, v) is kept"
+
+
+@pytest.mark.parametrize("form", KEPT)
+def test_what_is_kept_beside_a_basis_that_starts_anew_is_said(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """y and v are the parameter's, whatever the rank, and so is what is said of them."""
+    options = {"error_feedback": ErrorFeedback(form=form)}
+    one, other = Trainer(PowerSGD(2), **options), Trainer(PowerSGD(3), **options)
+    one.train(0, 3, 0)
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        other.optimizer.load_state_dict(one.optimizer.state_dict())
+    assert caplog.messages == [
+        "the saved bases of 2 parameters (first: 0.weight) are of another rank, or of other blocks"
+        " of rows: they start anew" + KEPT[form]
+    ]
+    for name, kept in one.optimizer.reducer.state.bases().items():
+        found = other.optimizer.reducer.state.bases()[name]
+        for symbol in kept.keys() - {"Q"}:
+            assert kept[symbol].any()
+            assert torch.equal(found[symbol], kept[symbol])
+    other.train(3, 2, 0)
+
+
+def test_what_another_form_did_not_keep_starts_from_zero(caplog: pytest.LogCaptureFixture) -> None:
+    """All of it, and that is said: y without v, or without the mean of the y's, is not
+    what the form keeps. Bases go on.
+    """
+    one, other = (
+        Trainer(PowerSGD(2), error_feedback=ErrorFeedback(form=form))
+        for form in ("ef21", "ef21_sgdm")
+    )
+    one.train(0, 3, 0)
+    other.train(0, 3, 0)
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        other.optimizer.load_state_dict(one.optimizer.state_dict())
+    assert caplog.messages == [
+        "no saved EF21 memory (y, v) for 2 parameters (first: 0.weight): they start from zero"
+    ]
+    for name, kept in one.optimizer.reducer.state.bases().items():
+        found = other.optimizer.reducer.state.bases()[name]
+        assert not any(found[symbol].any() for symbol in ("y", "v", "v_started"))
+        assert torch.equal(found["Q"], kept["Q"])
+
+
+def test_what_ef21_keeps_of_another_model_is_refused() -> None:
+    """As an error is; and a v that is one worker's own does not go to another."""
+    one, other = (
+        Trainer(PowerSGD(2), error_feedback=ErrorFeedback(form="ef21_sgdm")) for _ in range(2)
+    )
+    one.train(0, 3, 0)
+    before = everything(other)
+    state = copy.deepcopy(one.optimizer.state_dict())
+    state["state"][0]["lowrank_comm_v"] = torch.zeros(9, 11)
+    with pytest.raises(
+        StateMismatchError, match=r"'0\.weight': the saved v is \(9, 11\), the parameter \(12, 9\)"
+    ):
+        other.optimizer.load_state_dict(state)
+    state = copy.deepcopy(one.optimizer.state_dict())
+    state["lowrank_comm"] |= {"kind": "own", "rank": 1, "world": 2}
+    with pytest.raises(
+        StateMismatchError, match=r"the saved EF21 memory \(y, v\) is rank 1's own of 2 ranks"
+    ):
+        other.optimizer.load_state_dict(state)
+    assert equal(everything(other), before)
