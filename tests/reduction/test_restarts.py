@@ -48,6 +48,7 @@ from tests.support.gloo import GlooPool
 from tests.support.reference import gradient, spectrum_matrix
 
 TAU = 4
+
 PATTERNS: dict[str, Callable[[int], bool]] = {
     "always": lambda t: True,
     "odd": lambda t: t % 2 == 1,
@@ -57,7 +58,9 @@ PATTERNS: dict[str, Callable[[int], bool]] = {
     "two_of_three": lambda t: t % 3 != 2,
 }
 """Name of a parameter -> whether somebody has a gradient for it at step t."""
+
 SHAPES = dict.fromkeys(PATTERNS, (9, 6))
+
 Given = dict[str, Any]
 
 
@@ -66,12 +69,15 @@ def with_even_period(section: Given) -> Given:
 
 
 VARIANTS = [with_even_period(section) for section in sections() if compressor_of(section).low_rank]
+
 COMBINATIONS = [
     with_even_period(section)
     for section in sections(around=True)
     if compressor_of(section).low_rank
 ]
+
 every_variant = pytest.mark.parametrize("section", VARIANTS, ids=label)
+
 every_combination = pytest.mark.parametrize("section", COMBINATIONS, ids=label)
 
 
@@ -101,9 +107,6 @@ def in_words(
         if PATTERNS[name](step):
             restarts, age, owed = (restarts + 1, 0, False) if owed else (restarts, age + 1, False)
     return owed, schedule is not None and schedule.due(name, t), RestartHistory(restarts, age)
-
-
-# --- when ------------------------------------------------------------------------------------------------------------
 
 
 @every_variant
@@ -266,9 +269,6 @@ def test_one_workers_nan_in_an_owed_restart_changes_nothing_anywhere(
     assert sim.last_reports[0].restarts == 1
 
 
-# --- what it is for --------------------------------------------------------------------------------------------------
-
-
 @every_combination
 def test_gradients_in_every_other_step_are_followed(section: Given) -> None:
     """With an even period: a constant rank-2 gradient arrives (with error feedback of
@@ -384,9 +384,6 @@ def test_a_batch_gives_what_its_members_give_alone(section: Given) -> None:
                 torch.testing.assert_close(out[name], expected, rtol=1e-9, atol=1e-11)
 
 
-# --- saved -----------------------------------------------------------------------------------------------------------
-
-
 @every_combination
 def test_resume_is_bit_equal_with_restarts_owed_and_turns_apart(section: Given) -> None:
     straight, resumed = (simulated(section, SHAPES, 2, torch.float32) for _ in range(2))
@@ -447,6 +444,7 @@ def advance(
 
 
 FIRST, ALL = TAU + 1, 3 * TAU
+
 COMPRESSORS = [
     GreedyLore(2, restart_every=TAU),
     Acp(2),

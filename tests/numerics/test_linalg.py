@@ -1,0 +1,72 @@
+"""Orthonormal bases of what is rank-deficient, padded, rounded, huge or tiny."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowrank_comm import PowerSGD, PowerSGDPlus
+from lowrank_comm.compressors.base import Compressor
+from tests.support.driver import simulation
+from tests.support.matrices import apply, every_compressor, low_rank, relative
+from tests.support.reference import gradient
+
+
+def test_a_basis_that_was_rounded_on_the_wire_is_orthonormal_again() -> None:
+    """With r = m every basis spans everything, so P P^T D = D, unless P is not
+    orthonormal: then it is off by as much.
+    """
+    sim = simulation(
+        PowerSGDPlus(7, restart_every=1), {"w": (7, 12)}, dtype=torch.float32, wire_dtype="bfloat16"
+    )
+    g = torch.as_tensor(gradient((7, 12), 0, 0), dtype=torch.float32)
+    assert relative(apply(sim, g), g.to(torch.bfloat16).float()) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("rank_before", [0, 1, 5, 40])
+def test_dead_columns_of_q_are_redrawn_before_use(
+    dtype: torch.dtype, tolerance: float, rank_before: int
+) -> None:
+    """120 x 48 at full rank 48: after a gradient of lower rank most columns of Q are
+    dead. Random vectors in P alone would miss more than half of the next gradient; with
+    Q redrawn it goes through whole.
+    """
+    sim = simulation(PowerSGD(48), {"w": (120, 48)}, dtype=dtype)
+    poor = (
+        low_rank(120, 48, rank_before, 1, dtype)
+        if rank_before
+        else torch.zeros(120, 48, dtype=dtype)
+    )
+    apply(sim, poor)
+    for seed in (2, 3):
+        g = low_rank(120, 48, 48, seed, dtype)
+        assert relative(apply(sim, g), g) < tolerance
+
+
+@pytest.mark.parametrize("rows", [8, 15])
+def test_a_gradient_whose_first_rows_and_columns_are_zero(rows: int) -> None:
+    """Padding: a basis filled with unit vectors e_1, e_2, ... would never see it."""
+    sim = simulation(PowerSGD(2), {"w": (20, 18)})
+    apply(sim, torch.zeros(20, 18, dtype=torch.float64))
+    g = torch.zeros(20, 18, dtype=torch.float64)
+    g[rows:, rows:] = low_rank(20 - rows, 18 - rows, 2, 5)
+    assert relative(apply(sim, g), g) < 1e-10
+    assert float(sim.error_memory(0)["w"][:rows].norm()) < 1e-10
+
+
+@every_compressor
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e18, 1e-18])
+def test_scale_does_not_matter(compressor: Compressor, dtype: torch.dtype, scale: float) -> None:
+    """C(s Delta) = s C(Delta): squares of 1e18 overflow float32 and those of 1e-18
+    vanish, unless one takes care.
+    """
+    one = simulation(compressor, {"w": (12, 9)}, dtype=dtype)
+    other = simulation(compressor, {"w": (12, 9)}, dtype=dtype)
+    for t in range(6):
+        g = torch.as_tensor(gradient((12, 9), t, 0), dtype=dtype)
+        expected, actual = apply(one, g), apply(other, g * scale)
+        assert relative(actual.double() / scale, expected.double()) < (
+            1e-10 if dtype == torch.float64 else 1e-4
+        )
