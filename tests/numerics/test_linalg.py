@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from lowrank_comm import PowerSGD, PowerSGDPlus
+from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from tests.support.driver import simulation
 from tests.support.matrices import apply, every_compressor, low_rank, relative
+from tests.support.networks import compressed, distance, loss_of, network
 from tests.support.reference import gradient
 
 
@@ -70,3 +76,60 @@ def test_scale_does_not_matter(compressor: Compressor, dtype: torch.dtype, scale
         assert relative(actual.double() / scale, expected.double()) < (
             1e-10 if dtype == torch.float64 else 1e-4
         )
+
+
+def run_three_steps(inside: Callable[[], Any]) -> tuple[nn.Module, CompressedOptimizer]:
+    model = network(dtype=torch.float32)
+    optimizer = compressed(model, compressor=PowerSGDPlus(2, restart_every=2))
+    for t in range(3):
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        with inside():
+            optimizer.step()
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def new_style_precision() -> Iterator[None]:
+    """torch's newer settings, which do not go together with
+    `torch.get_float32_matmul_precision`.
+    """
+    backends = {torch.backends.mkldnn.matmul: "bf16", torch.backends.cuda.matmul: "tf32"}
+    before = {backend: backend.fp32_precision for backend in backends}
+    for backend, precision in backends.items():
+        backend.fp32_precision = precision
+    try:
+        yield
+        assert {backend: backend.fp32_precision for backend in backends} == backends
+    finally:
+        for backend, precision in before.items():
+            backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: matmul_precision("medium"),
+        new_style_precision,
+    ],
+    ids=["autocast", "medium", "new style"],
+)
+def test_a_step_computes_in_full_precision_whatever_torch_is_set_to(
+    inside: Callable[[], Any],
+) -> None:
+    one, _ = run_three_steps(contextlib.nullcontext)
+    other, optimizer = run_three_steps(inside)
+    assert distance(one, other) == 0.0
+    assert any(e.any() for e in optimizer.error_memory().values())

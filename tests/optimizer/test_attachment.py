@@ -1,6 +1,4 @@
-"""attach: what it finds, what it says, and what it refuses, each refusal on all ranks
-and with the fix.
-"""
+"""attach(): the plan it prints, what it refuses, and attaching again."""
 
 from __future__ import annotations
 
@@ -12,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
@@ -196,48 +193,6 @@ def test_wrong_use_is_refused_on_every_rank(gloo: GlooPool, what: str, words: li
             assert word in said, said
 
 
-def never_attached(rank: int, how: str) -> str:
-    """An engine that nobody told us of."""
-    model: nn.Module = Net()
-    if how == "ddp":
-        model = DistributedDataParallel(model)
-    elif how == "native":
-        fully_shard(
-            model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        )
-    elif how == "hooks":
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
-    optimizer = compressed(model)
-    same = how == "same data"
-    try:
-        for step in range(2):
-            loss_of(model, step, 0 if same else rank).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-@pytest.mark.parametrize("how", ["ddp", "hooks"])
-def test_gradients_that_an_engine_has_averaged_are_found_out(gloo: GlooPool, how: str) -> None:
-    for said in gloo.run(never_attached, WORLD, how):
-        assert "have averaged" in said or "has averaged" in said
-        assert "attach(model)" in said
-
-
-def test_sharded_parameters_need_attach(gloo: GlooPool) -> None:
-    for said in gloo.run(never_attached, WORLD, "native"):
-        assert "DTensor" in said
-        assert "attach(model)" in said
-
-
-@pytest.mark.parametrize("how", ["plain", "same data"])
-def test_gradients_of_a_plain_model_are_not_suspected(gloo: GlooPool, how: str) -> None:
-    assert gloo.run(never_attached, WORLD, how) == ["no error"] * WORLD
-
-
 def sharded_after_attach(rank: int) -> list[str]:
     """fully_shard replaces the parameters behind the optimizer's back."""
     model = Net()
@@ -380,8 +335,6 @@ def test_ddps_own_all_reduce_is_not_paid(gloo: GlooPool) -> None:
 
 
 # ---------------------------------------------------------------- loops that know which backward pass is the last
-
-
 def test_a_plain_model_is_averaged_at_the_end_of_the_last_pass() -> None:
     torch.manual_seed(0)
     model = nn.Linear(16, 16)
