@@ -167,7 +167,10 @@ def test_error_memory_is_in_gradient_units_whatever_the_loss_scale() -> None:
             torch.testing.assert_close(b / scale, a, rtol=1e-12, atol=1e-12)
         for name in MATRICES:
             torch.testing.assert_close(
-                scaled.error_memory()[name], plain.error_memory()[name], rtol=1e-12, atol=1e-12
+                scaled.state.error_memory()[name],
+                plain.state.error_memory()[name],
+                rtol=1e-12,
+                atol=1e-12,
             )
 
 

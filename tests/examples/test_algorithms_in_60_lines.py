@@ -46,7 +46,7 @@ def test_the_page_is_what_the_library_does(tau: int | None) -> None:
     for mine, its in zip(errors, other_errors, strict=True):
         assert torch.allclose(mine, its, rtol=0, atol=1e-11)
     # QR and SVD choose the signs of a basis, so its projection is compared.
-    (state,) = reducer.bases().values()
+    (state,) = reducer.state.bases().values()
     mine, its = (torch.linalg.qr(q).Q for q in (basis, state["Q"]))
     assert torch.allclose(mine @ mine.T, its @ its.T, rtol=0, atol=1e-11)
 
