@@ -22,7 +22,7 @@ refused: P is kept from step to step, and a checkpoint would hold one block of i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
@@ -34,7 +34,6 @@ from lowrank_comm.compressors.base import (
     Result,
     State,
     Steps,
-    checked_positive_int,
 )
 from lowrank_comm.compressors.powersgd_plus import randomized_comp, svd_comp
 from lowrank_comm.compressors.requests import Mean
@@ -42,8 +41,7 @@ from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSch
 from lowrank_comm.compressors.subspaces import orthonormal
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
-
-RESTARTS = ("randomized", "svd")
+from lowrank_comm.options import Advice, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,10 @@ class Acp(Compressor):
     factor of the step before
 
     Args:
-        rank: r >= 1; cut to min(m, n) matrix by matrix. A matrix costs r m and r n
+        rank: r; cut to min(m, n) matrix by matrix. A matrix costs r m and r n
             elements in turn.
-        restart_every: tau in steps, >= 1, the first step (t = 0) is a restart; None for
-            no restarts.
+        restart_every: tau in steps, the first step (t = 0) is a restart; null for no
+            restarts.
         restart: "randomized" (2 r (m + n) elements) or "svd" (m n + m r).
 
     Raises:
@@ -71,21 +69,16 @@ class Acp(Compressor):
     Source: see the module's text; restarts of arXiv 2509.11254.
     """
 
-    restart_every: int | None = None
-    restart: str = "randomized"
+    restart_every: Annotated[
+        PositiveInt | None, Advice("leave it out for no restarts", when=lambda value: value == 0)
+    ] = None
+    restart: Literal["randomized", "svd"] = "randomized"
 
     json_name: ClassVar[str] = "acp"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.restart_every is not None:
-            checked_positive_int("Acp", "restart_every", self.restart_every)
-        if self.restart not in RESTARTS:
-            raise ConfigError(
-                f"Acp: restart={self.restart!r} is unknown; choose one of"
-                f" {', '.join(map(repr, RESTARTS))}."
-            )
-        if self.restart != RESTARTS[0] and self.restart_every is None:
+        if self.restart != "randomized" and self.restart_every is None:
             raise ConfigError(
                 f"Acp: restart={self.restart!r} has no effect without restart_every; give both,"
                 " e.g. restart_every=200."

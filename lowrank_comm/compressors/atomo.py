@@ -33,17 +33,23 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps
+from lowrank_comm.compressors.base import (
+    Compressor,
+    Context,
+    Delta,
+    Form,
+    LowRank,
+    Result,
+    State,
+    Steps,
+)
 from lowrank_comm.compressors.requests import Gather, Read, Request
-from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import thin_svd
-
-SAMPLING = ("systematic", "bernoulli")
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,12 @@ class Atomo(Compressor):
     applied = mean of sum_{k chosen by worker i} (s_k / p_k) u_k v_k^T,  P(k chosen) = p_k by water-filling
 
     Args:
-        rank: r >= 1, atoms a worker sends in expectation; cut to min(m, n) matrix by
+        rank: r, atoms a worker sends in expectation; cut to min(m, n) matrix by
             matrix.
-        sampling: "systematic" (exactly r atoms) or "bernoulli" (independent; padded to
-            the largest count).
-        contractive: divide by 1 + omega, for error feedback.
+        sampling: "systematic" (exactly r atoms) or "bernoulli" (independent draws,
+            padded to the largest count).
+        contractive: divide what a worker sends by its own 1 + omega, for error
+            feedback.
 
     Raises:
         ConfigError: a value is unknown.
@@ -70,24 +77,12 @@ class Atomo(Compressor):
     Source: arXiv 1806.04090.
     """
 
-    sampling: str = "systematic"
+    sampling: Literal["systematic", "bernoulli"] = "systematic"
     contractive: bool = False  # type: ignore[misc]
 
     json_name: ClassVar[str] = "atomo"
     linear: ClassVar[bool] = False
     gathers: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sampling not in SAMPLING:
-            raise ConfigError(
-                f"Atomo: sampling={self.sampling!r} is unknown; choose one of"
-                f" {', '.join(map(repr, SAMPLING))}."
-            )
-        if not isinstance(self.contractive, bool):
-            raise ConfigError(
-                f"Atomo: contractive must be True or False, got {self.contractive!r}."
-            )
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
@@ -95,7 +90,7 @@ class Atomo(Compressor):
         return not self.contractive
 
     @property
-    def feedback(self) -> str:  # type: ignore[override]
+    def feedback(self) -> Form:  # type: ignore[override]
         """ "ef14" where it is contractive, "none" where it is unbiased."""
         return "ef14" if self.contractive else "none"
 

@@ -38,15 +38,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.requests import Request
 from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, steady
-from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.randomness import gaussian, uniform
+from lowrank_comm.options import PositiveInt, check, check_options
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ def transposed_product(matrix: Tensor, p: Tensor) -> Tensor:
     return (p.mT @ matrix).mT
 
 
+Form = Literal["ef14", "ef21", "ef21_sgdm", "none"]
+"""Of error feedback; see `error_feedback.options`."""
 State = dict[str, Tensor]
 Steps = Generator[Request, Any, Result]
 
@@ -215,24 +217,18 @@ class Context:
         return f"{purpose} of worker {self.worker}" if private else purpose
 
 
-def checked_positive_int(owner: str, key: str, value: object) -> int:
-    """value if it is an int of at least 1, else a ConfigError that names it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(
-            f"{owner}: {key} must be an integer of at least 1, got {value!r}; write for example"
-            f" {key}=4."
-        )
-    if value < 1:
-        raise ConfigError(
-            f"{owner}: {key} must be at least 1, got {value}; write for example {key}=4."
-        )
-    return value
+def checked_positive_int(owner: str, key: str, value: Any) -> None:
+    """Raise a ConfigError unless value is an integer of at least 1."""
+    check(f"{owner}: {key}", value, PositiveInt)
 
 
 @dataclass(frozen=True)
 class Compressor(abc.ABC):
     """A communication scheme for batches of matrices. Immutable: the state lives with
-    who drives it.
+    who drives it. Its options are its fields; their types are checked.
+
+    Args:
+        rank: r of the factors; cut to min(m, n) matrix by matrix.
 
     Class attributes:
         json_name: name in configuration files.
@@ -245,8 +241,7 @@ class Compressor(abc.ABC):
             every step or at restarts, and with delta >= 0 in between: what error
             feedback needs.
         unbiased: E C(Delta) = Delta: what does without error feedback.
-        feedback: form of error feedback unless another one is asked for; see
-            `error_feedback.FORMS`.
+        feedback: form of error feedback unless another one is asked for.
         private: symbols of the state that differ between workers; all others have the
             same bits on all.
         parameter_shaped_state: symbols of the state that are of the matrix element by
@@ -264,7 +259,7 @@ class Compressor(abc.ABC):
             of `feedback.Rounds`.
     """
 
-    rank: int = field(default=4)
+    rank: PositiveInt = 4
 
     json_name: ClassVar[str]
     linear: ClassVar[bool] = True
@@ -272,7 +267,7 @@ class Compressor(abc.ABC):
     row_blocks: ClassVar[bool] = False
     contractive: ClassVar[bool] = True
     unbiased: ClassVar[bool] = False
-    feedback: ClassVar[str] = "ef14"
+    feedback: ClassVar[Form] = "ef14"
     private: ClassVar[tuple[str, ...]] = ()
     parameter_shaped_state: ClassVar[tuple[str, ...]] = ()
     replicated_state: ClassVar[tuple[str, ...]] = ()
@@ -282,7 +277,7 @@ class Compressor(abc.ABC):
     whole_restarts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        checked_positive_int(type(self).__name__, "rank", self.rank)
+        check_options(self, f"{type(self).__name__}: ")
 
     @abc.abstractmethod
     def elements(self, m: int, n: int, r: int) -> int:

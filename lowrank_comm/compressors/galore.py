@@ -30,7 +30,7 @@ gradient, for ever: that is GaLore's trap, which GoLore escapes (arXiv 2410.1128
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -38,11 +38,11 @@ from lowrank_comm.compressors.base import (
     Compressor,
     Context,
     Delta,
+    Form,
     LowRank,
     Result,
     State,
     Steps,
-    checked_positive_int,
 )
 from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.compressors.restart_schedule import RestartSchedule
@@ -53,9 +53,9 @@ from lowrank_comm.compressors.subspaces import (
     random_basis,
     singular_vectors,
 )
-from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import PositiveInt
 
-SIDES = ("short", "long")
+Side = Literal["short", "long"]
 
 
 def basis_side(delta: Delta, context: Context, side: str) -> tuple[bool, int]:
@@ -75,12 +75,12 @@ class GaLore(Compressor):
     of mean(Delta_i) at the last refresh
 
     Args:
-        rank: r >= 1; cut to min(m, n) matrix by matrix.
-        restart_every: tau in steps, >= 1; the first step (t = 0) is a refresh.
-        side: of the basis, "short" (r max(m, n) elements a step) or "long" (r min(m,
-            n)).
-        apply_full: apply the whole mean at a refresh, where it is on the wire anyway;
-            False is the papers' scheme.
+        rank: r; cut to min(m, n) matrix by matrix.
+        restart_every: tau in steps; the first step (t = 0) is a refresh.
+        side: of the matrix that has the basis, "short" (r max(m, n) elements a step) or
+            "long" (r min(m, n), and a random basis captures r / max(m, n) only).
+        apply_full: apply the whole mean at a refresh by SVD, where it is on the wire
+            anyway; false is the papers' scheme.
 
     Raises:
         ConfigError: a value is out of range.
@@ -94,20 +94,13 @@ class GaLore(Compressor):
     Source: arXiv 2403.03507; Table 2 of arXiv 2509.11254.
     """
 
-    restart_every: int = 200
-    side: str = "short"
+    restart_every: PositiveInt = 200
+    side: Side = "short"
     apply_full: bool = False
 
     json_name: ClassVar[str] = "galore"
-    feedback: ClassVar[str] = "none"
+    feedback: ClassVar[Form] = "none"
     averages_restarts: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        owner = type(self).__name__
-        checked_positive_int(owner, "restart_every", self.restart_every)
-        check_side(owner, self.side)
-        check_flag(owner, "apply_full", self.apply_full)
 
     def elements(self, m: int, n: int, r: int) -> int:
         return projected_elements(m, n, r, self.side)
@@ -129,20 +122,6 @@ class GaLore(Compressor):
         if context.restart:
             return refreshed(delta, context, on_rows, self.apply_full)
         return projected(delta, state["P"], context, on_rows)
-
-
-def check_side(owner: str, side: object) -> None:
-    """ConfigError unless it is one of SIDES."""
-    if side not in SIDES:
-        raise ConfigError(
-            f"{owner}: side={side!r} is unknown; choose one of {', '.join(map(repr, SIDES))}."
-        )
-
-
-def check_flag(owner: str, key: str, value: object) -> None:
-    """ConfigError unless it is True or False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{owner}: {key} must be True or False, got {value!r}.")
 
 
 def projected_elements(m: int, n: int, r: int, side: str) -> int:

@@ -25,12 +25,20 @@ scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge
 
 from lowrank_comm.compressors.base import Context, Delta, State, Steps
-from lowrank_comm.compressors.galore import GaLore, basis_side, check_flag, projected, refreshed
+from lowrank_comm.compressors.galore import (
+    GaLore,
+    basis_side,
+    projected,
+    refreshed,
+)
 from lowrank_comm.compressors.subspaces import random_basis
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import Advice
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,12 @@ class GoLore(GaLore):
     (seed, name, t // tau)
 
     Args:
-        rank, restart_every, side: see `GaLore`. With `side="long"` a random subspace
-            captures r / max(m, n) only.
-        apply_full: of the refreshes before `galore_until`.
-        galore_until: in steps; refreshes before it are GaLore's.
+        galore_until: in steps; refreshes before it are GaLore's (the paper's hybrid).
         scaled: apply (s / r) times that, which is unbiased; not with error feedback,
             and not with `galore_until`.
+
+    `rank`, `restart_every`, `side` and `apply_full` (of the refreshes before
+    `galore_until`) are as in `GaLore`.
 
     Raises:
         ConfigError: a value is out of range, or options contradict one another.
@@ -60,27 +68,22 @@ class GoLore(GaLore):
     Source: arXiv 2410.11289.
     """
 
-    galore_until: int = 0
+    galore_until: Annotated[
+        int, Ge(0), Advice("it is a number of steps, 0 for none, for example galore_until=1000")
+    ] = 0
     scaled: bool = False
 
     json_name: ClassVar[str] = "golore"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps = self.galore_until
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ConfigError(
-                f"GoLore: galore_until must be a number of steps, 0 for none, got {steps!r}; write"
-                " for example galore_until=1000."
-            )
-        check_flag("GoLore", "scaled", self.scaled)
-        if self.scaled and steps:
+        if self.scaled and self.galore_until:
             raise ConfigError(
                 "GoLore: scaled=True is unbiased for random subspaces only, and"
-                f" galore_until={steps} has singular vectors first, whose projection it would blow"
+                f" galore_until={self.galore_until} has singular vectors first, whose projection it would blow"
                 " up; leave one of the two out."
             )
-        if self.apply_full and not steps:
+        if self.apply_full and not self.galore_until:
             raise ConfigError(
                 "GoLore: apply_full=True needs the mean of Delta on the wire, which a refresh with"
                 " a random subspace does not send; leave it out, or give galore_until."

@@ -30,7 +30,7 @@ has outside span(U) is not sent before the next refresh.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,30 +38,29 @@ from torch import Tensor
 from lowrank_comm.compressors.base import (
     Context,
     Delta,
-    checked_positive_int,
 )
 from lowrank_comm.compressors.requests import ComputeOnce, Mean, Request
 from lowrank_comm.compressors.subspaces import basis_on_rows, orthonormal
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import leading_left_singular_vectors, orthonormal_rank_revealing
+from lowrank_comm.options import Advice, PositiveInt
 
 CAP = 32
 """Columns of a capped basis for each column that is chosen."""
 OVERSAMPLED = 8
 
+Columns = Annotated[
+    PositiveInt | Literal["full"] | None,
+    Advice(
+        f"it is a number of columns, and left out it is {CAP} times the rank",
+        when=lambda value: not isinstance(value, str),
+    ),
+]
+"""Of a basis; see `basis_columns`."""
 
-def checked_basis(owner: str, basis: object, rank: int) -> None:
-    """ConfigError unless `basis` is None, "full", or a number of columns of at least
-    `rank`.
-    """
-    if basis is None or basis == "full":
-        return
-    if isinstance(basis, str):
-        raise ConfigError(
-            f'{owner}: basis={basis!r} is unknown; use "full", a number of columns, or None for'
-            f" {CAP} times the rank."
-        )
-    checked_positive_int(owner, "basis", basis)
+
+def check_basis(owner: str, basis: str | int | None, rank: int) -> None:
+    """Raise a ConfigError if `basis` has fewer columns than are chosen from it."""
     if isinstance(basis, int) and basis < rank:
         raise ConfigError(
             f"{owner}: basis={basis} has fewer columns than rank={rank} are chosen from it; use at"

@@ -32,9 +32,10 @@ expectation, and what the basis has missed goes out sooner if it is large.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from lowrank_comm.compressors.base import (
@@ -44,12 +45,12 @@ from lowrank_comm.compressors.base import (
     Result,
     State,
     Steps,
-    checked_positive_int,
 )
 from lowrank_comm.compressors.greedy_basis import (
     CAP,
+    Columns,
     basis_columns,
-    checked_basis,
+    check_basis,
     find_basis,
     greedy_choice,
     initial_basis,
@@ -59,6 +60,7 @@ from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.compressors.restart_schedule import RestartSchedule, staggered
 from lowrank_comm.compressors.subspaces import basis_on_rows, project
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,15 @@ class GreedyLore(Compressor):
     scores; at a refresh mean(Delta_i)
 
     Args:
-        rank: r >= 1; cut to min(m, n) matrix by matrix.
-        restart_every: tau in steps, >= 1; the first step (t = 0) is a refresh.
-        probes: Gaussian probes a column, >= 1. One is the paper's; four capture most of
-            what the exact top-r would.
-        basis: columns c of the basis, s = min(m, n): None for min(s, 32 r), a number,
-            or "full" for s.
-        explore: how many of them are random ones from the complement of the others, 0
-            <= explore < c. Without effect where c = s.
+        rank: r; cut to min(m, n) matrix by matrix.
+        restart_every: tau in steps; the first step (t = 0) is a refresh.
+        probes: Gaussian probes a column, averaged over the workers before they are
+            squared. One is the paper's; four capture most of what the exact top-r
+            would.
+        basis: columns c of the basis, s = min(m, n): a number, or "full" for s; null
+            for min(s, 32 r).
+        explore: how many of the c columns are drawn again from the complement of the
+            others in each step, at no bytes; less than c. Without effect where c = s.
         stagger: spread the refreshes of the matrices over the period (all refresh at t
             = 0).
 
@@ -93,10 +96,10 @@ class GreedyLore(Compressor):
     Source: arXiv 2507.08784.
     """
 
-    restart_every: int = 200
-    probes: int = 1
-    basis: str | int | None = None
-    explore: int = 0
+    restart_every: PositiveInt = 200
+    probes: PositiveInt = 1
+    basis: Columns = None
+    explore: Annotated[int, Ge(0)] = 0
     stagger: bool = False
 
     json_name: ClassVar[str] = "greedylore"
@@ -105,11 +108,7 @@ class GreedyLore(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("restart_every", "probes"):
-            checked_positive_int("GreedyLore", key, getattr(self, key))
-        checked_basis("GreedyLore", self.basis, self.rank)
-        if self.explore != 0 or isinstance(self.explore, bool):
-            checked_positive_int("GreedyLore", "explore", self.explore)
+        check_basis("GreedyLore", self.basis, self.rank)
         if self.explore and self.basis == "full":
             raise ConfigError(
                 f'GreedyLore: explore={self.explore} has no effect with basis="full", which has no'
@@ -121,8 +120,6 @@ class GreedyLore(Compressor):
                 f"GreedyLore: explore={self.explore} leaves no column of the basis of {columns};"
                 f" use less than {columns}."
             )
-        if not isinstance(self.stagger, bool):
-            raise ConfigError(f"GreedyLore: stagger must be True or False, got {self.stagger!r}.")
 
     def elements(self, m: int, n: int, r: int) -> int:
         columns = basis_columns(self.basis, min(m, n), r)

@@ -43,10 +43,10 @@ from lowrank_comm.compressors.base import (
     Result,
     State,
     Steps,
-    checked_positive_int,
 )
 from lowrank_comm.compressors.requests import Mean, Request
 from lowrank_comm.compressors.subspaces import orthonormal
+from lowrank_comm.options import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class PowerSGD(Compressor):
     applied = P~ P~^T mean(Delta_i) with P~ = orth(mean(Delta_i) Q)
 
     Args:
-        rank: r >= 1; cut to min(m, n) matrix by matrix. A matrix costs k r (m + n)
+        rank: r; cut to min(m, n) matrix by matrix. A matrix costs k r (m + n)
             elements a step.
-        power_iterations: k >= 1, iterations in a step, of two collectives each; 1 is
-            the papers' algorithm.
+        power_iterations: k, iterations in a step, of two collectives and r (m + n)
+            elements each; 1 is the papers' algorithm.
 
     Raises:
-        ConfigError: a value is not an integer of at least 1.
+        ConfigError: a value is out of range.
 
     Example:
         >>> from lowrank_comm import PowerSGD
@@ -74,15 +74,11 @@ class PowerSGD(Compressor):
     4.2 of arXiv 1905.13727.
     """
 
-    power_iterations: int = field(default=1, kw_only=True)
+    power_iterations: PositiveInt = field(default=1, kw_only=True)
 
     json_name: ClassVar[str] = "powersgd"
     row_blocks: ClassVar[bool] = True
     projects: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checked_positive_int(type(self).__name__, "power_iterations", self.power_iterations)
 
     def elements(self, m: int, n: int, r: int) -> int:
         return self.power_iterations * r * (m + n)

@@ -43,7 +43,7 @@ which drift apart when their data differ, meet again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -54,12 +54,12 @@ from lowrank_comm.compressors.base import (
     Result,
     State,
     Steps,
-    checked_positive_int,
     transposed_product,
 )
 from lowrank_comm.compressors.greedy_basis import (
+    Columns,
     basis_columns,
-    checked_basis,
+    check_basis,
     find_basis,
     greedy_choice,
     initial_basis,
@@ -76,8 +76,13 @@ from lowrank_comm.compressors.subspaces import (
     singular_vectors,
 )
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import Advice, PositiveInt
 
-RESTARTS = ("svd", "randomized", "greedy", "random_projection")
+Restart = Literal["svd", "randomized", "greedy", "random_projection"]
+RESTARTS: tuple[str, ...] = get_args(Restart)
+_NEVER = Advice(
+    'for no restarts use the compressor "powersgd" (PowerSGD)', when=lambda value: not value
+)
 PROBES, BASIS_EVERY = 4, 10
 """Defaults of restart="greedy"."""
 
@@ -89,24 +94,26 @@ class PowerSGDPlus(PowerSGD):
     t mod tau != 0: SSP-Comp as PowerSGD;  t mod tau == 0: P~ from the mean of Delta itself
 
     Args:
-        rank: r >= 1; cut to min(m, n) matrix by matrix.
-        restart_every: tau in steps, >= 1; the first step (t = 0) is a restart.
+        rank: r; cut to min(m, n) matrix by matrix.
+        restart_every: tau: a restart where t mod tau == 0, from t = 0; where no worker
+            has a gradient then, in the next step with one.
         restart: "svd" (the paper's rule, m n + m r elements), "randomized" (2 r (m + n)
             elements), "greedy" (r (m + n) + c, and a new basis now and then) or
             "random_projection" (r max(m, n)).
         exact_restart: apply the whole mean at an SVD restart and clear the error
             memory.
         consensus_restart: set every worker's error to the mean residual at an SVD
-            restart.
-        stagger: spread the restarts of the matrices over the period (all restart at t =
-            0).
-        basis_every: greedy only: restarts from one basis to the next, >= 1; None for
-            10.
-        basis: greedy only: its columns, as of `GreedyLore`.
-        probes: greedy only: Gaussian probes a column, >= 1; None for 4, since a choice
-            lasts for a period and is paid once.
-        power_iterations: see `PowerSGD`; also of the SSP-Comp within a restart, which
-            the extra iteration of "randomized" precedes.
+            restart; good with a 16-bit error memory.
+        stagger: spread the restarts of the matrices over the period, so that no step is
+            slow (all restart at t = 0).
+        basis_every: greedy only: restarts from one basis to the next; null for 10.
+        basis: greedy only: its columns, a number or "full"; null for min(s, 32 r), s =
+            min(m, n).
+        probes: greedy only: Gaussian probes a column; null for 4, since a choice lasts
+            for a period and is paid once.
+
+    `power_iterations` is as in `PowerSGD`, and also of the SSP-Comp within a restart,
+    which the extra iteration of "randomized" precedes.
 
     Raises:
         ConfigError: a value is out of range, or options contradict one another.
@@ -119,31 +126,20 @@ class PowerSGDPlus(PowerSGD):
     Source: Algorithms 1 and 2, Theorem 2 and Remark 2 of arXiv 2509.11254.
     """
 
-    restart_every: int = 200
-    restart: str = "svd"
+    restart_every: Annotated[PositiveInt, _NEVER] = 200
+    restart: Restart = "svd"
     exact_restart: bool = False
     consensus_restart: bool = False
     stagger: bool = False
-    basis_every: int | None = None
-    basis: str | int | None = None
-    probes: int | None = None
+    basis_every: PositiveInt | None = None
+    basis: Columns = None
+    probes: PositiveInt | None = None
 
     json_name: ClassVar[str] = "powersgd_plus"
     averages_restarts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checked_positive_int("PowerSGDPlus", "restart_every", self.restart_every)
-        if self.restart not in RESTARTS:
-            raise ConfigError(
-                f"PowerSGDPlus: restart={self.restart!r} is unknown; choose one of"
-                f" {', '.join(map(repr, RESTARTS))}."
-            )
-        for key in ("exact_restart", "consensus_restart", "stagger"):
-            if not isinstance(getattr(self, key), bool):
-                raise ConfigError(
-                    f"PowerSGDPlus: {key} must be True or False, got {getattr(self, key)!r}."
-                )
         for key in ("exact_restart", "consensus_restart"):
             if getattr(self, key) and self.restart != "svd":
                 raise ConfigError(
@@ -163,9 +159,7 @@ class PowerSGDPlus(PowerSGD):
                     f'PowerSGDPlus: {key}={value!r} has no meaning with restart="{self.restart}";'
                     f' use restart="greedy", or leave {key} out.'
                 )
-            if value is not None and key != "basis":
-                checked_positive_int("PowerSGDPlus", key, value)
-        checked_basis("PowerSGDPlus", self.basis, self.rank)
+        check_basis("PowerSGDPlus", self.basis, self.rank)
 
     @property
     def row_blocks(self) -> bool:  # type: ignore[override]

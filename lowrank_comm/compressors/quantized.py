@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
 from lowrank_comm.compressors.requests import Mean
+from lowrank_comm.numerics.quantization import FormatName
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Quantized(Compressor):
         codes: "int8", "int4" or "sign".
     """
 
-    codes: str = "int8"
+    codes: FormatName = "int8"
 
     json_name: ClassVar[str] = "quantized"
     linear: ClassVar[bool] = False

@@ -16,16 +16,18 @@ by 1 + omega = s / r it is the contractive one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lowrank_comm.compressors.base import Compressor, Context, Delta, State, Steps
-from lowrank_comm.compressors.galore import basis_side, check_side, projected, projected_elements
+from lowrank_comm.compressors.base import Compressor, Context, Delta, Form, State, Steps
+from lowrank_comm.compressors.galore import (
+    Side,
+    basis_side,
+    projected,
+    projected_elements,
+)
 from lowrank_comm.compressors.subspaces import random_basis
-from lowrank_comm.errors import ConfigError
-
-FORMS = ("contractive", "unbiased")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class RandomProjection(Compressor):
     from (seed, name, t)
 
     Args:
-        rank: r >= 1; cut to min(m, n) matrix by matrix.
-        form: "contractive" (with error feedback) or "unbiased" (without).
-        side: of the basis, "short" (r max(m, n) elements a step) or "long" (r min(m,
-            n), captures r / max(m, n) only).
+        rank: r; cut to min(m, n) matrix by matrix.
+        form: "contractive" (with error feedback) or "unbiased" (times s / r, without).
+        side: of the matrix that has the basis, "short" (r max(m, n) elements a step) or
+            "long" (r min(m, n), and a random basis captures r / max(m, n) only).
 
     Raises:
         ConfigError: a value is out of range.
@@ -54,20 +56,11 @@ class RandomProjection(Compressor):
     the constant r / s.
     """
 
-    form: str = "contractive"
-    side: str = "short"
+    form: Literal["contractive", "unbiased"] = "contractive"
+    side: Side = "short"
 
     json_name: ClassVar[str] = "random_projection"
     row_blocks: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form not in FORMS:
-            raise ConfigError(
-                f"RandomProjection: form={self.form!r} is unknown; choose one of"
-                f" {', '.join(map(repr, FORMS))}."
-            )
-        check_side("RandomProjection", self.side)
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
@@ -80,7 +73,7 @@ class RandomProjection(Compressor):
         return self.form == "contractive"
 
     @property
-    def feedback(self) -> str:  # type: ignore[override]
+    def feedback(self) -> Form:  # type: ignore[override]
         """ "ef14" for the contractive form, "none" for the unbiased one."""
         return "ef14" if self.form == "contractive" else "none"
 

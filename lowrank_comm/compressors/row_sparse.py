@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
+from lowrank_comm.compressors.base import Compressor, Context, Delta, Form, Result, State, Steps
 from lowrank_comm.compressors.requests import Gather, Mean, Read
 
 
@@ -38,7 +38,7 @@ class RowSparse(Compressor):
     """
 
     json_name: ClassVar[str] = "row_sparse"
-    feedback: ClassVar[str] = "none"
+    feedback: ClassVar[Form] = "none"
     unbiased: ClassVar[bool] = True
 
     def elements(self, m: int, n: int, r: int) -> int:

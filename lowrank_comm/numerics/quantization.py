@@ -25,12 +25,13 @@ what it took off as its own: the mean of what the workers sent is then what all 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import check_options
 
 _SCALE_BYTES = 4
 
@@ -128,33 +129,21 @@ FORMATS = {
     one.name: one
     for one in (Format("int8", 8, 256, 127), Format("int4", 4, 64, 7), Format("sign", 1, 1024, 0))
 }
-ROUNDINGS = ("nearest", "stochastic")
-
-
-def checked_format(key: str, value: object) -> Format | None:
-    """The format of that name, None for None, else a ConfigError that names `key`."""
-    if value is None:
-        return None
-    if not isinstance(value, str) or value not in FORMATS:
-        raise ConfigError(
-            f"{key}={value!r} is unknown; use null or one of {', '.join(map(repr, FORMATS))}."
-        )
-    return FORMATS[value]
+FormatName = Literal["int8", "int4", "sign"]
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What travels in a quantised format; None: in the wire dtype.
+    """What is sent quantized, and in which format; None is the wire dtype.
 
     Args:
-        factors: "int8", "int4" or "sign" for what compressors average in ordinary steps
-            (P and Q).
+        factors: format of what compressors average in ordinary steps (P and Q); null
+            for the wire dtype.
         restart: the same for what restarts average (a whole matrix, or factors).
         dense: the same for parameters that are not compressed, where it is shorter;
             they then have an error memory.
-        rounding: "nearest", or "stochastic" (int8 and int4). Its draws follow from the
-            seed, the step and the place in a packet, so that another bucket size draws
-            others.
+        rounding: "stochastic" for int8 and int4 only. Its draws follow from the seed,
+            the step and the place in a buffer, so another bucket size draws others.
 
     Raises:
         ConfigError: an unknown format or rounding, or stochastic rounding of signs.
@@ -164,25 +153,20 @@ class Quantization:
         'int8'
     """
 
-    factors: str | None = None
-    restart: str | None = None
-    dense: str | None = None
-    rounding: str = "nearest"
+    factors: FormatName | None = None
+    restart: FormatName | None = None
+    dense: FormatName | None = None
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
+        check_options(self, "quantization.")
         for key in ("factors", "restart", "dense"):
-            checked_format(f"quantization.{key}", getattr(self, key))
             if self.rounding == "stochastic" and getattr(self, key) == "sign":
                 raise ConfigError(
                     'quantization.rounding="stochastic" is not possible with'
                     f' quantization.{key}="sign", which has no codes between which to choose; use'
                     ' "int8", "int4", or rounding="nearest".'
                 )
-        if self.rounding not in ROUNDINGS:
-            raise ConfigError(
-                f'quantization.rounding={self.rounding!r} is unknown; use "nearest" or'
-                ' "stochastic".'
-            )
 
     def format_of(self, kind: str) -> Format | None:
         """The format in which averages of a kind of the ledger travel."""

@@ -18,15 +18,14 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
-from lowrank_comm.compressors.base import Compressor, checked_positive_int
+from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.compressors.quantized import Quantized
 from lowrank_comm.compressors.row_sparse import RowSparse
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.numerics.quantization import FORMATS
-
-TREATMENTS = ("dense", "low_rank", *FORMATS, "row_sparse")
+from lowrank_comm.numerics.quantization import FORMATS, FormatName
+from lowrank_comm.options import Advice, PositiveInt, Rate, check, check_options
 
 
 @dataclass(frozen=True)
@@ -36,37 +35,25 @@ class Rule:
     Args:
         match: shell-style pattern of the whole parameter name, e.g.
             "*.embed_tokens.weight" or "lm_head.*".
-        treatment: "dense" (in the wire dtype), "low_rank" (whatever the rate), "int8",
-            "int4" or "sign" (as codes, with error feedback), "row_sparse" (only rows
-            that are not zero; exact), or None to leave that to the rate.
-        rank: rank of these parameters, or None for the compressor's.
-        min_compression_rate: rate of these parameters, or None for the general one.
+        treatment: "dense" (in the wire dtype), "low_rank" (at any rate), "int8", "int4"
+            or "sign" (sent quantized, with error feedback), "row_sparse" (only rows
+            that are not zero; exact), or null to leave that to the rate.
+        rank: of these parameters, or null for the compressor's.
+        min_compression_rate: of these parameters, or null for the general one.
 
     Raises:
         ConfigError: an unknown treatment, a bad rank or rate, or a rank for something
             that goes dense.
     """
 
-    match: str
-    treatment: str | None = None
-    rank: int | None = None
-    min_compression_rate: float | None = None
+    match: Annotated[str, Advice('write a pattern of parameter names such as "lm_head.*"')]
+    treatment: Literal["dense", "low_rank", "int8", "int4", "sign", "row_sparse"] | None = None
+    rank: PositiveInt | None = None
+    min_compression_rate: Rate | None = None
 
     def __post_init__(self) -> None:
         where = f"rules[match={self.match!r}]"
-        if not isinstance(self.match, str):
-            raise ConfigError(
-                f'{where}: match must be a pattern of parameter names such as "lm_head.*".'
-            )
-        if self.treatment not in (None, *TREATMENTS):
-            raise ConfigError(
-                f"{where}.treatment={self.treatment!r} is unknown; use"
-                f" {', '.join(map(repr, TREATMENTS))}, or null."
-            )
-        if self.rank is not None:
-            checked_positive_int(where, "rank", self.rank)
-        if self.min_compression_rate is not None:
-            checked_rate(f"{where}.min_compression_rate", self.min_compression_rate)
+        check_options(self, f"{where}.")
         if self.treatment not in (None, "low_rank") and (
             self.rank is not None or self.min_compression_rate is not None
         ):
@@ -78,22 +65,6 @@ class Rule:
     def matches(self, name: str) -> bool:
         """Whether the pattern is that of the whole name."""
         return fnmatch.fnmatchcase(name, self.match)
-
-
-def checked_rate(key: str, value: object) -> float:
-    """value as a float if it is a finite number >= 0, else a ConfigError that names
-    `key`.
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value < 0
-    ):
-        raise ConfigError(
-            f"{key} must be a number of at least 0 (0 compresses every matrix), got {value!r}."
-        )
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -144,7 +115,7 @@ class Policy:
     codes: str | None = None
 
     def __post_init__(self) -> None:
-        checked_rate("min_compression_rate", self.min_compression_rate)
+        check("min_compression_rate", self.min_compression_rate, Rate)
 
     def treat(self, name: str, shape: Sequence[int]) -> Treatment:
         """Treatment of the parameter `name` of full shape `shape`."""
@@ -242,5 +213,7 @@ class Policy:
         if treatment.low_rank:
             return self.compressor
         return (
-            RowSparse() if treatment.scheme == "row_sparse" else Quantized(codes=treatment.scheme)
+            RowSparse()
+            if treatment.scheme == "row_sparse"
+            else Quantized(codes=cast(FormatName, treatment.scheme))
         )

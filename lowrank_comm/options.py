@@ -1,0 +1,208 @@
+"""Settings, written once: a dataclass whose types say which values a setting may have,
+and whose docstring says what it means.
+
+    @dataclass(frozen=True)
+    class Example:
+        \"\"\"...
+
+        Args:
+            rank: r of the factors.
+            side: of the basis.
+        \"\"\"
+
+        rank: PositiveInt = 4
+        side: Literal["short", "long"] = "short"
+
+        def __post_init__(self) -> None:
+            check_options(self, "Example: ")
+
+The checks below, the JSON section (`config.section`), its JSON Schema (`config.schema`)
+and the table of settings in the docs (`config.table`) are derived from the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AllowInfNan, ConfigDict, TypeAdapter, ValidationError
+
+from lowrank_comm.errors import ConfigError, nearest
+
+PositiveInt = Annotated[int, Ge(1)]
+Share = Annotated[float, Gt(0), Le(1)]
+"""A number above 0 and at most 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """Metadata of a setting's type: what to do about a value that it cannot have.
+
+    Args:
+        text: a clause of the error message; `{value}` in it is the value as JSON and
+            Python both write it.
+        when: which of these values it is for; None for all.
+    """
+
+    text: str
+    when: Callable[[Any], bool] | None = None
+
+
+Rate = Annotated[float, Ge(0), AllowInfNan(False), Advice("0 compresses every matrix")]
+Seed = Annotated[int, Ge(-(2**63)), Lt(2**63), Advice("it has 64 bits; write for example seed=0")]
+
+
+def check_options(options: Any, where: str) -> None:
+    """Check every field of a dataclass against its type.
+
+    Args:
+        options: a dataclass instance.
+        where: stands before the names in error messages: "PowerSGD: " or
+            "quantization.".
+
+    Raises:
+        ConfigError: naming the key, the value found, and the values that are possible.
+    """
+    for key, hint, default in settings_of(type(options)):
+        check(f"{where}{key}", getattr(options, key), hint, default)
+
+
+def check(name: str, value: Any, hint: Any, default: Any = None) -> None:
+    """Raise a ConfigError that names `name` unless `value` is of the type `hint`.
+
+    No type is converted into another: True is no integer, 4.0 neither, and 4 is a
+    number.
+    """
+    try:
+        _adapter(hint).validate_python(value)
+    except ValidationError:
+        raise ConfigError(complaint(name, value, hint, default)) from None
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+
+
+@functools.cache
+def settings_of(options: type) -> tuple[tuple[str, Any, Any], ...]:
+    """(name, type, default) of each field of a dataclass; `dataclasses.MISSING` where
+    it has no default.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    return tuple((field.name, hints[field.name], field.default) for field in _fields(options))
+
+
+def _fields(options: type) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cast(Any, options))
+
+
+def complaint(name: str, value: Any, hint: Any, default: Any = None) -> str:
+    """Return what is wrong with a value that is not of the type `hint`: the name, the
+    value, what would be possible, and advice, the nearest word or an example.
+    """
+    none = "None" if ": " in name else "null"
+    words = choices(hint)
+    if words and isinstance(value, str):
+        others = [expected(part) for part in _parts(hint) if not _is_literal(part)]
+        allowed = ", ".join([*map(repr, words), *(none if o == "None" else o for o in others)])
+        text = f"{name}={value!r} is unknown; choose one of {allowed}"
+    else:
+        possible = expected(hint).replace("None", none)
+        text = f"{name}={value!r} is not possible: expected {possible}, got {value!r}"
+    advice = [
+        one.text.format(value=str(value).lower() if isinstance(value, bool) else repr(value))
+        for one in _metadata(hint)
+        if isinstance(one, Advice) and (one.when is None or one.when(value))
+    ]
+    if advice:
+        return f"{text}; {'; '.join(advice)}."
+    if words and isinstance(value, str):
+        return text + nearest(value, words)
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return f"{text}; write for example {re.split(r'[.: ]', name)[-1]}={default!r}."
+    return f"{text}."
+
+
+def expected(hint: Any) -> str:
+    """Return the values of a type in words: "an integer of at least 1 or None"."""
+    parts = _parts(hint)
+    if len(parts) > 1:
+        return " or ".join(map(expected, parts))
+    if get_origin(hint) is Annotated:
+        inner, *limits = get_args(hint)
+        return " ".join(filter(None, [expected(inner), _limits(limits)]))
+    if _is_literal(hint):
+        words = [repr(word) for word in get_args(hint)]
+        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    if get_origin(hint) is list:
+        return "a list of objects"
+    plain = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+    if dataclasses.is_dataclass(hint):
+        return "an object"
+    return "None" if hint is type(None) else plain[hint]
+
+
+def _limits(limits: list[Any]) -> str:
+    """The bounds among the metadata of a number's type, in words."""
+    words = {Ge: "of at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}", Lt: "below {0.lt}"}
+    said = [words[type(limit)].format(limit) for limit in limits if type(limit) in words]
+    return " and ".join(said).replace(str(2**63), "2^63")
+
+
+def choices(hint: Any) -> list[str]:
+    """Return the words that a setting of this type may be."""
+    return [word for part in _parts(hint) if _is_literal(part) for word in map(str, get_args(part))]
+
+
+def _is_literal(hint: Any) -> bool:
+    return get_origin(hint) is Literal
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, also of one with metadata around it; else the type
+    itself.
+    """
+    if get_origin(hint) is Annotated and len(_parts(get_args(hint)[0])) > 1:
+        return _parts(get_args(hint)[0])
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _metadata(hint: Any) -> Iterator[Any]:
+    """All metadata of a type and of the members of its union."""
+    if get_origin(hint) is Annotated:
+        inner, *metadata = get_args(hint)
+        yield from metadata
+        yield from _metadata(inner)
+    elif get_origin(hint) in (Union, types.UnionType):
+        for part in get_args(hint):
+            yield from _metadata(part)
+
+
+@functools.cache
+def descriptions(options: type) -> dict[str, str]:
+    """Return what each setting means, from the Args of the class's docstring and of the
+    classes that it inherits from.
+    """
+    found: dict[str, str] = {}
+    for one in options.__mro__:
+        for key, text in _described(one.__doc__ or ""):
+            found.setdefault(key, text)
+    return found
+
+
+def _described(docstring: str) -> Iterator[tuple[str, str]]:
+    """The entries under "Args:" of a docstring, each on one line."""
+    _, _, behind = inspect.cleandoc(docstring).partition("\nArgs:\n")
+    arguments = re.split(r"\n\S", behind, maxsplit=1)[0]
+    for entry in re.split(r"\n(?= {4}\w)", f"\n{arguments}"):
+        keys, colon, text = entry.strip().partition(": ")
+        if colon:
+            for key in keys.split(", "):
+                yield key, " ".join(text.split())
