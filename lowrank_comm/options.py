@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -45,8 +46,7 @@ class Advice:
     """Metadata of a setting's type: what to do about a value that it cannot have.
 
     Args:
-        text: a clause of the error message; `{value}` in it is the value as JSON and
-            Python both write it.
+        text: a clause of the error message, a format string for `value` as JSON.
         when: which of these values it is for; None for all.
     """
 
@@ -69,7 +69,8 @@ def check_options(options: Any, where: str) -> None:
     Raises:
         ConfigError: naming the key, the value found, and the values that are possible.
     """
-    for key, hint, default in settings_of(type(options)):
+    kind: Any = type(options)
+    for key, hint, default in settings_of(kind):
         check(f"{where}{key}", getattr(options, key), hint, default)
 
 
@@ -117,7 +118,7 @@ def complaint(name: str, value: Any, hint: Any, default: Any = None) -> str:
         possible = expected(hint).replace("None", none)
         text = f"{name}={value!r} is not possible: expected {possible}, got {value!r}"
     advice = [
-        one.text.format(value=str(value).lower() if isinstance(value, bool) else repr(value))
+        one.text.format(value=json.dumps(value, default=repr))
         for one in _metadata(hint)
         if isinstance(one, Advice) and (one.when is None or one.when(value))
     ]

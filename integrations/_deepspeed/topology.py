@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_comm.communication import Group, IntraNodeGroup
-from lowrank_comm.communication.topology import ranks_in_a_node
-from lowrank_comm.config import SECTION, TopologySection
+from lowrank_comm.communication.topology import Topology, ranks_in_a_node
+from lowrank_comm.config import SECTION
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.reduction.plan import human_bytes
 from lowrank_comm.reduction.reducer import Outcome, ParamInfo, Reducer
@@ -40,7 +40,7 @@ Shape = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape of the whole parameter, dtype of its gradient."""
 
 
-def node_size(topology: TopologySection, group: Group, device: torch.device) -> int:
+def node_size(topology: Topology, group: Group, device: torch.device) -> int:
     """F, the ranks of a node, checked before an engine is built; a collective of the
     group if it is "node".
 

@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from lowrank_comm.communication.quantized_mean import Noise, QuantizedMean
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.quantization import Format
 
+WireDtype = Literal["float32", "float64", "bfloat16", "float16"]
 WIRE_DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,

@@ -21,15 +21,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import check
 
-SCOPES = ("shard", "matrix")
+Scope = Literal["shard", "matrix"]
 
 # Renamed in torch 2.13; the older names warn there.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -60,8 +60,7 @@ class IntraNodeGroup:
     """
 
     def __init__(self, process_group: Any = None, scope: str = "shard") -> None:
-        if scope not in SCOPES:
-            raise ConfigError(f'shard_scope={scope!r} is unknown; use "shard" or "matrix".')
+        check("shard_scope", scope, Scope)
         self.process_group, self.scope = process_group, scope
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)

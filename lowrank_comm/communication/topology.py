@@ -9,15 +9,38 @@ dimension goes between the nodes, its second inside.
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lowrank_comm.communication.group import Group
-from lowrank_comm.communication.intra_node import IntraNodeGroup
+from lowrank_comm.communication.intra_node import IntraNodeGroup, Scope
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import PositiveInt, check_options
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Who is a worker.
+
+    Args:
+        shard_size: 1: every rank is a worker; F or "node": F ranks (those that the
+            launcher started on a node) are one worker, averaged exactly inside.
+        shard_scope: "shard" compresses each rank's block of rows alone, "matrix"
+            computes whole matrices together.
+
+    Raises:
+        ConfigError: a value is unknown.
+    """
+
+    shard_size: PositiveInt | Literal["node"] = 1
+    shard_scope: Scope = "shard"
+
+    def __post_init__(self) -> None:
+        check_options(self, "topology.")
 
 
 def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, IntraNodeGroup]:

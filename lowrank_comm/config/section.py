@@ -1,0 +1,299 @@
+"""What a section holds, and how it is checked.
+
+Example:
+    {"compressor": "powersgd_plus", "rank": 4, "restart_every": 200, "restart": "svd",
+     "error_feedback": {"form": null, "rounds": 1, "dtype": null},
+     "quantization": {"factors": null, "restart": null, "dense": "int8"},
+     "wire_dtype": null, "min_compression_rate": 2,
+     "rules": [{"match": "lm_head.*", "treatment": "dense"}], "seed": 0,
+     "topology": {"shard_size": 1}}
+
+The keys are the common ones of `Section` and the options of the compressor that it
+names; types, bounds and defaults are those of the dataclasses (`options`). Unknown keys
+are errors that name the nearest valid one; so is a key that the chosen compressor does
+not have, since ignoring it would be a silent fallback. The string "auto" is never a
+value: Accelerate raises on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import create_model as create_pydantic_model
+from pydantic_core import CoreSchema, core_schema
+
+from lowrank_comm.communication import Group
+from lowrank_comm.communication.flat_buffers import WireDtype
+from lowrank_comm.communication.topology import Topology
+from lowrank_comm.compressors import REGISTRY, Compressor
+from lowrank_comm.config import hints
+from lowrank_comm.error_feedback.options import ErrorFeedback
+from lowrank_comm.errors import ConfigError, UnsupportedError
+from lowrank_comm.numerics.quantization import Quantization
+from lowrank_comm.options import (
+    Advice,
+    PositiveInt,
+    Rate,
+    Seed,
+    complaint,
+    descriptions,
+    settings_of,
+)
+from lowrank_comm.reduction.policy import Rule
+from lowrank_comm.reduction.reducer import Reducer
+
+SECTION = "lowrank_comm"
+
+OPTIMIZERS = dict.fromkeys(
+    ("inkheart", "m4", "marina_p", "m3"), "lowrank_comm.bidirectional:BidirectionalOptimizer"
+)
+"""Value of "compressor" that needs an optimizer of its own -> the class whose
+`from_config` takes the section. Its module is loaded when it is asked for.
+"""
+
+
+class _Strict(BaseModel):
+    """No unknown keys, no conversions of one type into another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Object:
+    """Metadata of a field that holds a dataclass of options: in a section it is an
+    object with the dataclass's fields as keys.
+    """
+
+    def __get_pydantic_core_schema__(
+        self, options: type, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        model = handler.generate_schema(model_of(options))
+        return core_schema.no_info_after_validator_function(
+            lambda parsed: options(**dict(parsed)), model
+        )
+
+
+@functools.cache
+def model_of(options: type, base: type[BaseModel] = _Strict) -> type[BaseModel]:
+    """The pydantic model whose fields are those of a dataclass of options."""
+    said = descriptions(options)
+    fields: dict[str, Any] = {
+        key: (
+            hint,
+            Field(... if default is dataclasses.MISSING else default, description=said[key]),
+        )
+        for key, hint, default in settings_of(options)
+    }
+    name = f"{options.__name__}Section"
+    return create_pydantic_model(name, __base__=base, __doc__=options.__doc__, **fields)
+
+
+_FORM = Advice('write {{"form": {value}}}', when=lambda value: isinstance(value, str))
+_NO_FORM = Advice('for none write {{"form": "none"}}', when=lambda value: value is False)
+_FORMAT = Advice('write for example {{"dense": {value}}}', when=lambda v: isinstance(v, str))
+_SIZE = Advice('write {{"shard_size": {value}}}', when=lambda v: isinstance(v, int | str))
+_RULES = Advice("write a list of rules", when=lambda value: isinstance(value, dict))
+
+
+class Section(_Strict):
+    """The whole section: the keys that every compressor has. `parse` returns one of the
+    subclasses, which have the options of a compressor too.
+
+    Args:
+        compressor: the algorithm; see docs/algorithms.md.
+        enabled: false leaves the engine alone: nothing is compressed, gradients are
+            averaged by the engine as without the section.
+        rank: r of the factors; cut to min(m, n) matrix by matrix. What is then not
+            worth it by `min_compression_rate` stays dense.
+        error_feedback: its form, and how the error memory is kept.
+        quantization: what is sent quantized; `dense` lifts the ceiling that embeddings
+            set.
+        wire_dtype: dtype on the wire; null for the wider of float32 and the
+            parameter's. What a narrower wire rounds off the sum of several workers is
+            lost.
+        min_compression_rate: compress a matrix when m n over the elements that a step
+            sends for it, r (m + n) for PowerSGD, is above it; 0 compresses every
+            matrix.
+        rules: exceptions by parameter name, for example {"match":
+            "*.embed_tokens.weight", "treatment": "dense"}; the first match wins, and
+            the plan names patterns without a match.
+        seed: of the random draws, equal on all workers.
+        topology: who is a worker: every rank, or the node.
+    """
+
+    compressor: str = "powersgd_plus"
+    # by a factory, as everything that is neither a number nor a word
+    enabled: bool = Field(default_factory=lambda: True)
+    rank: PositiveInt = 4
+    error_feedback: Annotated[ErrorFeedback, _Object(), _FORM, _NO_FORM] = Field(
+        default_factory=ErrorFeedback
+    )
+    quantization: Annotated[Quantization, _Object(), _FORMAT] = Field(default_factory=Quantization)
+    wire_dtype: WireDtype | None = None
+    min_compression_rate: Rate = 2.0
+    rules: Annotated[list[Annotated[Rule, _Object()]], _RULES] = Field(default_factory=list)
+    seed: Seed = 0
+    topology: Annotated[Topology, _Object(), _SIZE] = Field(default_factory=Topology)
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any]) -> Section:
+        """Check a mapping and everything that follows from it.
+
+        Args:
+            section: the value of the key "lowrank_comm". "$schema" is ignored, and so
+                is an option of a compressor that is null.
+
+        Returns:
+            The checked section.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest valid one), a wrong type, or a
+                value that cannot work.
+            UnsupportedError: a bidirectional method, whose section is another.
+        """
+        if not isinstance(section, Mapping):
+            raise ConfigError(
+                f"{SECTION} must be an object with keys such as 'compressor', got {section!r}."
+            )
+        name = section.get("compressor", cls.model_fields["compressor"].default)
+        if name in OPTIMIZERS:
+            if section.get("enabled") is False:
+                return cls(compressor=name, enabled=False)
+            raise _unsupported(name)
+        kind = _compressor(name)
+        optional = hints.all_options() - {"rank"}
+        given = {
+            key: value
+            for key, value in section.items()
+            if key != "$schema" and not (value is None and key in optional)
+        }
+        try:
+            parsed = model_of(kind, Section).model_validate(given)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_complaints(error, kind))) from None
+        assert isinstance(parsed, Section)
+        # what does not go together fails here
+        Reducer([], parsed.make_compressor(), Group(), **parsed.reducer_options())
+        return parsed
+
+    @staticmethod
+    def of(compressor: Compressor) -> dict[str, Any]:
+        """The section that says the same as a compressor; everything else of it has its
+        default.
+        """
+        return compressor.describe()
+
+    def make_compressor(self) -> Compressor:
+        """The compressor that the section names, with its options."""
+        kind = _compressor(self.compressor)
+        return kind(**{key: getattr(self, key) for key in kind.options()})
+
+    def reducer_options(self) -> dict[str, Any]:
+        """Keyword arguments of `Reducer` (and of `CompressedOptimizer`)."""
+        return {
+            "min_compression_rate": self.min_compression_rate,
+            "rules": tuple(self.rules),
+            "error_feedback": self.error_feedback,
+            "quantization": self.quantization,
+            "wire_dtype": self.wire_dtype,
+            "seed": self.seed,
+        }
+
+
+def leave_alone(who: str) -> None:
+    """Say on rank 0 that a section with "enabled": false leaves `who` alone."""
+    ready = dist.is_available() and dist.is_initialized()
+    rank = dist.get_rank() if ready else int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(
+            f'lowrank_comm: "enabled" is false in the section "{SECTION}", nothing is compressed:'
+            f" {who}",
+            flush=True,
+        )
+
+
+def _compressor(name: Any) -> type[Compressor]:
+    """The class of a compressor by its name in configuration files."""
+    if not isinstance(name, str) or name not in REGISTRY:
+        known = sorted([*REGISTRY, *OPTIMIZERS])
+        meant = hints.nearest_compressor(name, known) if isinstance(name, str) else "."
+        raise ConfigError(
+            f"{SECTION}.compressor={name!r} is unknown{meant} Known: {', '.join(known)}."
+        )
+    return REGISTRY[name]
+
+
+def _unsupported(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{SECTION}.compressor={name!r} cannot be used here: in the bidirectional methods"
+        f" ({', '.join(sorted(OPTIMIZERS))}) every worker has weights of its own, while this engine"
+        " needs the same on all ranks. In a plain training loop use"
+        " CompressedOptimizer.from_config(base, section), or"
+        " lowrank_comm.bidirectional.BidirectionalOptimizer."
+    )
+
+
+_Keys = dict[str, tuple[Any, Any]]
+"""Key of an object -> its type and its default."""
+
+
+def _complaints(error: ValidationError, kind: type[Compressor]) -> Iterator[str]:
+    """pydantic's errors as sentences with the key, the value and the fix, one for each
+    key.
+    """
+    told = set()
+    for detail in error.errors():
+        path = detail["loc"]
+        if detail["type"] == "extra_forbidden":
+            _, _, keys = _found(path[:-1], kind)
+            yield hints.unknown_key(_name(path), detail["input"], list(keys), kind)
+        elif detail["type"] == "missing":
+            yield f"{_name(path)} is missing; a rule needs it."
+        elif detail["type"] == "value_error":
+            # of a dataclass that has checked itself
+            yield str(detail["ctx"]["error"])
+        else:
+            path, (hint, default), _ = _found(path, kind)
+            if path not in told:
+                told.add(path)
+                yield complaint(_name(path), detail["input"], hint, default)
+
+
+def _name(path: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, (SECTION, *path)))
+
+
+def _found(
+    path: tuple[int | str, ...], kind: type[Compressor]
+) -> tuple[tuple[int | str, ...], tuple[Any, Any], _Keys]:
+    """The setting at a path of pydantic's: its own path, since a part of a union has a
+    name at the end; its type and default; and the keys that it has, if it is an object.
+    """
+    types = get_type_hints(Section, include_extras=True)
+    keys: _Keys = {key: (types[key], field.default) for key, field in Section.model_fields.items()}
+    keys |= {key: (hint, default) for key, hint, default in settings_of(kind)}
+    setting: tuple[Any, Any] = (Section, None)
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            setting = (_inner(setting[0]), None)
+        elif part in keys:
+            setting = keys[part]
+        else:
+            return path[:depth], setting, keys
+        options = _inner(setting[0])
+        keys = {}
+        if dataclasses.is_dataclass(options):
+            keys = {key: (hint, default) for key, hint, default in settings_of(options)}
+    return path, setting, keys
+
+
+def _inner(hint: Any) -> Any:
+    """A type without its metadata, and of a list that of its members."""
+    while get_origin(hint) in (Annotated, list):
+        hint = get_args(hint)[0]
+    return hint
