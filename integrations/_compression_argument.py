@@ -4,6 +4,8 @@ Trainer's and Accelerate's adapters.
 a CompressedOptimizer       is what it is
 a compressor                with everything else at its default
 a section, as in JSON       see `lowrank_comm.config`
+a plain optimizer           only one that `CompressedOptimizer.from_config` has returned
+                            for a section with "enabled": false
 None                        only with DeepSpeed, whose JSON then has the section
 """
 
@@ -16,8 +18,9 @@ from torch.optim import Optimizer
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError
 from lowrank_comm.config import SECTION, Section
+from lowrank_comm.config.enabled import is_left_alone
 
-Compression = CompressedOptimizer | Compressor | Mapping[str, Any] | None
+Compression = Optimizer | Compressor | Mapping[str, Any] | None
 
 
 def check(compression: Compression, who: str) -> None:
@@ -26,7 +29,11 @@ def check(compression: Compression, who: str) -> None:
     """
     if isinstance(compression, Mapping):
         Section.parse(compression)
-    elif compression is not None and not isinstance(compression, CompressedOptimizer | Compressor):
+    elif not (
+        compression is None
+        or isinstance(compression, CompressedOptimizer | Compressor)
+        or is_left_alone(compression)
+    ):
         raise ConfigError(
             f"{who}: compression={compression!r} must be a CompressedOptimizer, a compressor such"
             " as PowerSGDPlus(rank=4), or a section such as {'compressor': 'powersgd_plus',"
@@ -34,13 +41,24 @@ def check(compression: Compression, who: str) -> None:
         )
 
 
+def is_disabled(compression: Any) -> bool:
+    """Whether nothing is to be compressed: a section has "enabled": false, or a base
+    optimizer comes from `CompressedOptimizer.from_config` with such a section.
+    """
+    if isinstance(compression, Mapping):
+        return compression.get("enabled") is False
+    return is_left_alone(compression)
+
+
 def section_of(compression: Compressor | Mapping[str, Any]) -> dict[str, Any]:
     """The section for a DeepSpeed JSON."""
     return Section.of(compression) if isinstance(compression, Compressor) else dict(compression)
 
 
-def around(base: Optimizer, compression: Compressor | Mapping[str, Any]) -> CompressedOptimizer:
-    """A compressed optimizer around a plain one."""
+def around(base: Optimizer, compression: Compressor | Mapping[str, Any]) -> Any:
+    """A compressed optimizer around a plain one; the plain one for a section with
+    "enabled": false.
+    """
     if isinstance(compression, Compressor):
         return CompressedOptimizer(base, compression)
     return CompressedOptimizer.from_config(base, compression)
@@ -62,6 +80,9 @@ def put_into_deepspeed(config: dict[str, Any], compression: Compression, who: st
             " its settings into the "
             f"DeepSpeed JSON, for example {{{SECTION!r}: {Section.of(compression.compressor)}}}."
         )
+    if isinstance(compression, Optimizer):
+        # left alone; see `check`
+        return
     there = config.get(SECTION)
     if compression is None:
         if there is None:

@@ -37,7 +37,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError, UnsupportedError
-from lowrank_comm.integrations._compression_argument import around, check, put_into_deepspeed
+from lowrank_comm.config.enabled import is_left_alone, say_disabled
+from lowrank_comm.integrations._compression_argument import (
+    around,
+    check,
+    is_disabled,
+    put_into_deepspeed,
+)
 from lowrank_comm.reduction.monitoring import Compressing
 
 __all__ = ["connect", "get", "prepare"]
@@ -66,7 +72,8 @@ def prepare(
             `accelerator.prepare`.
         compression: a compressor or a section, for an optimizer that is not a
             `CompressedOptimizer` yet; with DeepSpeed, None where its JSON has the
-            section "lowrank_comm".
+            section "lowrank_comm". A section with "enabled": false leaves everything
+            to `accelerator.prepare`.
         keywords: of `accelerator.prepare`.
 
     Returns:
@@ -88,6 +95,8 @@ def prepare(
                 optimizer.zero_grad()
     """
     check(compression, _WHO)
+    if compression is None and any(map(is_left_alone, objects)):
+        return accelerator.prepare(*objects, **keywords)
     mine = [
         one
         for one in objects
@@ -101,6 +110,9 @@ def prepare(
         )
         import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches the section on)
 
+        return accelerator.prepare(*objects, **keywords)
+    if is_disabled(compression) and not mine:
+        say_disabled("the engine that Accelerate makes averages the gradients")
         return accelerator.prepare(*objects, **keywords)
     refuse_fsdp1(accelerator, _WHO)
     if mine and compression is not None:

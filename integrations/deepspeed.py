@@ -370,9 +370,7 @@ def install() -> None:
     if hasattr(original, _KEY):
         return
     for one in gc.get_objects():
-        if issubclass(type(one), DeepSpeedEngine) and SECTION in getattr(
-            one.__dict__.get("_config"), "_param_dict", ()
-        ):
+        if issubclass(type(one), DeepSpeedEngine) and _asks_for_compression(one):
             raise UnsupportedError(
                 f'lowrank_comm: an engine with the section "{SECTION}" was made before'
                 " lowrank_comm.integrations.deepspeed was imported, and trains without"
@@ -384,13 +382,21 @@ def install() -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         section = _before(signature.bind(self, *args, **kwargs).arguments)
         original(self, *args, **kwargs)
-        if section is not None:
+        if section is not None and section.enabled:
             _attach(self, section)
         else:
-            _leave_alone(self)
+            _leave_alone(self, section)
 
     setattr(__init__, _KEY, True)
     DeepSpeedEngine.__init__ = __init__
+
+
+def _asks_for_compression(engine: Any) -> bool:
+    settings = getattr(engine.__dict__.get("_config"), "_param_dict", {})
+    section = settings.get(SECTION)
+    return section is not None and not (
+        isinstance(section, Mapping) and section.get("enabled") is False
+    )
 
 
 def _before(given: Mapping[str, Any]) -> Section | None:
@@ -429,6 +435,8 @@ def _before(given: Mapping[str, Any]) -> Section | None:
     }
     check_same(ours, group, _device())
     parsed = Section.parse(section)
+    if not parsed.enabled:
+        return parsed
     node_size(parsed.topology, group, _device())
     refuse_settings(config, dict(given))
     return parsed
@@ -444,24 +452,24 @@ def _device() -> torch.device:
     )
 
 
-def _leave_alone(engine: Any) -> None:
-    """An engine without the section: say so if it trains, and do not let it lose an
-    error memory without a word.
+def _leave_alone(engine: Any, section: Section | None) -> None:
+    """Say that an engine without an enabled section compresses nothing, if it trains,
+    and warn when it loads a checkpoint whose error memory it loses.
     """
     if seams.does_not_train(engine):
         return
     if Group(seams.process_group(engine)).rank == 0:
+        has = f'no section "{SECTION}"' if section is None else f'"enabled": false in "{SECTION}"'
         print(
-            f'lowrank_comm: no section "{SECTION}" in the DeepSpeed configuration, nothing is'
-            " compressed",
+            f"lowrank_comm: {has} in the DeepSpeed configuration, nothing is compressed",
             flush=True,
         )
 
     def loaded(path: Path | None, name: str | None) -> None:
         if path is not None and name is not None:
             _log.warning(
-                "%s was saved with compression, and this run has no section %r: its error memory is"
-                " lost",
+                "%s was saved with compression, and this run has no section %r that is enabled:"
+                " its error memory is lost",
                 path,
                 SECTION,
             )

@@ -28,6 +28,7 @@ from lightning.pytorch.strategies import (
 )
 from torch.optim import Optimizer
 
+from lowrank_comm.config.enabled import is_left_alone
 from lowrank_comm.errors import ConfigError, UnsupportedError
 from lowrank_comm.optimizer.compressed import CompressedOptimizer
 from lowrank_comm.reduction.monitoring import Figures
@@ -36,6 +37,9 @@ from lowrank_comm.reduction.monitoring import Figures
 class CompressionCallback(Callback):
     """Connects the `CompressedOptimizer` that `configure_optimizers` returns to the
     model as Lightning's strategy wraps it.
+
+    The base optimizer that `CompressedOptimizer.from_config` returns for a section with
+    "enabled": false leaves Lightning alone. Otherwise:
 
     Gradients are averaged, compressed, once a step, before `gradient_clip_val` acts.
     Checkpoints hold the mean error memory, which each save averages once over the
@@ -116,15 +120,18 @@ class CompressionCallback(Callback):
         # there is one only with automatic optimization
         optimizer = found[0] if len(found) == 1 else None
         model = trainer.strategy.model
+        if self._optimizer is not None:
+            # of a fit that was broken off
+            self._optimizer.detach()
+            self._optimizer = self._figures = None
+        if is_left_alone(optimizer):
+            return
         if not isinstance(optimizer, CompressedOptimizer) or model is None:
             raise ConfigError(
                 "CompressionCallback: configure_optimizers returned"
                 f" {[type(each).__name__ for each in found]}, and no CompressedOptimizer; return"
                 " CompressedOptimizer(torch.optim.AdamW(...), PowerSGDPlus(rank=4))."
             )
-        if self._optimizer is not None:
-            # of a fit that was broken off
-            self._optimizer.detach()
         self._optimizer = optimizer
         optimizer.attach(model, scaler=getattr(trainer.precision_plugin, "scaler", None))
         self._figures, self._logged_step = Figures(optimizer), 0

@@ -38,11 +38,19 @@ from typing import Any
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from typing_extensions import override
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError, UnsupportedError
-from lowrank_comm.integrations._compression_argument import around, check, put_into_deepspeed
+from lowrank_comm.config import SECTION
+from lowrank_comm.config.enabled import say_disabled
+from lowrank_comm.integrations._compression_argument import (
+    around,
+    check,
+    is_disabled,
+    put_into_deepspeed,
+)
 from lowrank_comm.integrations.accelerate import connect, get, refuse_fsdp1
 from lowrank_comm.reduction.monitoring import Compressing, Figures
 
@@ -73,7 +81,8 @@ class CompressionCallback(TrainerCallback):
         compression: the `CompressedOptimizer` that Trainer was given as
             `optimizers=(optimizer, None)`; or a compressor or a section, and Trainer
             makes the optimizer; or, with --deepspeed and the section in its JSON,
-            nothing.
+            nothing. A section with "enabled": false, and the optimizer that
+            `CompressedOptimizer.from_config` returns for one, leave Trainer alone.
 
     Raises:
         ConfigError: when Trainer is built: what was given does not fit the Trainer.
@@ -85,13 +94,14 @@ class CompressionCallback(TrainerCallback):
     """
 
     def __init__(
-        self, compression: CompressedOptimizer | Compressor | Mapping[str, Any] | None = None
+        self, compression: Optimizer | Compressor | Mapping[str, Any] | None = None
     ) -> None:
         check(compression, _WHO)
         self.compression = compression
         self._trainer: weakref.ref[Trainer] | None = None
         self._figures: Figures | None = None
         self._made: weakref.ref[CompressedOptimizer] | None = None
+        self._disabled = False
 
     def detach(self) -> None:
         """Give the model back: the optimizer that was made for this callback averages
@@ -129,6 +139,8 @@ class CompressionCallback(TrainerCallback):
                 " trainer.train()."
             )
         source = self.compressing
+        if self._disabled:
+            return
         if source is None:
             raise ConfigError(
                 f"{_WHO}: Trainer trains with {type(trainer.optimizer).__name__}, in which there is"
@@ -162,10 +174,12 @@ class CompressionCallback(TrainerCallback):
                 if isinstance(trainer.optimizer, CompressedOptimizer)
                 else self.compression
             )
-            put_into_deepspeed(
-                trainer.accelerator.state.deepspeed_plugin.deepspeed_config, mine, _WHO
-            )
+            settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+            put_into_deepspeed(settings, mine, _WHO)
+            self._disabled = is_disabled(settings.get(SECTION, mine))
             import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches the section on)
+        elif is_disabled(self.compression):
+            self._leave_alone(trainer)
         else:
             self._check(trainer)
             trainer.create_optimizer = self._creating(trainer.create_optimizer)  # type: ignore[method-assign]
@@ -173,6 +187,17 @@ class CompressionCallback(TrainerCallback):
             setattr(trainer, _SAVING, saving)
         trainer.log = self._logging(trainer.log)  # type: ignore[method-assign]
         self._trainer, self._figures = weakref.ref(trainer), None
+
+    def _leave_alone(self, trainer: Trainer) -> None:
+        """Let the Trainer train as it would without this callback."""
+        if isinstance(trainer.optimizer, CompressedOptimizer):
+            raise ConfigError(
+                f'{_WHO}: its section has "enabled": false, and Trainer has a CompressedOptimizer;'
+                ' give Trainer the base optimizer, or leave "enabled" out.'
+            )
+        self._disabled = True
+        if isinstance(self.compression, Mapping):
+            say_disabled("Trainer's own engine averages the gradients")
 
     def _check(self, trainer: Trainer) -> None:
         """Everything that can be wrong before training begins."""

@@ -20,6 +20,7 @@ from lowrank_comm.bidirectional.m3 import M3
 from lowrank_comm.bidirectional.m4 import M4
 from lowrank_comm.bidirectional.marina_p import MarinaP
 from lowrank_comm.errors import ConfigError, nearest
+from lowrank_comm.options import check
 
 METHODS: dict[str, type[Method]] = {cls.json_name: cls for cls in (InkheartSGD, M4, MarinaP, M3)}
 """Method by the name that configuration files use."""
@@ -46,8 +47,9 @@ def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
         raise ConfigError(
             f"lowrank_comm must be an object with keys such as 'compressor', got {section!r}."
         )
-    options = dict(section)
+    options = {key: value for key, value in section.items() if key not in ("$schema", "enabled")}
     name, seed = options.pop("compressor", None), options.pop("seed", 0)
+    check("lowrank_comm.enabled", section.get("enabled", True), bool)
     if name not in METHODS:
         raise ConfigError(
             f"lowrank_comm.compressor={name!r} is no bidirectional"

@@ -33,6 +33,7 @@ from lowrank_comm.bidirectional.saved import KEY, Saved
 from lowrank_comm.bidirectional.vectors import FlatParameters
 from lowrank_comm.communication.agreement import check_same, fingerprint
 from lowrank_comm.communication.group import LENGTH_BYTES, Group
+from lowrank_comm.config.enabled import leave_alone
 from lowrank_comm.errors import ConfigError, StateMismatchError
 from lowrank_comm.numerics.linalg import full_precision
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
@@ -120,7 +121,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
     @classmethod
     def from_config(
         cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any
-    ) -> BidirectionalOptimizer:
+    ) -> BidirectionalOptimizer | Optimizer:
         """From a `lowrank_comm` section, as in a JSON file.
 
         Args:
@@ -130,7 +131,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
                 section.
 
         Returns:
-            The optimizer.
+            The optimizer; `base` as it is where the section has "enabled": false.
 
         Raises:
             ConfigError: an unknown key, with the nearest valid one, or a value that
@@ -143,6 +144,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
             0.5
         """
         method, seed = parse(section)
+        if section.get("enabled") is False:
+            return leave_alone(base)
         return cls(base, method, **{"seed": seed, **keywords})
 
     def attach(self, model: nn.Module, scaler: Any = None) -> None:

@@ -2,6 +2,7 @@
 for every engine.
 
     section    what a section holds, and how it is checked
+    enabled    what "enabled": false means
     hints      what to write in the place of a key or a word that is unknown
     schema     the JSON Schema for editors, and
     table      the table of settings in the docs, both derived from the options
@@ -11,6 +12,6 @@ for every engine.
 
 from __future__ import annotations
 
-from lowrank_comm.config.section import OPTIMIZERS, SECTION, Section, leave_alone
+from lowrank_comm.config.section import OPTIMIZERS, SECTION, Section
 
-__all__ = ["OPTIMIZERS", "SECTION", "Section", "leave_alone"]
+__all__ = ["OPTIMIZERS", "SECTION", "Section"]

@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic import create_model as create_pydantic_model
 from pydantic_core import CoreSchema, core_schema
@@ -205,18 +203,6 @@ class Section(_Strict):
         }
 
 
-def leave_alone(who: str) -> None:
-    """Say on rank 0 that a section with "enabled": false leaves `who` alone."""
-    ready = dist.is_available() and dist.is_initialized()
-    rank = dist.get_rank() if ready else int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        print(
-            f'lowrank_comm: "enabled" is false in the section "{SECTION}", nothing is compressed:'
-            f" {who}",
-            flush=True,
-        )
-
-
 def _compressor(name: Any) -> type[Compressor]:
     """The class of a compressor by its name in configuration files."""
     if not isinstance(name, str) or name not in REGISTRY:
@@ -288,7 +274,7 @@ def _found(
         options = _inner(setting[0])
         keys = {}
         if dataclasses.is_dataclass(options):
-            keys = {key: (hint, default) for key, hint, default in settings_of(options)}
+            keys = {key: (hint, default) for key, hint, default in settings_of(cast(Any, options))}
     return path, setting, keys
 
 

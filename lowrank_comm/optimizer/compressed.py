@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from lowrank_comm.communication.topology import grid
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import OPTIMIZERS, Section
+from lowrank_comm.config.enabled import leave_alone
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.numerics.device import current_stream
@@ -229,7 +230,9 @@ class CompressedOptimizer(Attachment):
 
         Returns:
             The optimizer; a `BidirectionalOptimizer` where the section names a
-            bidirectional method, whose workers each have weights of their own.
+            bidirectional method, whose workers each have weights of their own; and
+            `base` as it is where the section has "enabled": false, with a line on rank
+            0. The engine then averages the gradients, as it does without this library.
 
         Raises:
             ConfigError: an unknown key, with the nearest valid one, or a value that
@@ -245,6 +248,8 @@ class CompressedOptimizer(Attachment):
             extension = pkgutil.resolve_name(OPTIMIZERS[section["compressor"]])
             return extension.from_config(base, section, **keywords)
         parsed = Section.parse(section)
+        if not parsed.enabled:
+            return leave_alone(base)
         options = {
             **parsed.reducer_options(),
             "shard_scope": parsed.topology.shard_scope,
