@@ -91,22 +91,13 @@ class BidirectionalOptimizer(OptimizerWrapper):
         seed: int = 0,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
-        if not isinstance(base, Optimizer) or isinstance(base, OptimizerWrapper):
-            raise ConfigError(
-                f"base must be a plain torch.optim.Optimizer, got {type(base).__name__}."
-            )
-        if isinstance(base, torch.optim.LBFGS):
-            raise ConfigError(
-                "base=LBFGS evaluates the loss several times a step; use SGD, Adam, or another that"
-                " does not."
-            )
+        super().__init__(base, "base")
         if not isinstance(method, Method):
             raise ConfigError(
                 f"method must be one such as InkheartSGD(uplink_fraction=0.25), got {method!r}."
             )
         check_seed(seed)
         refuse_deepspeed()
-        super().__init__(base)
         self.method, self.seed, self.t, self.ledger = method, seed, 0, LinkLedger()
         self._group, self._namer = Group(process_group), Namer(named_parameters)
         self._transport = ProcessGroupTransport(self._group, self.ledger)
@@ -380,8 +371,9 @@ class BidirectionalOptimizer(OptimizerWrapper):
         f"optimizer_{rank}.pt")`. With rank 0's alone, or at another number of workers,
         a run resumes too, but not exactly; see `load_state_dict`.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
+        return self._state_dict_with_hooks(self._saved)
+
+    def _saved(self) -> dict[str, Any]:
         result = self.base.state_dict()
         if self._state is not None and self._flat is not None:
             shapes = {
@@ -392,9 +384,6 @@ class BidirectionalOptimizer(OptimizerWrapper):
             result[KEY] = Saved(
                 self.method.json_name, self.seed, self.t, rank, n, shapes, dict(self._state)
             ).as_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, result)
-            result = result if changed is None else changed
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -412,10 +401,9 @@ class BidirectionalOptimizer(OptimizerWrapper):
             StateMismatchError: on all workers, if it does not fit some of them; nothing
                 is changed then.
         """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+        self._load_with_hooks(state_dict, self._load)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         flat = self._prepared()
         saved, problem = Saved.find(state_dict, self.method, flat, self.is_server)
         exact = saved is not None and (saved.rank, saved.n) == (self._group.rank, self._group.size)
@@ -463,8 +451,6 @@ class BidirectionalOptimizer(OptimizerWrapper):
             here = {name: tensor.to(flat.device) for name, tensor in saved.tensors.items()}
             self._state = here if alike else self._rejoined(here, told[0]["server"], flat)
             flat.write(self.method.points(self._state)[0])
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def _rejoined(self, here: State, names: list[str], flat: FlatParameters) -> State:
         """The state from what rank 0 holds; a collective."""

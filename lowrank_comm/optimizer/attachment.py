@@ -1,135 +1,103 @@
-"""Connecting an optimizer to whatever runs the model, and giving the model back."""
+"""Connects an optimizer to the engine that runs its model, and gives the model back."""
 
 from __future__ import annotations
 
 import weakref
-from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
-from lowrank_comm.optimizer.engine import Engine, connect, wrapper_of
+from lowrank_comm.optimizer.engine import Engine, connect
 from lowrank_comm.optimizer.grad_scaler import LossScaling
-from lowrank_comm.optimizer.lazy_reducer import LazyReducer
-from lowrank_comm.optimizer.parameter_names import Namer
-from lowrank_comm.reduction.plan import Plan
+from lowrank_comm.optimizer.wrapper import OptimizerWrapper
+from lowrank_comm.reduction.reducer import Reducer
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
     weakref.WeakKeyDictionary()
 )
-"""Wrapped model -> the optimizer that it is attached to."""
+"""Wrapped model -> the attachment of the optimizer that it is attached to."""
 AVERAGES = "_lowrank_comm_averages"
 """Attribute of the base: the optimizer that averages its gradients at the end of
-backward. Whoever holds the base alone, as some engines do, keeps both, or the workers
-would drift apart without a word; and who holds neither, keeps nothing.
+backward. So the base keeps that optimizer alive: some engines hold the base alone, and
+without averaging the workers would drift apart silently. When neither is held, both go.
 """
 
 
-class Attachment(LazyReducer):
-    """An optimizer whose gradients come from an engine: that of a plain model, until
-    `attach` finds another.
+class Attachment:
+    """Which engine an optimizer's gradients come from: that of a plain model, until a
+    wrapped one is connected.
 
     Args:
-        base, compressor, namer, options, bucket_bytes: see `LazyReducer`.
+        owner: the optimizer.
         process_group, shard_scope: of the engine, as the user gave them.
+
+    Attributes:
+        engine: where gradients come from now.
+        scaling: what is known of a GradScaler.
+        detached: whether the model was given back.
     """
 
-    def __init__(
-        self,
-        base: Optimizer,
-        compressor: Compressor,
-        process_group: Any,
-        shard_scope: str,
-        namer: Namer,
-        options: dict[str, Any],
-        bucket_bytes: int | None,
-    ) -> None:
-        super().__init__(
-            base, compressor, Engine(process_group, shard_scope), namer, options, bucket_bytes
-        )
-        self._process_group, self._shard_scope = process_group, shard_scope
-        self._scaling = LossScaling(id(self))
+    def __init__(self, owner: OptimizerWrapper, process_group: Any, shard_scope: str) -> None:
+        self._owner, self._process_group, self._shard_scope = owner, process_group, shard_scope
+        self.engine = Engine(process_group, shard_scope)
+        self.scaling = LossScaling(id(owner))
+        self.detached = False
+        self._model: weakref.ref[nn.Module] | None = None
         self._watch: BackwardWatch | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
-        self._detached = False
-        self._told_last: Callable[[], bool] | None = None
-        self._asked_reduce_at: str | None = None
 
-    @abstractmethod
-    def _take_part_without_gradients(self) -> None:
-        """A pass of the other workers, when this one's data are exhausted."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether no engine but this library averages gradients."""
+        return type(self.engine) is Engine
 
-    def attach(
+    def is_of(self, model: nn.Module) -> bool:
+        """Return whether this very model was connected, and not given back since."""
+        return not self.detached and self._model is not None and self._model() is model
+
+    # ---------------------------------------------------------------- engines
+
+    def to_plain(self, model: nn.Module) -> None:
+        """Take the gradients of a plain model from `p.grad`."""
+        if not self.is_plain or self.detached:
+            self.engine = Engine(self._process_group, self._shard_scope)
+        # Watched again from scratch, since it may have been said only now that
+        # gradients are averaged at the end of backward.
+        self._stop_watching()
+        self.detached, self._model = False, weakref.ref(model)
+
+    def to_wrapped(
         self,
+        wrapper: str,
         model: nn.Module,
-        scaler: Any = None,
-        is_last_backward: Callable[[], bool] | None = None,
-    ) -> Plan:
-        """Connect to whatever runs the model, take the parameters' names from it, and
-        tell the plan; rank 0 prints it.
-
-        Under DDP and FSDP2 the engine's own averaging of gradients (under HSDP that
-        between nodes) is switched off, and ours takes its place. For a plain model this
-        is optional.
+        reducer: Reducer | None,
+        take_part: Callable[[], None],
+        overlap: bool,
+    ) -> None:
+        """Let the engine of a wrapped model take the place of the present one.
 
         Args:
-            model: the one whose parameters the base optimizes, wrapped as it is
-                trained.
-            scaler: a `torch.amp.GradScaler`, so that an overflow on one worker lowers
-                the scale on all.
-            is_last_backward: for loops that accumulate gradients and know by themselves
-                which backward pass is the last of a step, such as Accelerate's and
-                Trainer's: called at the end of each. Gradients are then averaged at the
-                end of the last one, for a plain model too.
-
-        Returns:
-            What was found, what goes low-rank and what dense, bytes a step, memory.
+            wrapper: class of the wrapper, by name.
+            model: the wrapped model.
+            reducer: the optimizer's, if it has one; it must not have been used.
+            take_part: a pass of the other workers when this one's data are exhausted; a
+                method.
+            overlap: whether buckets are to start during the backward pass.
 
         Raises:
-            UnsupportedError: the model is wrapped in a way that cannot be compressed;
-                the message names the way out.
-            ConfigError: the optimizer and the model do not hold the same parameters, or
-                groups do not fit.
+            ConfigError: the optimizer has made steps, the model belongs to another
+                optimizer, or the engine does not fit.
+            UnsupportedError: the engine cannot work with this model.
         """
-        if is_last_backward is not None and self._asked_reduce_at == "step":
-            raise ConfigError(
-                'attach: reduce_at="step" averages gradients after whoever clips them before'
-                " step(), as Accelerate and Trainer do; leave reduce_at out. (is_last_backward says"
-                " when a backward pass is the last one of its step.)"
-            )
-        wrapper = wrapper_of(model)
-        self._check_parameters(model, wrapper)
-        self._told_last = is_last_backward
-        if wrapper is not None:
-            self._connect(wrapper, model)
-        else:
-            # watched anew, since it may have been said only now that gradients are
-            # averaged at the end of backward
-            is_plain = type(self._engine) is Engine and not self._detached
-            self._stop_watching()
-            self._take(
-                self._engine if is_plain else Engine(self._process_group, self._shard_scope), model
-            )
-        self._namer.learn(model.named_parameters())
-        self._scaling.attach(scaler)
-        plan = self.plan
-        if self.reducer.workers.is_writer:
-            print(plan, flush=True)
-        return plan
-
-    def _connect(self, wrapper: str, model: nn.Module) -> None:
-        """Let the engine of a wrapped model take the place of that of a plain one."""
-        if self._reducer is not None and self._reducer.state.has_passed:
+        if reducer is not None and reducer.state.has_passed:
             raise ConfigError(
                 "attach: the optimizer has made steps already; call attach(model) before the first"
                 " one."
             )
-        if self._reducer is not None and self._reducer.step > 0:
+        if reducer is not None and reducer.step > 0:
             raise ConfigError(
                 "attach: a state was loaded into the optimizer already, and its error memory would"
                 " be lost; load the state dict after attach (with Accelerate and Trainer, after"
@@ -146,37 +114,18 @@ class Attachment(LazyReducer):
         # taken
         self.detach()
         engine = connect(wrapper, model, self._process_group, self._shard_scope)
-        if self._bucket_bytes is not None and not engine.can_overlap:
+        if overlap and not engine.can_overlap:
             engine.release()
             raise ConfigError(f"overlap=True is not possible with {engine.name}; leave it out.")
-        self._reducer, _attached[model] = None, weakref.ref(self)
-        self._take(engine, model)
-        engine.on_join(weakref.WeakMethod(self._take_part_without_gradients))
+        self.detached, self.engine, self._model = False, engine, weakref.ref(model)
+        _attached[model] = weakref.ref(self)
+        engine.on_join(weakref.WeakMethod(take_part))
         # an optimizer that is gone leaves the model to its engine
         self._finalizer = weakref.finalize(self, engine.release)
         self._finalizer.atexit = False
 
-    def _take(self, engine: Engine, model: nn.Module) -> None:
-        """From now on gradients come from this engine."""
-        self._detached, self._engine, self._model = False, engine, weakref.ref(model)
-        self._watch_backward()
-
-    def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        if vars(self.base).get(AVERAGES) is self:
-            del vars(self.base)[AVERAGES]
-
-    def is_attached_to(self, model: nn.Module) -> bool:
-        """Whether `attach` was called with this very model, and `detach` not since."""
-        return not self._detached and self._model is not None and self._model() is model
-
     def detach(self) -> None:
-        """Take the hooks off the parameters, for another optimizer to hold them, and
-        give the model back to its engine: nothing is averaged at the end of backward
-        any more, only in `step()` and `reduce_gradients()`.
-        """
+        """Take the hooks off the parameters, and give the model back to its engine."""
         self._stop_watching()
         if self._finalizer is not None:
             self._finalizer()
@@ -184,4 +133,84 @@ class Attachment(LazyReducer):
         model = self._model() if self._model is not None else None
         if model is not None and model in _attached and _attached[model]() is self:
             del _attached[model]
-        self._detached = True
+        self.detached = True
+
+    # ---------------------------------------------------------------- backward passes
+
+    def watch(
+        self,
+        parameters: Sequence[Tensor],
+        on_gradient: Callable[[Tensor], None],
+        at_end: Callable[[], None] | None,
+    ) -> None:
+        """Watch the backward passes of these parameters; those that are watched already
+        stay as they are.
+
+        Args:
+            parameters: trainable ones.
+            on_gradient, at_end: see `BackwardWatch`; methods.
+        """
+        if self._watch is not None:
+            self._watch.add(parameters)
+            return
+        self._watch = self.engine.watch(parameters, on_gradient, at_end)
+        if at_end is not None:
+            vars(self._owner.base)[AVERAGES] = self._owner
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        if vars(self._owner.base).get(AVERAGES) is self._owner:
+            del vars(self._owner.base)[AVERAGES]
+
+    # ---------------------------------------------------------------- checks
+
+    def check_model(self, model: nn.Module, wrapper: str | None) -> None:
+        """Refuse a model that does not hold the optimizer's parameters: the optimizer was
+        built from another one, or before the model's parameters were replaced.
+
+        Raises:
+            ConfigError: parameters are not the model's, or, if it is wrapped, trainable
+                ones of the model are missing in the optimizer.
+        """
+        held = {id(p) for p in model.parameters()}
+        everything = [p for group in self._owner.param_groups for p in group["params"]]
+        foreign = [p for p in everything if id(p) not in held]
+        if len(foreign) == len(everything) or (wrapper is not None and foreign):
+            of_them = "none" if len(foreign) == len(everything) else f"all but {len(foreign)}"
+            raise ConfigError(
+                f"attach: the optimizer holds {of_them} of this model's parameters: of"
+                f" {len(everything)} parameters of the optimizer {len(foreign)} are not the"
+                " model's. Build it from this model, after fully_shard and the like, which replace"
+                " the parameters."
+            )
+        holds = {id(p) for p in everything}
+        left_out = [
+            name for name, p in model.named_parameters() if p.requires_grad and id(p) not in holds
+        ]
+        if wrapper is not None and left_out:
+            raise ConfigError(
+                f"attach: the model has {len(left_out)} trainable parameters that the optimizer"
+                f" does not hold (the first: {left_out[0]}), and nobody would average their"
+                " gradients any more. Give them to this optimizer, as a parameter group of its own"
+                " if they need other settings, or freeze them."
+            )
+
+    def check_added(self, taking_part: Sequence[tuple[str, Tensor]]) -> None:
+        """Refuse a parameter that the engine of the attached model has never seen.
+
+        Raises:
+            ConfigError: it is not one of the model's.
+        """
+        model = self._model() if self._model is not None else None
+        if model is None or self.is_plain:
+            return
+        held = {id(p) for p in model.parameters()}
+        added = [name for name, p in taking_part if id(p) not in held]
+        if added:
+            raise ConfigError(
+                f"parameter {added[0]!r} was added to the optimizer after attach, and is not one of"
+                f" the attached model, so {self.engine.name} knows nothing of it. Add it to the"
+                " model before it is wrapped, and attach then."
+            )

@@ -1,28 +1,195 @@
-"""Which buckets may start while a backward pass goes on: those whose gradients have all
-arrived, in their order.
-
-A bucket that is complete waits for those before it, since all workers must begin
-buckets in one order. A parameter that gets no gradient in this pass keeps its bucket,
-and those after it, from starting early; they start when the pass ends.
+"""When the gradients of a backward pass are averaged: in `step()`, at the end of the
+last backward pass of a step, or, with overlap, bucket by bucket while that pass goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_comm.errors import LowRankCommError
+from lowrank_comm.numerics.device import current_stream
+from lowrank_comm.optimizer.attachment import Attachment
+from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
+from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.reduction.reducer import Reducer
 
 
+class BackwardReduction:
+    """Watches backward passes and starts the averaging where it is due.
+
+    Args:
+        attachment: knows the engine and the scaler.
+        lazy: makes the reducer.
+        reduce: averages gradients that carry this loss scale into `p.grad`; returns
+            False for a veto.
+        reduce_at: "step", "backward", or None for what the engine needs.
+        overlap: whether buckets start during the backward pass.
+
+    Attributes:
+        verdict: on the gradients in `p.grad`: None while they are as backward has left
+            them, True when they were averaged, False when that was vetoed.
+        is_last: says whether the backward pass that ends is the last one of its step;
+            None if nothing does beside the engine.
+        double_averaging: looks for engines that average as well.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        lazy: LazyReducer,
+        reduce: Callable[[float], bool],
+        reduce_at: str | None,
+        overlap: bool,
+    ) -> None:
+        self._attachment, self._lazy, self._reduce = attachment, lazy, reduce
+        self._asked, self._overlap = reduce_at, overlap
+        self.verdict: bool | None = None
+        self.is_last: Callable[[], bool] | None = None
+        self.double_averaging = DoubleAveragingGuard()
+        self._only_accumulates = False
+        # the gradients that were averaged last
+        self._averaged: list[weakref.ref[Tensor]] = []
+        self._scheduler: BucketScheduler | None = None
+        # that of the last reduction
+        self._stream: Any = None
+
+    @property
+    def reduces_at(self) -> str:
+        """When gradients are averaged: at "step" or "backward"."""
+        if self._attachment.detached:
+            return "step"
+        if self._asked is not None:
+            return self._asked
+        at_backward = self._overlap or self.is_last is not None
+        return "backward" if at_backward else self._attachment.engine.reduces_at
+
+    def watch(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Notice the gradients of these parameters, and the ends of backward passes."""
+        trainable = [p for group in param_groups for p in group["params"] if p.requires_grad]
+        at_end = self._pass_has_ended if self.reduces_at == "backward" else None
+        self._attachment.watch(trainable, self._gradient_has_arrived, at_end)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward passes only accumulate."""
+        before, self._only_accumulates = self._only_accumulates, True
+        try:
+            yield
+        finally:
+            self._only_accumulates = before
+
+    # ---------------------------------------------------------------- gradients in p.grad
+
+    def begins(self, reducer: Reducer) -> None:
+        """Before a pass of all buckets: drop those of a backward pass that has failed."""
+        if not self._overlap:
+            return
+        self._stream = current_stream(reducer.device)
+        if reducer.begun and (
+            self._scheduler is None or self._scheduler.is_of_another_pass(reducer)
+        ):
+            reducer.abandon()
+
+    def ended(self, verdict: bool) -> None:
+        """After a pass: remember its verdict, and which gradients it is about."""
+        self.verdict = verdict
+        self._remember()
+
+    def _remember(self) -> None:
+        gradients = [p.grad for p in self._lazy.parameters]
+        self._averaged = [weakref.ref(grad) for grad in gradients if grad is not None]
+
+    def were_dropped(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether averaged gradients were set to None since."""
+        return bool(self._averaged) and all(
+            p.grad is None for group in param_groups for p in group["params"]
+        )
+
+    def _waits_for_step(self) -> bool:
+        """Whether gradients wait in `p.grad` that were averaged for a step which has
+        not been made.
+        """
+        averaged = {id(grad) for ref in self._averaged if (grad := ref()) is not None}
+        return self.verdict is not None and any(
+            id(p.grad) in averaged for p in self._lazy.parameters if p.grad is not None
+        )
+
+    # ---------------------------------------------------------------- a backward pass
+
+    def _is_last_backward(self) -> bool:
+        if self._only_accumulates or not self._attachment.engine.is_last_backward():
+            return False
+        return self.is_last is None or self.is_last()
+
+    def _gradient_has_arrived(self, parameter: Tensor) -> None:
+        self.double_averaging.gradient()
+        if self.reduces_at == "step":
+            self.verdict = None
+        elif self._overlap and self._lazy.made is not None and self._lazy.made.state.has_passed:
+            self._begin_early(self._lazy.made, parameter)
+
+    def _begin_early(self, reducer: Reducer, parameter: Tensor) -> None:
+        """Start the buckets that are complete with this parameter's gradient."""
+        if not self._is_last_backward() or not self._attachment.engine.begins_early:
+            return
+        if self._scheduler is None or self._scheduler.is_of_another_pass(reducer):
+            # once a pass, as is the scale, for which the host waits
+            reducer = self._lazy.prepare()
+            reducer.abandon()
+            scale = self._attachment.scaling.scale_of_gradients()
+            self._scheduler = BucketScheduler(reducer, self._lazy.parameters, scale)
+            self._scheduler.blocked = self._waits_for_step()
+        if self._scheduler.blocked:
+            return
+        if current_stream(reducer.device) != self._stream:
+            # of what is made on one stream and freed on another, the allocator may give
+            # the memory away too early
+            return
+        for bucket in self._scheduler.complete_with(parameter):
+            gradients = [p.grad for p in self._lazy.parameters]
+            reducer.begin(bucket, gradients, scale=self._scheduler.scale)
+
+    def _pass_has_ended(self) -> None:
+        """Average, if it was the last backward pass of its step. A veto leaves NaN in
+        p.grad, so that a loop that looks at it skips the step.
+        """
+        engine = self._attachment.engine
+        if self._waits_for_step():
+            raise LowRankCommError(
+                'reduce_at="backward": a second backward pass came before step(), on gradients'
+                " that are averaged already. To accumulate gradients, write"
+                f" `{engine.accumulates_by}` for all passes but the last (with Accelerate"
+                " `with accelerator.accumulate(model):` around all of them). Or build"
+                ' CompressedOptimizer(reduce_at="step"), and clip by its max_grad_norm, or after'
+                " optimizer.reduce_gradients(). To drop the first pass instead, call"
+                " optimizer.zero_grad()."
+            )
+        if not self._is_last_backward():
+            self.verdict = None
+            return
+        if not self._reduce(self._attachment.scaling.scale_of_gradients()):
+            engine.fill_nan(self._lazy.parameters)
+            self._remember()
+
+
 class BucketScheduler:
-    """Gradients of one backward pass.
+    """Says which buckets may start while a backward pass goes on: those whose gradients
+    have all arrived, in their order.
+
+    A bucket that is complete waits for those before it, since all workers must begin
+    buckets in one order. A parameter that gets no gradient in this pass keeps its
+    bucket, and those after it, from starting early; they start when the pass ends.
 
     Args:
         reducer: whose buckets are to start.
         parameters: in slot order.
-        scale: the loss scale that the gradients carry.
+        scale: the loss scale that the gradients of this pass carry.
 
     Attributes:
         blocked: nothing is to start in this pass.
@@ -41,11 +208,11 @@ class BucketScheduler:
         self._seen: set[int] = set()
 
     def is_of_another_pass(self, reducer: Reducer) -> bool:
-        """Whether another backward pass is under way now."""
+        """Return whether another backward pass, or another reducer, is under way now."""
         return reducer is not self._reducer or self._pass != torch._C._current_graph_task_id()
 
     def complete_with(self, parameter: Tensor) -> list[int]:
-        """Buckets that may start now that the gradient of `parameter` is there."""
+        """Return the buckets that may start now that the gradient of `parameter` is there."""
         if id(parameter) not in self._bucket_of or id(parameter) in self._seen:
             return []
         self._seen.add(id(parameter))

@@ -19,34 +19,40 @@ from __future__ import annotations
 
 import contextlib
 import pkgutil
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_comm.communication import Ledger
 from lowrank_comm.communication.topology import grid
+from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import OPTIMIZERS, Section
 from lowrank_comm.config.enabled import leave_alone
 from lowrank_comm.error_feedback.options import ErrorFeedback
-from lowrank_comm.errors import ConfigError, LowRankCommError
-from lowrank_comm.numerics.device import current_stream
+from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import all_finite
 from lowrank_comm.numerics.quantization import Quantization
-from lowrank_comm.optimizer.attachment import AVERAGES, Attachment
-from lowrank_comm.optimizer.backward_reduction import BucketScheduler
-from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
-from lowrank_comm.optimizer.engine import Engine
+from lowrank_comm.optimizer.attachment import Attachment
+from lowrank_comm.optimizer.backward_reduction import BackwardReduction
+from lowrank_comm.optimizer.engine import hint_of_two_levels, wrapper_of
 from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
+from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.optimizer.saved_state import SavedState
 from lowrank_comm.optimizer.step import StepLog, run_step
+from lowrank_comm.optimizer.wrapper import OptimizerWrapper
+from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.policy import Rule
+from lowrank_comm.reduction.reducer import Reducer
+from lowrank_comm.reduction.report import StepReport
 
 
-class CompressedOptimizer(Attachment):
+class CompressedOptimizer(OptimizerWrapper):
     """Wraps any torch optimizer; takes over the averaging of gradients over
     data-parallel workers.
 
@@ -120,15 +126,7 @@ class CompressedOptimizer(Attachment):
         overlap: bool = False,
         bucket_cap_mb: float = 25.0,
     ) -> None:
-        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, CompressedOptimizer):
-            raise ConfigError(
-                f"optimizer must be a plain torch.optim.Optimizer, got {type(optimizer).__name__}."
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigError(
-                "optimizer=LBFGS evaluates the loss several times a step; use SGD, Adam, or another"
-                " that does not."
-            )
+        super().__init__(optimizer, "optimizer")
         if not isinstance(compressor, Compressor):
             raise ConfigError(
                 f"compressor must be one such as PowerSGDPlus(rank=4), got {compressor!r}."
@@ -136,15 +134,12 @@ class CompressedOptimizer(Attachment):
         if transformers_uses_deepspeed():
             raise ConfigError(
                 "a CompressedOptimizer cannot go with --deepspeed: DeepSpeed averages gradients"
-                " itself, and Trainer would "
-                f'drop this optimizer. Put a section "lowrank_comm" into the DeepSpeed JSON,'
-                f" such as "
-                f"{compressor.describe()}, and import lowrank_comm.integrations.deepspeed; or give"
-                " Trainer "
-                "callbacks=[CompressionCallback(compressor)]."
+                " itself, and Trainer would drop this optimizer. Put a section"
+                f' "lowrank_comm" into the DeepSpeed JSON, such as {compressor.describe()}, and'
+                " import lowrank_comm.integrations.deepspeed; or give Trainer"
+                " callbacks=[CompressionCallback(compressor)]."
             )
-        number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
-        if max_grad_norm is not None and not (number and max_grad_norm > 0):
+        if max_grad_norm is not None and not _is_positive(max_grad_norm):
             raise ConfigError(
                 f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm!r}."
             )
@@ -156,11 +151,7 @@ class CompressedOptimizer(Attachment):
             raise ConfigError(
                 'overlap=True works at the end of backward only; leave reduce_at="step" out.'
             )
-        if (
-            isinstance(bucket_cap_mb, bool)
-            or not isinstance(bucket_cap_mb, int | float)
-            or not bucket_cap_mb > 0
-        ):
+        if not _is_positive(bucket_cap_mb):
             raise ConfigError(
                 f"bucket_cap_mb must be a number of MB above 0, got {bucket_cap_mb!r}."
             )
@@ -172,24 +163,24 @@ class CompressedOptimizer(Attachment):
             "wire_dtype": wire_dtype,
             "seed": seed,
             "initial_basis": initial_basis,
+            "bucket_bytes": int(bucket_cap_mb * 1e6) if overlap else None,
         }
-        bucket_bytes = int(bucket_cap_mb * 1e6) if overlap else None
-        super().__init__(
+        self.compressor, self.max_grad_norm = compressor, max_grad_norm
+        self._reduce_at, self._overlap = reduce_at, bool(overlap)
+        self._attachment = Attachment(self, process_group, shard_scope)
+        self._lazy = LazyReducer(
             optimizer,
             compressor,
-            process_group,
-            shard_scope,
+            self._attachment,
             Namer(named_parameters),
             options,
-            bucket_bytes,
+            settings=self._settings,
+            on_rebuild=self._watch_backward,
         )
-        self.max_grad_norm = max_grad_norm
-        self._averaged: list[weakref.ref[Tensor]] = []
-        self._asked_reduce_at, self._overlap = reduce_at, bool(overlap)
-        self._only_accumulates = False
-        # that of the last reduction
-        self._stream: Any = None
-        self._double_averaging = DoubleAveragingGuard()
+        self._backward = BackwardReduction(
+            self._attachment, self._lazy, self._reduce, reduce_at, self._overlap
+        )
+        self._saved = SavedState(optimizer, self._lazy, self._attachment)
         self._step_log = StepLog(
             "a gradient (with the error memory) was not finite, or too large for the wire or the"
             " parameter's dtype",
@@ -197,26 +188,6 @@ class CompressedOptimizer(Attachment):
             " parameters, or was every backward pass told not to be the last?",
         )
         self._watch_backward()
-
-    @property
-    def step_was_skipped(self) -> bool:
-        """Whether the last step was skipped, on all workers, since some worker's
-        gradient was not finite.
-        """
-        return self._step_log.skipped_in_a_row > 0
-
-    @property
-    def _reduces_at(self) -> str:
-        if self._detached:
-            return "step"
-        if self._overlap or self._told_last is not None:
-            return self._asked_reduce_at or "backward"
-        return self._asked_reduce_at or self._engine.reduces_at
-
-    def _is_last_backward(self) -> bool:
-        if self._only_accumulates or not self._engine.is_last_backward():
-            return False
-        return self._told_last is None or self._told_last()
 
     @classmethod
     def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> Any:
@@ -259,18 +230,147 @@ class CompressedOptimizer(Attachment):
             options["process_group"] = grid(parsed.topology.shard_size)
         return cls(base, parsed.make_compressor(), **options)
 
+    def __repr__(self) -> str:
+        return f"CompressedOptimizer({self.compressor!r}, {self.base!r})"
+
+    # ---------------------------------------------------------------- the model
+
+    def attach(
+        self,
+        model: nn.Module,
+        scaler: Any = None,
+        is_last_backward: Callable[[], bool] | None = None,
+    ) -> Plan:
+        """Connect to the engine that runs the model, take the parameters' names from it,
+        and print the plan on rank 0.
+
+        Under DDP and FSDP2 the engine's own averaging of gradients (under HSDP that
+        between nodes) is switched off, and ours takes its place. For a plain model this
+        is optional.
+
+        Args:
+            model: the one whose parameters the base optimizes, wrapped as it is
+                trained.
+            scaler: a `torch.amp.GradScaler`, so that an overflow on one worker lowers
+                the scale on all.
+            is_last_backward: for loops that accumulate gradients and know by themselves
+                which backward pass is the last of a step, such as Accelerate's and
+                Trainer's: called at the end of each. Gradients are then averaged at the
+                end of the last one, for a plain model too.
+
+        Returns:
+            What was found, what goes low-rank and what dense, bytes a step, memory.
+
+        Raises:
+            UnsupportedError: the model is wrapped in a way that cannot be compressed;
+                the message names the way out.
+            ConfigError: the optimizer and the model do not hold the same parameters, or
+                groups do not fit.
+        """
+        if is_last_backward is not None and self._reduce_at == "step":
+            raise ConfigError(
+                'attach: reduce_at="step" averages gradients after whoever clips them before'
+                " step(), as Accelerate and Trainer do; leave reduce_at out. (is_last_backward says"
+                " when a backward pass is the last one of its step.)"
+            )
+        attachment, wrapper = self._attachment, wrapper_of(model)
+        attachment.check_model(model, wrapper)
+        self._backward.is_last = is_last_backward
+        if wrapper is None:
+            attachment.to_plain(model)
+        else:
+            take_part = self._take_part_without_gradients
+            attachment.to_wrapped(wrapper, model, self._lazy.made, take_part, self._overlap)
+            self._lazy.forget()
+        self._watch_backward()
+        self._lazy.learn(model.named_parameters())
+        attachment.scaling.attach(scaler)
+        plan = self.plan
+        if self.reducer.workers.is_writer:
+            print(plan, flush=True)
+        return plan
+
+    def is_attached_to(self, model: nn.Module) -> bool:
+        """Return whether `attach` was called with this very model, and `detach` not
+        since.
+        """
+        return self._attachment.is_of(model)
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters, for another optimizer to hold them, and
+        give the model back to its engine: nothing is averaged at the end of backward
+        any more, only in `step()` and `reduce_gradients()`.
+        """
+        self._attachment.detach()
+
+    def _watch_backward(self) -> None:
+        self._backward.watch(self.base.param_groups)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be equal on all workers beside what the reducer knows."""
+        return {"max_grad_norm": self.max_grad_norm, "reduce_at": self._backward.reduces_at}
+
     # ---------------------------------------------------------------- a step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Average the gradients (unless that was done before), clip (if asked to), step
+        the base. A collective, to be called by every worker.
+
+        Args:
+            closure: computes the loss and the gradients again; it runs first.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ConfigMismatchError: at the first step, on every worker, if their settings
+                or parameters differ.
+            LowRankCommError: a GradScaler that `attach` was not told of, and gradients
+                that were averaged before.
+        """
+        return run_step(
+            self,
+            self.base.param_groups,
+            closure,
+            self._attachment.scaling,
+            initialise=self._initialise,
+            average=self._average,
+            update=self._update,
+            averaged_before=lambda: self._backward.verdict is not None,
+        )
+
+    def _initialise(self) -> None:
+        """Let the base create its state; the state dict that torch makes next must have
+        a place for the compressor's state too.
+        """
+        self._lazy.prepare()
+        self.base.step()
+
+    def _average(self) -> bool | None:
+        """Average the gradients, unless that was done before; None if the step is
+        vetoed.
+        """
+        verdict = self._backward.verdict
+        applied = self._reduce(1.0) if verdict is None else verdict
+        self._backward.verdict = None
+        return applied or None
+
+    def _update(self, _: bool) -> None:
+        """Clip, and step the base."""
+        if self.max_grad_norm is not None:
+            everything = [p for group in self.base.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in everything if p.grad is not None], self.max_grad_norm
+            )
+        self.base.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
-        self._status = None
-        self._engine.drop()
-        if self._reducer is not None:
-            self._reducer.abandon()
+        self._backward.verdict = None
+        self._attachment.engine.drop()
+        if self._lazy.made is not None:
+            self._lazy.made.abandon()
         self.base.zero_grad(set_to_none=set_to_none)
-
-    def __repr__(self) -> str:
-        return f"CompressedOptimizer({self.compressor!r}, {self.base!r})"
 
     def reduce_gradients(self) -> bool:
         """Average the gradients over the workers into `p.grad`; a collective, to be
@@ -289,15 +389,12 @@ class CompressedOptimizer(Attachment):
                 or parameters differ.
         """
         self._watch_backward()
-        dropped = bool(self._averaged) and all(
-            p.grad is None for group in self.param_groups for p in group["params"]
-        )
-        if self._status is not None and not dropped:
-            return self._status == "averaged"
-        return self._reduce(self._scaling.scale_of_gradients())
+        verdict = self._backward.verdict
+        if verdict is not None and not self._backward.were_dropped(self.base.param_groups):
+            return verdict
+        return self._reduce(self._attachment.scaling.scale_of_gradients())
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Inside, backward passes only accumulate, also with reduce_at="backward"; as
         DDP's method of this name.
 
@@ -312,191 +409,159 @@ class CompressedOptimizer(Attachment):
             >>> model(torch.zeros(2, 8)).sum().backward()
             >>> optimizer.step()
         """
-        before, self._only_accumulates = self._only_accumulates, True
-        try:
-            yield
-        finally:
-            self._only_accumulates = before
+        return self._backward.no_sync()
 
     def _reduce(self, scale: float) -> bool:
-        reducer = self._prepared()
-        parameters = self._parameters
-        self._stream = current_stream(reducer.device)
-        if reducer.begun and (
-            self._scheduler is None or self._scheduler.is_of_another_pass(reducer)
-        ):
-            # of a backward pass that has failed
-            reducer.abandon()
-        first = not reducer.state.has_passed
+        """Average gradients that carry this loss scale into `p.grad`; a collective.
+
+        Returns:
+            False for a veto: then nothing has changed, on all workers.
+        """
+        reducer, engine = self._lazy.prepare(), self._attachment.engine
+        parameters = self._lazy.parameters
+        self._backward.begins(reducer)
+        is_first = not reducer.state.has_passed
         # before anything whose sizes follow from what is compared
         reducer.ensure_agreed()
-        # the others are known not to average over these workers any more
-        if first and type(self._engine) is Engine:
-            self._double_averaging.check(
-                [p.grad for p in parameters], reducer.workers, reducer.ledger
-            )
-        grads = self._engine.collect(parameters)
-        outcome = reducer.reduce(grads, scale=scale)
+        # other engines are known not to average over these workers any more
+        if is_first and self._attachment.is_plain:
+            gradients = [p.grad for p in parameters]
+            self._backward.double_averaging.check(gradients, reducer.workers, reducer.ledger)
+        outcome = reducer.reduce(engine.collect(parameters), scale=scale)
         applied = outcome.applied
         if applied:
             self._step_log.warn_if_empty(outcome.grads)
-            narrow = [
-                (g, p.dtype)
-                for g, p in zip(outcome.grads, parameters, strict=True)
-                if p.dtype == torch.float16
-            ]
-            if narrow and reducer.workers.any_in_the_node(
-                not all_finite(g.to(t) for g, t in narrow if g is not None)
-            ):
-                # the same on all workers, since they all hold the same numbers now
+            # the same on all workers, since they all hold the same numbers now
+            if _overflows_float16(outcome.grads, parameters, reducer.workers):
                 reducer.rollback()
                 applied = False
-            else:
-                self._engine.deliver(parameters, outcome.grads)
-                reducer.commit()
-        if not applied:
-            self._engine.forget()
+        if applied:
+            engine.deliver(parameters, outcome.grads)
+            reducer.commit()
+        else:
+            engine.forget()
         self._step_log.enter(reducer.step, applied)
-        self._averaged = [weakref.ref(p.grad) for p in parameters if p.grad is not None]
-        self._status = "averaged" if applied else "vetoed"
+        self._backward.ended(applied)
         return applied
 
     def _take_part_without_gradients(self) -> None:
         """A pass of the other workers, when this one's data are exhausted: it sends
         what its error memory holds.
         """
-        for parameter in self._prepared_parameters():
+        self._lazy.prepare()
+        for parameter in self._lazy.parameters:
             parameter.grad = None
         self._reduce(1.0)
         self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Reduce (if nobody has), clip (if asked to), step the base. A collective, to
-        be called by every worker.
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was skipped, on all workers, since some worker's
+        gradient was not finite.
+        """
+        return self._step_log.skipped_in_a_row > 0
 
-        Args:
-            closure: computes the loss and the gradients anew; it runs first.
+    # ---------------------------------------------------------------- the reducer, and what it tells
+
+    @property
+    def reducer(self) -> Reducer:
+        """The reducer of the present trainable parameters; made at the first step, or
+        when it is first asked for.
+        """
+        return self._lazy.prepare()
+
+    def error_memory(self) -> dict[str, Tensor]:
+        """Return this worker's error memory, e_i = Delta_i - sent_i of the last step.
 
         Returns:
-            The closure's loss, or None.
+            Parameter name -> error in the parameter's shape and in gradient units,
+            without the loss scale; live views, until parameters are added. What keeps
+            no error is absent: what goes dense, and all of it unless the form of error
+            feedback is "ef14".
+        """
+        reducer, engine = self._lazy.prepare(), self._attachment.engine
+        of_name = dict(
+            zip((slot.name for slot in reducer.slots), self._lazy.parameters, strict=True)
+        )
+        return {
+            slot.name: engine.error_view(slot, of_name[slot.name], shaped["error"])
+            for slot, _, shaped in reducer.state.blocks()
+            if "error" in shaped
+        }
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """Bytes, captured energy, error norm, restarts and times of the last step; None
+        before the first.
+        """
+        return self._lazy.made.last_report if self._lazy.made is not None else None
+
+    @property
+    def ledger(self) -> Ledger:
+        """Totals of bytes and steps."""
+        return self.reducer.ledger
+
+    @property
+    def plan(self) -> Plan:
+        """What was found, what goes low-rank, bytes a step, memory."""
+        plan, engine = self.reducer.plan, self._attachment.engine
+        hint = hint_of_two_levels(plan)
+        return replace(plan, engine=engine.name, notes=(*plan.notes, *engine.notes(), *hint))
+
+    # ---------------------------------------------------------------- state
+
+    def consolidate_error_memory(self) -> None:
+        """Make every worker's error the mean of all; a collective. Call it on all ranks
+        before `state_dict()`.
+
+        Training goes on as it would have: linear compressors use the mean error only.
+        It sends the error memory once, as many bytes as the gradients of all compressed
+        matrices. Where ranks hold blocks of whole parameters (two levels, but not
+        FSDP2), each keeps a copy of the whole error memory on the CPU for the state
+        dict, until the next is made.
+        """
+        self._saved.consolidate()
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return the base's state dict with the compressor's state (see
+        `checkpointing.state_dict`); never communicates, never raises.
+
+        Returns:
+            The state dict. It holds the mean error memory, fit for any worker, if
+            `consolidate_error_memory()` was called since the last step; else this
+            worker's own, and that is warned about once.
+        """
+        return self._state_dict_with_hooks(self._saved.save)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the base and the compressor.
+
+        Args:
+            state_dict: from `state_dict()`, at any world size if it holds the mean; a
+                plain optimizer's is accepted too, with a warning that the error memory
+                starts from zero.
 
         Raises:
-            ConfigMismatchError: at the first step, on every worker, if their settings
-                or parameters differ.
-            LowRankCommError: a GradScaler that `attach` was not told of, and gradients
-                that were averaged before.
+            StateMismatchError: it holds another worker's own error memory, or error
+                memory would be lost.
         """
-        return run_step(
-            self,
-            self.base.param_groups,
-            closure,
-            self._scaling,
-            initialise=self._initialise,
-            average=self._average,
-            update=self._update,
-            averaged_before=lambda: self._status is not None,
-        )
+        self._load_with_hooks(state_dict, self._saved.load)
+        self._backward.verdict = None
 
-    def _initialise(self) -> None:
-        """Let the base create its state; the state dict that torch makes next must have
-        a place for the compressor's state too.
-        """
-        self._prepared()
-        self.base.step()
 
-    def _average(self) -> bool | None:
-        """Average the gradients, unless that was done before; None if the step is
-        vetoed.
-        """
-        applied = self._reduce(1.0) if self._status is None else self._status == "averaged"
-        self._status = None
-        return applied or None
+def _is_positive(value: object) -> bool:
+    """Whether it is a number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
-    def _update(self, _: bool) -> None:
-        if self.max_grad_norm is not None:
-            everything = [p for group in self.base.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in everything if p.grad is not None], self.max_grad_norm
-            )
-        self.base.step()
 
-    def _watch_backward(self) -> None:
-        """Notice new gradients, and the end of backward."""
-        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if self._watch is None:
-            at_end = self._reduce_after_backward if self._reduces_at == "backward" else None
-            self._watch = self._engine.watch(trainable, self._new_gradient, at_end)
-            if at_end is not None:
-                vars(self.base)[AVERAGES] = self
-        else:
-            self._watch.add(trainable)
-
-    def _new_gradient(self, parameter: Tensor) -> None:
-        self._double_averaging.gradient()
-        if self._reduces_at == "step":
-            self._status = None
-            return
-        if self._overlap and self._reducer is not None and self._reducer.state.has_passed:
-            self._begin_early(parameter)
-
-    def _holds_averaged(self) -> bool:
-        """Whether gradients wait in `p.grad` that were averaged for a step which has
-        not been made.
-        """
-        averaged = {id(grad) for ref in self._averaged if (grad := ref()) is not None}
-        return self._status is not None and any(
-            id(p.grad) in averaged
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        )
-
-    def _begin_early(self, parameter: Tensor) -> None:
-        """Start the buckets that are complete with this parameter's gradient."""
-        if not self._is_last_backward() or not self._engine.begins_early:
-            return
-        reducer = self._reducer
-        if (
-            reducer is None
-            or self._scheduler is None
-            or self._scheduler.is_of_another_pass(reducer)
-        ):
-            # once a pass, as is the scale, for which the host waits
-            reducer = self._prepared()
-            reducer.abandon()
-            self._scheduler = BucketScheduler(
-                reducer, self._parameters, self._scaling.scale_of_gradients()
-            )
-            self._scheduler.blocked = self._holds_averaged()
-        if self._scheduler.blocked:
-            return
-        if current_stream(reducer.device) != self._stream:
-            # of what is made on one stream and freed on another, the allocator may give
-            # the memory away too early
-            return
-        for bucket in self._scheduler.complete_with(parameter):
-            reducer.begin(bucket, [p.grad for p in self._parameters], scale=self._scheduler.scale)
-
-    def _reduce_after_backward(self) -> None:
-        """End of a backward pass in mode "backward"; a veto leaves NaN in p.grad, so
-        that whoever looks at it skips.
-        """
-        if self._holds_averaged():
-            raise LowRankCommError(
-                'reduce_at="backward": a second backward pass came before step(), on gradients'
-                " that are averaged already. To accumulate gradients, write"
-                f" `{self._engine.accumulates_by}` for all passes but the last (with Accelerate"
-                " `with accelerator.accumulate(model):` around all of them). Or build"
-                ' CompressedOptimizer(reduce_at="step"), and clip by its max_grad_norm, or after'
-                " optimizer.reduce_gradients(). To drop the first pass instead, call"
-                " optimizer.zero_grad()."
-            )
-        if not self._is_last_backward():
-            self._status = None
-            return
-        if not self._reduce(self._scaling.scale_of_gradients()):
-            self._engine.fill_nan(self._parameters)
-            self._averaged = [weakref.ref(p.grad) for p in self._parameters if p.grad is not None]
-
-    def _settings(self) -> dict[str, Any]:
-        return {"max_grad_norm": self.max_grad_norm, "reduce_at": self._reduces_at}
+def _overflows_float16(
+    means: Sequence[Tensor | None], parameters: Sequence[Tensor], workers: Workers
+) -> bool:
+    """Whether an averaged gradient is too large for its float16 parameter on any rank of
+    the node; a collective of these ranks.
+    """
+    narrow = [mean for mean, p in zip(means, parameters, strict=True) if p.dtype == torch.float16]
+    if not narrow:
+        return False
+    finite = all_finite(mean.to(torch.float16) for mean in narrow if mean is not None)
+    return workers.any_in_the_node(not finite)

@@ -5,12 +5,12 @@ keyed by them.
 from __future__ import annotations
 
 import re
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from lowrank_comm.optimizer.environment import warn_user
 
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -84,28 +84,16 @@ class Namer:
                 named.append((name, parameter))
         if unnamed and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"{unnamed} parameters have no names and are called by group and index (0.0, 0.1,"
                 " ...): a checkpoint then depends on their order. Build the base optimizer from"
                 " model.named_parameters(), or call attach(model).",
-                stacklevel=_stacklevel_of_the_caller(),
             )
         if self._depth and not self._known and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 "the names of all parameters start with 'module.', as in a model wrapped by"
                 " DistributedDataParallel. If it is, gradients are averaged by it and then once"
                 " more: build the base optimizer from the plain model, and do not wrap it.",
-                stacklevel=_stacklevel_of_the_caller(),
             )
         return named
-
-
-def _stacklevel_of_the_caller() -> int:
-    """For `warnings.warn`: the first frame that is neither this library's nor torch's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(
-        ("lowrank_comm", "torch")
-    ):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -1,16 +1,15 @@
-"""An optimizer around another one that owns nothing: whatever the base owns is the
-base's, so nothing can drift apart.
-
-And what an optimizer may want to know of whoever is around it: who calls its step,
-whether its neighbours are like it.
-"""
+"""The base class of the optimizers of this library that wrap another one."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from torch.optim import Optimizer
+
+from lowrank_comm.errors import ConfigError
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -23,18 +22,31 @@ _HOOKS = (
 
 
 class OptimizerWrapper(Optimizer):
-    """A `torch.optim.Optimizer` whose `param_groups`, `state` and `defaults` are those
-    of `base`.
+    """Wraps a base optimizer; delegates `param_groups`, `state` and `defaults` to it, so
+    that they cannot differ from the base's.
 
-    Hooks are its own: those registered here run around this optimizer's step, the
+    Hooks are its own: those registered here run around this optimizer's methods, the
     base's around the base's.
 
     Args:
         base: the optimizer that steps.
+        argument: what the caller calls it, for messages.
+
+    Raises:
+        ConfigError: it is none, a wrapper itself, or LBFGS.
     """
 
     # Optimizer.__init__ would make groups and state of its own
-    def __init__(self, base: Optimizer) -> None:
+    def __init__(self, base: Optimizer, argument: str) -> None:
+        if not isinstance(base, Optimizer) or isinstance(base, OptimizerWrapper):
+            raise ConfigError(
+                f"{argument} must be a plain torch.optim.Optimizer, got {type(base).__name__}."
+            )
+        if isinstance(base, torch.optim.LBFGS):
+            raise ConfigError(
+                f"{argument}=LBFGS evaluates the loss several times a step; use SGD, Adam, or"
+                " another that does not."
+            )
         self.base = base
         for hooks in _HOOKS:
             setattr(self, hooks, OrderedDict())
@@ -73,8 +85,30 @@ class OptimizerWrapper(Optimizer):
         """
         self.base.add_param_group(param_group)
 
+    def _state_dict_with_hooks(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the state dict that `make` returns, between the hooks for saving."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result = make()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def _load_with_hooks(
+        self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Call `load` with the state dict, between the hooks for loading."""
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "CompressedOptimizer cannot be pickled or deep-copied: it belongs to a process group."
+            f"{type(self).__name__} cannot be pickled or deep-copied: it belongs to a process group."
             " Use state_dict()."
         )

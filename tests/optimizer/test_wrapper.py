@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from lowrank_comm import CompressedOptimizer, PowerSGD
+from lowrank_comm.optimizer.wrapper import OptimizerWrapper
 from tests.support.networks import BASES, compressed, distance, every_base, loss_of, network
+
+
+def test_nothing_stands_between_the_optimizer_and_its_wrapper() -> None:
+    """Its parts are objects that it has, not base classes."""
+    assert CompressedOptimizer.__mro__ == (
+        CompressedOptimizer,
+        OptimizerWrapper,
+        torch.optim.Optimizer,
+        object,
+    )
 
 
 @every_base

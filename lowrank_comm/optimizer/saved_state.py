@@ -1,0 +1,141 @@
+"""What an optimizer's state dict holds of the compressor's state, and how it is loaded.
+
+`checkpointing.state_dict` has the format; `checkpointing.file` says what "own" and
+"mean" are. Here stand the choices: which of them a state dict holds, and where ranks of
+a node hold blocks of parameters, whether the whole was gathered for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_comm.checkpointing import state_dict as entries
+from lowrank_comm.checkpointing.tag import NOBODY, Tag, tag_of
+from lowrank_comm.checkpointing.tensors import check_fits, restore, whole_tensors_of
+from lowrank_comm.optimizer.attachment import Attachment
+from lowrank_comm.optimizer.environment import warn_user
+from lowrank_comm.optimizer.lazy_reducer import LazyReducer
+from lowrank_comm.reduction.reducer import Reducer
+
+_log = logging.getLogger("lowrank_comm")
+
+
+class SavedState:
+    """Saves the state of a reducer in its optimizer's state dicts, and restores it.
+
+    Args:
+        base: the optimizer that steps.
+        lazy: makes the reducer.
+        attachment: knows the engine.
+    """
+
+    def __init__(self, base: Optimizer, lazy: LazyReducer, attachment: Attachment) -> None:
+        self._base, self._lazy, self._attachment = base, lazy, attachment
+        self._warned_own = False
+        # the state of whole parameters, and the consolidation that it is of
+        self._whole: tuple[object, dict[str, dict[str, Tensor]]] | None = None
+
+    @property
+    def _holds_blocks(self) -> bool:
+        """Whether this rank's state is of blocks of parameters, and a state dict's is
+        to be of whole ones.
+        """
+        engine = self._attachment.engine
+        return engine.intra_node.size > 1 and engine.saves_whole
+
+    def consolidate(self) -> None:
+        """Make the error memory the mean of all workers', and gather whole parameters'
+        if a state dict needs it; a collective.
+        """
+        reducer = self._lazy.prepare()
+        reducer.consolidate_error_memory()
+        if self._holds_blocks:
+            self._whole = (reducer.state.consolidation, whole_tensors_of(reducer))
+
+    def save(self) -> dict[str, Any]:
+        """Return the base's state dict with the reducer's state; no communication."""
+        result = self._base.state_dict()
+        reducer, engine = self._lazy.made, self._attachment.engine
+        if reducer is None:
+            return result
+        whole = self._gathered(reducer)
+        tag = self._tag(reducer, gathered=whole is not None)
+        if tag.kind == "own" and tag.step > 0 and not self._warned_own:
+            self._warned_own = True
+            warn_user(
+                f"state_dict() holds {tag.whose} own {self._lazy.memory} only. Call"
+                " consolidate_error_memory() on all ranks before saving; then it fits every"
+                " worker, at any world size."
+            )
+        numbered = self._numbered(result["param_groups"])
+        entries.add(result, reducer, engine.saved(reducer, whole), tag, numbered)
+        return result
+
+    def _tag(self, reducer: Reducer, gathered: bool) -> Tag:
+        tag = tag_of(reducer)
+        # consolidated, but not gathered
+        if self._holds_blocks and not gathered and tag.step > 0:
+            tag = replace(tag, kind="own")
+        # A sharded checkpoint keeps one node's DTensors and one rank's tag: then no rank
+        # is to take them for its own.
+        if tag.kind == "own" and not self._attachment.engine.saves_whole:
+            tag = replace(tag, rank=NOBODY)
+        return tag
+
+    def _gathered(self, reducer: Reducer) -> dict[str, dict[str, Tensor]] | None:
+        """The state of whole parameters, if it was gathered at the last consolidation
+        and no step was made since.
+        """
+        if self._whole is None or not reducer.state.consolidated:
+            return None
+        consolidation, tensors = self._whole
+        return tensors if consolidation is reducer.state.consolidation else None
+
+    def load(self, state_dict: dict[str, Any]) -> None:
+        """Restore the base and the reducer.
+
+        Raises:
+            StateMismatchError: what is saved does not fit; then nothing is changed.
+        """
+        entries.refuse_other_kind(state_dict)
+        # Names only where they are needed: Accelerate loads an empty state before it
+        # has wrapped the model that has them.
+        numbered = self._numbered(state_dict["param_groups"]) if state_dict["state"] else []
+        plain, tag, tensors = entries.split(state_dict, numbered)
+        if tag is not None:
+            check_fits(self._lazy.prepare(), tag, tensors)
+        self._base.load_state_dict(plain)
+        if tag is None:
+            self._start_from_zero(is_empty=not state_dict["state"])
+            return
+        reducer = self._lazy.prepare()
+        restore(reducer, tag, tensors)
+        # what was given is whole, and right until the next step
+        if self._holds_blocks:
+            is_mean = tag.kind == "mean"
+            self._whole = (reducer.state.consolidation, copy.deepcopy(tensors)) if is_mean else None
+
+    def _start_from_zero(self, is_empty: bool) -> None:
+        reducer = self._lazy.made
+        if not is_empty or (reducer is not None and reducer.step > 0):
+            _log.warning(
+                "the state dict holds no compressor state: the %s starts from zero",
+                self._lazy.memory,
+            )
+        if reducer is not None:
+            reducer.reset()
+
+    def _numbered(self, saved_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+        """(parameter name, key in the state dict) for all parameters, by their order in
+        the groups.
+        """
+        keys = [key for group in saved_groups for key in group["params"]]
+        # the base complains about another number of parameters
+        return list(zip(self._lazy.names(), keys, strict=False))
