@@ -8,9 +8,11 @@ adapters in `integrations` give the others' answers (DDP, FSDP2 and HSDP);
 A step asks an engine, in this order:
 
     slots       once: the parameters as this rank holds them
-    collect     local gradients, one for each slot (the exact mean inside the node is formed here where there are two levels)
-    deliver     the averaged ones, into `p.grad`
-    fill_nan    or NaN, where a veto must be visible to whoever looks at `p.grad`
+    collect     local gradients, one for each slot; with two levels the exact mean
+                inside the node is formed here
+    deliver     put the averaged ones into `p.grad`
+    forget      or, after a veto, forget what was collected
+    fill_nan    and put NaN into `p.grad`, where a veto must be visible there
 """
 
 from __future__ import annotations
@@ -116,14 +118,16 @@ class Engine:
                 parameter.grad.fill_(float("nan"))
 
     def drop(self) -> None:
-        """The user clears the gradients: forget what waits elsewhere than in `p.grad`."""
+        """Forget what waits elsewhere than in `p.grad`; the user clears gradients."""
 
     def local(self, tensor: Tensor) -> Tensor:
         """What this rank holds of a parameter or gradient."""
         return tensor
 
     def error_view(self, slot: ParamInfo, parameter: Tensor, error: Tensor) -> Tensor:
-        """An error memory, or what else has a parameter's shape, as the user sees it."""
+        """Return an error memory, or what else has a parameter's shape, as the user
+        sees it.
+        """
         return error
 
     def saved(
@@ -144,7 +148,7 @@ class Engine:
         return tensors_of(reducer) if whole is None else whole
 
     def is_last_backward(self) -> bool:
-        """Whether the backward pass that ends (or goes on) is the last one of its step."""
+        """Whether the backward pass that ends (or goes on) is the last of its step."""
         return True
 
     def watch(
@@ -182,7 +186,9 @@ refused.
 
 
 def wrapper_of(model: nn.Module) -> str | None:
-    """Name of the wrapper that reduces gradients by itself, or None for a plain model."""
+    """Return the class name of the wrapper that reduces gradients by itself, or None
+    for a plain model.
+    """
     for module in model.modules():
         for kind in type(module).__mro__:
             if kind.__name__ in ADAPTERS:
