@@ -1,3 +1,4 @@
-"""Third-party engines, one a file, imported as `lowrank_comm.integrations.<engine>`.
-They know the core, not each other.
+"""Adapters of third-party engines and training loops, imported as
+`lowrank_comm.integrations.<engine>`. They know the core; the core does not know them.
+See README.md for how to add one.
 """

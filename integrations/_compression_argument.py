@@ -1,7 +1,7 @@
-"""What a user may give where compression is asked for, and what becomes of it: used by
-Trainer's and Accelerate's adapters.
+"""The argument `compression` of Trainer's and Accelerate's adapters: what a user may
+give, and what becomes of it.
 
-a CompressedOptimizer       is what it is
+a CompressedOptimizer       is taken as it is
 a compressor                with everything else at its default
 a section, as in JSON       see `lowrank_comm.config`
 a plain optimizer           only one that `CompressedOptimizer.from_config` has returned
@@ -24,8 +24,8 @@ Compression = Optimizer | Compressor | Mapping[str, Any] | None
 
 
 def check(compression: Compression, who: str) -> None:
-    """ConfigError, in the name of `who`, for what is none of the above or a section
-    that cannot work.
+    """Raise ConfigError, in the name of `who`, for what is none of the above, or a
+    section that cannot work.
     """
     if isinstance(compression, Mapping):
         Section.parse(compression)
@@ -51,7 +51,7 @@ def is_disabled(compression: Any) -> bool:
 
 
 def section_of(compression: Compressor | Mapping[str, Any]) -> dict[str, Any]:
-    """The section for a DeepSpeed JSON."""
+    """Return the section for a DeepSpeed JSON."""
     return Section.of(compression) if isinstance(compression, Compressor) else dict(compression)
 
 
@@ -65,8 +65,7 @@ def around(base: Optimizer, compression: Compressor | Mapping[str, Any]) -> Any:
 
 
 def put_into_deepspeed(config: dict[str, Any], compression: Compression, who: str) -> None:
-    """Make a DeepSpeed configuration, from which no engine was made yet, have the
-    section.
+    """Put the section into a DeepSpeed configuration from which no engine was made yet.
 
     Raises:
         ConfigError: a CompressedOptimizer, which cannot go with DeepSpeed; or there is
@@ -75,10 +74,9 @@ def put_into_deepspeed(config: dict[str, Any], compression: Compression, who: st
     if isinstance(compression, CompressedOptimizer):
         raise ConfigError(
             f"{who}: a CompressedOptimizer cannot go with DeepSpeed, which averages gradients"
-            " itself. Give the base "
-            f'optimizer (or none), and the compressor to {who}; or put a section "{SECTION}" with'
-            " its settings into the "
-            f"DeepSpeed JSON, for example {{{SECTION!r}: {Section.of(compression.compressor)}}}."
+            f" itself. Give the base optimizer (or none), and the compressor to {who}; or put a"
+            f' section "{SECTION}" with its settings into the DeepSpeed JSON, for example'
+            f" {{{SECTION!r}: {Section.of(compression.compressor)}}}."
         )
     if isinstance(compression, Optimizer):
         # left alone; see `check`

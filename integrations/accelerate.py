@@ -49,11 +49,11 @@ from lowrank_comm.reduction.monitoring import Compressing
 __all__ = ["connect", "get", "prepare"]
 
 _OURS = "_lowrank_comm"
-_told: weakref.WeakKeyDictionary[CompressedOptimizer, tuple[weakref.ref[Any], Any]] = (
-    weakref.WeakKeyDictionary()
-)
+_told: weakref.WeakKeyDictionary[
+    CompressedOptimizer, tuple[weakref.ref[AcceleratedOptimizer], Any]
+] = weakref.WeakKeyDictionary()
 """Optimizer -> the `AcceleratedOptimizer` around it that is told of its steps, and the
-hook that tells it.
+hook by which it is told.
 """
 _WHO = "lowrank_comm.integrations.accelerate.prepare"
 
@@ -64,7 +64,8 @@ def prepare(
     compression: Compressor | Mapping[str, Any] | None = None,
     **keywords: Any,
 ) -> Any:
-    """`accelerator.prepare(*objects)`, with the gradients' averaging compressed.
+    """Prepare objects as `accelerator.prepare(*objects)` does, with the averaging of
+    the gradients compressed.
 
     Args:
         accelerator: of the run.
@@ -85,9 +86,11 @@ def prepare(
         UnsupportedError: FSDP1, or another wrapper that cannot be compressed.
 
     Example:
-        accelerator = Accelerator(gradient_accumulation_steps=2) model, optimizer,
-        loader = prepare(accelerator, model, optimizer, loader,
-        compression=PowerSGDPlus(rank=4)) for batch in loader:
+        accelerator = Accelerator(gradient_accumulation_steps=2)
+        model, optimizer, loader = prepare(
+            accelerator, model, optimizer, loader, compression=PowerSGDPlus(rank=4)
+        )
+        for batch in loader:
             with accelerator.accumulate(model):
                 accelerator.backward(model(**batch).loss)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -108,7 +111,7 @@ def prepare(
             mine[0] if mine else compression,
             _WHO,
         )
-        import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches the section on)
+        import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches it on)
 
         return accelerator.prepare(*objects, **keywords)
     if is_disabled(compression) and not mine:
@@ -144,7 +147,7 @@ def connect(
     accelerator: Accelerator, prepared: Sequence[Any], is_training: Callable[[], bool] | None = None
 ) -> None:
     """Attach the compressed optimizers among what `accelerator.prepare` has returned;
-    those that are, stay as they are.
+    those that are attached already stay as they are.
 
     Args:
         accelerator: that has prepared them.
@@ -175,7 +178,7 @@ def connect(
 
 def _connect(
     accelerator: Accelerator,
-    outer: Any,
+    outer: AcceleratedOptimizer,
     optimizer: CompressedOptimizer,
     model: nn.Module,
     is_training: Callable[[], bool] | None,
@@ -225,7 +228,7 @@ def _consolidating(accelerator: Accelerator) -> Callable[..., Any]:
 
 
 def refuse_fsdp1(accelerator: Accelerator, who: str) -> None:
-    """UnsupportedError where Accelerate is going to wrap the model by FSDP1."""
+    """Raise UnsupportedError where Accelerate is going to wrap the model by FSDP1."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise UnsupportedError(
@@ -236,9 +239,14 @@ def refuse_fsdp1(accelerator: Accelerator, who: str) -> None:
 
 
 def get(prepared: Any) -> Compressing | None:
-    """What compresses, of what `prepare` has returned: the `CompressedOptimizer` of an
-    optimizer, or the adapter of a DeepSpeed engine; None for anything else. It has
-    `last_report`, `ledger`, and `error_memory()`.
+    """Return what compresses, of what `prepare` has returned.
+
+    Args:
+        prepared: an optimizer or a model.
+
+    Returns:
+        The `CompressedOptimizer` of an optimizer, or the adapter of a DeepSpeed engine:
+        both have `last_report`, `ledger` and `error_memory()`. None for anything else.
     """
     if isinstance(prepared, AcceleratedOptimizer):
         inner = prepared.optimizer

@@ -1,11 +1,11 @@
 """PyTorch DDP: `optimizer.attach(ddp_model)`.
 
-DDP keeps everything but the all-reduce. A communication hook hands each bucket back as
-it is, at once and without a collective; so gradients stay this worker's own, while
-buckets are rebuilt, unused parameters are found, buffers are broadcast and a static
-graph is learnt as ever. The reduction runs over `p.grad` when DDP has finished the
-backward pass: a callback that is queued from within a callback comes after DDP's own,
-which copies the buckets back.
+DDP keeps everything but the all-reduce. A communication hook hands each bucket back at
+once, without a collective; so gradients stay this worker's own, while DDP rebuilds
+buckets, finds unused parameters, broadcasts buffers and learns a static graph as
+before. The reduction runs over `p.grad` when DDP has finished the backward pass: a
+callback that is queued from within a callback comes after DDP's own, which copies the
+buckets back.
 
 Accumulation: a backward pass whose forward ran within `ddp.no_sync()` only accumulates.
 `ddp.join()` works: a rank whose data are exhausted is asked by DDP to run the hook on
@@ -54,8 +54,8 @@ class DDPEngine(Engine):
         super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
         self._ddp, self._syncs = ddp, True
         self._on_join: weakref.WeakMethod[Callable[[], None]] | None = None
-        # else the model kept an optimizer's engine alive, and DDP from reducing, for
-        # ever
+        # A strong reference would let the model keep this engine alive, and DDP would
+        # never reduce again.
         me = weakref.ref(self)
 
         def before_forward(*_: Any) -> None:
@@ -107,8 +107,8 @@ class DDPEngine(Engine):
             take_part()
 
     def bucket(self, bucket: dist.GradBucket) -> None:
-        """DDP is done with a bucket. Outside of a backward pass: it stands in for a
-        backward pass of a joined rank.
+        """Take note that DDP is done with a bucket; outside of a backward pass this is
+        a joined rank, which takes part in the reduction now.
         """
         if torch._C._current_graph_task_id() != -1 or not bucket.is_last() or self._after_the_map:
             return
@@ -142,8 +142,8 @@ class DDPEngine(Engine):
 
 
 class _Hook:
-    """The communication hook of one DDP model: it has none of its own any more, and
-    cannot be registered twice.
+    """The communication hook of one DDP model, which stays registered: DDP takes one
+    hook only. Without an engine it averages as DDP does.
     """
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
@@ -164,7 +164,7 @@ class _Hook:
 
 
 def _hook_of(ddp: DistributedDataParallel) -> _Hook:
-    """Our hook on a DDP model, registered the first time."""
+    """Return our hook on a DDP model; the first time it is registered."""
     hook = _hooks.get(ddp)
     if hook is None:
         hook = _Hook(ddp)

@@ -5,10 +5,12 @@ keeps its block of rows; between nodes the reducer averages these blocks, compre
 `p.grad.to_local()` is the block; error memory is as large as the shard. Two ways to get
 there, the same from here on:
 
-    fully_shard(model, mesh=mesh["shard"]) and process_group=mesh     FSDP never reduces between nodes
-    fully_shard(model, mesh=mesh), a 2-D mesh                         FSDP's all-reduce over replicas is taken over
+    fully_shard(model, mesh=mesh["shard"]) and process_group=mesh
+        FSDP never reduces between nodes.
+    fully_shard(model, mesh=mesh), a 2-D mesh
+        FSDP's all-reduce over replicas is taken over.
 
-Flat, all ranks share one copy of the model. There is no gradient of a part of the
+Flat. All ranks share one copy of the model. There is no gradient of a part of the
 workers to compress after a reduce-scatter, so the reduce-scatter itself is replaced:
 FSDP is told not to reduce and keeps each rank's own whole gradients; the reducer
 averages them over all ranks, compressed, and each rank keeps its rows of the result.
@@ -31,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from lowrank_comm.communication import Group, IntraNodeGroup
 from lowrank_comm.communication.topology import covered_ranks, levels
 from lowrank_comm.errors import ConfigError, UnsupportedError
-from lowrank_comm.integrations._fsdp import internals as seams
+from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.integrations._fsdp.flat import FlatEngine
 from lowrank_comm.integrations._fsdp.hybrid import HSDPEngine
 from lowrank_comm.optimizer.engine import Engine
@@ -53,13 +55,13 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
         )
     # of torch.compile
     model = getattr(model, "_orig_mod", model)
-    groups = seams.param_groups(model)
-    if not groups or not seams.modules(model) or seams.modules(model)[0] is not model:
+    groups = internals.param_groups(model)
+    if not groups or not internals.modules(model) or internals.modules(model)[0] is not model:
         raise UnsupportedError(
             "attach: fully_shard was applied to parts of the model only; apply it to the model"
             " last, too."
         )
-    kinds = {seams.kind(group) for group in groups}
+    kinds = {internals.kind(group) for group in groups}
     if len(kinds) > 1 or not kinds <= {"flat", "hsdp"}:
         raise UnsupportedError(
             f"attach: the model's parameters are {' and '.join(sorted(kinds))}; one mesh for all,"
@@ -86,7 +88,9 @@ def _hsdp(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: 
     inside = info.shard_process_group if info.shard_mesh_size > 1 else None
     intra_node = IntraNodeGroup(inside, shard_scope)
     taken_over = [
-        (group, seams.take_over_replicas(group)) for group in groups if seams.kind(group) == "hsdp"
+        (group, internals.take_over_replicas(group))
+        for group in groups
+        if internals.kind(group) == "hsdp"
     ]
     return HSDPEngine(model, Group(between), intra_node, taken_over)
 
@@ -123,7 +127,7 @@ def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope:
 
 
 def _refuse(model: nn.Module, groups: list[Any]) -> None:
-    """UnsupportedError for what of FSDP2 cannot go with compression."""
+    """Raise UnsupportedError for what of FSDP2 cannot go with compression."""
     for group in groups:
         if group.gradient_divide_factor is not None:
             raise UnsupportedError(
@@ -143,7 +147,7 @@ def _refuse(model: nn.Module, groups: list[Any]) -> None:
                 f"attach: {name} is not sharded (ignored_params), so FSDP does not average it"
                 " inside the node; shard it, or freeze it."
             )
-        if not seams.is_data_parallel(parameter):
+        if not internals.is_data_parallel(parameter):
             raise UnsupportedError(
                 f"attach: {name} is placed as {parameter.placements}; only data parallelism is"
                 " supported: (Shard(0),), or (Replicate(), Shard(0))."

@@ -4,11 +4,15 @@ automatic optimization.
 `configure_optimizers` returns a `CompressedOptimizer`, alone or with a scheduler. The
 order of Lightning's hooks serves it:
 
-    setup                     before the strategy wraps the model: what cannot work is refused
-    on_fit_start              the model is wrapped and optimizers exist, but no optimizer state is restored yet: attach
-    on_before_optimizer_step  gradients of the last micro-batch are there, clipping comes next: average, if nobody has
-    on_train_batch_end        figures, at the trainer's log interval
-    state_dict                on all ranks, right before a checkpoint asks the optimizer for its state: consolidate
+    setup                     before the strategy wraps the model: refuse what cannot
+                              work
+    on_fit_start              the model is wrapped and optimizers exist, but no state of
+                              an optimizer is restored yet: attach
+    on_before_optimizer_step  gradients of the last micro-batch are there and clipping
+                              comes next: average, if that has not been done
+    on_train_batch_end        log figures, at the trainer's log interval
+    state_dict                on all ranks, right before a checkpoint asks the optimizer
+                              for its state: consolidate the error memory
     teardown                  detach
 
 All of these are public. Lightning itself tells DDP which micro-batch is the last one of
@@ -65,8 +69,10 @@ class CompressionCallback(Callback):
         ...     def training_step(self, batch, batch_idx):
         ...         return self.layer(batch).square().mean()
         ...     def configure_optimizers(self):
-        ...         return CompressedOptimizer(torch.optim.AdamW(self.parameters()), PowerSGDPlus(rank=4))
-        >>> callback = CompressionCallback()   # for lightning.Trainer(strategy="ddp", callbacks=[callback])
+        ...         base = torch.optim.AdamW(self.parameters())
+        ...         return CompressedOptimizer(base, PowerSGDPlus(rank=4))
+        >>> callback = CompressionCallback()
+        >>> # lightning.Trainer(strategy="ddp", callbacks=[callback])
     """
 
     def __init__(self, log_figures: bool = True) -> None:
@@ -101,10 +107,7 @@ class CompressionCallback(Callback):
                 " then does not tell which backward pass is the last of a step. Leave it at True,"
                 " or write a plain loop with optimizer.attach(model)."
             )
-        if (
-            getattr(trainer.precision_plugin, "scaler", None) is not None
-            and trainer.gradient_clip_val
-        ):
+        if _scaler_of(trainer) is not None and trainer.gradient_clip_val:
             raise ConfigError(
                 f"CompressionCallback: Trainer(gradient_clip_val={trainer.gradient_clip_val}) with"
                 " a GradScaler (precision 16-mixed): Lightning does not clip for an optimizer that"
@@ -133,7 +136,7 @@ class CompressionCallback(Callback):
                 " CompressedOptimizer(torch.optim.AdamW(...), PowerSGDPlus(rank=4))."
             )
         self._optimizer = optimizer
-        optimizer.attach(model, scaler=getattr(trainer.precision_plugin, "scaler", None))
+        optimizer.attach(model, scaler=_scaler_of(trainer))
         self._figures, self._logged_step = Figures(optimizer), 0
 
     def on_before_optimizer_step(
@@ -150,13 +153,9 @@ class CompressionCallback(Callback):
     ) -> None:
         """Log the figures since the last time."""
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (
-            self._figures is None
-            or not self._log_figures
-            or interval == 0
-            or step == self._logged_step
-            or step % interval
-        ):
+        if self._figures is None or not self._log_figures or interval == 0:
+            return
+        if step == self._logged_step or step % interval:
             return
         self._logged_step = step
         pl_module.log_dict(
@@ -178,3 +177,8 @@ class CompressionCallback(Callback):
         """Give the model back, for another fit with another optimizer."""
         if stage == "fit" and self._optimizer is not None:
             self._optimizer.detach()
+
+
+def _scaler_of(trainer: Trainer) -> Any:
+    """The GradScaler of precision 16-mixed, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)

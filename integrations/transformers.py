@@ -1,23 +1,30 @@
 """Hugging Face Trainer: `Trainer(..., callbacks=[CompressionCallback(...)])`, under
 torchrun, accelerate and --deepspeed.
 
-    optimizer = CompressedOptimizer(torch.optim.AdamW(model.named_parameters(),
-    lr=1e-3), PowerSGDPlus(rank=4)) Trainer(model, args, optimizers=(optimizer, None),
-    callbacks=[CompressionCallback(optimizer)])
+    base = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    optimizer = CompressedOptimizer(base, PowerSGDPlus(rank=4))
+    callback = CompressionCallback(optimizer)
+    Trainer(model, args, optimizers=(optimizer, None), callbacks=[callback])
 
-    Trainer(model, args, callbacks=[CompressionCallback(PowerSGDPlus(rank=4))])           Trainer makes the optimizer
-    Trainer(model, args, callbacks=[CompressionCallback({"rank": 4, "wire_dtype": "bfloat16"})])
+or, where Trainer makes the optimizer, a compressor or a section:
+
+    callback = CompressionCallback(PowerSGDPlus(rank=4))
+    callback = CompressionCallback({"rank": 4, "wire_dtype": "bfloat16"})
+    Trainer(model, args, callbacks=[callback])
 
 The protocol. No event of a callback lies between Trainer's backward pass and its
 clipping, and none tells of the wrapped model before a checkpoint is loaded into it. So
-the callback finds its Trainer when that has been built (`on_init_end`) and goes around
-four of the instance's methods; everything else is Trainer's:
+the callback finds its Trainer when that has been built (`on_init_end`) and wraps four
+of the instance's methods; everything else is Trainer's:
 
-    create_optimizer                 what it returns is wrapped, if the callback was given a compressor
-    accelerator.prepare              then the optimizer is attached to the wrapped model; see `accelerate`
-    _save_optimizer_and_scheduler    all ranks come here before rank 0 alone takes the optimizer's state: the error memory
-                                     is averaged first
-    log                              figures are added to each log of a loss, hence to TensorBoard, W&B, and the console
+    create_optimizer               what it returns is compressed, if the callback was
+                                   given a compressor or a section
+    accelerator.prepare            then the optimizer is attached to the wrapped model;
+                                   see `accelerate`
+    _save_optimizer_and_scheduler  all ranks come here before rank 0 alone takes the
+                                   optimizer's state: the error memory is averaged first
+    log                            figures are added to each log of a loss, hence to
+                                   TensorBoard, W&B, and the console
 
 Gradients are averaged at the end of the last micro-batch's backward, before Trainer
 clips; `grad_norm` is that of the averaged gradient. With DeepSpeed, the section goes
@@ -28,21 +35,24 @@ into its configuration, and `lowrank_comm.integrations.deepspeed` does the rest;
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
-import transformers
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from typing_extensions import override
 
-from lowrank_comm import CompressedOptimizer, Compressor, ConfigError, UnsupportedError
+from lowrank_comm import CompressedOptimizer, Compressor, ConfigError
 from lowrank_comm.config import SECTION
 from lowrank_comm.config.enabled import say_disabled
 from lowrank_comm.integrations._compression_argument import (
@@ -51,26 +61,14 @@ from lowrank_comm.integrations._compression_argument import (
     is_disabled,
     put_into_deepspeed,
 )
-from lowrank_comm.integrations.accelerate import connect, get, refuse_fsdp1
+from lowrank_comm.integrations._methods import wrap_method
+from lowrank_comm.integrations._trainer_checks import SAVING, check_trainer
+from lowrank_comm.integrations.accelerate import connect, get
 from lowrank_comm.reduction.monitoring import Compressing, Figures
 
 __all__ = ["CompressionCallback"]
 
-_log = logging.getLogger("lowrank_comm")
 _WHO = "CompressionCallback"
-_TESTED = "5.23.0"
-_REFUSED = {
-    "auto_find_batch_size": (
-        "the model is wrapped anew in the middle of training. Set it to False, and "
-        "per_device_train_batch_size."
-    ),
-    "enable_jit_checkpoint": (
-        "ranks save by timers of their own, perhaps in different steps, and the averaging of the"
-        " error memory takes all of them in one. Set it to False, and save_steps."
-    ),
-}
-"""Arguments that cannot go with compression, and why."""
-_SAVING = "_save_optimizer_and_scheduler"
 
 
 class CompressionCallback(TrainerCallback):
@@ -89,8 +87,8 @@ class CompressionCallback(TrainerCallback):
 
     Example:
         >>> from lowrank_comm import PowerSGDPlus
-        >>> CompressionCallback(PowerSGDPlus(rank=4)).compression
-        PowerSGDPlus(rank=4, restart_every=200, restart='svd', exact_restart=False, consensus_restart=False, stagger=False)
+        >>> CompressionCallback(PowerSGDPlus(rank=4)).compression.rank
+        4
     """
 
     def __init__(
@@ -112,26 +110,35 @@ class CompressionCallback(TrainerCallback):
             made.detach()
 
     @property
+    def _own_trainer(self) -> Trainer | None:
+        """The Trainer that it is connected to, while there is one."""
+        return self._trainer() if self._trainer is not None else None
+
+    @property
     def compressing(self) -> Compressing | None:
         """The `CompressedOptimizer`, or the adapter of the DeepSpeed engine; None
         before training begins.
         """
-        trainer = self._trainer() if self._trainer is not None else None
+        trainer = self._own_trainer
         if trainer is None:
             return None
-        return (
-            get(trainer.model_wrapped) if trainer.is_deepspeed_enabled else get(trainer.optimizer)
-        )
+        return get(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.optimizer)
 
     @override
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer has been built."""
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Connect to the Trainer, which has been built."""
         self.connect(_trainer_above(self))
 
     @override
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model is wrapped and a checkpoint loaded."""
-        trainer = self._trainer() if self._trainer is not None else None
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the prepared optimizer or engine compresses: the model is wrapped
+        and a checkpoint loaded.
+        """
+        trainer = self._own_trainer
         if trainer is None or trainer is not _trainer_above(self):
             raise ConfigError(
                 f"{_WHO}: it was added to a Trainer that had been built. Give it to"
@@ -150,8 +157,7 @@ class CompressionCallback(TrainerCallback):
         self._figures = Figures(source)
 
     def connect(self, trainer: Trainer) -> None:
-        """Go around the methods of a Trainer; done when it is built, by who gives the
-        callback to `Trainer(callbacks=...)`.
+        """Wrap the methods of a Trainer; `Trainer(callbacks=[...])` does it by itself.
 
         Args:
             trainer: before `train()`.
@@ -160,7 +166,7 @@ class CompressionCallback(TrainerCallback):
             ConfigError: the Trainer's optimizer is another one, or goes with DeepSpeed.
             UnsupportedError: FSDP1, or a Trainer that lacks what this relies on.
         """
-        before = self._trainer() if self._trainer is not None else None
+        before = self._own_trainer
         if before is trainer:
             return
         if before is not None:
@@ -169,23 +175,19 @@ class CompressionCallback(TrainerCallback):
                 " Trainer."
             )
         if trainer.is_deepspeed_enabled:
-            mine = (
-                trainer.optimizer
-                if isinstance(trainer.optimizer, CompressedOptimizer)
-                else self.compression
-            )
+            compressed = isinstance(trainer.optimizer, CompressedOptimizer)
             settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+            mine = trainer.optimizer if compressed else self.compression
             put_into_deepspeed(settings, mine, _WHO)
             self._disabled = is_disabled(settings.get(SECTION, mine))
-            import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches the section on)
+            import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches it on)
         elif is_disabled(self.compression):
             self._leave_alone(trainer)
         else:
-            self._check(trainer)
-            trainer.create_optimizer = self._creating(trainer.create_optimizer)  # type: ignore[method-assign]
-            saving = self._consolidating(getattr(trainer, _SAVING))
-            setattr(trainer, _SAVING, saving)
-        trainer.log = self._logging(trainer.log)  # type: ignore[method-assign]
+            check_trainer(trainer, self.compression, _WHO)
+            wrap_method(trainer, "create_optimizer", self._create_optimizer)
+            wrap_method(trainer, SAVING, self._save)
+        wrap_method(trainer, "log", self._log)
         self._trainer, self._figures = weakref.ref(trainer), None
 
     def _leave_alone(self, trainer: Trainer) -> None:
@@ -199,128 +201,51 @@ class CompressionCallback(TrainerCallback):
         if isinstance(self.compression, Mapping):
             say_disabled("Trainer's own engine averages the gradients")
 
-    def _check(self, trainer: Trainer) -> None:
-        """Everything that can be wrong before training begins."""
-        if not hasattr(trainer, _SAVING):
-            raise UnsupportedError(
-                f"{_WHO}: the Trainer of transformers {transformers.__version__} has no {_SAVING},"
-                " before which the error memory is averaged for a checkpoint; it is tested with"
-                f" {_TESTED}."
-            )
-        if trainer.args.deepspeed:
-            raise ConfigError(
-                f"{_WHO}: TrainingArguments(deepspeed=...) is set, and accelerate does not use"
-                " DeepSpeed, as with ACCELERATE_USE_CPU=true in the environment. Unset it; on a"
-                " CPU, DS_ACCELERATOR=cpu is enough."
-            )
-        for key, why in _REFUSED.items():
-            if getattr(trainer.args, key, False):
-                raise UnsupportedError(
-                    f"{_WHO}: TrainingArguments({key}=True) is not possible with compression: {why}"
-                )
-        refuse_fsdp1(trainer.accelerator, _WHO)
-        if self.compression is None:
-            raise ConfigError(
-                f"{_WHO}: without DeepSpeed it needs something to compress with; write"
-                " CompressionCallback(PowerSGDPlus(rank=4)), or give it the CompressedOptimizer"
-                " that Trainer was given."
-            )
-        theirs, compressed = trainer.optimizer, isinstance(self.compression, CompressedOptimizer)
-        inner = get(theirs)
-        theirs = inner if isinstance(inner, CompressedOptimizer) else theirs
-        if isinstance(theirs, AcceleratedOptimizer) and get(theirs) is None:
-            raise ConfigError(
-                f"{_WHO}: this Trainer has trained without compression already; build it anew."
-            )
-        if compressed and theirs is not self.compression:
-            raise ConfigError(
-                f"{_WHO}: its CompressedOptimizer is not the optimizer of this Trainer"
-                f" ({type(theirs).__name__}); give it to both: Trainer(optimizers=(optimizer,"
-                " None), callbacks=[CompressionCallback(optimizer)])."
-            )
-        if isinstance(theirs, CompressedOptimizer) and not compressed:
-            raise ConfigError(
-                f"{_WHO}: Trainer has a CompressedOptimizer already, and the callback"
-                f" {self.compression!r}; give the callback the optimizer:"
-                " CompressionCallback(optimizer)."
-            )
-        if getattr(trainer.args, "fsdp", None) and not trainer.is_fsdp_enabled:
-            _log.warning(
-                "TrainingArguments(fsdp=...) has no effect here: accelerate knows FSDP on"
-                " accelerators only, and wraps the model by DDP. FSDP2 on a CPU:"
-                " from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))."
-            )
-
-    def _creating(self, create: Callable[..., Any]) -> Callable[..., Any]:
-        """`trainer.create_optimizer`: Trainer calls it at the start of `train()`,
-        before anything is prepared.
+    def _create_optimizer(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around `trainer.create_optimizer`, which Trainer calls at the start of
+        `train()`, before anything is prepared.
         """
-        me = weakref.ref(self)
+        made: Any = create(*args, **kwargs)
+        trainer = self._own_trainer
+        if trainer is None:
+            return made
+        # a subclass may set it and forget to return it
+        optimizer = trainer.optimizer
+        if get(optimizer) is None and not isinstance(optimizer, CompressedOptimizer):
+            if not isinstance(self.compression, Compressor | Mapping):
+                raise ConfigError(
+                    f"{_WHO}: create_optimizer() made a {type(optimizer).__name__} in the place"
+                    " of the CompressedOptimizer; give the callback a compressor:"
+                    " CompressionCallback(PowerSGDPlus(rank=4))."
+                )
+            # the optimizer of an earlier trial or train()
+            self.detach()
+            trainer.optimizer = optimizer = around(optimizer, self.compression)
+            self._made = weakref.ref(optimizer)
+        _connect_when_prepared(trainer)
+        return optimizer
 
-        @functools.wraps(create)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            optimizer: Any = create(*args, **kwargs)
-            callback = me()
-            trainer = (
-                callback._trainer()
-                if callback is not None and callback._trainer is not None
-                else None
-            )
-            if callback is None or trainer is None:
-                return optimizer
-            # a subclass may set it and forget to return it
-            optimizer = trainer.optimizer
-            if get(optimizer) is None and not isinstance(optimizer, CompressedOptimizer):
-                if not isinstance(callback.compression, Compressor | Mapping):
-                    raise ConfigError(
-                        f"{_WHO}: create_optimizer() made a {type(optimizer).__name__} in the place"
-                        " of the CompressedOptimizer; give the callback a compressor:"
-                        " CompressionCallback(PowerSGDPlus(rank=4))."
-                    )
-                # the optimizer of an earlier trial or train()
-                callback.detach()
-                trainer.optimizer = optimizer = around(optimizer, callback.compression)
-                callback._made = weakref.ref(optimizer)
-            _connect_when_prepared(trainer)
-            return optimizer
+    def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around `trainer._save_optimizer_and_scheduler`."""
+        source = self.compressing
+        if isinstance(source, CompressedOptimizer):
+            source.consolidate_error_memory()
+        return save(*args, **kwargs)
 
-        return wrapped
-
-    def _consolidating(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """`trainer._save_optimizer_and_scheduler`."""
-        me = weakref.ref(self)
-
-        @functools.wraps(save)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            callback = me()
-            source = callback.compressing if callback is not None else None
-            if isinstance(source, CompressedOptimizer):
-                source.consolidate_error_memory()
-            return save(*args, **kwargs)
-
-        return wrapped
-
-    def _logging(self, log: Callable[..., Any]) -> Callable[..., Any]:
-        """`trainer.log`, whose dict every other callback gets."""
-        me = weakref.ref(self)
-
-        @functools.wraps(log)
-        def wrapped(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-            callback = me()
-            source = callback.compressing if callback is not None else None
-            figures = callback._figures if callback is not None and "loss" in logs else None
-            # Of one process only: the others' norms are their own, and nobody looks at
-            # them.
-            if figures is not None and source is not None and source.reducer.workers.is_writer:
-                logs = {**logs, **figures.since_last()}
-            return log(logs, *args, **kwargs)
-
-        return wrapped
+    def _log(
+        self, log: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around `trainer.log`, whose dict every other callback gets."""
+        source, figures = self.compressing, self._figures if "loss" in logs else None
+        # Of one process only: the others' norms are their own, and are not looked at.
+        if figures is not None and source is not None and source.reducer.workers.is_writer:
+            logs = {**logs, **figures.since_last()}
+        return log(logs, *args, **kwargs)
 
 
 def _connect_when_prepared(trainer: Trainer) -> None:
-    """Around `trainer.accelerator.prepare`: the optimizer is attached as soon as there
-    is a wrapped model, and before a checkpoint is loaded. Trainer may have made a new
+    """Wrap `trainer.accelerator.prepare`: it attaches the optimizer as soon as there is
+    a wrapped model, and before a checkpoint is loaded. Trainer may have made a new
     accelerator since the last time.
     """
     accelerator = trainer.accelerator

@@ -1,13 +1,11 @@
-"""With `_deepspeed_zero` the one place that touches DeepSpeed's private surface: where
-gradients wait, and how reduced ones are handed over.
+"""DeepSpeed's private surface: the names that the adapter needs, and where gradients
+wait.
 
 DeepSpeed averages gradients in different ways at each ZeRO stage. All of them start at
-one method, which the engine calls at the end of every backward, whether that was
-`engine.backward(loss)` or `loss.backward()`:
-
-    engine.allreduce_gradients()    replaced: does nothing but collect before the accumulation boundary, and there hands
-                                    all local gradients to the reducer at once, then the
-                                    result to DeepSpeed
+one method, `engine.allreduce_gradients()`, which the engine calls at the end of every
+backward, whether that was `engine.backward(loss)` or `loss.backward()`. It is replaced:
+before the accumulation boundary it only accumulates; there it hands all local gradients
+to the reducer at once, and then the result to DeepSpeed.
 
 ZeRO also averages earlier, from hooks on single parameters. DeepSpeed has a switch that
 keeps these hooks still, made for its `coalesce_grad_reduction()`; it stays on, so full
@@ -15,28 +13,31 @@ local gradients wait on the parameters until the boundary. Everything that DeepS
 would average with otherwise is replaced by a function that raises, so that nothing is
 reduced twice and nothing is silently left unreduced.
 
-A `Seam` is one kind of optimizer wrapper: here those that hold whole gradients; in
-`_deepspeed_zero` those of ZeRO, and which one serves an engine.
+A `GradientStore` does this for one kind of optimizer wrapper: `whole` has those of
+wrappers with whole gradients, `zero` those of ZeRO. Private names of DeepSpeed are
+touched in these three files only, and by `adapter` and `initialization` on the engine;
+`check` looks for all of them when an engine is attached.
 """
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import deepspeed
-import deepspeed.runtime.utils
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from lowrank_comm.errors import UnsupportedError
 
 TESTED = "0.19.8"
-"""Versions of DeepSpeed that the tests ran with."""
+"""Version of DeepSpeed that the tests ran with."""
 
+# methods of the engine that are called or replaced, and attributes that are read
 ENGINE = (
     "allreduce_gradients",
     "buffered_allreduce_fallback",
@@ -61,7 +62,7 @@ Gradients = list[Tensor | None]
 
 
 def check(owner: Any, names: Sequence[str], what: str) -> None:
-    """UnsupportedError naming the version if `owner` lacks one of the attributes."""
+    """Raise UnsupportedError, with the version, if `owner` lacks one of the names."""
     # An engine passes unknown names on to the user's model, so what counts is its class
     # and its own dictionary.
     missing = [name for name in names if not hasattr(type(owner), name) and name not in vars(owner)]
@@ -84,14 +85,34 @@ def does_not_train(engine: Any) -> bool:
     )
 
 
-def process_group(engine: Any) -> Any:
-    """The workers whose gradients DeepSpeed averages."""
-    return engine.seq_data_parallel_group
+def data_parallel_group(engine: Any) -> dist.ProcessGroup | None:
+    """The ranks whose gradients DeepSpeed averages."""
+    return engine.seq_data_parallel_group  # type: ignore[no-any-return]
 
 
-class Seam(ABC):
-    """One kind of optimizer wrapper: where its gradients wait, and how reduced ones are
-    handed over.
+def numel(parameter: Tensor) -> int:
+    """Elements of the whole parameter; under ZeRO-3 the tensor itself may be empty."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def unreduced(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stands where DeepSpeed would average gradients by itself."""
+    raise UnsupportedError(
+        "lowrank_comm: DeepSpeed was about to average gradients by itself, past the compressed"
+        " reduction, which runs at the end of the last backward before engine.step(). Use"
+        " engine.backward(loss), or loss.backward() on what the engine's forward returned, and then"
+        " engine.step()."
+    )
+
+
+class GradientStore(ABC):
+    """Where the gradients of one kind of optimizer wrapper wait, and how the averaged
+    ones are handed over.
 
     Attributes:
         names, parameters: of everything that is trained, in the same order on all
@@ -152,7 +173,7 @@ class Seam(ABC):
         self.engine.allreduce_gradients = end_of_backward
         self.engine.buffered_allreduce_fallback = unreduced
 
-    def collect(self, boundary: bool) -> None:  # noqa: B027 - most seams have nothing to do here
+    def collect(self, boundary: bool) -> None:  # noqa: B027 - most have nothing to do here
         """After each backward: take note of the boundary, and accumulate what DeepSpeed
         leaves to its hooks.
         """
@@ -165,7 +186,7 @@ class Seam(ABC):
 
     @abstractmethod
     def hand_over(self, gradients: Gradients) -> None:
-        """Give the reduced gradients to DeepSpeed; None means that no worker had one."""
+        """Give the averaged gradients to DeepSpeed; None where no worker had one."""
 
     @abstractmethod
     def _trained(self) -> set[int] | None:
@@ -176,7 +197,7 @@ class Seam(ABC):
     def drop(self) -> None:  # noqa: B027 - gradients on the parameters only are dropped there
         """The user has dropped the gradients: forget what was collected of them."""
 
-    def before_step(self) -> None:  # noqa: B027 - most seams have nothing to do here
+    def before_step(self) -> None:  # noqa: B027 - most have nothing to do here
         """Before each step of the engine."""
 
     def skipped_step(self) -> contextlib.AbstractContextManager[None]:
@@ -184,130 +205,3 @@ class Seam(ABC):
         skipped step.
         """
         return contextlib.nullcontext()
-
-
-class PlainGradients(Seam):
-    """Stage 0: `p.grad`, read by a torch optimizer or by DeepSpeed's fp16/bf16 wrapper
-    of one.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
-        # The engine asks its optimizer for `overflow` after each step. A torch
-        # optimizer has none, so an fp32 engine would never skip; with it, the engine
-        # does the bookkeeping of a skipped step as at other stages.
-        self.skips_by_itself = not isinstance(self.optimizer, torch.optim.Optimizer)
-        self.before_step()
-
-    def _trained(self) -> None:
-        return None
-
-    def before_step(self) -> None:
-        if not self.skips_by_itself:
-            self.optimizer.overflow = False
-
-    def gradients(self) -> Gradients:
-        known = {id(p) for p in self.parameters}
-        for name, p in self.engine.module.named_parameters():
-            if p.grad is not None and p.requires_grad and id(p) not in known:
-                raise UnsupportedError(
-                    f"lowrank_comm: parameter {name!r} was frozen when deepspeed.initialize ran and"
-                    " has a gradient now, which nobody would average. Unfreeze parameters before"
-                    " deepspeed.initialize."
-                )
-        return [p.grad for p in self.parameters]
-
-    def hand_over(self, gradients: Gradients) -> None:
-        for p, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is None:
-                # as DeepSpeed does: the optimizer's step counts for this parameter too
-                p.grad = torch.zeros_like(p)
-            elif gradient is not p.grad:
-                p.grad = gradient
-
-    @contextlib.contextmanager
-    def skipped_step(self) -> Iterator[None]:
-        # a scheduler of torch sets it on the instance
-        step, own = self.optimizer.step, "step" in vars(self.optimizer)
-        self.optimizer.overflow, self.optimizer.step = True, lambda *args, **kwargs: None
-        try:
-            yield
-        finally:
-            # `overflow` stays until the next step: Accelerate asks for it after this
-            # one
-            if own:
-                self.optimizer.step = step
-            else:
-                del self.optimizer.step
-
-
-class FloatViews(Seam):
-    """`BF16_Optimizer` (stage 1, bfloat16, fp32 accumulation): 1-D views of a flat fp32
-    buffer.
-    """
-
-    needs = (
-        "bf16_groups", "fp32_groups_gradients", "fp32_groups_has_gradients", "set_gradient_accumulation_boundary",
-        "clear_hp_grads",
-    )  # fmt: skip
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
-        place = {
-            id(p): (i, j)
-            for i, group in enumerate(self.optimizer.bf16_groups)
-            for j, p in enumerate(group)
-        }
-        self._places = [place[id(p)] for p in self.parameters]
-
-    def _trained(self) -> set[int]:
-        return {id(p) for group in self.optimizer.bf16_groups for p in group}
-
-    def dtype(self, parameter: Tensor) -> torch.dtype:
-        return self.optimizer.fp32_groups_gradients[0][0].dtype
-
-    def drop(self) -> None:
-        self.optimizer.clear_hp_grads()
-
-    def collect(self, boundary: bool) -> None:
-        self.optimizer.set_gradient_accumulation_boundary(boundary)
-
-    def gradients(self) -> Gradients:
-        views = self.optimizer.fp32_groups_gradients
-        present = self.optimizer.fp32_groups_has_gradients
-        return [
-            views[i][j].view(p.shape) if present[i][j] else None
-            for p, (i, j) in zip(self.parameters, self._places, strict=True)
-        ]
-
-    def hand_over(self, gradients: Gradients) -> None:
-        for p, gradient, (i, j) in zip(self.parameters, gradients, self._places, strict=True):
-            if gradient is None:
-                continue
-            view = self.optimizer.fp32_groups_gradients[i][j]
-            if gradient.data_ptr() != view.data_ptr():
-                view.copy_(gradient.reshape(-1))
-            # The norm is taken over the flagged ones, so the flags must be the same on
-            # all ranks.
-            self.optimizer.fp32_groups_has_gradients[i][j] = True
-            p._hp_grad = view  # type: ignore[attr-defined]
-
-
-def numel(parameter: Tensor) -> int:
-    """Elements of the whole parameter; under ZeRO-3 the tensor itself may be empty."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def unreduced(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands where DeepSpeed would average gradients by itself."""
-    raise UnsupportedError(
-        "lowrank_comm: DeepSpeed was about to average gradients by itself, past the compressed"
-        " reduction, which runs at the end of the last backward before engine.step(). Use"
-        " engine.backward(loss), or loss.backward() on what the engine's forward returned, and then"
-        " engine.step()."
-    )

@@ -1,5 +1,5 @@
-"""Settings of DeepSpeed under which a compressed step would be wrong, or past its
-guards: refused by name before training.
+"""Settings of DeepSpeed under which a compressed step would be wrong, or its checks
+would not see it: refused by name before training.
 
 Each refusal names the key, the value found, why it cannot be, and what to write
 instead.
@@ -19,8 +19,8 @@ Refusal = tuple[str, Any, str, str]
 
 
 def refuse_settings(config: Any, given: dict[str, Any]) -> None:
-    """ConfigError for the first setting of a parsed DeepSpeed configuration that cannot
-    be.
+    """Raise ConfigError for the first setting of a parsed DeepSpeed configuration that
+    cannot go with compression.
 
     Args:
         config: `DeepSpeedConfig`.
@@ -30,8 +30,8 @@ def refuse_settings(config: Any, given: dict[str, Any]) -> None:
 
 
 def refuse_engine(engine: Any) -> None:
-    """ConfigError for what only the finished engine shows: the model, the optimizer,
-    and parallel groups.
+    """Raise ConfigError for what only the finished engine shows: the model, the
+    optimizer, and parallel groups.
     """
     _raise_first(_engine(engine))
 
@@ -46,7 +46,7 @@ def _raise_first(refusals: Iterator[Refusal]) -> None:
 
 def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
     def setting(path: str, default: Any = None) -> Any:
-        """A parsed setting, or the default where this DeepSpeed or this file has none."""
+        """A parsed setting; the default where this DeepSpeed or this file has none."""
         value = config
         for part in path.split("."):
             value = getattr(value, part, None)
@@ -55,67 +55,45 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
     stage = int(setting("zero_config.stage", 0))
     sharded_gradients = stage in (1, 2)
     fp16, bf16 = setting("float16_config.enabled", False), setting("bfloat16_config.enabled", False)
-    zero = "zero_optimization."
+
     if setting("zero_config.zero_quantized_gradients", False):
         why = "it compresses gradients by itself, without error feedback"
-        yield zero + "zero_quantized_gradients", True, why, "Set it to false"
+        yield "zero_optimization.zero_quantized_gradients", True, why, "Set it to false"
     if setting("zero_config.zenflow") is not None:
-        yield (
-            zero + "zenflow",
-            "{...}",
-            "it selects and transposes gradients on its own schedule",
-            "Remove the section",
-        )
+        why = "it selects and transposes gradients on its own schedule"
+        yield "zero_optimization.zenflow", "{...}", why, "Remove the section"
     if setting("zero_config.offload_optimizer.super_offload", False):
+        key = "zero_optimization.offload_optimizer.super_offload"
         why = "its optimizer takes gradients from DeepSpeed's own reduction"
-        yield (
-            zero + "offload_optimizer.super_offload",
-            True,
-            why,
-            "Set it to false; plain offload_optimizer works",
-        )
+        yield key, True, why, "Set it to false; plain offload_optimizer works"
     if setting("compile_config.deepcompile", False):
-        yield (
-            "compile.deepcompile",
-            True,
-            "compiled graphs reduce the gradients themselves",
-            "Set it to false",
-        )
+        why = "compiled graphs reduce the gradients themselves"
+        yield "compile.deepcompile", True, why, "Set it to false"
     if sharded_gradients and not setting("zero_config.contiguous_gradients", True):
         why = (
             f"ZeRO stage {stage} then averages through a path without a place for the reduced"
             " gradients"
         )
-        yield zero + "contiguous_gradients", False, why, "Set it to true, or leave it out"
+        yield "zero_optimization.contiguous_gradients", False, why, _TRUE
     if sharded_gradients and bf16 and not setting("bfloat16_config.check_grad_overflow", True):
         why = "a step that some worker vetoed for NaN would be applied"
-        yield "bf16.check_grad_overflow", False, why, "Set it to true, or leave it out"
+        yield "bf16.check_grad_overflow", False, why, _TRUE
     if not setting("zero_config.compute_grad_norm", True) and not fp16 and not bf16:
         why = (
             "in fp32 DeepSpeed finds NaN by this norm, and would apply a step that some worker"
             " vetoed"
         )
-        yield zero + "compute_grad_norm", False, why, "Set it to true, or leave it out"
+        yield "zero_optimization.compute_grad_norm", False, why, _TRUE
     operation = setting("gradient_allreduce_op", "mean")
     if operation != "mean":
         why = "error feedback is defined for the mean of the workers' gradients"
-        yield (
-            "gradient_allreduce_op",
-            operation,
-            why,
-            'Use "mean", and multiply the learning rate where needed',
-        )
-    if (
-        setting("torch_autocast_enabled", False)
-        and setting("torch_autocast_dtype") == torch.float16
-    ):
+        fix = 'Use "mean", and multiply the learning rate where needed'
+        yield "gradient_allreduce_op", operation, why, fix
+    autocast = setting("torch_autocast_enabled", False)
+    if autocast and setting("torch_autocast_dtype") == torch.float16:
         why = "its loss scaler is torch's, and the error memory must be kept free of the scale"
-        yield (
-            "torch_autocast.dtype",
-            "float16",
-            why,
-            'Use "bfloat16", or the section "fp16" instead',
-        )
+        fix = 'Use "bfloat16", or the section "fp16" instead'
+        yield "torch_autocast.dtype", "float16", why, fix
     if setting("hybrid_engine.enabled", False):
         yield "hybrid_engine.enabled", True, "it has never been run with it", "Set it to false"
     if setting("expert_parallel_config.enabled", False):
@@ -130,49 +108,38 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
         yield "optimizer.type", config.optimizer_name, _MUON, _OTHER_OPTIMIZER
     if setting("use_node_local_storage", False):
         why = "rank 0 alone writes the compressor's state, and the other nodes would not find it"
-        yield (
-            "checkpoint.use_node_local_storage",
-            True,
-            why,
-            "Save to a folder that all nodes share",
-        )
-    if type(given.get("model")).__name__ in ("PipelineModule", "DualPipeVModule"):
+        fix = "Save to a folder that all nodes share"
+        yield "checkpoint.use_node_local_storage", True, why, fix
+    model = type(given.get("model")).__name__
+    if model in ("PipelineModule", "DualPipeVModule"):
         why = "pipeline engines reduce gradients between stages at their own time"
-        yield "model", type(given["model"]).__name__, why, "Use ZeRO without pipeline stages"
+        yield "model", model, why, "Use ZeRO without pipeline stages"
 
 
 def _engine(engine: Any) -> Iterator[Refusal]:
+    modules = dict(engine.module.named_modules())
     if engine.has_moe_layers:
-        layers = [
-            name for name, module in engine.module.named_modules() if "MoE" in type(module).__name__
-        ]
-        yield (
-            "model",
-            f"MoE layers {', '.join(layers[:3])}",
-            _EXPERTS,
-            "Remove the 'lowrank_comm' section",
-        )
-    if "Muon" in type(engine.basic_optimizer).__name__:
-        yield "optimizer", type(engine.basic_optimizer).__name__, _MUON, _OTHER_OPTIMIZER
+        layers = [name for name, module in modules.items() if "MoE" in type(module).__name__]
+        found = f"MoE layers {', '.join(layers[:3])}"
+        yield "model", found, _EXPERTS, "Remove the 'lowrank_comm' section"
+    optimizer = type(engine.basic_optimizer).__name__
+    if "Muon" in optimizer:
+        yield "optimizer", optimizer, _MUON, _OTHER_OPTIMIZER
     if engine.mp_world_size > 1:
         yield "mpu model parallel size", engine.mp_world_size, _SHARDS, "Use data parallelism only"
     if engine.sequence_parallel_size > 1:
         yield "sequence_parallel_size", engine.sequence_parallel_size, _SEQUENCE, "Set it to 1"
-    for name, module in engine.module.named_modules():
-        if getattr(module, "sparse", False) and isinstance(
-            module, torch.nn.Embedding | torch.nn.EmbeddingBag
-        ):
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    for name, module in modules.items():
+        if isinstance(module, embeddings) and module.sparse:
             why = "its gradient is sparse, and the reduction is dense"
-            yield (
-                f"{name or 'model'}.sparse",
-                True,
-                why,
-                "Build the embedding with sparse=False; it is then compressed",
-            )
+            fix = "Build the embedding with sparse=False; it is then compressed"
+            yield f"{name or 'model'}.sparse", True, why, fix
 
 
 _EXPERTS = "experts are averaged over groups of their own"
 _SHARDS = "each rank holds a slice of the matrices only"
 _SEQUENCE = "ranks that share a sequence are not workers with gradients of their own"
 _MUON = "DeepSpeed's Muon takes part in the reduction of the gradients"
+_TRUE = "Set it to true, or leave it out"
 _OTHER_OPTIMIZER = "Use another optimizer"

@@ -1,8 +1,8 @@
-"""The seams of ZeRO's optimizers, stages 1 to 3, and which seam serves an engine; see
-`_deepspeed_seams` for what a seam is.
+"""Where gradients wait under ZeRO, stages 1 to 3.
 
-A seam is chosen by what the optimizer's wrapper can do, not by the stage's number:
-ZeRO-1 in bfloat16 with fp32 accumulation is no ZeRO optimizer, for example.
+Until the accumulation boundary they are whole, on the parameters. The averaged ones are
+given to the method by which DeepSpeed itself ends its reduction, from which each rank
+takes the part that it owns.
 """
 
 from __future__ import annotations
@@ -11,23 +11,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import deepspeed
-import deepspeed.runtime.utils
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from lowrank_comm.errors import UnsupportedError
 from lowrank_comm.integrations._deepspeed.internals import (
-    ENGINE,
-    ENGINE_STATE,
-    TESTED,
-    FloatViews,
     Gradients,
-    PlainGradients,
-    Seam,
-    check,
-    does_not_train,
+    GradientStore,
     numel,
     unreduced,
 )
@@ -36,7 +26,7 @@ from lowrank_comm.integrations._deepspeed.internals import (
 _NO_MICRO_STEP = -1
 
 
-class ZeroSeam(Seam):
+class ZeroGradients(GradientStore):
     """What the ZeRO optimizers of stages 1 to 3 share: hooks kept still, and
     accumulation in a wider dtype if asked for.
     """
@@ -97,16 +87,25 @@ class ZeroSeam(Seam):
         return [p.grad for p in self.parameters]
 
 
-class PartitionedGradients(ZeroSeam):
+class PartitionedGradients(ZeroGradients):
     """Stages 1 and 2: DeepSpeed's flush copies gradients into buckets, from which each
     rank cuts what it owns.
     """
 
     needs = (
-        *ZeroSeam.needs, "bit16_groups", "ipg_buckets", "reduce_scatter", "use_grad_accum_attribute",
-        "fill_grad_accum_attribute", "gradient_reduction_w_predivide", "zero_grad", "micro_step_id", "averaged_gradients",
-        "all_grad_tensors", "cpu_offload",
-    )  # fmt: skip
+        *ZeroGradients.needs,
+        "all_grad_tensors",
+        "averaged_gradients",
+        "bit16_groups",
+        "cpu_offload",
+        "fill_grad_accum_attribute",
+        "gradient_reduction_w_predivide",
+        "ipg_buckets",
+        "micro_step_id",
+        "reduce_scatter",
+        "use_grad_accum_attribute",
+        "zero_grad",
+    )
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -184,16 +183,24 @@ class PartitionedGradients(ZeroSeam):
         return torch.cat([self._reduced[id(groups[i][j])].reshape(-1) for i, j, _ in bucket.params])
 
 
-class PartitionedParameters(ZeroSeam):
+class PartitionedParameters(ZeroGradients):
     """Stage 3: each rank gets its part of every gradient through the method that ends
     DeepSpeed's own reduction.
     """
 
     needs = (
-        *ZeroSeam.needs, "fp16_groups", "partition_grads", "independent_gradient_partition_epilogue", "micro_step_id",
-        "reduce_and_partition_stream", "zero_grad", "_get_param_partition_rank", "_get_param_partition_world_size",
-        "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads",
-    )  # fmt: skip
+        *ZeroGradients.needs,
+        "fp16_groups",
+        "independent_gradient_partition_epilogue",
+        "micro_step_id",
+        "partition_grads",
+        "reduce_and_partition_stream",
+        "zero_grad",
+        "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads",
+        "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
+        "_get_param_partition_rank",
+        "_get_param_partition_world_size",
+    )
 
     def _trained(self) -> set[int]:
         return {id(p) for group in self.optimizer.fp16_groups for p in group}
@@ -234,27 +241,3 @@ class PartitionedParameters(ZeroSeam):
         if gradient is None:
             return torch.zeros(stop - start, dtype=self.dtype(parameter), device=self.device)
         return gradient.reshape(-1)[start:stop]
-
-
-def choose(engine: Any) -> Seam | None:
-    """The seam of a live engine; None for an engine that does not train (no optimizer)."""
-    optimizer = engine.optimizer
-    if does_not_train(engine):
-        return None
-    check(engine, (*ENGINE, *ENGINE_STATE), "the engine")
-    # Before this function existed, ZeRO in fp32 and stage 3 in any dtype applied steps
-    # whose gradients were NaN.
-    check(deepspeed.runtime.utils, ("is_invalid_grad_norm",), "deepspeed.runtime.utils")
-    if hasattr(optimizer, "fp32_groups_gradients"):
-        return FloatViews(engine)
-    if hasattr(optimizer, "gradient_reduction_w_predivide"):
-        return PartitionedGradients(engine)
-    if hasattr(optimizer, "partition_grads"):
-        return PartitionedParameters(engine)
-    if int(engine.zero_optimization_stage()) == 0:
-        return PlainGradients(engine)
-    raise UnsupportedError(
-        f"lowrank_comm: DeepSpeed {deepspeed.__version__} uses {type(optimizer).__name__} here,"
-        f" which the adapter does not know. It is tested with DeepSpeed {TESTED}; remove the"
-        " 'lowrank_comm' section, or use another stage."
-    )

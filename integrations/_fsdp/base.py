@@ -1,5 +1,5 @@
-"""What the engines of flat and of hybrid sharding share: DTensors, their local shards,
-and the hooks of FSDP2.
+"""What the engines of flat and of hybrid sharding share: gradients are DTensors, of
+which this rank holds a shard.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from typing_extensions import override
 
 from lowrank_comm.communication import Group, IntraNodeGroup
-from lowrank_comm.integrations._fsdp import internals as seams
+from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.optimizer.engine import Engine
 
 
@@ -22,7 +22,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def placed_like(parameter: Tensor, held: Tensor) -> Tensor:
-    """A gradient of which this rank holds `held`."""
+    """Return a gradient like `parameter`, of which this rank holds `held`."""
     assert isinstance(parameter, DTensor)
     return DTensor.from_local(
         held.view(local(parameter).shape),
@@ -35,7 +35,7 @@ def placed_like(parameter: Tensor, held: Tensor) -> Tensor:
 
 
 def shard_dim(parameter: Tensor) -> int:
-    """Along which dimension a parameter is cut."""
+    """Return the dimension along which a parameter is cut."""
     assert isinstance(parameter, DTensor)
     place = parameter.placements[-1]
     assert isinstance(place, Shard)
@@ -57,7 +57,7 @@ class FSDPEngine(Engine):
 
     def __init__(self, model: nn.Module, group: Group, intra_node: IntraNodeGroup) -> None:
         self.group, self.intra_node = group, intra_node
-        self._model, self._groups = model, seams.param_groups(model)
+        self._model, self._groups = model, internals.param_groups(model)
 
     @property
     @override
@@ -97,4 +97,4 @@ class FSDPEngine(Engine):
 
     @override
     def is_last_backward(self) -> bool:
-        return seams.is_last_backward(self._model)
+        return internals.is_last_backward(self._model)

@@ -1,5 +1,8 @@
-"""FSDP2 over one dimension: whole local gradients wait in FSDP until the reducer
-averages them; see `fsdp`.
+"""FSDP2 over one dimension: every rank is a worker, with whole gradients.
+
+FSDP is told not to reduce, so that whole local gradients wait in it until the end of
+backward. The reducer averages them, and each rank keeps its rows of the result. What
+would reduce-scatter past the reducer raises.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing_extensions import override
 from lowrank_comm.communication import Group, IntraNodeGroup
 from lowrank_comm.communication.intra_node import block_of
 from lowrank_comm.errors import LowRankCommError, UnsupportedError
-from lowrank_comm.integrations._fsdp import internals as seams
+from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.integrations._fsdp.base import FSDPEngine, local, placed_like, shard_dim
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.reduction.params import ParamInfo
@@ -26,7 +29,7 @@ _SYNCS = "_lowrank_comm_syncs"
 
 
 class FlatEngine(FSDPEngine):
-    """Sharded over all workers; see the module's text.
+    """A model that is sharded over all workers.
 
     Args:
         model: after fully_shard on a 1-D mesh.
@@ -44,11 +47,11 @@ class FlatEngine(FSDPEngine):
     def __init__(self, model: nn.Module, group: Group) -> None:
         super().__init__(model, group, IntraNodeGroup())
         self._by_id = {
-            id(seams.of_the_model(p)): p for group in self._groups for p in group.fsdp_params
+            id(internals.of_the_model(p)): p for group in self._groups for p in group.fsdp_params
         }
         self._mine: list[Any] = []
         self._give_back = [
-            seams.replace_reduce_scatter(group, _Unreduced()) for group in self._groups
+            internals.replace_reduce_scatter(group, _Unreduced()) for group in self._groups
         ]
         self._class_method(False)
         model.__dict__[_SYNCS] = True
@@ -71,14 +74,17 @@ class FlatEngine(FSDPEngine):
                 )
             slots.append(
                 ParamInfo(
-                    name, tuple(p.shape), seams.gradient_dtype(self._by_id[id(p)]), local(p).device
+                    name,
+                    tuple(p.shape),
+                    internals.gradient_dtype(self._by_id[id(p)]),
+                    local(p).device,
                 )
             )
         return slots
 
     @override
     def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        return [seams.take_unsharded_gradient(self._by_id[id(p)]) for p in parameters]
+        return [internals.take_unsharded_gradient(self._by_id[id(p)]) for p in parameters]
 
     @override
     def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
@@ -101,7 +107,7 @@ class FlatEngine(FSDPEngine):
     @override
     def drop(self) -> None:
         for parameter in self._mine:
-            seams.take_unsharded_gradient(parameter)
+            internals.take_unsharded_gradient(parameter)
 
     @override
     def is_last_backward(self) -> bool:
@@ -126,7 +132,9 @@ class FlatEngine(FSDPEngine):
     @override
     def notes(self) -> list[str]:
         parameters = list(self._by_id.values())
-        whole = sum(p.sharded_param.numel() * seams.gradient_dtype(p).itemsize for p in parameters)
+        whole = sum(
+            p.sharded_param.numel() * internals.gradient_dtype(p).itemsize for p in parameters
+        )
         return [
             (
                 "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which"
@@ -186,14 +194,17 @@ class _GroupWatch(BackwardWatch):
                 watch._group_is_done(group)
 
         self._giving_back = [
-            weakref.finalize(self, undo) for undo in seams.after_each_group(model, group_is_done)
+            weakref.finalize(self, undo)
+            for undo in internals.after_each_group(model, group_is_done)
         ]
         for finalizer in self._giving_back:
             finalizer.atexit = False
 
     def _group_is_done(self, group: Any) -> None:
         for parameter in group.fsdp_params:
-            if self._watches(parameter.sharded_param) and seams.has_unsharded_gradient(parameter):
+            if self._watches(parameter.sharded_param) and internals.has_unsharded_gradient(
+                parameter
+            ):
                 self._gradient_is_there(parameter.sharded_param)
 
     @override

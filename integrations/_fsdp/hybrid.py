@@ -1,5 +1,8 @@
-"""What both kinds of FSDP2 engines share, and HSDP: gradients are DTensors, of which
-this rank holds a block.
+"""FSDP2 with two levels (HSDP): sharded inside a node, compressed between nodes.
+
+FSDP's own reduce-scatter leaves the exact mean of the node on each rank, as a block of
+rows; the reducer averages these blocks between the nodes. State dicts hold DTensors,
+which torch.distributed.checkpoint can reshard.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing_extensions import override
 from lowrank_comm.checkpointing.tensors import block_bases, of_blocks
 from lowrank_comm.communication import Group, IntraNodeGroup
 from lowrank_comm.errors import UnsupportedError
-from lowrank_comm.integrations._fsdp import internals as seams
+from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.integrations._fsdp.base import FSDPEngine, local, padded, shard_dim
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.plan import human_bytes
@@ -72,11 +75,11 @@ class HSDPEngine(FSDPEngine):
     @override
     def release(self) -> None:
         for group, info in self._taken_over:
-            seams.give_back_replicas(group, info)
+            internals.give_back_replicas(group, info)
 
     @override
     def is_last_backward(self) -> bool:
-        return super().is_last_backward() and seams.wants_all_reduce(self._groups)
+        return super().is_last_backward() and internals.wants_all_reduce(self._groups)
 
     @override
     def saved(

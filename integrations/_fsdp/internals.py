@@ -1,10 +1,12 @@
-"""The one place that reads FSDP2's private surface: parameter groups, unsharded
-gradients, who reduces what.
+"""The one place that reads FSDP2's private surface.
 
-    param_groups(model)        every group of parameters that FSDP reduces together, once each
-    FSDPParamGroup.mesh_info   over which mesh; says whether FSDP averages over replicas too
-    FSDPParam                  one parameter: `sharded_param` (a DTensor), the unsharded one and its gradient
+    param_groups(model)       every group of parameters that FSDP reduces together
+    FSDPParamGroup.mesh_info  over which mesh it is sharded, and whether FSDP averages
+                              over replicas, too
+    FSDPParam                 one parameter: `sharded_param` (a DTensor), the unsharded
+                              one and its gradient
 
+Groups and parameters of FSDP are `Any` here: torch does not export their classes.
 Tested with the torch version of the constraints file; anything missing is refused by
 name.
 """
@@ -58,8 +60,8 @@ def modules(model: nn.Module) -> list[Any]:
 
 
 def param_groups(model: nn.Module) -> list[Any]:
-    """Every parameter group once: `fully_shard([norm, head])` shows one group at
-    several modules.
+    """Return every parameter group once: `fully_shard([norm, head])` shows one group
+    at several modules.
     """
     groups: dict[int, Any] = {}
     for module in modules(model):
@@ -75,30 +77,24 @@ def param_groups(model: nn.Module) -> list[Any]:
 
 
 def of_the_model(parameter: Any) -> Tensor:
-    """The model's parameter, also where it was replaced after fully_shard (weights that
-    were loaded by assignment): FSDP itself notices that at the first forward only.
+    """Return the model's parameter, also where it was replaced after fully_shard
+    (weights loaded by assignment): FSDP itself notices that at the first forward only.
     """
     info = parameter._module_info
     return getattr(info.module, info.param_name)  # type: ignore[no-any-return]
 
 
 def kind(group: Any) -> str:
-    """ "flat" (sharded over one dimension), "hsdp" (sharded and replicated),
-    "replicated", or what else it may be.
+    """Return "flat" (sharded over one dimension), "hsdp" (sharded and replicated),
+    "replicated", or the name of another kind of mesh.
     """
-    return {"FSDPMeshInfo": "flat", "HSDPMeshInfo": "hsdp", "DDPMeshInfo": "replicated"}.get(
-        type(group.mesh_info).__name__, type(group.mesh_info).__name__
-    )
-
-
-def give_back_replicas(group: Any, info: Any) -> None:
-    """Undo `take_over_replicas`; info: what it returned."""
-    group.mesh_info = info
+    name = type(group.mesh_info).__name__
+    kinds = {"FSDPMeshInfo": "flat", "HSDPMeshInfo": "hsdp", "DDPMeshInfo": "replicated"}
+    return kinds.get(name, name)
 
 
 def take_over_replicas(group: Any) -> Any:
-    """FSDP does not average this group over its replicas any more, only over its
-    shards.
+    """Let FSDP average this group over its shards only, and no more over its replicas.
 
     The group is given the description of a mesh without replicas; the parameters keep
     theirs, with both dimensions, so clipping and checkpoints see what they saw.
@@ -114,6 +110,11 @@ def take_over_replicas(group: Any) -> Any:
     return info
 
 
+def give_back_replicas(group: Any, info: Any) -> None:
+    """Undo `take_over_replicas`, which returned `info`."""
+    group.mesh_info = info
+
+
 def is_data_parallel(parameter: DTensor) -> bool:
     """Whether a DTensor is placed as data parallelism alone places it, with at most one
     replicated dimension in front.
@@ -127,19 +128,19 @@ def is_data_parallel(parameter: DTensor) -> bool:
 
 
 def is_last_backward(model: nn.Module) -> bool:
-    """What the user has said by `set_is_last_backward`."""
+    """Whether the user has said so by `set_is_last_backward`, or nothing at all."""
     context = getattr(model._get_fsdp_state(), "_state_ctx", None)  # type: ignore[operator]
     return bool(getattr(context, "is_last_backward", True))
 
 
 def wants_all_reduce(groups: Sequence[Any]) -> bool:
-    """What the user has said by `set_requires_all_reduce`."""
+    """Whether the user has not turned it off by `set_requires_all_reduce`."""
     return all(group.all_reduce_grads for group in groups)
 
 
 def take_unsharded_gradient(parameter: Any) -> Tensor | None:
-    """The whole local gradient that waits because FSDP was told not to reduce; it is
-    taken away from FSDP.
+    """Take away from FSDP, and return, the whole local gradient that waits because FSDP
+    was told not to reduce.
     """
     grad: Tensor | None = parameter.unsharded_accumulated_grad
     if grad is not None:
@@ -167,8 +168,8 @@ def gradient_dtype(parameter: Any) -> torch.dtype:
 
 
 def replace_reduce_scatter(group: Any, stands_in: Any) -> Callable[[], None]:
-    """Put something in the place of a group's reduce-scatter; returns what puts it
-    back.
+    """Put something in the place of a group's reduce-scatter; return a function that
+    puts it back.
     """
     _check(group, ("_reduce_scatter_comm",))
     before = group._reduce_scatter_comm
@@ -177,7 +178,7 @@ def replace_reduce_scatter(group: Any, stands_in: Any) -> Callable[[], None]:
 
 
 def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[Callable[[], None]]:
-    """Calls `call(group)` when a group of parameters has its gradients; yields
+    """Call `call(group)` whenever a group of parameters has its gradients; yield
     functions that undo it.
     """
     for group in param_groups(model):

@@ -1,0 +1,234 @@
+"""What compresses the gradients of one DeepSpeed engine.
+
+One optimizer step, at every ZeRO stage:
+
+    engine.backward(loss)   a micro-step only accumulates; full local gradients stay on
+                            every rank until the accumulation boundary
+    the last backward       where DeepSpeed would average, `_reduce` replaces all local
+                            gradients by the compressed mean and hands them to DeepSpeed
+    engine.step()           DeepSpeed cuts out what each rank owns, clips, and steps;
+                            `_step` then commits the pass if the step was applied, and
+                            rolls it back if not
+
+`GradientStore` knows where gradients wait and how the averaged ones are handed over;
+`Levels` averages them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from lowrank_comm.communication import Group, Ledger
+from lowrank_comm.config import SECTION, Section
+from lowrank_comm.errors import LowRankCommError, UnsupportedError
+from lowrank_comm.integrations._deepspeed import checkpoints
+from lowrank_comm.integrations._deepspeed.internals import (
+    TESTED,
+    GradientStore,
+    data_parallel_group,
+    shape,
+)
+from lowrank_comm.integrations._deepspeed.levels import Levels
+from lowrank_comm.integrations._deepspeed.topology import node_size
+from lowrank_comm.integrations._methods import wrap_method
+from lowrank_comm.optimizer.engine import hint_of_two_levels
+from lowrank_comm.optimizer.parameter_names import own_name, wrappers_in_front
+from lowrank_comm.reduction.plan import Plan
+from lowrank_comm.reduction.reducer import Outcome, Reducer
+from lowrank_comm.reduction.report import StepReport
+
+_log = logging.getLogger("lowrank_comm")
+
+
+class DeepSpeedAdapter:
+    """Averages the gradients of one engine, compressed; `get(engine)` finds it.
+
+    Args:
+        engine: a finished `DeepSpeedEngine`, whose methods are wrapped here.
+        store: where its gradients wait.
+        section: the settings of the compression.
+
+    Attributes:
+        reducer: the compressed averaging itself.
+    """
+
+    def __init__(self, engine: Any, store: GradientStore, section: Section) -> None:
+        self._engine, self._store = engine, store
+        # of all parameters, since wrappers are in front of frozen ones, too
+        depth = wrappers_in_front(name for name, _ in engine.module.named_parameters())
+        shapes = [
+            (own_name(name, depth), shape(p), store.dtype(p))
+            for name, p in zip(store.names, store.parameters, strict=True)
+        ]
+        process_group, topology = data_parallel_group(engine), section.topology
+        size = node_size(topology, Group(process_group), store.device)
+        self._levels = Levels(process_group, size, topology.shard_scope, shapes, store.device)
+        self.reducer = Reducer(
+            self._levels.slots,
+            section.make_compressor(),
+            self._levels.group,
+            intra_node=self._levels.intra_node,
+            **section.reducer_options(),
+        )
+        # of the pass whose step has not been taken yet
+        self._outcome: Outcome | None = None
+        self._stepping = self._accumulating = self._warned_drop = False
+        store.install(self._end_of_backward, self._reduce)
+        wrap_method(engine, "_take_model_step", self._step)
+        for owner in (engine, engine.optimizer):
+            if hasattr(owner, "zero_grad"):
+                wrap_method(owner, "zero_grad", self._zero_grad)
+        wrap_method(engine, "save_checkpoint", self._save_checkpoint)
+        checkpoints.observe_load(engine, self._loaded)
+
+    # ---------------------------------------------------------------- what it tells
+
+    @property
+    def plan(self) -> Plan:
+        """What goes low-rank, bytes, memory."""
+        stage = int(self._engine.zero_optimization_stage())
+        notes = ["one pass for each optimizer step, at every stage", *self._levels.notes()]
+        wire = self._engine._config.communication_data_type
+        if wire is not None:
+            notes.append(
+                f"communication_data_type={wire} has no effect: {SECTION}.wire_dtype says how"
+                " gradients travel"
+            )
+        if stage == 0 and self._engine.fp16_enabled():
+            notes.append(
+                f"fp16 at stage 0: DeepSpeed {TESTED} divides gradients by a loss scale that"
+                " it has not multiplied them by, with or without compression; use ZeRO stage 1"
+            )
+        plan = self.reducer.plan
+        engine = f"DeepSpeed {deepspeed.__version__}, {self._store.description}"
+        return replace(plan, engine=engine, notes=(*notes, *hint_of_two_levels(plan)))
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """The last step's bytes by kind, captured energy, error norm, restarts, times;
+        None before the first.
+        """
+        return self.reducer.last_report
+
+    @property
+    def ledger(self) -> Ledger:
+        """Totals of the run."""
+        return self.reducer.ledger
+
+    def error_memory(self) -> dict[str, Tensor]:
+        """Return parameter name -> this rank's error, a live view; dense parameters are
+        absent.
+
+        In the parameter's full shape. With two levels it is this rank's block of rows
+        of its node's error: ceil(m / F) rows, fewer or none on the last ranks of a
+        node.
+        """
+        return self._levels.error_memory(self.reducer)
+
+    # ---------------------------------------------------------------- a step
+
+    def _end_of_backward(self, bucket_size: int | None = None) -> None:
+        """In place of `engine.allreduce_gradients`."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        self._store.collect(boundary)
+        self._accumulating = not boundary
+        if boundary:
+            self._reduce()
+
+    def _reduce(self, *_: Any) -> None:
+        """Average all gradients and hand them to DeepSpeed."""
+        self._accumulating = False
+        if self._outcome is not None:
+            raise UnsupportedError(
+                "lowrank_comm: a second backward at the accumulation boundary before engine.step();"
+                " the gradients of the first are reduced already. Sum the losses and call backward"
+                " once, or let every backward but the last be a micro-step"
+                " (gradient_accumulation_steps, or"
+                " engine.set_gradient_accumulation_boundary(False)). To give the first up, call"
+                " engine.zero_grad()."
+            )
+        gradients = self._store.gradients()
+        self._outcome = self._levels.reduce(self.reducer, gradients, self._store.loss_scale)
+        with torch.no_grad():
+            self._store.hand_over(self._outcome.grads)
+
+    def _step(self, take_model_step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Around `engine._take_model_step`: then the pass counts or is forgotten."""
+        outcome, self._outcome = self._outcome, None
+        if outcome is None:
+            raise UnsupportedError(
+                "lowrank_comm: engine.step() reached an accumulation boundary, but no backward"
+                " did: the gradients are not reduced. Call engine.backward(loss) on what the"
+                " engine's forward returned, outside engine.no_sync(), before the step."
+            )
+        skipping = not outcome.applied and not self._store.skips_by_itself
+        self._store.before_step()
+        self._stepping = True
+        try:
+            with self._store.skipped_step() if skipping else contextlib.nullcontext():
+                take_model_step(*args, **kwargs)
+        except BaseException:
+            # a learning rate scheduler, say, failed after the parameters had their step
+            self._settle(outcome)
+            raise
+        finally:
+            self._stepping = False
+        if self._engine._step_applied and not outcome.applied:
+            raise LowRankCommError(
+                f"lowrank_comm: DeepSpeed {deepspeed.__version__} applied a step whose"
+                " gradients were NaN; the parameters are lost. Resume from the last"
+                " checkpoint, and report the configuration."
+            )
+        self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        if outcome.applied and self._engine._step_applied:
+            self.reducer.commit()
+        else:
+            self.reducer.rollback()
+
+    def _zero_grad(self, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Around `zero_grad`: outside of a step, also drop the pass that waits."""
+        zero_grad(*args, **kwargs)
+        if not self._stepping:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._accumulating and not self._warned_drop:
+            self._warned_drop = True
+            _log.warning(
+                "zero_grad() between micro-steps drops what they have accumulated (DeepSpeed by"
+                " itself keeps it at ZeRO stages 1 to 3); call it after engine.step() only"
+            )
+        self._accumulating = False
+        if self._outcome is not None:
+            self.reducer.rollback()
+            self._outcome = None
+        self._store.drop()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around `engine.save_checkpoint`."""
+        if self._outcome is not None:
+            raise LowRankCommError(
+                "lowrank_comm: save_checkpoint between backward and step; call engine.step() first."
+            )
+        return checkpoints.save(self._engine, self.reducer, save, *args, **kwargs)
+
+    def _loaded(self, path: Path | None, name: str | None) -> None:
+        """After `engine.load_checkpoint`: restore the reducer's state where the
+        optimizer's was.
+        """
+        self._drop()
+        if path is not None:
+            checkpoints.restore(self.reducer, self._levels.everyone, path, name)

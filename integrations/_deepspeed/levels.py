@@ -1,0 +1,133 @@
+"""The averaging of whole gradients of a DeepSpeed engine, on one level or on two.
+
+At the accumulation boundary every rank holds whole gradients, at any ZeRO stage. With
+two levels
+
+    scatter    gives each rank of a node a block of rows of the node's exact mean;
+    reduce     averages the blocks between the nodes, low-rank;
+    gather     gives every rank of a node the whole result,
+
+and DeepSpeed then cuts its partitions out of whole gradients as it does with one level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowrank_comm.communication import Group, IntraNodeGroup
+from lowrank_comm.integrations._deepspeed.topology import groups
+from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.plan import human_bytes
+from lowrank_comm.reduction.reducer import Outcome, Reducer
+from lowrank_comm.reduction.row_scatter import RowScatter
+
+
+class Levels:
+    """Averages the whole gradients of an engine, on one level or on two.
+
+    Args:
+        process_group: all ranks that share the engine.
+        size: F, from `node_size`.
+        scope: "shard" or "matrix".
+        shapes: of the trained parameters, in the same order on all ranks: name, shape
+            of the whole parameter, dtype of its gradient.
+        device: of the computation.
+
+    Attributes:
+        everyone: all ranks of the engine.
+        group: the workers: everyone, or the ranks of this rank's place in the other
+            nodes.
+        intra_node: the ranks of this node.
+        slots: what this rank's reducer averages.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        size: int,
+        scope: str,
+        shapes: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
+        device: torch.device,
+    ) -> None:
+        self.everyone = self.group = Group(process_group)
+        self.intra_node = IntraNodeGroup(scope=scope)
+        if size > 1:
+            between, inside = groups(self.everyone, size, device)
+            self.group, self.intra_node = Group(between), IntraNodeGroup(inside, scope)
+        self._whole = [ParamInfo(name, shape, dtype, device) for name, shape, dtype in shapes]
+        self._rows = RowScatter(self._whole, self.intra_node)
+        self.slots = self._rows.slots
+
+    def reduce(self, reducer: Reducer, gradients: Sequence[Tensor | None], scale: float) -> Outcome:
+        """Average the gradients of one step; a collective of everyone.
+
+        Args:
+            reducer: of `slots`, over `group` and `intra_node`.
+            gradients: whole local ones, None where there is none; overwritten.
+            scale: the loss scale that they carry.
+
+        Returns:
+            The outcome with whole gradients. After a veto NaN everywhere: DeepSpeed
+            looks only at what a rank owns or has a gradient for, so every rank gets all
+            of it.
+        """
+        # ranks of a node with different models would wait for each other in the scatter
+        reducer.ensure_agreed()
+        outcome = reducer.reduce(self._rows.scatter(gradients), scale=scale)
+        if outcome.applied:
+            return replace(outcome, grads=self._rows.gather(outcome.grads))
+        self._rows.forget()
+        return replace(outcome, grads=self._nan(gradients))
+
+    def _nan(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [
+            g.fill_(torch.nan)
+            if g is not None
+            else torch.full(info.shape, torch.nan, dtype=info.dtype, device=info.device)
+            for g, info in zip(gradients, self._whole, strict=True)
+        ]
+
+    def error_memory(self, reducer: Reducer) -> dict[str, Tensor]:
+        """Return parameter name -> this rank's block of its error, a live view; empty
+        where it holds no row. Dense parameters are absent.
+        """
+        return {
+            slot.name: shaped["error"]
+            for slot, _, shaped in reducer.state.blocks()
+            if "error" in shaped
+        }
+
+    def notes(self) -> list[str]:
+        """Lines of the plan: what every rank holds until the boundary, and what goes
+        inside a node.
+        """
+        local = sum(info.numel * info.dtype.itemsize for info in self._whole)
+        held = f"until then every rank holds all of its local gradients ({human_bytes(local)})"
+        if self.intra_node.size == 1:
+            return [
+                f"{held}, and the whole error memory where one is kept",
+                (
+                    '("error_feedback": {"offload": true} moves that to the CPU); a checkpoint'
+                    " sends the error memory once"
+                ),
+            ]
+        size, gradients, results = self.intra_node.size, 0, 0
+        for slot, info in zip(self.slots, self._whole, strict=True):
+            largest = math.prod(slot.block(self.intra_node, 0))
+            gradients += size * largest * slot.dtype.itemsize
+            results += largest * info.dtype.itemsize
+        return [
+            f"{held}, and 1/{size} of the error memory",
+            (
+                f"inside a node, a rank and a step: {human_bytes(gradients)} into a reduce-scatter"
+                f" of the gradients (an exact mean), {human_bytes(results)} into an all-gather of"
+                " the result"
+            ),
+            "a checkpoint sends the error memory once between nodes and once inside them",
+        ]

@@ -1,0 +1,123 @@
+"""Where gradients wait whole: at stage 0, and with DeepSpeed's `BF16_Optimizer`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_comm.errors import UnsupportedError
+from lowrank_comm.integrations._deepspeed.internals import Gradients, GradientStore
+
+
+class PlainGradients(GradientStore):
+    """Stage 0: `p.grad`, read by a torch optimizer or by DeepSpeed's fp16/bf16 wrapper
+    of one.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        # The engine asks its optimizer for `overflow` after each step. A torch
+        # optimizer has none, so an fp32 engine would never skip; with it, the engine
+        # does the bookkeeping of a skipped step as at other stages.
+        self.skips_by_itself = not isinstance(self.optimizer, torch.optim.Optimizer)
+        self.before_step()
+
+    def _trained(self) -> None:
+        return None
+
+    def before_step(self) -> None:
+        if not self.skips_by_itself:
+            self.optimizer.overflow = False
+
+    def gradients(self) -> Gradients:
+        known = {id(p) for p in self.parameters}
+        for name, p in self.engine.module.named_parameters():
+            if p.grad is not None and p.requires_grad and id(p) not in known:
+                raise UnsupportedError(
+                    f"lowrank_comm: parameter {name!r} was frozen when deepspeed.initialize ran and"
+                    " has a gradient now, which nobody would average. Unfreeze parameters before"
+                    " deepspeed.initialize."
+                )
+        return [p.grad for p in self.parameters]
+
+    def hand_over(self, gradients: Gradients) -> None:
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                # as DeepSpeed does: the optimizer's step counts for this parameter too
+                p.grad = torch.zeros_like(p)
+            elif gradient is not p.grad:
+                p.grad = gradient
+
+    @contextlib.contextmanager
+    def skipped_step(self) -> Iterator[None]:
+        # a scheduler of torch sets it on the instance
+        step, own = self.optimizer.step, "step" in vars(self.optimizer)
+        self.optimizer.overflow, self.optimizer.step = True, lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            # `overflow` stays until the next step: Accelerate asks for it after this
+            # one
+            if own:
+                self.optimizer.step = step
+            else:
+                del self.optimizer.step
+
+
+class BF16Gradients(GradientStore):
+    """`BF16_Optimizer` (stage 1, bfloat16, fp32 accumulation): 1-D views of a flat fp32
+    buffer.
+    """
+
+    needs = (
+        "bf16_groups",
+        "clear_hp_grads",
+        "fp32_groups_gradients",
+        "fp32_groups_has_gradients",
+        "set_gradient_accumulation_boundary",
+    )
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        place = {
+            id(p): (i, j)
+            for i, group in enumerate(self.optimizer.bf16_groups)
+            for j, p in enumerate(group)
+        }
+        self._places = [place[id(p)] for p in self.parameters]
+
+    def _trained(self) -> set[int]:
+        return {id(p) for group in self.optimizer.bf16_groups for p in group}
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        return self.optimizer.fp32_groups_gradients[0][0].dtype
+
+    def drop(self) -> None:
+        self.optimizer.clear_hp_grads()
+
+    def collect(self, boundary: bool) -> None:
+        self.optimizer.set_gradient_accumulation_boundary(boundary)
+
+    def gradients(self) -> Gradients:
+        views = self.optimizer.fp32_groups_gradients
+        present = self.optimizer.fp32_groups_has_gradients
+        return [
+            views[i][j].view(p.shape) if present[i][j] else None
+            for p, (i, j) in zip(self.parameters, self._places, strict=True)
+        ]
+
+    def hand_over(self, gradients: Gradients) -> None:
+        for p, gradient, (i, j) in zip(self.parameters, gradients, self._places, strict=True):
+            if gradient is None:
+                continue
+            view = self.optimizer.fp32_groups_gradients[i][j]
+            if gradient.data_ptr() != view.data_ptr():
+                view.copy_(gradient.reshape(-1))
+            # The norm is taken over the flagged ones, so the flags must be the same on
+            # all ranks.
+            self.optimizer.fp32_groups_has_gradients[i][j] = True
+            p._hp_grad = view  # type: ignore[attr-defined]

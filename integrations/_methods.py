@@ -1,0 +1,29 @@
+"""Put a method of ours around a method of somebody else's object."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Let `owner.name(...)` call `around(original, ...)`; on this instance only.
+
+    Args:
+        owner: a Trainer, an engine, an optimizer.
+        name: of its method, whose signature is kept.
+        around: a bound method of ours, held weakly. When its object is gone, the
+            original is called by itself: `owner` may live longer, and does not keep our
+            object alive.
+    """
+    original = getattr(owner, name)
+    ours = weakref.WeakMethod(around)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        method = ours()
+        return original(*args, **kwargs) if method is None else method(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
