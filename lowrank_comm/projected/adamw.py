@@ -1,34 +1,40 @@
 """AdamW whose moments live in the projected space of GaLore or GoLore.
 
 Source: GaLore (Zhao et al.; arXiv 2403.03507), GoLore (He, Li, Hu et al.; arXiv
-2410.11289). With P on the side of the columns, R the mean over the workers of g_i P (l
-x r):
+2410.11289). With P on the side of the columns and R the mean over the workers of g_i P
+(l x r), step k is
 
-    refresh:  T = P_old^T P_new;  M <- M T;  S <- S o T^2 (below)
-    M <- b1 M + (1 - b1) R;       S <- b2 S + (1 - b2) R^2
-    W <- W - lr alpha [ M^ / (sqrt(S^) + eps) ] P^T - lr wd W,    M^ = M / (1 - b1^k), S^ = S / (1 - b2^k)
+    refresh:  T = P_old^T P_new;  M <- M T;  S <- S moved as told below
+    M  <- b1 M + (1 - b1) R
+    S  <- b2 S + (1 - b2) R^2
+    M^ =  M / (1 - b1^k);  S^ = S / (1 - b2^k)
+    W  <- W - lr alpha [ M^ / (sqrt(S^) + eps) ] P^T - lr wd W
 
-M are coordinates of a matrix in the full space, M P_old^T, and M T is the nearest that
-the new subspace has. S is no such thing. `second_moment` says what becomes of it:
+M are coordinates of a matrix in the full space, M P_old^T, and M T are those of the
+nearest matrix that the new subspace has. The variances S do not transform like that.
+`second_moment` says what becomes of them at a refresh:
 
-    "rotate"  S_j <- sum_i S_i T_ij^2 + (1 - sum_i T_ij^2) mean_i S_i: exact if coordinates are uncorrelated; what a new
-              direction has outside of the old subspace gets the row's mean. It stays >=
-              0.
-    "keep"    as it is, by position, as in GaLore's published code.
-    "reset"   0, with its own count of steps for the bias correction, and updates that grow to full size over WARM_UP steps,
-              since a quotient by a single R^2 is noise.
+    "rotate"  S_j <- sum_i S_i T_ij^2 + (1 - sum_i T_ij^2) mean_i S_i. This is exact if
+              the coordinates are uncorrelated; the share of a new direction that lies
+              outside of the old subspace gets the row's mean. S stays >= 0.
+    "keep"    S stays as it is, by position, as in GaLore's published code.
+    "reset"   S <- 0, with its own count of steps for the bias correction. The updates
+              grow to full size over WARM_UP steps, since a quotient by a single R^2 is
+              noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.projected.optimizer import ProjectedOptimizer, check_number
+from lowrank_comm.projected.checks import check_number
+from lowrank_comm.projected.optimizer import ProjectedOptimizer, SharedOptions
 
 SECOND_MOMENTS = ("rotate", "keep", "reset")
 WARM_UP = 10
@@ -77,7 +83,8 @@ class ProjectedAdamW(ProjectedOptimizer):
         >>> import torch
         >>> from lowrank_comm import ProjectedAdamW
         >>> model = torch.nn.Linear(64, 32)
-        >>> optimizer = ProjectedAdamW(model.named_parameters(), lr=1e-3, rank=4, projection="golore")
+        >>> named = model.named_parameters()
+        >>> optimizer = ProjectedAdamW(named, lr=1e-3, rank=4, projection="golore")
         >>> model(torch.ones(2, 64)).sum().backward()
         >>> optimizer.step()
         >>> tuple(optimizer.state[model.weight]["exp_avg"].shape)
@@ -93,53 +100,41 @@ class ProjectedAdamW(ProjectedOptimizer):
         rank: int | None = 128,
         restart_every: int = 200,
         *,
-        projection: str = "galore",
-        galore_until: int = 0,
         second_moment: str = "rotate",
         scale: float = 1.0,
-        side: str = "short",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        max_grad_norm: float | None = None,
-        free_gradients: bool = False,
-        process_group: Any = None,
-        wire_dtype: str | None = None,
-        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
-        seed: int = 0,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        if second_moment not in SECOND_MOMENTS:
+        rule = AdamWRule(second_moment)
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "rank": rank, "scale": scale}
+        super().__init__(params, rule, restart_every, defaults, **shared)
+
+
+@dataclass(frozen=True)
+class AdamWRule:
+    """AdamW on gradients or their coordinates; see the module's text.
+
+    Args:
+        second_moment: see `ProjectedAdamW`.
+    """
+
+    second_moment: str = "rotate"
+
+    def __post_init__(self) -> None:
+        if self.second_moment not in SECOND_MOMENTS:
             known = ", ".join(map(repr, SECOND_MOMENTS))
             raise ConfigError(
-                f"ProjectedAdamW: second_moment={second_moment!r} is unknown; choose one of"
+                f"ProjectedAdamW: second_moment={self.second_moment!r} is unknown; choose one of"
                 f" {known}."
             )
-        self.second_moment = second_moment
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rank": rank,
-                "scale": scale,
-            },
-            restart_every=restart_every,
-            projection=projection,
-            galore_until=galore_until,
-            side=side,
-            max_grad_norm=max_grad_norm,
-            free_gradients=free_gradients,
-            process_group=process_group,
-            wire_dtype=wire_dtype,
-            named_parameters=named_parameters,
-            seed=seed,
-        )
+
+    def settings(self) -> dict[str, Any]:
+        return {"second_moment": self.second_moment}
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Also the keys of this rule."""
-        super().check_group(group)
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ConfigError(
@@ -149,12 +144,7 @@ class ProjectedAdamW(ProjectedOptimizer):
             check_number("ProjectedAdamW", "betas", beta, below=1.0)
         check_number("ProjectedAdamW", "eps", group["eps"])
 
-    def settings(self) -> dict[str, Any]:
-        """Also what becomes of the second moment."""
-        return {**super().settings(), "second_moment": self.second_moment}
-
-    def initial_state(self, like: Tensor) -> dict[str, Any]:
-        """Zero moments."""
+    def initial_state(self, like: Tensor) -> dict[str, Tensor]:
         return {
             "step": torch.zeros((), dtype=torch.float32, device="cpu"),
             # since the last reset of exp_avg_sq
@@ -163,8 +153,7 @@ class ProjectedAdamW(ProjectedOptimizer):
             "exp_avg_sq": torch.zeros_like(like),
         }
 
-    def move(self, state: dict[str, Any], overlap: Tensor) -> None:
-        """See the module's text."""
+    def move(self, state: dict[str, Tensor], overlap: Tensor) -> None:
         state["exp_avg"] = state["exp_avg"] @ overlap
         if self.second_moment == "rotate":
             shares, old = overlap.square(), state["exp_avg_sq"]
@@ -174,8 +163,9 @@ class ProjectedAdamW(ProjectedOptimizer):
             state["exp_avg_sq"].zero_()
             state["second_step"].zero_()
 
-    def direction(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """See the module's text."""
+    def direction(
+        self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> Tensor:
         b1, b2 = map(float, group["betas"])
         state["step"] += 1
         state["second_step"] += 1

@@ -1,22 +1,20 @@
-"""What the optimizers in the projected space refuse: bad values, parameters that they
-cannot serve, states of others, workers that differ.
+"""Checks of the projected optimizers: options, parameters, saved states, and what must
+be equal on all workers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lowrank_comm.communication.agreement import fingerprint
 from lowrank_comm.errors import ConfigError, StateMismatchError, UnsupportedError
-
-if TYPE_CHECKING:
-    from lowrank_comm.projected.averaging import Entry
-    from lowrank_comm.projected.optimizer import ProjectedOptimizer
+from lowrank_comm.projected.averaging import Entry
+from lowrank_comm.projected.projection import Projection, rank_of
 
 
 def check_number(
@@ -53,49 +51,68 @@ def check_parameter(owner: str, parameter: Tensor) -> None:
         )
 
 
-def check_saved(optimizer: ProjectedOptimizer, state_dict: Mapping[str, Any]) -> None:
+def check_saved(
+    owner: str,
+    state_dict: Mapping[str, Any],
+    param_groups: Sequence[Mapping[str, Any]],
+    keys: Set[str],
+    projection: Projection,
+) -> None:
     """Refuse a state dict that does not fit, before anything is changed.
+
+    Args:
+        owner: name of the optimizer.
+        state_dict: to be loaded.
+        param_groups: of the optimizer that loads it.
+        keys: that each of its groups has beside the parameters.
+        projection: of the optimizer that loads it.
 
     Raises:
         StateMismatchError: see `ProjectedOptimizer.load_state_dict`.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    owner = type(optimizer).__name__
     groups = state_dict["param_groups"]
-    if any(not {"t", *optimizer.defaults} <= group.keys() for group in groups):
+    if any(not keys <= group.keys() for group in groups):
         raise StateMismatchError(
-            f"the state dict is not one of {owner}: its groups have no"
-            f" {sorted({'t', *optimizer.defaults})}. Load it into the optimizer that it was saved"
-            " from."
+            f"the state dict is not one of {owner}: its groups have no {sorted(keys)}. Load it"
+            " into the optimizer that it was saved from."
         )
     if [len(group["params"]) for group in groups] != [
-        len(group["params"]) for group in optimizer.param_groups
+        len(group["params"]) for group in param_groups
     ]:
-        # torch says so in its own words
+        # torch's own load_state_dict names the difference
         return
-    keys = [(key, group) for group in groups for key in group["params"]]
-    for (key, group), parameter in zip(keys, parameters, strict=True):
+    saved_groups = [(key, group) for group in groups for key in group["params"]]
+    parameters = [p for group in param_groups for p in group["params"]]
+    for (key, group), parameter in zip(saved_groups, parameters, strict=True):
         saved = state_dict["state"].get(key)
         if not saved:
             continue
-        rank = optimizer.rank_of(parameter, group)
-        expected = (optimizer.basis_length(parameter), rank) if rank is not None else None
+        rank = rank_of(parameter, group)
+        expected = None if rank is None else (projection.length(parameter), rank)
         found = tuple(saved["projector"].shape) if "projector" in saved else None
         if found != expected:
             raise StateMismatchError(
                 f"a parameter of shape {tuple(parameter.shape)} has a saved projector of shape"
                 f" {found}, this run one of {expected}; resume with the same model and"
-                f" side={optimizer.side!r} as saved."
+                f" side={projection.side!r} as saved."
             )
 
 
-def described(
-    optimizer: ProjectedOptimizer, entries: Sequence[Entry], with_values: bool
+def describe(
+    settings: Mapping[str, Any],
+    param_groups: Sequence[Mapping[str, Any]],
+    entries: Sequence[Entry],
+    state: Mapping[Tensor, Mapping[str, Tensor]] | None,
 ) -> dict[str, Any]:
-    """Everything that must be equal on all workers: settings and parameters.
+    """Return everything that must be equal on all workers.
 
-    `with_values`: and the values of parameters and state; at the start and after a load
-    only, since in between unlike processors may have rounded them apart by a last bit.
+    Args:
+        settings: of the optimizer.
+        param_groups: its groups, whose options count.
+        entries: its parameters.
+        state: its state, with which the values of parameters and state count too; None
+            leaves the values out. They are compared at the start and after a load only:
+            in between unlike processors may have rounded them apart by a last bit.
     """
     options = [
         {
@@ -103,29 +120,24 @@ def described(
             for key, v in group.items()
             if key not in ("params", "param_names")
         }
-        for group in optimizer.param_groups
+        for group in param_groups
     ]
-    settings = {
-        **optimizer.settings(),
+    description = {
+        **settings,
         "groups": options,
         "parameters": {
             e.name: f"#{k} {tuple(e.parameter.shape)} {e.parameter.dtype}"
             for k, e in enumerate(entries)
         },
     }
-    if not with_values:
-        return settings
+    if state is None:
+        return description
     kept = [
-        value
-        for entry in entries
-        if entry.parameter in optimizer.state
-        for _, value in sorted(optimizer.state[entry.parameter].items())
-        if isinstance(value, Tensor)
+        value for entry in entries for _, value in sorted(state.get(entry.parameter, {}).items())
     ]
-    return {
-        **settings,
-        "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)": fingerprint(
-            [entry.parameter for entry in entries]
-        ),
-        "state of the optimizer (load the same on all workers)": fingerprint(kept),
-    }
+    values = (
+        "values of the parameters (seed all workers alike, or broadcast the parameters from rank 0)"
+    )
+    description[values] = fingerprint([entry.parameter for entry in entries])
+    description["state of the optimizer (load the same on all workers)"] = fingerprint(kept)
+    return description

@@ -1,16 +1,20 @@
-"""SGD with momentum in the projected space of GaLore or GoLore: M <- momentum M T at a
-refresh, M <- momentum M + R.
+"""SGD with momentum in the projected space of GaLore or GoLore.
+
+refresh:  T = P_old^T P_new;  M <- M T
+M <- momentum M + R
+W <- W - lr scale M P^T - lr weight_decay W
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from lowrank_comm.projected.optimizer import ProjectedOptimizer, check_number
+from lowrank_comm.projected.checks import check_number
+from lowrank_comm.projected.optimizer import ProjectedOptimizer, SharedOptions
 
 
 class ProjectedSGD(ProjectedOptimizer):
@@ -51,58 +55,37 @@ class ProjectedSGD(ProjectedOptimizer):
         rank: int | None = 128,
         restart_every: int = 200,
         *,
-        projection: str = "galore",
-        galore_until: int = 0,
         scale: float = 1.0,
-        side: str = "short",
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-        free_gradients: bool = False,
-        process_group: Any = None,
-        wire_dtype: str | None = None,
-        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
-        seed: int = 0,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "rank": rank,
-                "scale": scale,
-            },
-            restart_every=restart_every,
-            projection=projection,
-            galore_until=galore_until,
-            side=side,
-            max_grad_norm=max_grad_norm,
-            free_gradients=free_gradients,
-            process_group=process_group,
-            wire_dtype=wire_dtype,
-            named_parameters=named_parameters,
-            seed=seed,
-        )
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum}
+        defaults |= {"weight_decay": weight_decay, "rank": rank, "scale": scale}
+        super().__init__(params, SGDRule(), restart_every, defaults, **shared)
+
+
+class SGDRule:
+    """SGD with momentum on gradients or their coordinates."""
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Also the keys of this rule."""
-        super().check_group(group)
         check_number("ProjectedSGD", "momentum", group["momentum"], below=1.0)
 
-    def initial_state(self, like: Tensor) -> dict[str, Any]:
-        """Zero moments."""
+    def initial_state(self, like: Tensor) -> dict[str, Tensor]:
         return {
             "step": torch.zeros((), dtype=torch.float32, device="cpu"),
             "momentum_buffer": torch.zeros_like(like),
         }
 
-    def move(self, state: dict[str, Any], overlap: Tensor) -> None:
-        """See the module's text."""
+    def move(self, state: dict[str, Tensor], overlap: Tensor) -> None:
         state["momentum_buffer"] = state["momentum_buffer"] @ overlap
 
-    def direction(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """See the module's text."""
+    def direction(
+        self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> Tensor:
         state["step"] += 1
         moment: Tensor = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         return moment

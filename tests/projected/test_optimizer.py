@@ -239,7 +239,7 @@ def test_rotation_of_the_second_moment_is_exact_for_uncorrelated_coordinates() -
     turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
     optimizer = ProjectedAdamW(parameters().items(), rank=3)
     state = {"exp_avg": torch.zeros(1, 4, dtype=torch.float64), "exp_avg_sq": variances.clone()}
-    optimizer.move(state, turn)
+    optimizer.rule.move(state, turn)
     sample = (
         torch.randn(20_000, 4, generator=generator, dtype=torch.float64) * variances.sqrt() @ turn
     ).square()
@@ -261,7 +261,7 @@ def test_the_first_moment_comes_as_near_as_the_new_subspace_allows() -> None:
     moment = torch.randn(8, 3, generator=generator, dtype=torch.float64)
     optimizer = ProjectedAdamW(parameters().items(), rank=3)
     state = {"exp_avg": moment.clone(), "exp_avg_sq": torch.ones_like(moment)}
-    optimizer.move(state, old.mT @ new)
+    optimizer.rule.move(state, old.mT @ new)
 
     def distance(coordinates: Tensor) -> float:
         return float((coordinates @ new.mT - moment @ old.mT).norm() / moment.norm())

@@ -1,0 +1,115 @@
+"""The projection of a parameter's gradients: on which side of the matrix its basis P
+is, and at which steps P is refreshed.
+
+The definitions of P are those of the compressors `GaLore` and `GoLore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_comm.compressors.base import Context
+from lowrank_comm.compressors.galore import GaLore
+from lowrank_comm.compressors.golore import GoLore
+from lowrank_comm.compressors.subspaces import basis_on_rows
+from lowrank_comm.errors import ConfigError
+
+PROJECTIONS = ("galore", "golore")
+
+
+class Projection:
+    """The subspaces of a run.
+
+    Args:
+        compressor: defines P and when it is refreshed.
+        seed: of random subspaces.
+
+    Raises:
+        ConfigError: the seed is no integer.
+    """
+
+    def __init__(self, compressor: GaLore, seed: int) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ConfigError(f"seed must be an integer, got {seed!r}; write for example seed=0.")
+        self.compressor = compressor
+        self.seed = seed
+        self._schedule = compressor.schedule({})
+
+    @property
+    def side(self) -> str:
+        """The side of the bases, "short" or "long"."""
+        return self.compressor.side
+
+    def on_rows(self, parameter: Tensor) -> bool:
+        """Whether P is on the side of the rows; the update is then P R^T, or R P^T."""
+        m, n = parameter.shape
+        return basis_on_rows(m, n, self.side)
+
+    def length(self, parameter: Tensor) -> int:
+        """s, the rows of P."""
+        m, n = parameter.shape
+        return m if self.on_rows(parameter) else n
+
+    def project(self, gradient: Tensor, basis: Tensor) -> Tensor:
+        """R (l, r), the coordinates of a gradient (m, n) in the basis P (s, r)."""
+        return (gradient.mT if self.on_rows(gradient) else gradient) @ basis
+
+    def initial_basis(self, name: str, parameter: Tensor, rank: int) -> Tensor:
+        """A random P (s, r), for use until the first refresh."""
+        m, n = parameter.shape
+        like = torch.empty(0, dtype=computation_dtype(parameter), device=parameter.device)
+        context = Context((name,), -1, self.seed, rank, m=m)
+        return self.compressor.initial_state(context, m, n, like)["P"][0]
+
+    def deferred(self, refreshed_at: int | None, t: int) -> bool:
+        """Whether a refresh before step t fell on a step in which no worker had a
+        gradient, and waits for one.
+        """
+        scheduled = t - t % self.compressor.restart_every
+        return refreshed_at is not None and refreshed_at < scheduled < t
+
+    def refreshes(self, name: str, refreshed_at: int | None, t: int) -> bool:
+        """Whether a parameter's P is refreshed at step t, if any worker has a gradient
+        for it.
+        """
+        return self._schedule.due(name, t) or self.deferred(refreshed_at, t)
+
+
+def make_projection(
+    owner: str, projection: str, restart_every: int, galore_until: int, side: str, seed: int
+) -> Projection:
+    """Build the projection from an optimizer's arguments.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    if projection not in PROJECTIONS:
+        known = ", ".join(map(repr, PROJECTIONS))
+        raise ConfigError(f"{owner}: projection={projection!r} is unknown; choose one of {known}.")
+    if projection == "galore" and galore_until:
+        raise ConfigError(
+            f'{owner}: galore_until={galore_until!r} is for projection="golore", whose'
+            " refreshes before that step are GaLore's; leave it out, or choose that."
+        )
+    if projection == "galore":
+        return Projection(GaLore(restart_every=restart_every, side=side), seed)
+    return Projection(
+        GoLore(restart_every=restart_every, side=side, galore_until=galore_until), seed
+    )
+
+
+def rank_of(parameter: Tensor, group: Mapping[str, Any]) -> int | None:
+    """Return r of a parameter's projection; None if it is not projected."""
+    rank: int | None = group["rank"]
+    if rank is None or parameter.dim() != 2 or rank >= min(parameter.shape):
+        return None
+    return rank
+
+
+def computation_dtype(parameter: Tensor) -> torch.dtype:
+    """The wider of float32 and the parameter's dtype."""
+    return torch.promote_types(parameter.dtype, torch.float32)
