@@ -27,16 +27,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import check_options
 from lowrank_comm.projected.checks import check_number
 from lowrank_comm.projected.optimizer import ProjectedOptimizer, SharedOptions
 
-SECOND_MOMENTS = ("rotate", "keep", "reset")
+SecondMoment = Literal["rotate", "keep", "reset"]
 WARM_UP = 10
 
 
@@ -100,7 +101,7 @@ class ProjectedAdamW(ProjectedOptimizer):
         rank: int | None = 128,
         restart_every: int = 200,
         *,
-        second_moment: str = "rotate",
+        second_moment: SecondMoment = "rotate",
         scale: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -121,15 +122,10 @@ class AdamWRule:
         second_moment: see `ProjectedAdamW`.
     """
 
-    second_moment: str = "rotate"
+    second_moment: SecondMoment = "rotate"
 
     def __post_init__(self) -> None:
-        if self.second_moment not in SECOND_MOMENTS:
-            known = ", ".join(map(repr, SECOND_MOMENTS))
-            raise ConfigError(
-                f"ProjectedAdamW: second_moment={self.second_moment!r} is unknown; choose one of"
-                f" {known}."
-            )
+        check_options(self, "ProjectedAdamW: ")
 
     def settings(self) -> dict[str, Any]:
         return {"second_moment": self.second_moment}

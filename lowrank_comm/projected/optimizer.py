@@ -31,15 +31,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_comm.communication import Ledger
-from lowrank_comm.compressors.base import checked_positive_int
-from lowrank_comm.compressors.galore import check_flag
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
@@ -47,6 +45,7 @@ from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.step import StepLog, run_step
+from lowrank_comm.options import PositiveInt, check
 from lowrank_comm.projected.averaging import Averaged, Averaging, Entry
 from lowrank_comm.projected.checks import check_number, check_parameter, check_saved, describe
 from lowrank_comm.projected.projection import make_projection, rank_of
@@ -64,9 +63,9 @@ class SharedOptions(TypedDict, total=False):
     `ProjectedAdamW` describes them.
     """
 
-    projection: str
+    projection: Literal["galore", "golore"]
     galore_until: int
-    side: str
+    side: Literal["short", "long"]
     max_grad_norm: float | None
     free_gradients: bool
     process_group: Any
@@ -97,9 +96,9 @@ class ProjectedOptimizer(Optimizer):
         restart_every: int,
         defaults: dict[str, Any],
         *,
-        projection: str = "galore",
+        projection: Literal["galore", "golore"] = "galore",
         galore_until: int = 0,
-        side: str = "short",
+        side: Literal["short", "long"] = "short",
         max_grad_norm: float | None = None,
         free_gradients: bool = False,
         process_group: Any = None,
@@ -118,7 +117,7 @@ class ProjectedOptimizer(Optimizer):
         )
         if max_grad_norm is not None:
             check_number(owner, "max_grad_norm", max_grad_norm, above=0.0)
-        check_flag(owner, "free_gradients", free_gradients)
+        check(f"{owner}: free_gradients", free_gradients, bool)
         self.rule = rule
         self.max_grad_norm = max_grad_norm
         self.free_gradients = free_gradients
@@ -182,7 +181,7 @@ class ProjectedOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         owner = type(self).__name__
         if group["rank"] is not None:
-            checked_positive_int(owner, "rank", group["rank"])
+            check(f"{owner}: rank", group["rank"], PositiveInt)
         check_number(owner, "lr", group["lr"])
         check_number(owner, "weight_decay", group["weight_decay"])
         check_number(owner, "scale", group["scale"], above=0.0)

@@ -7,18 +7,19 @@ The definitions of P are those of the compressors `GaLore` and `GoLore`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.base import Context
-from lowrank_comm.compressors.galore import GaLore
+from lowrank_comm.compressors.galore import GaLore, Side
 from lowrank_comm.compressors.golore import GoLore
 from lowrank_comm.compressors.subspaces import basis_on_rows
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.options import Seed, check
 
-PROJECTIONS = ("galore", "golore")
+Name = Literal["galore", "golore"]
 
 
 class Projection:
@@ -33,14 +34,13 @@ class Projection:
     """
 
     def __init__(self, compressor: GaLore, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigError(f"seed must be an integer, got {seed!r}; write for example seed=0.")
+        check("seed", seed, Seed, 0)
         self.compressor = compressor
         self.seed = seed
         self._schedule = compressor.schedule({})
 
     @property
-    def side(self) -> str:
+    def side(self) -> Side:
         """The side of the bases, "short" or "long"."""
         return self.compressor.side
 
@@ -80,22 +80,20 @@ class Projection:
 
 
 def make_projection(
-    owner: str, projection: str, restart_every: int, galore_until: int, side: str, seed: int
+    owner: str, name: Name, restart_every: int, galore_until: int, side: Side, seed: int
 ) -> Projection:
     """Build the projection from an optimizer's arguments.
 
     Raises:
         ConfigError: a value that cannot work.
     """
-    if projection not in PROJECTIONS:
-        known = ", ".join(map(repr, PROJECTIONS))
-        raise ConfigError(f"{owner}: projection={projection!r} is unknown; choose one of {known}.")
-    if projection == "galore" and galore_until:
+    check(f"{owner}: projection", name, Name)
+    if name == "galore" and galore_until:
         raise ConfigError(
             f'{owner}: galore_until={galore_until!r} is for projection="golore", whose'
             " refreshes before that step are GaLore's; leave it out, or choose that."
         )
-    if projection == "galore":
+    if name == "galore":
         return Projection(GaLore(restart_every=restart_every, side=side), seed)
     return Projection(
         GoLore(restart_every=restart_every, side=side, galore_until=galore_until), seed
