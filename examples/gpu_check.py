@@ -1,8 +1,10 @@
 """Checks the library on your GPUs: it was written and tested on CPUs (docs/gpu.md tells
 what was only read).
 
-    torchrun --nproc-per-node=N examples/gpu_check.py        # N GPUs; N=1 works, from N=4 on two levels are checked too
+    torchrun --nproc-per-node=N examples/gpu_check.py
     torchrun --nproc-per-node=4 examples/gpu_check.py --device cpu
+
+N is the number of GPUs; N = 1 works, and from N = 4 on two levels are checked too.
 
 Every engine trains a small model on the GPUs and must end where a simulation of the
 same workers on the CPU ends. Then come precision, overflows, and what only a GPU can
@@ -70,7 +72,7 @@ class Check:
     make: Callable[[Device], str]
 
 
-# ------------------------------------------------------------------------------------------------ equal to the simulation
+# --- equal to the simulation
 
 
 def against_simulation(run: Run, tolerance: float = CLOSE) -> Callable[[Device], str]:
@@ -105,7 +107,7 @@ def uncompressed(run: Run) -> Callable[[Device], str]:
 
 
 def overlapped(device: Device) -> str:
-    """Buckets that start during the backward pass give what one pass at its end gives."""
+    """Compare buckets that start during the backward pass with one pass at its end."""
     early = train(Run("ddp", RANK_4, options={"overlap": True, "bucket_cap_mb": 0.02}), device)
     after = train(Run("ddp", RANK_4), device)
     difference = worst(early.parameters, after.parameters)
@@ -160,7 +162,7 @@ def overflow(device: Device) -> str:
     return demand(unchanged and moved and scale == 512.0 and steps == 4 and apart == 0.0, numbers)
 
 
-# ------------------------------------------------------------------------------------------------ what only a GPU can show
+# --- what only a GPU can show
 
 
 def need_gpu(device: Device, why: str) -> None:
@@ -350,7 +352,7 @@ CHECKS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------ the program
+# --- the program
 
 
 def outcome_of(check: Check, device: Device) -> tuple[str, str]:

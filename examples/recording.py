@@ -28,7 +28,7 @@ WARM_UP_STEPS = 2
 
 
 class CompressionHandle(Protocol):
-    """What `lowrank_comm.integrations.deepspeed.get(engine)` offers and this file uses."""
+    """What this file uses of `lowrank_comm.integrations.deepspeed.get(engine)`."""
 
     @property
     def last_report(self) -> Any: ...
@@ -46,7 +46,7 @@ def gradient_bytes(model: torch.nn.Module) -> int:
 
 
 class Bar(ProgressCallback):
-    """Trainer's progress bar with the loss behind it instead of a line for every log."""
+    """Trainer's progress bar with the loss behind it, not a line for every log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Put the loss behind the bar."""

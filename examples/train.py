@@ -2,8 +2,8 @@
 JSON file says.
 
     deepspeed --num_gpus 2 examples/train.py --deepspeed configs/ds_powersgd_plus.json
-    torchrun --nproc_per_node 2 examples/train.py --compression
-    configs/powersgd_plus.json
+    torchrun --nproc_per_node 2 examples/train.py \
+        --compression configs/powersgd_plus.json
 
 trains a LLaMA of a million parameters from nothing on Shakespeare, on GPUs or, where
 there are none, on the CPU. Every flag of `TrainingArguments` is taken beside the few
@@ -11,8 +11,8 @@ below; what the DeepSpeed JSON sets (optimizer, scheduler, clipping), it decides
 model and a text of one's own:
 
     deepspeed --num_gpus 2 examples/train.py --deepspeed configs/ds_powersgd_plus.json \
-        --model_name_or_path DIR --train_file my.txt --max_steps 1000 --learning_rate
-        1e-4
+        --model_name_or_path DIR --train_file my.txt --max_steps 1000 \
+        --learning_rate 1e-4
 
 The first command needs one line for compression, the import of
 `lowrank_comm.integrations.deepspeed`; the second one callback. With `accelerate launch`
@@ -258,7 +258,7 @@ def find_comparison(given: ExampleArguments, output_dir: Path, own: Summary) -> 
 
 
 def find_checkpoint(asked: str | bool | None, output_dir: Path) -> str | None:
-    """The checkpoint to resume from: a folder, or with True the last one of this run."""
+    """Return the checkpoint to resume from: a folder, or with True this run's last."""
     if asked is None or str(asked).lower() in ("false", ""):
         return None
     if str(asked).lower() == "true":
@@ -367,8 +367,9 @@ def main() -> None:
         None if section is None else CompressionCallback(None if args.deepspeed else section)
     )
     trainer = Trainer(
-        model=model, args=args, train_dataset=training, eval_dataset=held_out, processing_class=corpus.tokenizer,
-        data_collator=default_data_collator, callbacks=[compression] if compression is not None else None,
+        model=model, args=args, processing_class=corpus.tokenizer,
+        train_dataset=training, eval_dataset=held_out, data_collator=default_data_collator,
+        callbacks=[compression] if compression is not None else None,
     )  # fmt: skip
     recorder = Recorder(
         trainer, output_dir, lambda: compression.compressing if compression is not None else None,

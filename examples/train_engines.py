@@ -153,7 +153,7 @@ def batches(
 
 
 def train(given: argparse.Namespace, corpus: Corpus, device: torch.device) -> tuple[float, Any]:
-    """The loop of a user. Returns the last loss, and the byte ledger if there is one."""
+    """Train as a user would; return the last loss, and the byte ledger if any."""
     model, process_group = wrap(given, new_model(corpus), device)
     optimizer: Any = torch.optim.AdamW(model.named_parameters(), lr=given.learning_rate)
     if not given.no_compression:
