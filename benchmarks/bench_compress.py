@@ -1,14 +1,17 @@
 """Time of one compressed reduction against PyTorch's own PowerSGD hook on the same
 tensors, side by side.
 
-Measured is what a worker computes each step beside the network: compress, decompress,
-error feedback, for the gradients of LLaMA shapes of about 5M and 20M parameters at rank
-4 and 32. Both sides run in one process over a gloo group of one, with equal threads, on
-equal gradients; PyTorch's hook gets them in buckets of 25 MB as DDP would hand them
-over. Each round times both, one after the other, in alternating order; quoted are the
-medians and the median of the paired ratios, with their spread, since the machine's
-speed drifts. After timing, the last results of both are held against each other: dense
-parameters exactly, matrices by their norms, so that neither has left work out.
+It measures what a worker computes in a step beside the communication: compress,
+decompress, error feedback, for the gradients of LLaMA shapes of about 5M and 20M
+parameters at rank 4 and 32. Both sides run in one process over a gloo group of one,
+with equal threads, on equal gradients; PyTorch's hook gets them in buckets of 25 MB, as
+from DDP. Each round times both, one after the other, in alternating order. The table
+shows the medians and the median of the paired ratios with its quartiles, since the
+machine's speed drifts. After timing, the last results of both are compared, dense
+parameters exactly and matrices by their norms, so that neither has left work out.
+
+The clock is time.perf_counter: torch.utils.benchmark.Timer repeats a statement to warm
+up, and a step changes the compressor's state.
 
     python benchmarks/bench_compress.py [--rounds 15] [--markdown docs/benchmarks.md]
 """
@@ -44,10 +47,23 @@ from lowrank_comm.communication import Group
 from lowrank_comm.reduction.reducer import ParamInfo, Reducer
 
 BUCKET_BYTES = 25 * 2**20
-NOTE = """Where rank is high and the model small, matrix products decide. This library forms four of them for each matrix and
-the hook three: the error memory subtracts the worker's own contribution P Q_i^T, as the paper's algorithm does, and the
-hook the decoded mean, which it has anyway and by which the workers' memories part without bound (how_it_works.md).
+NOTE = """\
+Where rank is high and the model small, matrix products decide. This library forms four of
+them for each matrix and the hook three: the error memory subtracts the worker's own
+contribution P Q_i^T, as the paper's algorithm does, and the hook the decoded mean, which it
+has anyway and by which the workers' memories part without bound (how_it_works.md).
 
+"""
+AGAINST = """
+## Against another commit
+
+    git worktree add ../base v0.1.0
+    make bench-against BASE=../base
+
+times the same models and ranks with the library of this checkout and of `BASE`, step by
+step in alternation, and prints for each row the ratio of the two with its 95 % confidence
+interval. A row whose interval lies wholly above 1.03 is slower: the exit code is then 1.
+`BENCH_ARGS="--rounds 30 --repeats 10 --json FILE"` sets the length and keeps the figures.
 """
 
 
@@ -62,7 +78,7 @@ class Model:
     vocabulary: int
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of all parameters, in the order of the model (tied embedding)."""
+        """Return the shapes of all parameters in the model's order (tied embedding)."""
         h, f = self.hidden, self.mlp
         layer: list[tuple[int, ...]] = [(h, h)] * 4 + [(f, h), (f, h), (h, f), (h,), (h,)]
         return [(self.vocabulary, h), *(shape for _ in range(self.layers) for shape in layer), (h,)]
@@ -72,7 +88,7 @@ MODELS = [Model("5M", 256, 6, 688, 2048), Model("20M", 512, 6, 1376, 4096)]
 
 
 class Bucket:
-    """What DDP hands to a hook: a flat buffer and its pieces (duck typing of torch's
+    """What DDP passes to a hook: a flat buffer and its pieces (duck typing of torch's
     GradBucket).
     """
 
@@ -83,24 +99,24 @@ class Bucket:
         self._pieces = [p.view(s) for p, s in zip(self._buffer.split(sizes), shapes, strict=True)]
 
     def buffer(self) -> Tensor:
-        """The flat gradients."""
+        """Return the flat gradients."""
         return self._buffer
 
     def gradients(self) -> list[Tensor]:
-        """Views of the buffer in the parameters' shapes."""
+        """Return views of the buffer in the parameters' shapes."""
         return self._pieces
 
     def index(self) -> int:
-        """Place among the buckets."""
+        """Return the bucket's number in the step."""
         return self._index
 
     def is_last(self) -> bool:
-        """Whether it is the last of the step."""
+        """Return whether it is the step's last bucket."""
         return self._last
 
 
 def buckets_of(shapes: list[tuple[int, ...]]) -> list[Bucket]:
-    """Parameters in reverse order in buckets of 25 MB, as DDP makes them."""
+    """Return the parameters in reverse order in buckets of 25 MB, as DDP makes them."""
     groups: list[list[tuple[int, ...]]] = [[]]
     filled = 0
     for shape in reversed(shapes):
@@ -114,7 +130,7 @@ def buckets_of(shapes: list[tuple[int, ...]]) -> list[Bucket]:
 
 
 def ours(shapes: list[tuple[int, ...]], rank: int) -> tuple[list[Tensor], Callable[[], None]]:
-    """Gradients and the step of this library."""
+    """Return gradients and the step of this library."""
     cpu = torch.device("cpu")
     slots = [ParamInfo(f"p{k}", shape, torch.float32, cpu) for k, shape in enumerate(shapes)]
     reducer = Reducer(slots, PowerSGD(rank), Group())
@@ -130,8 +146,8 @@ def ours(shapes: list[tuple[int, ...]], rank: int) -> tuple[list[Tensor], Callab
 def theirs(
     shapes: list[tuple[int, ...]], rank: int, batch: bool
 ) -> tuple[list[Tensor], Callable[[], None]]:
-    """Gradients and the step of PyTorch's hook, error feedback and warm start on,
-    compression from the first step.
+    """Return gradients and the step of PyTorch's hook, with error feedback and warm
+    start, compressing from the first step.
     """
     state = torch_hook.PowerSGDState(
         None,
@@ -151,7 +167,7 @@ def theirs(
 
 
 def measure(model: Model, rank: int, rounds: int, batch: bool) -> dict[str, float]:
-    """Medians in ms and paired ratios."""
+    """Return the medians in ms, and median and quartiles of the paired ratios."""
     shapes = model.shapes()
     generator = torch.Generator().manual_seed(0)
     pool = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
@@ -180,8 +196,8 @@ def measure(model: Model, rank: int, rounds: int, batch: bool) -> dict[str, floa
 
 
 def check_alike(mine: list[Tensor], hook: list[Tensor], given: list[Tensor]) -> None:
-    """Both did the work: dense parameters are exact, matrices were really approximated,
-    by about as much.
+    """Check that both did the work: dense parameters are exact, matrices are
+    approximated by about as much.
     """
     for a, b, g in zip(mine, hook, given, strict=True):
         if g.dim() == 1:
@@ -194,7 +210,7 @@ def check_alike(mine: list[Tensor], hook: list[Tensor], given: list[Tensor]) -> 
 
 
 def processor() -> str:
-    """The processor's name, or at least its kind."""
+    """Return the processor's name, or at least its kind."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -248,7 +264,7 @@ def main(
             " `batch_tensors_with_same_shape`.\n\n"
         )
         text += NOTE
-        markdown.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+        markdown.write_text(text + "\n".join(lines) + "\n" + AGAINST, encoding="utf-8")
     dist.destroy_process_group()
 
 

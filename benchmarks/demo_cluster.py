@@ -1,8 +1,10 @@
 """The main job on several hosts with slow links: the same training uncompressed and
 compressed, by the clock.
 
-    make demo-cluster                             # as root: 4 hosts at 100 Mbit/s, 60 steps of each
-    python benchmarks/demo_cluster.py --hosts 2 --mbit 1000 --model-size M --config configs/ds_powersgd_plus_zero2.json
+    # as root: 4 hosts at 100 Mbit/s, 60 steps of each run
+    make demo-cluster
+    python benchmarks/demo_cluster.py --hosts 2 --mbit 1000 --model-size M \\
+        --config configs/ds_powersgd_plus_zero2.json
 
 runs examples/train.py, one process a host, with configs/ds_uncompressed.json and then
 with the compressed config, all else equal, in the network of netlab.py: real sockets,
@@ -13,11 +15,11 @@ beside the plot.
 
 What the figures are. A step's time is that of rank 0, forward pass to optimizer step;
 the first two steps are left out of median and quartiles, as they allocate and warm up,
-but not of the plot. Bytes are those of the whole run, so they hold what the start sends
-(the parameters are broadcast once), the evaluation, and the packets' headers too. All
-hosts share this machine's cores: computing takes longer than on machines of their own,
-which makes compression look worse than it is; and the links have no latency to speak
-of, which matters to either run.
+but not of the plot. Bytes are those of the whole run, including the start (the
+parameters are broadcast once), the evaluation, and the packets' headers. All hosts
+share this machine's cores: computing takes longer than on separate machines, which
+makes compression look worse than it is. The links have almost no latency, which affects
+both runs.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ COMPRESSED = ROOT / "configs" / "ds_powersgd_plus.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run, as its own log and the kernel tell it."""
+    """One finished run, from its own log and the kernel's counters."""
 
     folder: Path
     command: list[str]
@@ -89,14 +91,14 @@ class Outcome:
 
     @property
     def all_reduced(self) -> float:
-        """Bytes that a ring sends from each host for what the run itself has counted: 2
-        (N - 1) / N of it.
+        """Bytes that a ring all-reduce sends from each host: 2 (N - 1) / N of the run's
+        own count.
         """
         hosts = len(self.network.sent)
         return 2 * (hosts - 1) / hosts * self.summary.total_bytes
 
     def figures(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """Return what the JSON file holds of the run."""
         return {
             "name": self.summary.name,
             "command": shlex.join(self.command),
@@ -119,11 +121,19 @@ def train(
     lab: Lab, config: Path, folder: Path, steps: int, model_size: str, timeout: float | None = None
 ) -> Outcome:
     """Run examples/train.py with this DeepSpeed JSON on all hosts of the lab."""
-    command = [
-        sys.executable, "examples/train.py", "--deepspeed", str(config), "--output_dir", str(folder),
-        "--max_steps", str(steps), "--model_size", model_size, "--use_cpu", "True", "--save_strategy", "no",
-        "--eval_on_start", "False", "--held_out_tokens", "10000",
-    ]  # fmt: skip
+    options = {
+        "deepspeed": config,
+        "output_dir": folder,
+        "max_steps": steps,
+        "model_size": model_size,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "eval_on_start": False,
+        "held_out_tokens": 10000,
+    }
+    command = [sys.executable, "examples/train.py"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
     # a run that fails must not be mistaken for the last one that did not
     for old in (LOG, SUMMARY):
         (folder / old).unlink(missing_ok=True)
@@ -143,7 +153,8 @@ def prepare_text(model_size: str) -> None:
     code = f"""if True:
         import sys; sys.path.insert(0, "examples")
         import train
-        train.load_corpus(train.Path(train.ExampleArguments.cache_dir), None, train.LLAMAS[{model_size!r}]["vocab_size"])
+        cache = train.Path(train.ExampleArguments.cache_dir)
+        train.load_corpus(cache, None, train.LLAMAS[{model_size!r}]["vocab_size"])
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -157,7 +168,7 @@ def compare(
     output_dir: Path,
     timeout: float | None = None,
 ) -> tuple[Outcome, Outcome]:
-    """Both runs, the uncompressed one first, then plot and JSON in `output_dir`."""
+    """Do both runs, the uncompressed one first; write plot and JSON to `output_dir`."""
     output_dir = output_dir.resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
     prepare_text(model_size)
@@ -189,7 +200,7 @@ def compare(
 
 
 def machine() -> dict[str, Any]:
-    """What the times depend on."""
+    """Return what the times depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     describe = ["git", "describe", "--always", "--dirty"]
@@ -206,8 +217,8 @@ def machine() -> dict[str, Any]:
 
 
 def side_by_side(plain: Outcome, compressed: Outcome, hosts: int) -> list[list[str]]:
-    """The rows of the table: label, both runs, ratio; an empty one before the next
-    section.
+    """Return the rows of the table: label, both runs, ratio; an empty one before the
+    next section.
     """
     rows: list[list[str]] = []
     both = (plain, compressed)
@@ -251,7 +262,7 @@ def side_by_side(plain: Outcome, compressed: Outcome, hosts: int) -> list[list[s
 
 
 def titles(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> tuple[str, str]:
-    """What was run, and why some step of it may be long."""
+    """Return what was run, and why some of its steps may be long."""
     title = (
         f"{hosts} hosts at {mbit:g} Mbit/s, {plain.summary.setup['model']}, {len(plain.steps)}"
         " steps"
@@ -272,7 +283,7 @@ def titles(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> tupl
 
 
 def table(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> Table:
-    """The two runs side by side."""
+    """Return a table of the two runs side by side."""
     title, caption = titles(plain, compressed, hosts, mbit)
     result = Table(title=title, caption=caption or None)
     for heading in ("", plain.summary.name, compressed.summary.name, "ratio"):
@@ -283,7 +294,7 @@ def table(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> Table
 
 
 def page(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> str:
-    """The same as a page, with the command and the machine."""
+    """Return the same as a page, with the command and the machine."""
     title, caption = titles(plain, compressed, hosts, mbit)
     here, what = Path(__file__).resolve(), machine()
     command = shlex.join(["python", here.relative_to(ROOT).as_posix(), *sys.argv[1:]])
@@ -310,7 +321,7 @@ def page(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> str:
 
 
 def draw(plain: Outcome, compressed: Outcome, hosts: int, mbit: float, target: Path) -> None:
-    """Loss over the seconds of training, of both runs."""
+    """Draw both runs' loss over the seconds of training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -324,9 +335,13 @@ def draw(plain: Outcome, compressed: Outcome, hosts: int, mbit: float, target: P
         label = f"{run.summary.name}: {run.quartiles[1] * 1e3:,.0f} ms a step (median)"
         axes.plot(clock, means, color=colour, linewidth=2, marker="o", markevery=[-1], label=label)
         axes.annotate(
-            f"{len(loss)} steps: {clock[-1]:.0f} s", (clock[-1], means[-1]), xytext=(0, -16),
-            textcoords="offset points", ha="right", color=colour,
-        )  # fmt: skip
+            f"{len(loss)} steps: {clock[-1]:.0f} s",
+            (clock[-1], means[-1]),
+            xytext=(0, -16),
+            textcoords="offset points",
+            ha="right",
+            color=colour,
+        )
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds of training, evaluation and start left out")
     axes.set_ylabel("training loss (nats per token)")

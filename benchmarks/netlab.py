@@ -2,15 +2,19 @@
 links shaped by the kernel.
 
     with Lab(hosts=4, mbit=100) as lab:
-        done = lab.run([sys.executable, "train.py"])    # one process a host; RANK, WORLD_SIZE, MASTER_ADDR, ... are set
-        done.sent                                       # bytes that left each host's interface meanwhile
+        # one process a host; RANK, WORLD_SIZE, MASTER_ADDR, ... are set
+        done = lab.run([sys.executable, "train.py"])
+        # bytes that left each host's interface meanwhile
+        done.sent
 
 and from a shell
 
     python benchmarks/netlab.py up --hosts 4 --mbit 100
     python benchmarks/netlab.py run -- python train.py
-    python benchmarks/netlab.py bytes                   # sent and received by each host since `up`
-    python benchmarks/netlab.py down                    # ends what runs there and removes everything
+    # sent and received by each host since `up`
+    python benchmarks/netlab.py bytes
+    # ends what runs there and removes everything
+    python benchmarks/netlab.py down
 
 Host i is the namespace <name>i and has the address 10.77.0.(i+1) on its interface
 `eth0`, the end of a veth pair whose other end is at a bridge in a namespace of its own,
@@ -60,8 +64,8 @@ class LabError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """What one run did: wall-clock seconds, and bytes at each host's interface as the
-    kernel counted them.
+    """Wall-clock seconds of a run, and the kernel's count of bytes at each host's
+    interface.
     """
 
     seconds: float
@@ -116,7 +120,7 @@ def _remove_ownerless() -> None:
 
 
 def missing() -> str | None:
-    """Why no lab can be built here, or None if it can: a small one is tried."""
+    """Return why no lab can be built here, or None if a small one can be built."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("ip", "tc"):
@@ -130,8 +134,8 @@ def missing() -> str | None:
 
 
 class Lab:
-    """`hosts` hosts whose links carry `mbit` Mbit/s in either direction, there between
-    `with` and its end.
+    """`hosts` hosts whose links carry `mbit` Mbit/s in either direction; a context
+    manager that builds and removes them.
     """
 
     def __init__(self, hosts: int, mbit: float, name: str | None = None):
@@ -144,11 +148,11 @@ class Lab:
 
     @staticmethod
     def address(host: int) -> str:
-        """The host's address inside the lab."""
+        """Return the host's address inside the lab."""
         return f"10.77.0.{host + 1}"
 
     def up(self) -> None:
-        """Build it, in place of one of the same name."""
+        """Build the lab, in place of one of the same name."""
         _remove_ownerless()
         _remove(self.name)
         switch = f"{self.name}sw"
@@ -178,7 +182,7 @@ class Lab:
         _sh(f"tc -n {namespace} class add dev {device} parent 1: classid 1:1 htb {rate}")
 
     def down(self) -> None:
-        """Remove it; harmless when there is none."""
+        """Remove the lab; harmless when there is none."""
         _remove(self.name)
 
     def __enter__(self) -> Lab:
@@ -195,7 +199,7 @@ class Lab:
         self.down()
 
     def counters(self) -> tuple[list[int], list[int]]:
-        """Bytes sent and bytes received by each host since the lab was built."""
+        """Return the bytes sent and received by each host since the lab was built."""
         shown = [_sh(f"ip -n {self.name}{i} -s -j link show dev eth0") for i in range(self.hosts)]
         stats = [json.loads(one)[0]["stats64"] for one in shown]
         return [one["tx"]["bytes"] for one in stats], [one["rx"]["bytes"] for one in stats]
@@ -233,8 +237,8 @@ class Lab:
                 time.sleep(0.02)
             failed = next((i for i, process in enumerate(processes) if process.poll()), None)
             if failed is not None:
-                told = _tail(logs[failed]) or "(its output is above)"
-                raise LabError(f"host {failed} ended with {processes[failed].returncode}: {told}")
+                output = _tail(logs[failed]) or "(its output is above)"
+                raise LabError(f"host {failed} ended with {processes[failed].returncode}: {output}")
             if any(process.poll() is None for process in processes):
                 raise LabError(f"not done after {timeout:g} s")
         finally:

@@ -18,15 +18,10 @@ except ModuleNotFoundError as missing:
     )
 
 from lowrank_comm.errors import ConfigError, LowRankCommError
-from lowrank_comm.lab.runner import pages as pages
+from lowrank_comm.lab.runner import pages
+from lowrank_comm.lab.runner.note import RUN_FILE, read_note
 from lowrank_comm.lab.runner.preset import Preset, checked, load, names
-from lowrank_comm.lab.runner.running import (
-    RUN_FILE,
-    first_process,
-    ordered_rows,
-    read_note,
-    run_preset,
-)
+from lowrank_comm.lab.runner.running import first_process, ordered_rows, run_preset
 
 app = typer.Typer(
     add_completion=False,
@@ -116,16 +111,16 @@ def regenerate(
         "docs/results"
     ),
 ) -> None:
-    """Make all pages anew from the published results."""
+    """Make all pages again from the published results."""
     for written in pages.regenerate(results):
         console.print(f"written: {written}", markup=False, highlight=False)
 
 
 def _run_of(folder: Path) -> tuple[Preset, dict[str, Any]]:
-    """The preset that a folder's rows are of, and what its run.json says.
+    """Return the preset of a folder's rows, and the content of its run.json.
 
     Raises:
-        ConfigError: the folder is not one of a run.
+        ConfigError: the folder does not belong to a run.
     """
     path = folder / RUN_FILE
     if not path.is_file():
@@ -136,8 +131,8 @@ def _run_of(folder: Path) -> tuple[Preset, dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the command line; an error of the library is one line, and the exit code is
-    2.
+    """Run the command line. An error of the library is printed as one line; the exit
+    code is then 2.
     """
     try:
         app(prog_name="python -m lowrank_comm.lab", standalone_mode=True)

@@ -1,5 +1,5 @@
-"""What an experiment is: cases that are run one by one, and a page with figures
-computed from their results alone.
+"""The interface of an experiment: cases that are run one by one, and a page with
+figures computed from their results alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Progress = Callable[[float, str], None]
-"""Called with the share of a case that is done, from 0 to 1, and a few words on where
-it is.
-"""
+"""Called with the share of a case that is done, from 0 to 1, and a few words on it."""
 
 Row = dict[str, Any]
 """A finished case: {"key", "params", "result", "seconds"}."""
@@ -38,9 +36,7 @@ class Case:
 
 
 class LabSettings(BaseModel):
-    """Base of the settings of an experiment: no unknown keys, not changed after
-    reading.
-    """
+    """Base of an experiment's settings: no unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,47 +56,47 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def cases(self, settings: Any) -> list[Case]:
-        """All cases, in the order of the page."""
+        """Return all cases, in the order of the page."""
 
     @abc.abstractmethod
     def run(self, settings: Any, case: Case, progress: Progress) -> dict[str, Any]:
-        """One case. The result is made of plain values for JSON; numbers that are not
-        finite are kept as null.
+        """Run one case. The result is made of plain values for JSON; numbers that are
+        not finite become null.
         """
 
     @abc.abstractmethod
     def figures(self, settings: Any, rows: Sequence[Row]) -> dict[str, Figure]:
-        """File stem -> figure, drawn from the rows alone; rows are in the order of
-        `cases`, and some may be missing.
+        """Return file stem -> figure, drawn from the rows alone. The rows are in the
+        order of `cases`; some may be missing.
         """
 
     @abc.abstractmethod
     def page(self, settings: Any, rows: Sequence[Row]) -> str:
-        """Markdown below the heading. Figures are shown as ![what it is](stem.png);
-        every number is computed from rows.
+        """Return the Markdown below the heading. Figures are shown as ![what it
+        is](stem.png); every number is computed from rows.
         """
 
     def depends_on(self, settings: Any, case: Case) -> Any:
-        """What the result of a case depends on beside its params, as plain values: a
-        row is refused when it has changed.
+        """Return what the result of a case depends on beside its params, as plain
+        values; a row is refused when it has changed.
 
-        All settings, unless an experiment knows better (a grid that may grow without
-        being run anew).
+        By default these are all settings. An experiment may leave out those that do not
+        matter to a case, such as the other values of a grid.
         """
         return settings.model_dump(mode="json")
 
     def stage(self, settings: Any, case: Case) -> int:
-        """Cases of a stage start when those of lower stages have ended; all are of one,
-        unless an experiment says so.
+        """Return the case's stage: its cases start when those of lower stages have
+        ended. By default there is one stage.
         """
         return 0
 
     def prepared(self, settings: Any, case: Case, rows: Sequence[Row]) -> Case:
-        """The case with what it takes from finished rows added to its params, e.g. a
-        learning rate that was tuned.
+        """Return the case with what it takes from finished rows added to its params,
+        e.g. a tuned learning rate.
 
-        Its params go into its row; `depends_on` is asked of the case as `cases` gave
-        it.
+        The params returned go into the row; `depends_on` receives the case as `cases`
+        made it.
 
         Raises:
             ConfigError: rows that it needs are missing.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_comm.lab.experiments import EXPERIMENTS
-from lowrank_comm.lab.runner import pages as pages
+from lowrank_comm.lab.runner import pages
 from lowrank_comm.lab.runner.preset import load
 from lowrank_comm.lab.runner.rows import plain
 from tests.support import ROOT

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_comm.lab.problems import theorem1 as theorem1
+from lowrank_comm.lab.problems import theorem1
 from tests.support import ROOT
 
 EXAMPLE = ROOT / "examples" / "counterexample.py"

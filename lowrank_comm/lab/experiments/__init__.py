@@ -22,7 +22,7 @@ them.
 
 
 def experiment(name: str) -> Experiment:
-    """The experiment of that name.
+    """Return the experiment of that name.
 
     Raises:
         ConfigError: there is none.

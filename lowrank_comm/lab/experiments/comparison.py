@@ -1,14 +1,15 @@
-"""Which differences between methods are more than the spread between seeds: paired
-comparisons, said in words.
+"""Paired comparisons of methods: which differences are larger than the spread between
+seeds, stated in words and tables.
 
 Two methods that share their seeds (same initial weights, same batches) are compared
-seed by seed: d_s = a_s - b_s. With n seeds the mean of d differs from zero if it lies
-outside of
+seed by seed: d_s = a_s - b_s. With n seeds the mean of d differs from zero if its
+absolute value is larger than
 
-    t_{0.975, n-1} s_d / sqrt(n),        s_d the standard deviation of the d_s (n - 1 in its denominator),
+    t_{0.975, n-1} s_d / sqrt(n),
 
-the half-width of the 95 % confidence interval of Student's t. Otherwise the difference
-is inside the spread. One seed has no spread, and then nothing is claimed.
+the half-width of the 95 % confidence interval of Student's t, where s_d is the standard
+deviation of the d_s (n - 1 in its denominator). Otherwise the difference is inside the
+spread. One seed has no spread, and then nothing is claimed.
 """
 
 from __future__ import annotations
@@ -60,37 +61,37 @@ class Spread:
 
     @property
     def sign(self) -> int | None:
-        """+1 or -1 if the mean differs from zero, 0 if that is inside the spread, None
-        for n = 1.
+        """+1 or -1 if the mean differs from zero, 0 if the difference is inside the
+        spread, None for n = 1.
         """
         if self.half_width is None:
             return None
         return 0 if abs(self.mean) <= self.half_width else int(math.copysign(1, self.mean))
 
     def text(self, digits: int) -> str:
-        """Mean ± standard deviation."""
+        """Return mean ± standard deviation."""
         spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
         return f"{self.mean:.{digits}f}{spread}"
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> list[tuple[float, float]]:
-    """The values of the seeds that both have, in the order of a."""
+    """Return the pairs of values of the common seeds, in the order of a."""
     return [(a[seed], b[seed]) for seed in a if seed in b]
 
 
 def ratio(a: Mapping[int, float], b: Mapping[int, float]) -> Spread | None:
-    """Of a_s / b_s over the common seeds."""
+    """Return the spread of a_s / b_s over the common seeds."""
     return Spread.of([x / y for x, y in paired(a, b)])
 
 
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Spread | None:
-    """Of a_s - b_s over the common seeds."""
+    """Return the spread of a_s - b_s over the common seeds."""
     return Spread.of([x - y for x, y in paired(a, b)])
 
 
 def verdict(claim: str, found: Spread | None, expected: int, digits: int, unit: str = "") -> str:
-    """A claim about the sign of a difference, and what the rows say of it, as one
-    sentence.
+    """State in one sentence a claim about the sign of a difference and whether the rows
+    support it.
 
     Args:
         claim: what is claimed, e.g. "full precision < PowerSGD".
@@ -123,18 +124,18 @@ def verdict(claim: str, found: Spread | None, expected: int, digits: int, unit: 
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are aligned to the right."""
+    """Return a Markdown table; all columns but the first are aligned to the right."""
     rule = ["---"] + ["---:"] * (len(heads) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
 
 
 def listed(lines: Sequence[str]) -> str:
-    """A Markdown list."""
+    """Return a Markdown list."""
     return "\n".join(f"- {line}" for line in lines) if lines else "Nothing to compare."
 
 
 def magnitude(number: float) -> str:
-    """Bytes with a unit, three digits."""
+    """Return bytes with a unit, three digits."""
     for unit in ("B", "kB", "MB"):
         if number < 1000:
             return f"{number:.3g} {unit}"

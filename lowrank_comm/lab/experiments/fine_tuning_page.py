@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+
 from lowrank_comm.lab.experiment import Row
 from lowrank_comm.lab.experiments.comparison import (
     Spread,
@@ -18,7 +20,6 @@ from lowrank_comm.lab.experiments.comparison import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PAPER_TASKS = ("cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qqp", "qnli")
 PAPER = {
@@ -47,7 +48,7 @@ Values = dict[int, float]
 
 
 def scores(rows: Sequence[Row], task: str, method: str) -> Values:
-    """Seed -> score of the runs that did not diverge."""
+    """Return seed -> score of the runs that did not diverge."""
     return {
         row["params"]["seed"]: row["result"]["score"]
         for row in rows
@@ -57,7 +58,7 @@ def scores(rows: Sequence[Row], task: str, method: str) -> Values:
 
 
 def averages(settings: Any, rows: Sequence[Row], method: str) -> Values:
-    """Seed -> mean score over the tasks, for the seeds that have all of them."""
+    """Return seed -> mean score over the tasks, for the seeds that have all of them."""
     tasks = [scores(rows, task, method) for task in settings.tasks]
     return {
         seed: sum(task[seed] for task in tasks) / len(tasks)
@@ -67,12 +68,12 @@ def averages(settings: Any, rows: Sequence[Row], method: str) -> Values:
 
 
 def paper_average(method: str) -> float | None:
-    """The mean of the paper's row."""
+    """Return the mean of the paper's row."""
     return sum(PAPER[method].values()) / len(PAPER[method]) if method in PAPER else None
 
 
 def page(settings: Any, rows: Sequence[Row]) -> str:
-    """The body of the page."""
+    """Return the body of the page."""
     parts = [
         _about(settings, rows),
         "![Scores of every task and method](scores.png)",
@@ -198,12 +199,9 @@ def _plans(settings: Any, rows: Sequence[Row]) -> str:
         per_step = max(
             (result["sent"]["uncompressed_bytes_per_step"] for result in results), default=0.0
         )
-        lines.append(
-            [
-                name, str(plan.batch), steps, f"{plan.learning_rate:g}", f"{plan.weight_decay:g}", str(plan.restart_every),
-                counts, magnitude(per_step),
-            ]
-        )  # fmt: skip
+        rates = [f"{plan.learning_rate:g}", f"{plan.weight_decay:g}"]
+        tau = str(plan.restart_every)
+        lines.append([name, str(plan.batch), steps, *rates, tau, counts, magnitude(per_step)])
     heads = (
         "task",
         "batch",
@@ -228,9 +226,7 @@ def _paper_table(settings: Any) -> str:
 
 
 def figures(settings: Any, rows: Sequence[Row]) -> dict[str, Figure]:
-    """Stem -> figure."""
-    from matplotlib.figure import Figure
-
+    """Return file stem -> figure."""
     figure = Figure(figsize=(2.6 * len(settings.tasks) + 2.5, 3.6), layout="constrained")
     for axes, task in zip(
         figure.subplots(1, len(settings.tasks), squeeze=False)[0], settings.tasks, strict=True
@@ -240,7 +236,7 @@ def figures(settings: Any, rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def _draw(axes: Axes, settings: Any, rows: Sequence[Row], task: str) -> None:
-    """Scores of the seeds as dots, mean and standard deviation beside them."""
+    """Draw the seeds' scores as dots, mean and standard deviation beside them."""
     for place, name in enumerate(settings.methods):
         values = list(scores(rows, task, name).values())
         axes.plot([place - 0.15] * len(values), values, ".", color=f"C{place}", alpha=0.5)

@@ -1,5 +1,5 @@
 """Arithmetic formulas in presets, such as "r * (m + n) + m * n / tau", evaluated
-without running anything else.
+without executing other code.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max}
 
 
 def evaluate(formula: str, values: Mapping[str, int]) -> Fraction:
-    """The exact value of a formula: whole numbers, names, + - * / //, min and max.
+    """Return the exact value of a formula: whole numbers, names, + - * / //, min, max.
 
     Args:
         formula: the text.
         values: name -> number.
 
     Raises:
-        ConfigError: it is no such formula, or names something that has no value.
+        ConfigError: it is no such formula, or a name has no value.
 
     Example:
         >>> evaluate("r * (m + n) + m * n / tau", {"m": 6, "n": 4, "r": 1, "tau": 12})

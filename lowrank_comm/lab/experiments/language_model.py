@@ -1,5 +1,5 @@
-"""A language model from nothing under every compressor: Table 3 of the PowerSGD+ paper,
-at the size of the preset.
+"""A language model trained from random weights under every compressor: Table 3 of the
+PowerSGD+ paper, at the size of the preset.
 
 Protocol. One model, one text, N workers, AdamW. Stage 0, `tune/...`: every method at
 `tuning_rank` with every learning rate of one grid, on one seed; judged on part 0 of the
@@ -27,9 +27,11 @@ from lowrank_comm.errors import ConfigError
 from lowrank_comm.lab.data.models import new_llama, random_state
 from lowrank_comm.lab.data.texts import TextSettings, load_text
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
-from lowrank_comm.lab.experiments import language_model_page as pages
-from lowrank_comm.lab.training.training import Method, Recipe, train
-from lowrank_comm.lab.training.workers import Workers, join_processes
+from lowrank_comm.lab.experiments.language_model_figures import figures
+from lowrank_comm.lab.experiments.language_model_page import page
+from lowrank_comm.lab.experiments.language_model_results import chosen_rate, tuning
+from lowrank_comm.lab.training.training_loop import Method, Recipe, train
+from lowrank_comm.lab.training.workers import Device, Workers, join_processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,14 +63,14 @@ class Larger(LabSettings):
 
 
 class LanguageModelSettings(LabSettings):
-    """See the module's text. `paper` names the column of the paper's table that stands
-    beside the results.
+    """See the top of this file. `paper` names the column of the paper's table that is
+    shown beside the results.
     """
 
     text: TextSettings = TextSettings()
     workers: int = Field(default=4, ge=1)
     training: Training
-    device: str = "cpu"
+    device: Device = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     methods: dict[str, Method]
     reference: str
@@ -109,8 +111,8 @@ class LanguageModel(Experiment):
     Settings = LanguageModelSettings
 
     def cases(self, settings: LanguageModelSettings) -> list[Case]:
-        """Tuning, then the final runs seed by seed, so that a part of them has all
-        methods, then the larger model.
+        """Return tuning, then the final runs seed by seed, so that a part of them has
+        all methods, then the larger model.
         """
         cases = []
         for name, method in settings.methods.items():
@@ -120,13 +122,8 @@ class LanguageModel(Experiment):
                 cases.append(Case(f"tune/{name}/lr{rate:g}", params))
         cases += _grid("final", settings, list(settings.methods), settings.ranks, settings.seeds)
         if settings.larger is not None:
-            cases += _grid(
-                "larger",
-                settings,
-                settings.larger.methods,
-                settings.larger.ranks,
-                settings.larger.seeds,
-            )
+            larger = settings.larger
+            cases += _grid("larger", settings, larger.methods, larger.ranks, larger.seeds)
         return cases
 
     def stage(self, settings: LanguageModelSettings, case: Case) -> int:
@@ -143,14 +140,14 @@ class LanguageModel(Experiment):
         if case.params["part"] == "tune":
             return case
         method = case.params["method"]
-        tuned = pages.tuning(rows).get(method, {})
+        tuned = tuning(rows).get(method, {})
         missing = [rate for rate in settings.learning_rates if rate not in tuned]
         if missing:
             raise ConfigError(
                 f"{case.key} needs the tuning of {method!r}, which lacks the learning rates"
                 f" {missing}: run --only 'tune/{method}/*' first, or see why it failed."
             )
-        rate = pages.chosen_rate(tuned)
+        rate = chosen_rate(tuned)
         if rate is None:
             raise ConfigError(
                 f"{case.key}: {method!r} diverged at every learning rate of {list(tuned)}; add"
@@ -184,7 +181,7 @@ class LanguageModel(Experiment):
     def run(
         self, settings: LanguageModelSettings, case: Case, progress: Progress
     ) -> dict[str, Any]:
-        """Train one model and judge it."""
+        """Train one model and evaluate it."""
         params, training = case.params, _training(settings, case.params["part"])
         section = settings.methods[params["method"]].checked(params["rank"], params["seed"])
         device = join_processes(settings.device)
@@ -217,13 +214,11 @@ class LanguageModel(Experiment):
             progress,
         )
         held_out = text.held_out(0 if params["part"] == "tune" else 1)
-        # what fits into the memory in training
+        # a batch that fits into the memory in training
         at_once = training.micro_batch or training.batch
-        loss = (
-            math.nan
-            if trained.diverged
-            else held_out_loss(model, held_out, workers, at_once, device)
-        )
+        loss = math.nan
+        if not trained.diverged:
+            loss = held_out_loss(model, held_out, workers, at_once, device)
         perplexity = math.exp(loss) if loss < 50 else math.inf
         return {
             "loss": loss,
@@ -237,11 +232,11 @@ class LanguageModel(Experiment):
 
     def figures(self, settings: LanguageModelSettings, rows: Sequence[Row]) -> dict[str, Figure]:
         """The gap to full precision, and the training losses."""
-        return pages.figures(settings, rows)
+        return figures(settings, rows)
 
     def page(self, settings: LanguageModelSettings, rows: Sequence[Row]) -> str:
         """Tables and sentences, from the rows."""
-        return pages.page(settings, rows)
+        return page(settings, rows)
 
 
 def _params(part: str, method: str, rank: int | None, seed: int) -> dict[str, Any]:
@@ -266,19 +261,17 @@ def _grid(
 
 
 def _training(settings: LanguageModelSettings, part: str) -> Training:
-    return (
-        settings.larger.training
-        if part == "larger" and settings.larger is not None
-        else settings.training
-    )
+    if part == "larger" and settings.larger is not None:
+        return settings.larger.training
+    return settings.training
 
 
 @torch.no_grad()
 def held_out_loss(
     model: nn.Module, blocks: Sequence[Tensor], workers: Workers, batch: int, device: torch.device
 ) -> float:
-    """Mean loss of a token over held-out blocks of one length; the processes of a run
-    share them.
+    """Return the mean loss of a token over held-out blocks of one length; the processes
+    of a run share the blocks.
     """
     model.eval()
     own = workers.share(blocks)

@@ -25,7 +25,7 @@ class SectionOf(LabSettings):
 
 
 def names_differ(methods: Sequence[SectionOf]) -> Sequence[SectionOf]:
-    """The methods, if no two have one name; else ValueError, for a validator."""
+    """Return the methods; raise ValueError if two have the same name."""
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
@@ -45,9 +45,9 @@ class WithMethods(LabSettings):
         return methods
 
     def method(self, name: str) -> Any:
-        """The method with that name."""
+        """Return the method with that name."""
         return next(method for method in self.methods if method.name == name)
 
     def section(self, name: str) -> dict[str, Any]:
-        """Its section."""
+        """Return the section of the method with that name."""
         return dict(self.method(name).section)

@@ -7,7 +7,7 @@ SGD but not its balance: G = n and K = d/n.
 
 The claims are about slow links: synchronous SGD has a floor, T_0 (h + 2 kappa d) with
 T_0 the steps without noise, but its seconds still fall with n where h B of the batch
-that it wants is not small beside 2 kappa d. Whether kappa is large enough is asked of
+that it wants is not small beside 2 kappa d. Whether kappa is large enough is judged by
 synchronous SGD alone, at n = 16: see `scaling_page.PLATEAU`.
 """
 
@@ -49,7 +49,7 @@ class ScalingSettings(LabSettings):
         d, variance, tilt, eps, window, h, kappa: see `simulated_clock`. kappa is to be
             large enough that 2 kappa d is at least 8 h B for synchronous SGD at n = 16;
             the page says whether it is.
-        seeds, tuning_seeds: of the seconds that are told, and of the search.
+        seeds, tuning_seeds: of the seconds that are reported, and of the search.
         trials: most choices that a search tries.
         limit, most_steps: seconds on the clock, and steps, at which a run is given up.
         batches, gammas, fractions, groups, weights: grids of B, gamma L, K/d, G and a,
@@ -72,32 +72,8 @@ class ScalingSettings(LabSettings):
     limit: float = 1e7
     most_steps: int = 20_000
     batches: tuple[int, ...] = (
-        *(
-            1,
-            2,
-            3,
-            5,
-            7,
-            10,
-            14,
-            20,
-            28,
-            40,
-            56,
-            80,
-            112,
-            160,
-            224,
-            320,
-            448,
-            640,
-            896,
-            1280,
-            1792,
-            2560,
-            3584,
-            5120,
-        ),
+        *(1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320),
+        *(448, 640, 896, 1280, 1792, 2560, 3584, 5120),
     )
     gammas: tuple[float, ...] = (
         *(0.0078125, 0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
@@ -144,7 +120,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 class Scaling(Experiment):
-    """See the module's text."""
+    """See the top of this file."""
 
     name: ClassVar[str] = "scaling"
     title: ClassVar[str] = "Scaling with the number of workers on the simulated clock"
@@ -188,12 +164,10 @@ class Scaling(Experiment):
             "down": [run.down for run in runs],
         }
         if name in SYNCHRONOUS:
-            alone = settings.model_copy(
-                update={"batches": (1,), "tuning_seeds": settings.tuning_seeds[:1]}
-            )
-            result["floor"] = _search(
-                alone, replace(objective, variance=0.0, tilt=0.0), name, 1, progress
-            ).cost
+            changes = {"batches": (1,), "tuning_seeds": settings.tuning_seeds[:1]}
+            alone = settings.model_copy(update=changes)
+            noiseless = replace(objective, variance=0.0, tilt=0.0)
+            result["floor"] = _search(alone, noiseless, name, 1, progress).cost
         return result
 
     def figures(self, settings: ScalingSettings, rows: Sequence[Row]) -> dict[str, Figure]:
@@ -201,7 +175,7 @@ class Scaling(Experiment):
         return {problem: pages.draw(problem, rows) for problem in settings.problems}
 
     def page(self, settings: ScalingSettings, rows: Sequence[Row]) -> str:
-        """Tables of seconds and of what was chosen, and the ratios that were expected."""
+        """Tables of seconds and of choices, and the ratios that were expected."""
         return pages.page(settings, rows)
 
 
@@ -226,20 +200,17 @@ def _search(
             trial = _trial(settings, objective, name, n, choice, seed, limit)
             spent += trial.seconds
             if not math.isfinite(spent):
-                return (
-                    math.inf if best <= settings.limit else settings.limit * (2.0 + trial.residual)
-                )
+                if best <= settings.limit:
+                    return math.inf
+                return settings.limit * (2.0 + trial.residual)
         return spent / count
 
     best = Search({}, math.inf, 0, False)
     for start in _starts(settings, grid, name, n):
         found = descend_on_grid(grid, start, cost, settings.trials - best.trials)
-        chosen, least = (
-            (found.chosen, found.cost)
-            if found.cost < best.cost or not best.chosen
-            else (best.chosen, best.cost)
-        )
-        best = Search(chosen, least, best.trials + found.trials, found.capped)
+        better = found if found.cost < best.cost or not best.chosen else best
+        trials = best.trials + found.trials
+        best = Search(better.chosen, better.cost, trials, found.capped)
         if best.capped:
             break
     return best

@@ -5,15 +5,15 @@ and what limits the search.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from matplotlib.figure import Figure
 
 from lowrank_comm.lab.experiment import Row
 from lowrank_comm.lab.experiments.comparison import Spread, listed, table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Problem = Literal["quadratic", "non_convex", "heterogeneous"]
 
@@ -35,40 +35,40 @@ TITLES = {
     "non_convex": "With a non-convex term, homogeneous data",
     "heterogeneous": "Quadratic, heterogeneous data (linear tilts)",
 }
-EXPECTED: tuple[tuple[tuple[str, ...], str, tuple[str, int], tuple[str, int], str, float], ...] = (
-    (
-        ("quadratic", "non_convex"),
-        "synchronous SGD has come to its floor",
-        ("sync", 64),
-        ("sync", 16),
-        ">",
-        0.9,
+RELATIONS = {">": operator.gt, "<": operator.lt, "<=": operator.le}
+HOMOGENEOUS = ("quadratic", "non_convex")
+
+
+class Expected(NamedTuple):
+    """A ratio of mean seconds that was expected before the runs.
+
+    Attributes:
+        problems: for which it is claimed.
+        claim: in words.
+        above, below: (method, n) of numerator and denominator.
+        relation, bound: of the ratio.
+    """
+
+    problems: tuple[str, ...]
+    claim: str
+    above: tuple[str, int]
+    below: tuple[str, int]
+    relation: Literal["<", "<=", ">"]
+    bound: float
+
+
+EXPECTED = (
+    Expected(
+        HOMOGENEOUS, "synchronous SGD has come to its floor", ("sync", 64), ("sync", 16), ">", 0.9
     ),
-    (
-        ("quadratic", "non_convex"),
-        "Inkheart SGD keeps falling",
-        ("inkheart", 64),
-        ("inkheart", 16),
-        "<",
-        0.8,
+    Expected(
+        HOMOGENEOUS, "Inkheart SGD keeps falling", ("inkheart", 64), ("inkheart", 16), "<", 0.8
     ),
-    (
-        ("quadratic", "non_convex"),
-        "one worker loses nothing by it",
-        ("inkheart", 1),
-        ("sync", 1),
-        "<=",
-        1.1,
+    Expected(
+        HOMOGENEOUS, "one worker loses nothing by it", ("inkheart", 1), ("sync", 1), "<=", 1.1
     ),
-    (
-        ("quadratic", "non_convex"),
-        "the control does not scale",
-        ("control", 64),
-        ("control", 4),
-        ">",
-        0.85,
-    ),
-    (
+    Expected(HOMOGENEOUS, "the control does not scale", ("control", 64), ("control", 4), ">", 0.85),
+    Expected(
         ("heterogeneous",),
         "momentum alone has come to its floor",
         ("sync_momentum", 64),
@@ -76,12 +76,9 @@ EXPECTED: tuple[tuple[tuple[str, ...], str, tuple[str, int], tuple[str, int], st
         ">",
         0.9,
     ),
-    (("heterogeneous",), "M4 keeps falling", ("m4", 64), ("m4", 16), "<", 0.9),
-    (("heterogeneous",), "and further", ("m4", 256), ("m4", 16), "<", 0.75),
+    Expected(("heterogeneous",), "M4 keeps falling", ("m4", 64), ("m4", 16), "<", 0.9),
+    Expected(("heterogeneous",), "and further", ("m4", 256), ("m4", 16), "<", 0.75),
 )
-"""(problems, claim, numerator, denominator, relation, bound): what was expected before
-the runs.
-"""
 PLATEAU = (16, 8.0)
 """(n, least 2 kappa d/(h B)): where synchronous SGD counts as limited by its links,
 with the B that its own search chose.
@@ -90,8 +87,8 @@ with the B that its own search chose.
 
 @dataclass(frozen=True)
 class Claim:
-    """An expected ratio, and what the rows say of it. ratio: infinite, where the
-    numerator was not reached.
+    """An expected ratio, and what the rows say of it. ratio: infinite where the
+    numerator did not reach the target.
     """
 
     problem: str
@@ -103,20 +100,21 @@ class Claim:
 
 
 def claims(problem: str, rows: Sequence[Row]) -> list[Claim]:
-    """The claims about a problem for which the rows are there."""
+    """Return the claims about a problem for which the rows are there."""
     found = []
-    for problems, claim, above, below, relation, bound in EXPECTED:
-        a, b = _mean(problem, *above, rows), _mean(problem, *below, rows)
-        if problem not in problems or a is None or b is None or math.isinf(b):
+    for one in EXPECTED:
+        a, b = _mean(problem, *one.above, rows), _mean(problem, *one.below, rows)
+        if problem not in one.problems or a is None or b is None or math.isinf(b):
             continue
-        holds = {">": a / b > bound, "<": a / b < bound, "<=": a / b <= bound}[relation]
-        of = f"{LABELS[above[0]]}, n = {above[1]}, over {LABELS[below[0]]}, n = {below[1]}"
-        found.append(Claim(problem, claim, of, f"{relation} {bound:g}", a / b, holds))
+        holds = RELATIONS[one.relation](a / b, one.bound)
+        numerator, denominator = (f"{LABELS[name]}, n = {n}" for name, n in (one.above, one.below))
+        of, bound = f"{numerator}, over {denominator}", f"{one.relation} {one.bound:g}"
+        found.append(Claim(problem, one.claim, of, bound, a / b, holds))
     return found
 
 
 def grid(settings: Any, n: int) -> dict[str, Sequence[Any]]:
-    """Parameter name -> the values that the search may take for n workers, in order."""
+    """Return parameter name -> the search's values for n workers, in order."""
     return {
         "B": settings.batches,
         "gamma L": settings.gammas,
@@ -127,7 +125,7 @@ def grid(settings: Any, n: int) -> dict[str, Sequence[Any]]:
 
 
 def ends(settings: Any, row: Row) -> dict[str, bool]:
-    """What a search chose at an end of its grid: "B 1" -> whether that is the
+    """Return what a search chose at an end of its grid: "B 1" -> whether that is the
     parameter's own limit, which no grid crosses.
 
     Without momentum the last gamma below 2/L is such an end: from 2/L on gradient
@@ -146,7 +144,7 @@ def ends(settings: Any, row: Row) -> dict[str, bool]:
 
 
 def _never_compressed_up(rows: Sequence[Row]) -> str:
-    """Whose uplink no search compressed, so that nothing here speaks of it."""
+    """State whose uplink no search compressed: the page cannot judge it."""
     shares: dict[str, set[float]] = {}
     for row in rows:
         chosen = row["result"]["chosen"]
@@ -162,7 +160,7 @@ def _never_compressed_up(rows: Sequence[Row]) -> str:
 
 
 def page(settings: Any, rows: Sequence[Row]) -> str:
-    """Markdown below the heading."""
+    """Return the Markdown below the heading."""
     text = [
         (
             "Seconds on the simulated clock until the mean of ||grad f(x)||^2 over"
@@ -234,9 +232,7 @@ def page(settings: Any, rows: Sequence[Row]) -> str:
 
 
 def draw(problem: str, rows: Sequence[Row]) -> Figure:
-    """Seconds against n, and the floor of synchronous SGD."""
-    from matplotlib.figure import Figure
-
+    """Draw seconds against n, and the floor of synchronous SGD."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for method in OF_PROBLEM[problem]:
@@ -273,14 +269,14 @@ def _found(problem: str, method: str, n: int, rows: Sequence[Row]) -> Row | None
 
 
 def _spread(row: Row) -> Spread | None:
-    """Of the seconds; None where some seed did not arrive."""
+    """Return the spread of the seconds; None where a seed did not reach the target."""
     seconds = row["result"]["seconds"]
     return None if None in seconds else Spread.of(seconds)
 
 
 def _mean(problem: str, method: str, n: int, rows: Sequence[Row]) -> float | None:
-    """Mean seconds, infinite where some seed did not arrive; None where the case is
-    missing.
+    """Return the mean seconds, infinite where a seed did not reach the target; None
+    where the case is missing.
     """
     row = _found(problem, method, n, rows)
     if row is None:
@@ -290,7 +286,7 @@ def _mean(problem: str, method: str, n: int, rows: Sequence[Row]) -> float | Non
 
 
 def _table(settings: Any, problem: str, rows: Sequence[Row], cell: Any) -> str:
-    """A table of one cell for each method and n."""
+    """Return a table of one cell for each method and n."""
     lines = []
     for method in OF_PROBLEM[problem]:
         found = [_found(problem, method, n, rows) for n in settings.workers]
@@ -314,7 +310,7 @@ def _ratio(claim: Claim) -> str:
 
 
 def _floor(settings: Any, problem: str, rows: Sequence[Row]) -> list[str]:
-    """How near synchronous SGD is to its floor, and whether its links limit it."""
+    """State how near synchronous SGD is to its floor, and whether links limit it."""
     n, least = PLATEAU
     text = []
     for method in SYNCHRONOUS:
@@ -332,8 +328,8 @@ def _floor(settings: Any, problem: str, rows: Sequence[Row]) -> list[str]:
 
 
 def _searched(settings: Any, rows: Sequence[Row]) -> str:
-    """What may keep a choice from being the best: the cap of the search, and the ends
-    of its grid.
+    """State what may keep a choice from being the best: the cap of the search, and the
+    ends of its grid.
     """
     capped = [f"`{row['key']}`" for row in rows if row["result"].get("capped")]
     found = {row["key"]: ends(settings, row) for row in rows}

@@ -11,9 +11,10 @@ the way from the start takes 1 / (eta T). The other half is the noise, eta sigma
 which falls only since the workers' noise is averaged; in the control (`shared_noise`)
 all workers have the same, and it rises as sqrt(N).
 
-All seeds of a case are trained in one batch of matrices, which is the same as one after
-the other; noise is keyed by (seed, step, worker). The reported slope is a least-squares
-line through the means over the seeds; its spread is that of the slopes of single seeds.
+All seeds of a case are trained in one batch of matrices, with the same result as one
+after the other; noise is keyed by (seed, step, worker). The reported slope is that of a
+least-squares line through the means over the seeds; its spread is that of the slopes of
+single seeds.
 """
 
 from __future__ import annotations
@@ -44,10 +45,9 @@ class SpeedupMethod(SectionOf):
 
 
 class SpeedupSettings(WithMethods):
-    """tolerance: of the slope around -1/2. Others: see the module's text."""
+    """tolerance: of the slope around -1/2. Others: see the top of this file."""
 
     methods: list[SpeedupMethod] = Field(min_length=1)  # type: ignore[assignment]
-
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
     steps: int = 1000
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
@@ -62,7 +62,7 @@ class SpeedupSettings(WithMethods):
 
 
 class Speedup(Experiment):
-    """See the module's text."""
+    """See the top of this file."""
 
     name: ClassVar[str] = "speedup"
     title: ClassVar[str] = "Linear speed-up (Theorem 2)"
@@ -77,16 +77,17 @@ class Speedup(Experiment):
         ]
 
     def depends_on(self, settings: SpeedupSettings, case: Case) -> Any:
-        """The problem and the method, without the other methods and numbers of workers."""
+        """The problem and the method, without the other methods and sizes."""
         problem = settings.model_dump(mode="json", exclude={"methods", "workers", "tolerance"})
         return problem | {"method": settings.method(case.params["method"]).model_dump(mode="json")}
 
     def run(self, settings: SpeedupSettings, case: Case, progress: Progress) -> dict[str, Any]:
         """Mean squared gradient norm over all steps, by seed."""
-        # another process cannot be handed the bar
-        here = progress if settings.backend == "simulation" else silent
+        # the progress bar cannot be passed to another process
+        shown = progress if settings.backend == "simulation" else silent
         workers, method = case.params["workers"], settings.method(case.params["method"])
-        values = together(settings.backend, workers, mean_squared_gradients, settings, method, here)
+        loop = mean_squared_gradients
+        values = together(settings.backend, workers, loop, settings, method, shown)
         return {"mean_squared_gradient": {str(seed): value for seed, value in values.items()}}
 
     def figures(self, settings: SpeedupSettings, rows: Sequence[Row]) -> dict[str, Figure]:
@@ -170,7 +171,7 @@ class Speedup(Experiment):
 def mean_squared_gradients(
     crew: Crew, settings: SpeedupSettings, method: SpeedupMethod, progress: Progress
 ) -> dict[int, float]:
-    """Seed -> mean over the steps of ||grad f(X_t)||^2."""
+    """Return seed -> mean over the steps of ||grad f(X_t)||^2."""
     names = {seed: f"X of seed {seed}" for seed in settings.seeds}
     shape = (settings.m, settings.n)
     powers = torch.linspace(-1, 0, settings.m, dtype=torch.float64)
@@ -189,7 +190,7 @@ def mean_squared_gradients(
         gradient = eigenvalues * x
         total += gradient.square().sum(dim=(1, 2))
         noisy = []
-        for worker in crew.here:
+        for worker in crew.local_workers:
             purpose = "noise of all workers" if method.shared_noise else f"noise of worker {worker}"
             noise = [
                 torch.randn(shape, generator=stream(seed, "X", t, purpose), dtype=torch.float64)
@@ -205,7 +206,7 @@ def mean_squared_gradients(
 
 
 def _values(rows: Sequence[Row], method: str) -> dict[int, dict[str, float]]:
-    """N -> seed -> value."""
+    """Return N -> seed -> value."""
     return {
         row["params"]["workers"]: row["result"]["mean_squared_gradient"]
         for row in rows
@@ -214,14 +215,14 @@ def _values(rows: Sequence[Row], method: str) -> dict[int, dict[str, float]]:
 
 
 def _means(rows: Sequence[Row], method: str) -> dict[int, Spread]:
-    """N -> mean and spread over the seeds."""
+    """Return N -> mean and spread over the seeds."""
     spreads = {n: Spread.of(list(by_seed.values())) for n, by_seed in _values(rows, method).items()}
     return {n: spread for n, spread in spreads.items() if spread is not None}
 
 
 def _slope(values: dict[int, float]) -> float | None:
-    """Slope of the least-squares line through (log N, log value); None with fewer than
-    two points.
+    """Return the slope of the least-squares line through (log N, log value); None with
+    fewer than two points.
     """
     if len(values) < 2:
         return None
@@ -230,7 +231,7 @@ def _slope(values: dict[int, float]) -> float | None:
 
 
 def _slopes(rows: Sequence[Row], method: str) -> Spread | None:
-    """Of the slopes of single seeds."""
+    """Return the spread of the slopes of single seeds."""
     values = _values(rows, method)
     seeds = next(iter(values.values()), {})
     slopes = [_slope({n: by_seed[seed] for n, by_seed in values.items()}) for seed in seeds]

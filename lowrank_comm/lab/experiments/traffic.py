@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from matplotlib.figure import Figure
 from pydantic import Field
+from torch import Tensor
 
 from lowrank_comm.compressors import REGISTRY
 from lowrank_comm.lab.experiment import Case, Experiment, Progress, Row
@@ -62,7 +63,7 @@ class TrafficSettings(WithMethods):
 
 
 class Traffic(Experiment):
-    """See the module's text."""
+    """See the top of this file."""
 
     name: ClassVar[str] = "traffic"
     title: ClassVar[str] = "Traffic: elements sent per iteration (Table 2)"
@@ -87,20 +88,27 @@ class Traffic(Experiment):
         m, n = case.params["m"], case.params["n"]
         section = _section(settings, method)
         names = {
-            "m": m, "n": n, "r": min(settings.rank, m, n), "tau": settings.restart_every, "N": settings.workers,
-            "s": min(m, n), "l": max(m, n),
-        }  # fmt: skip
+            "m": m,
+            "n": n,
+            "r": min(settings.rank, m, n),
+            "tau": settings.restart_every,
+            "N": settings.workers,
+            "s": min(m, n),
+            "l": max(m, n),
+        }
         period = method.period or section.get("restart_every") or 2
         steps = 2 * period
         elements = together(
             settings.backend, settings.workers, elements_sent, section, m, n, steps, settings.seed
         )
+        measured = Fraction(sum(elements.values()), steps)
+        sent = evaluate(method.sent, names)
         return {
             "steps": steps,
             "elements": elements,
-            "measured": float(Fraction(sum(elements.values()), steps)),
-            "sent": float(evaluate(method.sent, names)),
-            "agrees": Fraction(sum(elements.values()), steps) == evaluate(method.sent, names),
+            "measured": float(measured),
+            "sent": float(sent),
+            "agrees": measured == sent,
             "paper": None if method.paper is None else float(evaluate(method.paper, names)),
         }
 
@@ -183,29 +191,24 @@ class Traffic(Experiment):
 def elements_sent(
     crew: Crew, section: dict[str, Any], m: int, n: int, steps: int, seed: int
 ) -> dict[str, int]:
-    """Kind -> elements that a worker has handed to the collectives in `steps` steps on
-    random gradients.
+    """Return kind -> elements that a worker passes to the collectives in `steps` steps
+    on random gradients.
     """
     averager = crew.averager(section, {"X": (m, n)})
-    cpu = torch.device("cpu")
+
+    def gradient(worker: int, t: int) -> Tensor:
+        purpose = f"gradient of worker {worker}"
+        return gaussian(seed, ["X"], t, purpose, (m, n), torch.float64, torch.device("cpu"))[0]
+
     for t in range(steps):
-        averager.average(
-            [
-                {
-                    "X": gaussian(
-                        seed, ["X"], t, f"gradient of worker {worker}", (m, n), torch.float64, cpu
-                    )[0]
-                }
-                for worker in crew.here
-            ]
-        )
+        averager.average([{"X": gradient(worker, t)} for worker in crew.local_workers])
     counted = {kind: sent for kind, sent in averager.ledger.bytes.items() if kind not in OVERHEAD}
     return {kind: sent // torch.float64.itemsize for kind, sent in sorted(counted.items())}
 
 
 def _section(settings: TrafficSettings, method: TrafficMethod) -> dict[str, Any]:
-    """The method's section with the common rank and period, where its compressor has
-    them.
+    """Return the method's section with the common rank and period, where its compressor
+    has them.
     """
     kind = parsed_section({"compressor": method.section["compressor"]}).make_compressor()
     common = {"rank": settings.rank, "restart_every": settings.restart_every}

@@ -1,5 +1,4 @@
-"""How far the workers' error memories part from one another, and what a 16-bit memory
-loses.
+"""How far the workers' error memories drift apart, and what a 16-bit memory loses.
 
 Worker i's gradient is C_t + heterogeneity H_i + noise xi_(i,t): C_t common with
 singular values 1/k, falling as 1 / sqrt(1 + t / 100); the H_i differ between workers,
@@ -9,7 +8,9 @@ e_bar only: d_i costs nothing but precision, and 16 bits have little of that. Tw
 of the memory:
 
     local:     e_i = Delta_i - P~ Q_i^T     the paper's, and this library's
-    averaged:  e_i = Delta_i - P~ Q^T       of public implementations; a control here, which the library does not offer
+    averaged:  e_i = Delta_i - P~ Q^T       of public implementations
+
+The second is a control, which the library does not offer.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class AveragedResidual(PowerSGD):
     json_name: ClassVar[str] = "powersgd with the averaged residual"
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        """One step; what is called sent is the mean."""
+        """Make one step; report the mean as what this worker sent."""
         result = yield from super().step(delta, state, context)
         return replace(result, sent=result.applied)
 
 
 def averaged_residual(compressor: Compressor) -> Compressor:
-    """The control of the same rank."""
+    """Return the control of the same rank."""
     return AveragedResidual(rank=compressor.rank)
 
 
@@ -56,18 +57,17 @@ def measure(
     seeds: Sequence[int],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Run to the last checkpoint. All kinds of gradients and seeds are matrices of one
-    batch.
+    """Run to the last checkpoint, all kinds of gradients and seeds in one batch.
 
     Args:
         section: the compressor, as in a configuration file.
         averaged: use the control of the same rank and memory.
-        gradients: (heterogeneity, noise) of each kind; see the module's text.
+        gradients: (heterogeneity, noise) of each kind; see the top of this file.
         workers: N.
         shape: m, n.
         checkpoints: numbers of steps.
         seeds: of each kind of gradients.
-        progress: told now and then.
+        progress: called now and then.
 
     Returns:
         For each kind of gradients, by checkpoint: "deviation" and "mean_error", root
@@ -146,6 +146,6 @@ def _drawn(seeds: Sequence[int], purpose: str, shape: tuple[int, int], t: int = 
 
 
 def _common(seed: int, shape: tuple[int, int]) -> Tensor:
-    """A matrix with singular values 1/k."""
+    """Return a matrix with singular values 1/k."""
     u, _, vh = torch.linalg.svd(_drawn([seed], "common gradient", shape)[0], full_matrices=False)
     return (u / torch.arange(1, min(shape) + 1, dtype=torch.float64)) @ vh

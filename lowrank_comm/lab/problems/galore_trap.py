@@ -5,9 +5,8 @@ f(X) = 0.5 ||A X||^2 with A = [I, 0] on R^(n x n), which sees the first n - r ro
 X_0 = 0.5 I there, 0 elsewhere, so that all n - r singular values of the gradient are
 0.5. The noise is sigma xi I on the last r x r diagonal block, xi = +1 or -1 by a fair
 coin. If sigma > 0.5, the r leading singular vectors of every noisy gradient are the
-noise's, and GaLore's subspace is orthogonal to the gradient, however often it is found
-anew: the counterexample of GoLore (arXiv 2410.11289). If sigma < 0.5, they are the
-gradient's.
+noise's, and GaLore's subspace is orthogonal to the gradient at every refresh: the
+counterexample of GoLore (arXiv 2410.11289). If sigma < 0.5, they are the gradient's.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def train(
     every: int,
     progress: Progress,
 ) -> dict[int, list[float]]:
-    """||grad f(X_t)||^2 at every `every`-th step and after the last, by seed. SGD from
-    X_0, one worker.
+    """Run SGD from X_0 with one worker; return, by seed, ||grad f(X_t)||^2 at every
+    `every`-th step and after the last.
 
     Args:
         section: the compressor, as in a configuration file.
@@ -46,7 +45,7 @@ def train(
         steps: number of steps.
         seeds: one run for each, all in one batch.
         every: steps between two records.
-        progress: told now and then.
+        progress: called now and then.
     """
     names = {seed: f"X of seed {seed}" for seed in seeds}
     seen = torch.zeros(size, 1, dtype=torch.float64)
@@ -61,18 +60,18 @@ def train(
     averager = Crew(1).averager(section, dict.fromkeys(names.values(), (size, size)))
     records: dict[int, list[float]] = {seed: [] for seed in seeds}
 
-    def look() -> None:
+    def record() -> None:
         for seed in seeds:
             records[seed].append(float(((seen * x[seed]) ** 2).sum()))
 
     for t in range(steps):
         if t % every == 0:
-            look()
+            record()
             progress(t / steps, f"step {t}")
         applied = averager.average(
             [{names[seed]: seen * x[seed] + coins[seed][t] * noise for seed in seeds}]
         )
         for seed in seeds:
             x[seed] = x[seed] - rate * applied[names[seed]]
-    look()
+    record()
     return records

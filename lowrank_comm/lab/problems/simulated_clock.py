@@ -1,9 +1,12 @@
 """Seconds on the simulated clock until a bidirectional method has found a stationary
 point, and a search for its parameters.
 
-    f(x) = 0.5 x^T A x - b^T x (+ the non-convex term),   A tridiagonal, eigenvalues in (0.008, 1.008),   b ~ 0.15 N(0, I)
-    non-convex term: gradient 0.3 w (1 - w^2)/(1 + w^2)^2 in each coordinate, second derivative from -0.15 to 0.3 (at 0)
-    gradient of worker i: grad f(w) + c_i + noise,  noise ~ N(0, (sigma^2/d) I),  c_i that sum to 0 (linear tilts)
+    f(x) = 0.5 x^T A x - b^T x (+ the non-convex term)
+    A: tridiagonal, eigenvalues in (0.008, 1.008);   b ~ 0.15 N(0, I)
+    non-convex term: gradient 0.3 w (1 - w^2)/(1 + w^2)^2 in each coordinate,
+        second derivative from -0.15 to 0.3 (at 0)
+    gradient of worker i: grad f(w) + c_i + noise,
+        noise ~ N(0, (sigma^2/d) I),   c_i that sum to 0 (linear tilts)
 
 A run ends when the mean over some steps of the exact ||grad f(x)||^2 is at most eps.
 """
@@ -51,11 +54,8 @@ class Objective:
     @property
     def smoothness(self) -> float:
         """L: the largest eigenvalue of the Hessian anywhere, which it has at x = 0."""
-        return (
-            0.508
-            + 0.5 * math.cos(math.pi / (self.d + 1))
-            + (NON_CONVEX if self.non_convex else 0.0)
-        )
+        quadratic = 0.508 + 0.5 * math.cos(math.pi / (self.d + 1))
+        return quadratic + (NON_CONVEX if self.non_convex else 0.0)
 
     def b(self) -> Tensor:
         """b, (d,)."""
@@ -71,7 +71,7 @@ class Objective:
         return self.tilt * (drawn - drawn.mean(dim=0))
 
     def gradient(self, w: Tensor, b: Tensor) -> Tensor:
-        """grad f at each row of w, (n, d)."""
+        """Return grad f at each row of w, (n, d)."""
         result = 0.508 * w - b
         result[:, 1:] -= 0.25 * w[:, :-1]
         result[:, :-1] -= 0.25 * w[:, 1:]
@@ -157,8 +157,8 @@ Choice = dict[str, Any]
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found: the best choice, its cost, how many it tried, and whether
-    the cap on these ended it.
+    """What a search found: the best choice, its cost, the number of trials, and whether
+    the cap on trials ended the search.
     """
 
     chosen: Choice
@@ -173,16 +173,16 @@ def descend_on_grid(
     cost: Callable[[Choice, float], float],
     most: int,
 ) -> Search:
-    """Local search: parameters go to neighbours on the grid while that helps, one at a
-    time, and two at a time where no single one moves (a larger step size may need a
+    """Search the grid locally: move one parameter to a neighbour while that lowers the
+    cost, and two at a time where no single one moves (a larger step size may need a
     larger batch to help).
 
     Args:
         grid: parameter name -> values in order.
         start: where to begin.
         cost: of a choice, given the best so far, above which it may give up and return
-            infinity. Of choices that do not arrive, those that come nearer should cost
-            less, or a search that begins among them does not find out.
+            infinity. Among choices that never reach the target, those that come nearer
+            should cost less, so that a search that begins there finds its way out.
         most: evaluations at most.
     """
     known: dict[tuple[int, ...], float] = {}

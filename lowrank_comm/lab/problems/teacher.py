@@ -3,13 +3,13 @@ teacher, by N workers whose data differ.
 
 Student and teacher: y = W2 tanh(W1 x), the teacher's outputs with Gaussian noise.
 Inputs of worker i are Gaussian around a centre of its own (`heterogeneity`), so that
-the workers' gradients differ however many samples they take. Momentum SGD in the form v
-= mu v + (1 - mu) g, W = W - eta v, whose step does not grow with mu. What counts is the
+the workers' gradients differ even with many samples. Momentum SGD in the form v = mu v
++ (1 - mu) g, W = W - eta v, whose step does not grow with mu. The result is the
 held-out loss without noise, over inputs of all workers, averaged over the last tenth of
 the steps.
 
-Many copies (seeds x learning rates) are trained in one batch of matrices, each with
-names, data and a start of its own; that is the same as one after the other.
+Many copies (seeds x learning rates) are trained in one batch of matrices, each with its
+own names, data and start; the result is that of training them one after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DIVERGED = 1e3
 
 
 class TeacherProblem(LabSettings):
-    """Sizes of the problem; see the module's text. batch: samples of a worker in a
+    """Sizes of the problem; see the top of this file. batch: samples of a worker and
     step.
     """
 
@@ -80,13 +80,14 @@ class Copies:
         self._targets = self._taught(self._held_out)
         self.alive = torch.ones(len(pairs), dtype=torch.bool)
         self.names = {
-            name: [f"{name} of seed {seed}, rate {rate:g}" for seed, rate in pairs] for name in shapes
-        }  # fmt: skip
+            name: [f"{name} of seed {seed}, rate {rate:g}" for seed, rate in pairs]
+            for name in shapes
+        }
         self.shapes = {one: shapes[name] for name, ones in self.names.items() for one in ones}
 
     def gradients(self, worker: int, t: int) -> dict[str, Tensor]:
-        """A worker's gradient at step t, by parameter name; zero for a copy that has
-        diverged.
+        """Return a worker's gradient at step t, by parameter name; zero for a copy that
+        has diverged.
         """
         p = self._problem
         x = self._inputs(worker, t, p.batch)
@@ -107,7 +108,7 @@ class Copies:
         }
 
     def step(self, applied: Mapping[str, Tensor], momentum: float) -> None:
-        """v = mu v + (1 - mu) g, W = W - eta v."""
+        """Update v = mu v + (1 - mu) g, W = W - eta v."""
         for name, ones in self.names.items():
             mean = torch.stack([applied[one] for one in ones])
             self.velocity[name] = momentum * self.velocity[name] + (1 - momentum) * mean
@@ -116,7 +117,7 @@ class Copies:
             )
 
     def losses(self) -> Tensor:
-        """Held-out loss of every copy, 0.5 ||y - y*||^2 a sample; infinite from where
+        """Return every copy's held-out loss, 0.5 ||y - y*||^2 a sample; infinite once
         it has diverged.
         """
         predicted = (
@@ -128,7 +129,7 @@ class Copies:
         return torch.where(self.alive, losses, torch.inf)
 
     def _drawn(self, purpose: str, shape: tuple[int, ...], scale: float, t: int = -1) -> Tensor:
-        """(seeds, *shape) from (seed, t, purpose)."""
+        """Draw (seeds, *shape) from (seed, t, purpose)."""
         draws = [
             torch.randn(shape, generator=stream(seed, "teacher", t, purpose), dtype=torch.float64)
             for seed in self._seeds
@@ -158,12 +159,12 @@ def train(
         section: the compressor, as in a configuration file.
         pairs: (seed, learning rate) of each copy.
         momentum: mu of the base optimizer.
-        progress: told now and then.
+        progress: called now and then.
 
     Returns:
         "final": loss by copy over the last tenth of the steps; "curve": (step, losses
-        by copy); "elements": a worker sent per copy and step; "peak_elements": the most
-        in one step after the first.
+        by copy); "elements": sent by a worker per copy and step; "peak_elements": the
+        most in one step after the first.
     """
     copies = Copies(problem, pairs)
     averager = Crew(problem.workers).averager(section, copies.shapes)
@@ -195,11 +196,9 @@ def train(
 
 
 def elements(averager: Averager) -> int:
-    """Elements of matrices that a worker has sent; control numbers, which do not grow
-    with the matrices, are left out.
+    """Return how many elements of matrices a worker has sent, without the control
+    numbers, which do not grow with the matrices.
     """
-    kinds = averager.ledger.bytes
-    return (
-        sum(count for kind, count in kinds.items() if kind not in ("control", "fingerprint"))
-        // torch.float64.itemsize
-    )
+    overhead = ("control", "fingerprint")
+    sent = sum(count for kind, count in averager.ledger.bytes.items() if kind not in overhead)
+    return sent // torch.float64.itemsize

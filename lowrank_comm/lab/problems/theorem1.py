@@ -25,6 +25,7 @@ paper's proof passes over this case.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,15 +84,11 @@ class Problem:
         return 2 * self.a / self.a.numel()
 
     def _turned(self, vector: Tensor) -> Tensor:
-        """R times a vector."""
+        """Return R times a vector."""
         if self.rotation is not None:
             size = len(vector)
-            normal = torch.randn(
-                size,
-                size,
-                generator=stream(self.rotation, "X", -1, "rotation"),
-                dtype=torch.float64,
-            )
+            generator = stream(self.rotation, "X", -1, "rotation")
+            normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
             vector = torch.linalg.qr(normal)[0] @ vector
         return vector.to(self.dtype)
 
@@ -100,16 +97,14 @@ class Problem:
         return float(self.d @ x @ self.d)
 
     def loss_and_slope(self, x: Tensor) -> tuple[float, float]:
-        """psi(D^T X D) and psi' there."""
+        """Return psi(D^T X D) and psi' there."""
         value = self.functional(x)
-        return (
-            (value * value, 2 * value)
-            if abs(value) <= 1
-            else (2 * abs(value) - 1, 2.0 if value > 0 else -2.0)
-        )
+        if abs(value) <= 1:
+            return value * value, 2 * value
+        return 2 * abs(value) - 1, math.copysign(2.0, value)
 
     def coins(self, steps: int, seed: int) -> Tensor:
-        """xi: (steps, N) of +1 and -1; all +1 at the first step, the case of the
+        """Return xi, (steps, N) of +1 and -1; all +1 at the first step, as in the
         theorem.
         """
         xi = torch.randint(0, 2, (steps, self.workers), generator=stream(seed, "X", -1, "coins"))
@@ -137,18 +132,17 @@ class Run:
 
     @property
     def trapped_exactly(self) -> bool:
-        """Whether every update was a multiple of B to the last bit: nothing of the
-        gradient, a multiple of A, came through.
+        """Whether every update was a multiple of B to the last bit, so that no part of
+        the gradient, a multiple of A, came through.
         """
         return all(torch.equal(update, update[0, 0] * self.problem.b) for update in self.updates)
 
     def first_visible(self, change: float) -> int | None:
-        """First t at which D^T X_t D differs from its start by more than `change`; None
-        if it never does.
+        """Return the first t at which D^T X_t D differs from its start by more than
+        `change`; None if it never does.
         """
-        return next(
-            (t for t, value in enumerate(self.values) if abs(value - self.values[0]) > change), None
-        )
+        moved = (abs(value - self.values[0]) > change for value in self.values)
+        return next((t for t, visible in enumerate(moved) if visible), None)
 
 
 def train(
@@ -160,7 +154,7 @@ def train(
     first_basis: Sequence[float] | None = None,
     rate_at: Callable[[int], float] = lambda t: 1.0,
 ) -> Run:
-    """`steps` steps from X_0 by N simulated workers.
+    """Train for `steps` steps from X_0 by N simulated workers.
 
     Args:
         problem: the problem.
@@ -180,7 +174,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
     run = Run(problem, [], [], [], [])
 
-    def look() -> Tensor:
+    def record() -> Tensor:
         loss, slope = problem.loss_and_slope(x.detach())
         gradient = slope * problem.a
         run.values.append(problem.functional(x.detach()))
@@ -189,11 +183,11 @@ def train(
         return gradient
 
     for xi in problem.coins(steps, seed):
-        gradient = look()
+        gradient = record()
         noisy = [{"X": gradient + coin * (problem.sigma * problem.b - gradient)} for coin in xi]
         x.grad = averager.average(noisy)["X"]
         run.updates.append(x.grad.clone())
         optimizer.step()
         schedule.step()
-    look()
+    record()
     return run

@@ -1,11 +1,11 @@
-"""Pages from results: a published file of rows becomes a page of Markdown and its
-figures, and nothing else goes in.
+"""Computes a page of Markdown and its figures from a published file of rows, and from
+nothing else.
 
-A published file, docs/results/<experiment>.jsonl: its first line says what was run, by
-which command, on which machine and when; the rows follow, floats cut to six digits. The
-page is computed from it byte by byte, so a test can compare; a figure carries the
-sha256 of that file in its PNG header, since pixels differ between versions of the
-plotting library.
+A published file is docs/results/<experiment>.jsonl. Its first line states what was run,
+by which command, on which machine and when; the rows follow, floats cut to six digits.
+The page is a function of this file, so a test can compare it byte by byte. A figure
+carries the file's sha256 in its PNG header instead, since pixels differ between
+versions of the plotting library.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ if TYPE_CHECKING:
 
 DIGITS = 6
 SOURCE = "Source sha256"
-"""Key of the PNG header's text that names the data of a figure."""
+"""Key in a figure's PNG header of the sha256 of its data."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a published file holds: what was run, and the rows in the order of the
-    cases.
-    """
+    """A published file: what was run, and the rows in the order of the cases."""
 
     meta: dict[str, Any]
     rows: list[Row]
@@ -51,19 +49,19 @@ class Published:
 
 
 def published_text(meta: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """What a published file of these rows holds."""
+    """Return the text of a published file of these rows."""
     kept = [{key: row[key] for key in ("key", "params", "result", "seconds")} for row in rows]
-    told = {key: value for key, value in meta.items() if key != "settings_hash"}
+    first = {key: value for key, value in meta.items() if key != "settings_hash"}
     # fingerprints of the sources that made the rows
-    told["code"] = sorted({row.get("code", "not noted") for row in rows})
-    return line({"meta": told}) + "".join(line(row, DIGITS) for row in kept)
+    first["code"] = sorted({row.get("code", "not noted") for row in rows})
+    return line({"meta": first}) + "".join(line(row, DIGITS) for row in kept)
 
 
 def read_published(path: Path) -> Published:
-    """A published file.
+    """Read a published file.
 
     Raises:
-        ConfigError: it is not there, or does not begin with what was run.
+        ConfigError: the file is not there, or does not begin with what was run.
     """
     lines = read_lines(path)
     if not lines or "meta" not in lines[0]:
@@ -75,14 +73,11 @@ def read_published(path: Path) -> Published:
 
 
 def page_of(published: Published) -> str:
-    """The page, with figures as <experiment>/<stem>.png."""
+    """Return the page, with figures as <experiment>/<stem>.png."""
     preset, meta = published.preset, published.meta
     kind = preset.experiment
-    missing = [
-        case.key
-        for case in kind.cases(preset.settings)
-        if case.key not in {row["key"] for row in published.rows}
-    ]
+    present = {row["key"] for row in published.rows}
+    missing = [case.key for case in kind.cases(preset.settings) if case.key not in present]
     seconds = sum(row["seconds"] for row in published.rows)
     computer = meta["machine"]
     device = computer["accelerator"] or computer["cpu"]
@@ -110,13 +105,13 @@ def page_of(published: Published) -> str:
 
 
 def figures_of(published: Published) -> dict[str, Figure]:
-    """Stem -> figure."""
+    """Return file stem -> figure."""
     return published.preset.experiment.figures(published.preset.settings, published.rows)
 
 
 def write(published: Published, folder: Path) -> list[Path]:
-    """Write <experiment>.md and <experiment>/<stem>.png into the folder; old figures
-    go.
+    """Write <experiment>.md and <experiment>/<stem>.png into the folder and delete old
+    figures.
 
     Returns:
         The paths written.
@@ -154,7 +149,7 @@ def publish(meta: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[
 
 
 def regenerate(folder: Path) -> list[Path]:
-    """All pages and figures of a folder of published files, and its index.
+    """Write all pages and figures of a folder of published files, and its index.
 
     Raises:
         ConfigError: the folder holds no published file.
@@ -171,12 +166,12 @@ def regenerate(folder: Path) -> list[Path]:
 
 
 def published_files(folder: Path) -> list[Path]:
-    """The published files of a folder, in the order of the experiments."""
+    """Return the published files of a folder, in the order of the experiments."""
     return [path for name in EXPERIMENTS if (path := folder / f"{name}.jsonl").is_file()]
 
 
 def index_of(folder: Path) -> str:
-    """The text of the folder's README.md."""
+    """Return the text of the folder's README.md."""
     lines = [
         "# Results of the lab\n",
         "<!-- Made by `make results`; do not edit. -->\n",
@@ -220,8 +215,8 @@ def source_of(picture: Path) -> str | None:
 
 
 def _seeds(settings: Mapping[str, Any]) -> str:
-    """The settings' seeds as a sentence, where they have some, each with the parts of
-    the settings that it stands in.
+    """Return the settings' seeds as a sentence, each with the parts of the settings
+    that use it; an empty string without seeds.
     """
     found: dict[str, list[str]] = {}
     for where, seeds in _seeds_in(settings):
@@ -229,15 +224,15 @@ def _seeds(settings: Mapping[str, Any]) -> str:
     if list(found.values()) == [[""]]:
         seeds = next(iter(found))
         return f"Seed{'s' if ',' in seeds else ''} {seeds}. "
-    told = [
+    stated = [
         f"{seeds} ({', '.join(where or 'all else' for where in parts)})"
         for seeds, parts in found.items()
     ]
-    return f"Seeds {'; '.join(told)}. " if told else ""
+    return f"Seeds {'; '.join(stated)}. " if stated else ""
 
 
 def _seeds_in(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
-    """(path of the part, its seeds)."""
+    """Yield (path of the part, its seeds)."""
     for key, value in settings.items():
         if key in ("seed", "seeds"):
             yield where, ", ".join(map(str, value if isinstance(value, list) else [value]))
@@ -246,11 +241,7 @@ def _seeds_in(settings: Mapping[str, Any], where: str = "") -> Iterator[tuple[st
 
 
 def _time(seconds: float) -> str:
-    """Seconds in words, e.g. 3.2 min."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.1f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+    """Return a duration with its unit, e.g. 3.2 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

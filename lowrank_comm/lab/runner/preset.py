@@ -46,7 +46,7 @@ class Preset:
 
 
 def checked(content: Any, name: str, argument: str) -> Preset:
-    """A preset from what its file holds.
+    """Check the content of a preset's file.
 
     Args:
         content: the mapping.
@@ -82,7 +82,7 @@ def checked(content: Any, name: str, argument: str) -> Preset:
 
 
 def load(name_or_yaml: str, size: str = "small") -> Preset:
-    """The preset of a file, of an experiment's name and a size, or of its own name
+    """Load the preset of a file, of an experiment's name and a size, or of its own name
     (speedup_small).
 
     Raises:
@@ -103,7 +103,7 @@ def load(name_or_yaml: str, size: str = "small") -> Preset:
                 f"{path} is not there; give a YAML file, or the name of an experiment"
                 f" ({', '.join(EXPERIMENTS)})."
             )
-        # says which names there are
+        # an unknown experiment is an error that names the known ones
         experiment(name_or_yaml)
         raise ConfigError(
             f"{name_or_yaml} has no preset {size}; `python -m lowrank_comm.lab list` shows the"
@@ -117,14 +117,14 @@ def load(name_or_yaml: str, size: str = "small") -> Preset:
 
 
 def names() -> list[str]:
-    """Names of the presets that come with the package, in the order of the experiments."""
+    """Return the names of the package's presets, in the order of the experiments."""
     stems = {path.stem for path in FOLDER.glob("*.yaml")}
     ordered = [f"{name}_{size}" for name in EXPERIMENTS for size in SIZES]
     return [name for name in ordered if name in stems] + sorted(stems - set(ordered))
 
 
 def _explain(preset: str, schema: type[BaseModel], detail: Any) -> str:
-    """One pydantic error as a sentence with the key, the value and the fix."""
+    """Return one pydantic error as a sentence with the key, the value and the fix."""
     path = ".".join(str(part) for part in ("settings", *detail["loc"]))
     if detail["type"] == "extra_forbidden":
         known = schema.model_fields if len(detail["loc"]) == 1 else ()

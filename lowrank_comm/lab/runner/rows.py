@@ -3,10 +3,10 @@ a run can be killed at any time.
 
 A line: {"key", "params", "result", "seconds", "made_for", "code"}. `made_for` is a hash
 of all settings that the result depends on; a row that was made for other settings is
-never mixed with new ones. `code` is one of the package's sources; rows of another
-version are kept, and that is said, since most changes touch no result. A last line
-without its end, which a kill leaves, does not count and is cut off before the next row
-is written.
+never mixed with new ones. `code` is a hash of the package's sources. Rows of another
+version are kept, and a run reports them, since most changes affect no result. A last
+line without its end, which a killed run leaves, does not count and is cut off before
+the next row is written.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ FILE = "rows.jsonl"
 
 
 def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits of the sha256 of plain values, whatever the order of keys."""
+    """Return 16 hexadecimal digits of the sha256 of plain values, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def made_for(experiment: Experiment, settings: Any, case: Case) -> str:
-    """Fingerprint of all that the case's result depends on."""
+    """Return the fingerprint of all that the case's result depends on."""
     return fingerprint([experiment.name, experiment.depends_on(settings, case), case.params])
 
 
 @functools.cache
 def code() -> str:
-    """Fingerprint of the package's Python files."""
+    """Return the fingerprint of the package's Python files."""
     package = Path(__file__).parents[2]
     files = sorted(package.rglob("*.py"))
     return fingerprint(
@@ -47,8 +47,8 @@ def code() -> str:
 
 
 def plain(value: Any, digits: int | None = None) -> Any:
-    """The value in JSON's types: numbers that are not finite become null, and floats
-    are cut to `digits` if given.
+    """Return the value in JSON's types: numbers that are not finite become null, and
+    floats are cut to `digits` if given.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item, digits) for key, item in value.items()}
@@ -62,7 +62,7 @@ def plain(value: Any, digits: int | None = None) -> Any:
 
 
 def line(row: Mapping[str, Any], digits: int | None = None) -> str:
-    """A row as one compact line."""
+    """Return a row as one compact line."""
     return (
         json.dumps(plain(row, digits), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         + "\n"
@@ -70,7 +70,7 @@ def line(row: Mapping[str, Any], digits: int | None = None) -> str:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines. A last line that does not end is left out.
+    """Return the values of a file of JSON lines, without a last line that does not end.
 
     Raises:
         ConfigError: a line that ends is no JSON.
@@ -101,7 +101,7 @@ class Rows:
         self.path = folder / FILE
 
     def of(self, experiment: Experiment, settings: Any, cases: Iterable[Case]) -> dict[str, Row]:
-        """key -> row of the cases that are finished.
+        """Return key -> row of the cases that are finished.
 
         Raises:
             ConfigError: a row of one of the cases was made for other settings.
@@ -123,7 +123,7 @@ class Rows:
         return rows
 
     def append(self, row: Row) -> None:
-        """Write a finished case; on the disk when this returns."""
+        """Write a finished case; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             file.seek(0)

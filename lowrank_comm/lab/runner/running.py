@@ -1,5 +1,5 @@
-"""Running a preset: the cases that are not finished, one after the other or in
-processes side by side, with a progress bar.
+"""Runs the unfinished cases of a preset, one after the other or in processes side by
+side, with a progress bar.
 
 A case that raises does not stop the others. It leaves no row, so the next call runs it
 again. Under torchrun, where all processes run every case together, it ends the call: a
@@ -8,45 +8,32 @@ process that went on would meet the others in the wrong collective.
 
 from __future__ import annotations
 
-import datetime
 import fnmatch
-import json
 import multiprocessing
 import os
-import platform
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
-from lowrank_comm import __version__
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.lab.experiment import Case, Row
 from lowrank_comm.lab.experiments import experiment
+from lowrank_comm.lab.runner.note import write_note
 from lowrank_comm.lab.runner.preset import Preset
-from lowrank_comm.lab.runner.rows import Rows, code, fingerprint, made_for, plain
-
-RUN_FILE = "run.json"
+from lowrank_comm.lab.runner.progress import Bars, progress_bars
+from lowrank_comm.lab.runner.rows import Rows, code, made_for, plain
 
 
 @dataclass
 class Ended:
-    """What a call has done. finished: cases with a row now; failed: key -> traceback;
+    """Outcome of a call. finished: cases with a row now; failed: key -> traceback;
     total: cases of the preset.
     """
 
@@ -55,33 +42,11 @@ class Ended:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def machine() -> dict[str, Any]:
-    """What ran it: processor, cores, versions. No name of the machine."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [
-            text.split(":", 1)[1].strip()
-            for text in info.read_text().splitlines()
-            if text.startswith("model name")
-        ]
-        cpu = models[0] if models else cpu
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "accelerator": accelerator,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "lowrank_comm": __version__,
-    }
-
-
 def selected(cases: Sequence[Case], only: str | None) -> list[Case]:
-    """The cases whose key fits the pattern.
+    """Return the cases whose key fits the pattern.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: no key fits.
     """
     chosen = [case for case in cases if only is None or fnmatch.fnmatchcase(case.key, only)]
     if not chosen:
@@ -99,7 +64,7 @@ def run_preset(
     jobs: int = 1,
     console: Console | None = None,
 ) -> Ended:
-    """Run what is not finished, and append to the folder's rows.
+    """Run the unfinished cases and append to the folder's rows.
 
     Args:
         preset: what to run.
@@ -130,22 +95,23 @@ def run_preset(
             f"preset {preset.name}: two cases have the key {twice!r}; change the settings so that"
             " they differ."
         )
-    # of the files as they are before the first case, which may be edited while it runs
+    # the sources as they are before the first case; they may be edited while it runs
     rows, now = Rows(folder), code()
     done = rows.of(kind, settings, every)
     todo = [case for case in selected(every, only) if case.key not in done]
     first = first_process()
     if first:
-        _note(preset, folder)
+        write_note(preset, folder)
         older = [key for key, row in done.items() if row.get("code") != now]
         if older and console is not None:
             console.print(
-                f"{len(older)} of {len(done)} finished cases were run by another version of the sources (the first: "
-                f"{older[0]}); delete {rows.path} to run them again.",
-                markup=False, highlight=False,
-            )  # fmt: skip
+                f"{len(older)} of {len(done)} finished cases were run by another version of the"
+                f" sources (the first: {older[0]}); delete {rows.path} to run them again.",
+                markup=False,
+                highlight=False,
+            )
     ended = Ended(finished=len(done), total=len(every))
-    with _bars(console if first else None, preset.name, len(every), len(done)) as bars:
+    with progress_bars(console if first else None, preset.name, len(every), len(done)) as bars:
         for stage in sorted({kind.stage(settings, case) for case in todo}):
             given = {case.key: case for case in todo if kind.stage(settings, case) == stage}
             ready = _prepared(preset, list(given.values()), list(done.values()), ended)
@@ -167,7 +133,7 @@ def run_preset(
 
 
 def first_process() -> bool:
-    """Whether this process is to write: under torchrun all processes run every case
+    """Return whether this process writes: under torchrun all processes run every case
     together, and the first one writes.
     """
     return int(os.environ.get("RANK", "0")) == 0
@@ -176,7 +142,7 @@ def first_process() -> bool:
 def _prepared(
     preset: Preset, cases: Sequence[Case], rows: Sequence[Row], ended: Ended
 ) -> list[Case]:
-    """The cases of a stage as they are to be run; those that cannot be are entered as
+    """Return the cases of a stage as they are to be run; enter those that cannot run as
     failed.
     """
     ready = []
@@ -189,7 +155,7 @@ def _prepared(
 
 
 def ordered_rows(preset: Preset, folder: Path) -> list[Row]:
-    """The finished rows in the order of the cases."""
+    """Return the finished rows in the order of the cases."""
     cases = preset.experiment.cases(preset.settings)
     found = Rows(folder).of(preset.experiment, preset.settings, cases)
     return [found[case.key] for case in cases if case.key in found]
@@ -215,9 +181,9 @@ def one_case(name: str, settings: dict[str, Any], case: Case, progress: Any) -> 
 
 
 def _outcomes(
-    preset: Preset, todo: Sequence[Case], jobs: int, bars: _Bars
+    preset: Preset, todo: Sequence[Case], jobs: int, bars: Bars
 ) -> Iterator[tuple[Case, Row | str]]:
-    """Each case with its outcome, as they end."""
+    """Yield each case with its outcome as it ends."""
     name, settings = preset.experiment.name, preset.settings.model_dump(mode="json")
     if jobs == 1:
         for case in todo:
@@ -264,85 +230,3 @@ def _one_case_elsewhere(name: str, settings: dict[str, Any], case: Case, queue: 
             queue.put((case.key, share, text))
 
     return one_case(name, settings, case, progress)
-
-
-def _note(preset: Preset, folder: Path) -> None:
-    """Write what this folder is for, once for each version of the settings."""
-    settings = preset.settings.model_dump(mode="json")
-    path = folder / RUN_FILE
-    if path.is_file() and read_note(path)["settings_hash"] == fingerprint(settings):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    note = {
-        "experiment": preset.experiment.name,
-        "preset": preset.name,
-        "description": preset.description,
-        "command": f"python -m lowrank_comm.lab run {preset.argument}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine(),
-        "settings_hash": fingerprint(settings),
-        "settings": settings,
-    }
-    # a kill leaves the old note or the new one, never half of one
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def read_note(path: Path) -> dict[str, Any]:
-    """What a folder's run.json says.
-
-    Raises:
-        ConfigError: it is no whole JSON.
-    """
-    try:
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is no JSON ({error}); delete it, and `run` writes it again; the rows stay."
-        ) from None
-    return note
-
-
-class _Bars:
-    """All cases, and those that are running; silent without a display."""
-
-    def __init__(self, display: Progress | None, name: str, total: int, done: int) -> None:
-        self._display = display
-        self._whole = (
-            display.add_task(name, total=total, completed=done, where="") if display else None
-        )
-        self._running: dict[str, TaskID] = {}
-
-    def at(self, key: str, share: float, text: str) -> None:
-        if self._display is None:
-            return
-        if key not in self._running:
-            self._running[key] = self._display.add_task(f"  {key}", total=1.0, where=text)
-        self._display.update(self._running[key], completed=share, where=text)
-
-    def case_ended(self, key: str, failed: bool) -> None:
-        if self._display is None or self._whole is None:
-            return
-        if key in self._running:
-            self._display.remove_task(self._running.pop(key))
-        if failed:
-            self._display.console.print(f"failed: {key}")
-        else:
-            self._display.advance(self._whole)
-
-
-@contextmanager
-def _bars(console: Console | None, name: str, total: int, done: int) -> Iterator[_Bars]:
-    if console is None:
-        yield _Bars(None, name, total, done)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[where]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as display:
-        yield _Bars(display, name, total, done)

@@ -1,10 +1,10 @@
 """N workers that average gradients of a few matrices through a compressor: simulated
-here, or gloo processes of their own.
+in this process, or gloo processes of their own.
 
 An experiment writes its loop once, as a module-level function `loop(crew, *arguments)`.
-The crew says which workers the process plays (all of them, or one) and makes the
-averager that they share; `together` calls the loop once in this process, or in N
-processes at once, and in the second case checks that all of them have come to the same
+The crew says which workers this process plays (all of them, or one) and makes the
+averager that they share. `together` calls the loop once in this process, or once in
+each of N processes; in the second case it checks that all processes return the same
 value.
 """
 
@@ -42,8 +42,7 @@ TIMEOUT = timedelta(minutes=2)
 
 
 class Averager:
-    """The mean of the workers' gradients, as the compressor of a section lets it
-    through.
+    """Averages the workers' gradients through the compressor of a section.
 
     Args:
         section: as in a configuration file; `min_compression_rate` is 0 unless it says
@@ -54,7 +53,7 @@ class Averager:
         dtype: of the parameters.
         initial_basis: parameter name -> Q to start from; for PowerSGD and PowerSGD+,
             others have none.
-        wrap: another compressor in the place of the section's, for controls.
+        wrap: returns the compressor to use in place of the section's, for controls.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Averager:
             self._reducer = Reducer(slots, compressor, Group(), **options)
 
     def average(self, gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """One step; a collective in gloo processes.
+        """Average one step's gradients; a collective in gloo processes.
 
         Args:
             gradients: parameter name -> gradient, for each worker that this process
@@ -110,19 +109,19 @@ class Averager:
 
     @property
     def ledger(self) -> Ledger:
-        """Of one worker."""
+        """What one worker has sent."""
         return self._reducer.ledger
 
 
 @dataclass(frozen=True)
 class Crew:
-    """N workers, and which of them this process plays: number `rank`, or all of them."""
+    """N workers, and which of them this process plays: one (`rank`), or all of them."""
 
     size: int
     rank: int | None = None
 
     @property
-    def here(self) -> range:
+    def local_workers(self) -> range:
         """Numbers of the workers that this process plays."""
         return range(self.size) if self.rank is None else range(self.rank, self.rank + 1)
 
@@ -134,17 +133,17 @@ class Crew:
         initial_basis: Mapping[str, Tensor] | None = None,
         wrap: Callable[[Compressor], Compressor] | None = None,
     ) -> Averager:
-        """An averager that these workers share; see `Averager`."""
+        """Return an averager that these workers share; see `Averager`."""
         return Averager(section, shapes, self.size, self.rank, dtype, initial_basis, wrap)
 
 
 def parsed_section(section: Mapping[str, Any]) -> Section:
-    """A preset's section; every matrix is compressed unless it says otherwise."""
+    """Parse a preset's section; every matrix is compressed unless it says otherwise."""
     return Section.parse({"min_compression_rate": 0.0, **section})
 
 
 def together(backend: Backend, workers: int, loop: Callable[..., Any], *arguments: Any) -> Any:
-    """`loop(crew, *arguments)` by N workers; its value.
+    """Run `loop(crew, *arguments)` by N workers and return its value.
 
     Args:
         backend: "simulation" (in this process) or "gloo" (N processes of this machine).
@@ -171,10 +170,10 @@ def together(backend: Backend, workers: int, loop: Callable[..., Any], *argument
 
 
 def agreed(values: Sequence[Any]) -> Any:
-    """The value that all processes have come to.
+    """Return the value that all processes have come to.
 
     Raises:
-        LowRankCommError: they have not.
+        LowRankCommError: their values differ.
     """
     if any(value != values[0] for value in values[1:]):
         raise LowRankCommError(
@@ -200,4 +199,4 @@ def _one_process(
 
 
 def silent(share: float, text: str) -> None:
-    """Progress that nobody looks at, for processes of their own."""
+    """Show no progress; for processes without a display."""

@@ -1,13 +1,13 @@
 """N data-parallel workers of one training run: simulated in one process, or the
 processes that torchrun has started.
 
-The protocol of a step is the same for both. Whoever trains computes, for each worker
-that lives `here`, that worker's gradient into the parameters' `.grad` and calls
-`collect()`; after the last one `step()` averages over all workers through the
-compressor, clips by the norm of the average, and lets the base optimizer step. A
-simulated run computes the N gradients one after another with one model; under torchrun
-every process is one worker and a `CompressedOptimizer` averages. Both sum the same
-numbers, so a run of either kind gives the same model up to the order of a sum.
+The protocol of a step is the same for both. For each worker of this process
+(`local_workers`) the caller computes that worker's gradient into the parameters'
+`.grad` and calls `collect()`. After the last one `step()` averages over all workers
+through the compressor, clips by the norm of the average, and lets the base optimizer
+step. A simulated run computes the N gradients one after another with one model; under
+torchrun every process is one worker and a `CompressedOptimizer` averages. Both sum the
+same numbers, so a run of either kind gives the same model up to the order of a sum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from lowrank_comm.optimizer.compressed import CompressedOptimizer
 from lowrank_comm.simulation import Simulation
 
 Item = TypeVar("Item")
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Sent:
 
     Attributes:
         bytes: kind -> bytes of a worker.
-        uncompressed: what the same steps would have carried uncompressed, in bytes.
-        vetoed: steps that were skipped since a gradient was not finite.
+        uncompressed: bytes of the same steps without compression.
+        vetoed: steps that were skipped because a gradient was not finite.
     """
 
     bytes: dict[str, int]
@@ -48,7 +49,7 @@ class Sent:
 
     @classmethod
     def of(cls, ledger: Ledger) -> Sent:
-        """From a worker's ledger."""
+        """Read a worker's ledger."""
         return cls(dict(ledger.bytes), ledger.uncompressed_bytes, ledger.vetoed)
 
 
@@ -71,7 +72,7 @@ class SimulatedWorkers:
         workers: int,
         clip: float | None,
     ) -> None:
-        self.here = range(workers)
+        self.local_workers = range(workers)
         self._parameters, self._optimizer, self._clip = dict(parameters), optimizer, clip
         self._simulation = Simulation(
             self._parameters, section.make_compressor(), workers, **section.reducer_options()
@@ -79,9 +80,7 @@ class SimulatedWorkers:
         self._gradients: list[dict[str, Tensor | None]] = []
 
     def collect(self) -> None:
-        """Take the gradients of the next worker from the parameters, which are left
-        without.
-        """
+        """Take the next worker's gradients out of the parameters."""
         self._gradients.append(
             {name: parameter.grad for name, parameter in self._parameters.items()}
         )
@@ -89,8 +88,8 @@ class SimulatedWorkers:
             parameter.grad = None
 
     def step(self) -> bool:
-        """Average, clip, step. False if a gradient was not finite, so that nothing has
-        changed.
+        """Average, clip, step. Return False if a gradient was not finite and nothing
+        has changed.
         """
         gradients, self._gradients = self._gradients, []
         mean = self._simulation.reduce(gradients)
@@ -104,11 +103,11 @@ class SimulatedWorkers:
         return bool(mean)
 
     def sent(self) -> Sent:
-        """What worker 0 has sent so far."""
+        """Return what worker 0 has sent so far."""
         return Sent.of(self._simulation.reducers[0].ledger)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """What this process does of something that is to be done once: all of it."""
+        """Return this process's part of work that is shared out: all of it."""
         return items
 
     def total(self, values: Tensor) -> Tensor:
@@ -129,30 +128,34 @@ class ProcessWorkers:
         clip: float | None,
     ) -> None:
         rank = dist.get_rank()
-        self.here = range(rank, rank + 1)
+        self.local_workers = range(rank, rank + 1)
         self._optimizer = CompressedOptimizer(
-            optimizer, section.make_compressor(), named_parameters=parameters.items(), max_grad_norm=clip,
-            reduce_at="step", **section.reducer_options(),
-        )  # fmt: skip
+            optimizer,
+            section.make_compressor(),
+            named_parameters=parameters.items(),
+            max_grad_norm=clip,
+            reduce_at="step",
+            **section.reducer_options(),
+        )
 
     def collect(self) -> None:
         """The gradients stay in the parameters."""
 
     def step(self) -> bool:
-        """Average, clip, step. False if some worker's gradient was not finite, so that
-        nothing has changed.
+        """Average, clip, step. Return False if some worker's gradient was not finite
+        and nothing has changed.
         """
         self._optimizer.step()
         self._optimizer.zero_grad()
         return not self._optimizer.step_was_skipped
 
     def sent(self) -> Sent:
-        """What this worker has sent so far."""
+        """Return what this worker has sent so far."""
         return Sent.of(self._optimizer.ledger)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """What this process does of something that is to be done once by all together."""
-        return items[self.here[0] :: dist.get_world_size()]
+        """Return this process's part of work that is shared out."""
+        return items[self.local_workers[0] :: dist.get_world_size()]
 
     def total(self, values: Tensor) -> Tensor:
         """Sums over the shares."""
@@ -166,8 +169,8 @@ Workers = SimulatedWorkers | ProcessWorkers
 def make_workers(
     model: nn.Module, optimizer: Optimizer, section: Section, workers: int, clip: float | None
 ) -> Workers:
-    """The workers of a run: simulated, or this process and its peers where there is a
-    process group of more than one.
+    """Return the workers of a run: simulated, or this process and its peers where there
+    is a process group of more than one.
 
     Raises:
         ConfigError: the settings ask for another number of workers than there are
@@ -188,31 +191,28 @@ def make_workers(
 
 
 def process_rank() -> int:
-    """Which worker this process is; 0 where all are simulated in one."""
+    """Return this process's worker number; 0 where all are simulated in one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def join_processes(device: str) -> torch.device:
-    """Join the processes that torchrun has started, if it has, and tell this one's
+    """Join the processes that torchrun has started, if any, and return this one's
     device.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Raises:
-        ConfigError: a device that is unknown or not there.
+        ConfigError: the device is unknown or not there.
     """
-    if device not in ("auto", "cpu", "cuda"):
+    if device not in get_args(Device):
         raise ConfigError(f'device={device!r} is unknown; use "auto", "cpu" or "cuda".')
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('device="cuda", but torch sees no GPU here; use "auto" or "cpu".')
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    place = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if on_gpu
-        else torch.device("cpu")
-    )
+    place = torch.device("cpu")
     if on_gpu:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
@@ -220,8 +220,8 @@ def join_processes(device: str) -> torch.device:
 
 
 def averaged(sent: Sent, steps: int) -> dict[str, Any]:
-    """Plain figures of what a worker sent: totals, bytes a step, and how many times
-    less than uncompressed.
+    """Return plain figures of what a worker sent: totals, bytes a step, and how many
+    times less than uncompressed.
     """
     kinds = Counter(sent.bytes)
     total = sum(kinds.values())

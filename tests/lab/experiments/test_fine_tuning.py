@@ -39,7 +39,7 @@ from lowrank_comm.lab.experiments.fine_tuning import (
 from lowrank_comm.lab.experiments.fine_tuning_page import PAPER, paper_average
 from lowrank_comm.lab.runner.preset import load
 from lowrank_comm.lab.runner.running import ordered_rows, run_preset
-from lowrank_comm.lab.training.training import Method
+from lowrank_comm.lab.training.training_loop import Method
 
 EXPERIMENT = FineTuning()
 WORDS = (

@@ -27,10 +27,10 @@ from lowrank_comm.lab.data.texts import TextSettings, load_text
 from lowrank_comm.lab.experiment import Case
 from lowrank_comm.lab.experiments.comparison import Spread, difference, ratio, student_t, verdict
 from lowrank_comm.lab.experiments.language_model import LanguageModel, LanguageModelSettings
-from lowrank_comm.lab.experiments.language_model_page import PAPER
+from lowrank_comm.lab.experiments.language_model_results import PAPER
 from lowrank_comm.lab.runner.preset import load
 from lowrank_comm.lab.runner.running import ordered_rows, run_preset
-from lowrank_comm.lab.training.training import Recipe
+from lowrank_comm.lab.training.training_loop import Recipe
 from lowrank_comm.lab.training.workers import join_processes
 from tests.support import ROOT
 
@@ -296,11 +296,23 @@ def test_a_run_that_diverges_is_a_result(text_file: Path) -> None:
     assert found["steps"] < 60
 
 
+def factors(recipe: Recipe) -> list[float]:
+    """The learning rate of each step, where the highest is 1."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = recipe.scheduler(optimizer)
+    found = []
+    for _ in range(recipe.steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
 def test_schedules() -> None:
-    recipe = Recipe(steps=10, warmup_steps=2, schedule="cosine")
-    assert [recipe.factor(t) for t in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
-    linear = Recipe(steps=10, warmup_steps=2, schedule="linear")
-    assert [linear.factor(t) for t in (0, 1, 2, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])
+    cosine = factors(Recipe(steps=10, warmup_steps=2, schedule="cosine"))
+    assert [cosine[t] for t in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    linear = factors(Recipe(steps=10, warmup_steps=2, schedule="linear"))
+    assert [linear[t] for t in (0, 1, 2, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])
 
 
 def as_process(rank: int, settings: dict[str, Any], seed: int) -> dict[str, Any]:

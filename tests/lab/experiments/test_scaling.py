@@ -32,7 +32,7 @@ from lowrank_comm.lab.problems.simulated_clock import (
     descend_on_grid,
     seconds_to_target,
 )
-from lowrank_comm.lab.runner import pages as pages
+from lowrank_comm.lab.runner import pages
 from lowrank_comm.lab.runner.preset import load
 
 SETTINGS = ScalingSettings(

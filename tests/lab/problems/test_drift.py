@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from lowrank_comm.lab.problems import drift as drift
-from lowrank_comm.lab.problems import teacher as teacher
+from lowrank_comm.lab.problems import drift, teacher
 from lowrank_comm.lab.training.averaging import silent
 
 

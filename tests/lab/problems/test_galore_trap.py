@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lowrank_comm.lab.problems import galore_trap as galore_trap
+from lowrank_comm.lab.problems import galore_trap
 from lowrank_comm.lab.training.averaging import silent
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_comm.lab.problems import teacher as teacher
+from lowrank_comm.lab.problems import teacher
 from lowrank_comm.lab.training.averaging import silent
 
 

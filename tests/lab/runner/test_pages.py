@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowrank_comm import ConfigError
-from lowrank_comm.lab.runner import pages as pages
+from lowrank_comm.lab.runner import pages
 from lowrank_comm.lab.runner.running import ordered_rows, run_preset
 from tests.support.toy_experiment import Toy, toy_preset
 

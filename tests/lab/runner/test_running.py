@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lowrank_comm import ConfigError, LowRankCommError
 from lowrank_comm.lab.experiment import Case
-from lowrank_comm.lab.runner import running as running
+from lowrank_comm.lab.runner import running
 from lowrank_comm.lab.runner.pages import published_text
 from lowrank_comm.lab.runner.rows import line, read_lines
 from lowrank_comm.lab.runner.running import ordered_rows, run_preset

@@ -1,9 +1,9 @@
-"""Training one model by N workers under one compressor: what the experiments that train
-share.
+"""Trains one model by N workers under one compressor; shared by the experiments that
+train language models and encoders.
 
 A `Method` is a line of a table: a `lowrank_comm` section with a label. A `Recipe` is
-the optimizer: AdamW, its schedule, clipping. `train` runs the steps and says what came
-out; whether it diverged is part of the result and no error.
+the optimizer: AdamW, its schedule, clipping. `train` runs the steps and returns what
+came out; a run that diverged is a result, not an error.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, SequentialLR
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from lowrank_comm.config import Section
 from lowrank_comm.lab.experiment import LabSettings, Progress
 from lowrank_comm.lab.training.workers import Workers, averaged, make_workers
 
 SKIPPED_IN_A_ROW = 20
-"""Steps skipped one after the other, since gradients were not finite, after which a run
-has diverged.
-"""
+"""A run has diverged after so many skipped steps in a row (gradients not finite)."""
 CURVE_POINTS = 24
+FALLS = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}
 
 
 class Method(LabSettings):
@@ -33,9 +35,9 @@ class Method(LabSettings):
 
     Attributes:
         label: in tables and figures.
-        section: a `lowrank_comm` section, see `config`; the rank and the seed are set
-            by the experiment.
-        has_rank: false for what has none (no compression).
+        section: a `lowrank_comm` section, see `config`; the experiment sets the rank
+            and the seed.
+        has_rank: false without compression.
     """
 
     label: str
@@ -43,10 +45,10 @@ class Method(LabSettings):
     has_rank: bool = True
 
     def checked(self, rank: int | None, seed: int) -> Section:
-        """The section of a run.
+        """Return the section of a run.
 
         Raises:
-            ConfigError: it cannot work, or its compressor is unknown.
+            ConfigError: the section cannot work, or its compressor is unknown.
         """
         return Section.parse(
             self.section | ({} if rank is None else {"rank": rank}) | {"seed": seed}
@@ -54,7 +56,7 @@ class Method(LabSettings):
 
 
 class Recipe(LabSettings):
-    """AdamW with a linear warm-up from zero and a fall to zero.
+    """AdamW whose learning rate rises linearly and then falls to zero.
 
     Attributes:
         steps: optimizer steps.
@@ -71,14 +73,18 @@ class Recipe(LabSettings):
     weight_decay: float = 0.0
     clip: float | None = 1.0
 
-    def factor(self, step: int) -> float:
-        """Share of the highest learning rate in a step, from 0; never 0 in a step that
-        is made.
+    def scheduler(self, optimizer: Optimizer) -> LRScheduler:
+        """Return the schedule of the optimizer's learning rate.
+
+        The fall is that of `transformers`. Its warm-up would begin with a step at rate
+        0; this one begins at 1 / warmup_steps of the highest rate.
         """
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        warm = self.warmup_steps
+        fall: LRScheduler = FALLS[self.schedule](optimizer, 0, self.steps - warm)
+        if warm == 0:
+            return fall
+        rise = LinearLR(optimizer, start_factor=1 / warm, total_iters=max(1, warm - 1))
+        return SequentialLR(optimizer, [rise, fall], milestones=[warm])
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,9 @@ class Trained:
 
     Attributes:
         steps: made, skipped ones included.
-        diverged: it was given up since gradients stayed not finite.
-        curve: (step, mean training loss of worker 0 over the steps since the last
-            point), null where not finite.
+        diverged: the run was given up because gradients stayed not finite.
+        curve: (step, mean training loss of worker 0 since the last point), null where
+            not finite.
         sent: see `workers.averaged`.
     """
 
@@ -116,32 +122,32 @@ def train(
         recipe: the optimizer.
         learning_rate: the highest.
         workers: N.
-        backward: computes the next batch of a worker, by its number, backward into the
-            parameters' `.grad`, and returns its loss. Called once a step for each
-            worker that lives in this process.
-        progress: told the share of the steps that are done.
+        backward: takes a worker's number, runs its next batch forward and backward
+            into the parameters' `.grad`, and returns the loss. Called once a step for
+            each worker of this process.
+        progress: called with the share of the steps that are done.
 
     Returns:
-        What came out, and the workers, by whom an evaluation may be shared.
+        What came out, and the workers, which may share an evaluation.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
     team = make_workers(model, optimizer, section, workers, recipe.clip)
+    schedule = recipe.scheduler(optimizer)
     every = max(1, recipe.steps // CURVE_POINTS)
     curve: list[tuple[int, float | None]] = []
     recent: list[float] = []
     skipped = step = 0
     model.train()
     while step < recipe.steps and skipped < SKIPPED_IN_A_ROW:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * recipe.factor(step)
-        for worker in team.here:
+        for worker in team.local_workers:
             loss = backward(worker)
-            if worker == team.here[0]:
+            if worker == team.local_workers[0]:
                 recent.append(loss)
             team.collect()
         skipped = 0 if team.step() else skipped + 1
+        schedule.step()
         step += 1
         if step % every == 0 or step == recipe.steps:
             mean = sum(recent) / len(recent)
