@@ -28,16 +28,20 @@ from lowrank_comm.bidirectional.base import Context, Method, State, drive
 from lowrank_comm.bidirectional.config import check_seed, parse
 from lowrank_comm.bidirectional.distributed import ProcessGroupTransport
 from lowrank_comm.bidirectional.ledger import LinkLedger
-from lowrank_comm.bidirectional.refusals import refuse_averaged, refuse_deepspeed, refuse_model
+from lowrank_comm.bidirectional.refusals import (
+    guard_against_averaging,
+    refuse_deepspeed,
+    refuse_model,
+)
 from lowrank_comm.bidirectional.saved import KEY, Saved
 from lowrank_comm.bidirectional.vectors import FlatParameters
 from lowrank_comm.communication.agreement import check_same, fingerprint
 from lowrank_comm.communication.group import LENGTH_BYTES, Group
+from lowrank_comm.communication.workers import Workers
 from lowrank_comm.config.enabled import leave_alone
 from lowrank_comm.errors import ConfigError, StateMismatchError
 from lowrank_comm.numerics.linalg import full_precision
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
-from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.step import StepLog, run_step
@@ -101,7 +105,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         self.method, self.seed, self.t, self.ledger = method, seed, 0, LinkLedger()
         self._group, self._namer = Group(process_group), Namer(named_parameters)
         self._transport = ProcessGroupTransport(self._group, self.ledger)
-        self._scaling, self._double_averaging = LossScaling(id(self)), DoubleAveragingGuard()
+        self._scaling, self._double_averaging = LossScaling(id(self)), guard_against_averaging()
         self._flat: FlatParameters | None = None
         self._state: State | None = None
         self._agreed = self._loaded = False
@@ -233,7 +237,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
                 self._transport,
                 self._descend,
             )
-        self._step_log.enter(self.t, state is not None)
+        self._step_log.enter(self.t, state is not None, [gradients])
         self.ledger.close(state is not None)
         return state
 
@@ -315,10 +319,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
             )
             description[same] = fingerprint(flat.parameters)
         self.ledger.bytes["start"] += check_same(description, self._group, flat.device)
-        happened = self._double_averaging.collectives_happened
-        self.ledger.bytes["start"] += LENGTH_BYTES + refuse_averaged(
-            gradients, happened, self._group
-        )
+        workers = Workers(self._group, device=flat.device)
+        self.ledger.bytes["start"] += self._double_averaging.check([gradients], workers)
         self._agreed = True
         if self._watch is not None:
             self._watch.remove()

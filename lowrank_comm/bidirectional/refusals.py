@@ -12,9 +12,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lowrank_comm.communication.agreement import fingerprint
-from lowrank_comm.communication.group import Group
 from lowrank_comm.errors import UnsupportedError
+from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.engine import wrapper_of
 from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 
@@ -58,31 +57,9 @@ def refuse_parameter(name: str, parameter: Tensor) -> None:
         )
 
 
-def refuse_averaged(gradients: Tensor, collectives_happened: bool, group: Group) -> int:
-    """At the first step: an engine has averaged the gradients, as they have the same
-    bits on all ranks after collectives in backward. A collective.
-
-    Args:
-        gradients: this worker's, (d,).
-        collectives_happened: during its backward passes, by anybody.
-        group: the workers.
-
-    Returns:
-        Bytes that this worker sent for it.
-
-    Raises:
-        UnsupportedError: on all ranks.
+def guard_against_averaging() -> DoubleAveragingGuard:
+    """Return the check that no engine averages the gradients; it raises
+    UnsupportedError.
     """
-    mine = (
-        f"{fingerprint([gradients])} {collectives_happened:d}".encode()
-        if bool(gradients.any())
-        else b""
-    )
-    told = group.gather_bytes(mine, gradients.device)
-    if len(told) > 1 and mine and len(set(told)) == 1 and collectives_happened:
-        raise UnsupportedError(
-            f"all {len(told)} ranks came to the first step with the same gradients, bit for bit,"
-            " after collectives during the backward pass: DistributedDataParallel, or another"
-            f" engine, averages them. {_WHY.format(engine='that')}"
-        )
-    return len(mine)
+    why = _WHY.format(engine="such an engine")
+    return DoubleAveragingGuard(f", as DistributedDataParallel does. {why}", UnsupportedError)

@@ -87,9 +87,9 @@ class BackwardReduction:
     # ---------------------------------------------------------------- gradients in p.grad
 
     def begins(self, reducer: Reducer) -> None:
-        """Before a pass of all buckets: drop those of a backward pass that has failed."""
-        if not self._overlap:
-            return
+        """With overlap, before a pass of all buckets: drop those of a backward pass that
+        has failed.
+        """
         self._stream = current_stream(reducer.device)
         if reducer.begun and (
             self._scheduler is None or self._scheduler.is_of_another_pass(reducer)
@@ -99,11 +99,8 @@ class BackwardReduction:
     def ended(self, verdict: bool) -> None:
         """After a pass: remember its verdict, and which gradients it is about."""
         self.verdict = verdict
-        self._remember()
-
-    def _remember(self) -> None:
-        gradients = [p.grad for p in self._lazy.parameters]
-        self._averaged = [weakref.ref(grad) for grad in gradients if grad is not None]
+        parameters = self._lazy.parameters
+        self._averaged = [weakref.ref(p.grad) for p in parameters if p.grad is not None]
 
     def were_dropped(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether averaged gradients were set to None since."""
@@ -175,7 +172,7 @@ class BackwardReduction:
             return
         if not self._reduce(self._attachment.scaling.scale_of_gradients()):
             engine.fill_nan(self._lazy.parameters)
-            self._remember()
+            self.ended(False)
 
 
 class BucketScheduler:

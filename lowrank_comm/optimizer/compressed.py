@@ -419,28 +419,28 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         reducer, engine = self._lazy.prepare(), self._attachment.engine
         parameters = self._lazy.parameters
-        self._backward.begins(reducer)
+        if self._overlap:
+            self._backward.begins(reducer)
         is_first = not reducer.state.has_passed
         # before anything whose sizes follow from what is compared
         reducer.ensure_agreed()
         # other engines are known not to average over these workers any more
         if is_first and self._attachment.is_plain:
             gradients = [p.grad for p in parameters]
-            self._backward.double_averaging.check(gradients, reducer.workers, reducer.ledger)
+            sent = self._backward.double_averaging.check(gradients, reducer.workers)
+            reducer.ledger.bytes["fingerprint"] += sent
         outcome = reducer.reduce(engine.collect(parameters), scale=scale)
         applied = outcome.applied
-        if applied:
-            self._step_log.warn_if_empty(outcome.grads)
-            # the same on all workers, since they all hold the same numbers now
-            if _overflows_float16(outcome.grads, parameters, reducer.workers):
-                reducer.rollback()
-                applied = False
+        # the same on all workers, since they all hold the same numbers now
+        if applied and _overflows_float16(outcome.grads, parameters, reducer.workers):
+            reducer.rollback()
+            applied = False
         if applied:
             engine.deliver(parameters, outcome.grads)
             reducer.commit()
         else:
             engine.forget()
-        self._step_log.enter(reducer.step, applied)
+        self._step_log.enter(reducer.step, applied, outcome.grads)
         self._backward.ended(applied)
         return applied
 

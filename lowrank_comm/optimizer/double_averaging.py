@@ -1,5 +1,4 @@
-"""At the first step: were the gradients averaged already, by an engine that nobody has
-connected?
+"""First-step guard: detects gradients that an engine such as DDP has averaged already.
 
 Such gradients have the same bits on all ranks, and the engine has made collectives
 during the backward pass. So the collectives of each backward pass before the first step
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from lowrank_comm.communication.agreement import fingerprint
 from lowrank_comm.communication.group import LENGTH_BYTES, collectives_so_far
-from lowrank_comm.communication.ledger import Ledger
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.errors import LowRankCommError
 
@@ -33,24 +31,26 @@ ATTACH = (
 
 
 class DoubleAveragingGuard:
-    """What happened during the backward passes before an optimizer's first step.
+    """Watches the backward passes before an optimizer's first step, and checks the
+    gradients of that step once.
 
     Args:
-        advice: what to do about an engine that has averaged the gradients.
+        consequence: ends the message after "an engine has averaged them already"; what
+            to do about it.
+        error: what is raised.
     """
 
-    def __init__(self, advice: str = ATTACH) -> None:
-        self._advice = advice
+    def __init__(
+        self,
+        consequence: str = f", and compression would save nothing. {ATTACH}",
+        error: type[LowRankCommError] = LowRankCommError,
+    ) -> None:
+        self._consequence, self._error = consequence, error
         self._pass: int | None = None
-        self._happened = self._checked = False
-
-    @property
-    def collectives_happened(self) -> bool:
-        """Whether there were collectives, of anybody, during those passes."""
-        return self._happened
+        self._collectives_happened = self._checked = False
 
     def gradient(self) -> None:
-        """A gradient has arrived, in a backward pass."""
+        """Notice that a gradient has arrived, in a backward pass."""
         if self._checked or self._pass == torch._C._current_graph_task_id():
             return
         self._pass = torch._C._current_graph_task_id()
@@ -59,73 +59,51 @@ class DoubleAveragingGuard:
         me = weakref.ref(self)
 
         def at_end() -> None:
-            there = me()
-            if there is not None:
-                there._happened |= collectives_so_far() > before
+            guard = me()
+            if guard is not None:
+                guard._collectives_happened |= collectives_so_far() > before
 
         # behind the callbacks of engines such as DDP
         queue(lambda: queue(at_end))
 
-    def check(self, grads: Sequence[Tensor | None], workers: Workers, ledger: Ledger) -> None:
+    def check(self, grads: Sequence[Tensor | None], workers: Workers) -> int:
         """Refuse gradients that were averaged already; a collective.
+
+        Equal gradients without collectives come from equal data, or were averaged by
+        hand, which is warned about.
 
         Args:
             grads: this worker's.
             workers: of the run.
-            ledger: filled in.
+
+        Returns:
+            Bytes that this rank sent for it.
 
         Raises:
-            LowRankCommError: on all ranks.
+            LowRankCommError: on all ranks; or the error that was asked for.
         """
         self._checked = True
-        _refuse_averaged(grads, workers, ledger, self._happened, self._advice)
-
-
-def _refuse_averaged(
-    grads: Sequence[Tensor | None],
-    workers: Workers,
-    ledger: Ledger,
-    collectives_happened: bool,
-    advice: str,
-) -> None:
-    """At the first step: an engine has averaged gradients already. A collective.
-
-    They then have the same bits on all ranks, and there were collectives during the
-    backward pass. Equal gradients without collectives come from equal data, or were
-    averaged by hand, which is warned about.
-
-    Args:
-        grads: this worker's.
-        workers: of the run.
-        collectives_happened: between the first gradient of the backward pass and its
-            end, by anybody.
-        advice: what to do about it.
-
-    Raises:
-        LowRankCommError: on all workers.
-    """
-    if workers.world_size == 1 or not workers.group.initialised:
-        return
-    there = [grad for grad in grads if grad is not None]
-    mine = (
-        f"{fingerprint(there)} {collectives_happened:d}"
-        if any(bool(grad.any()) for grad in there)
-        else ""
-    )
-    # all ranks of all nodes, so that all come to the same verdict
-    told = workers.all_gather_text(mine)
-    ledger.bytes["fingerprint"] += len(mine) + LENGTH_BYTES
-    if not mine or len({words.split()[0] if words else "" for words in told}) > 1:
-        return
-    if all(words.endswith(" 1") for words in told):
-        raise LowRankCommError(
-            f"all {len(told)} ranks came to the first step with the same gradients, bit for bit,"
-            " after collectives during the backward pass: an engine has averaged them already, and"
-            " compression would save nothing. " + advice
-        )
-    if workers.is_writer:
-        _log.warning(
-            "all %d workers have the same gradients at the first step: do they train on the same"
-            " data, or has somebody averaged the gradients already?",
-            len(told),
-        )
+        if workers.world_size == 1 or not workers.group.initialised:
+            return 0
+        there = [grad for grad in grads if grad is not None]
+        mine = ""
+        if any(bool(grad.any()) for grad in there):
+            mine = f"{fingerprint(there)} {self._collectives_happened:d}"
+        # all ranks of all nodes, so that all come to the same verdict
+        told = workers.all_gather_text(mine)
+        sent = len(mine) + LENGTH_BYTES
+        if not mine or len({words.split()[0] if words else "" for words in told}) > 1:
+            return sent
+        if all(words.endswith(" 1") for words in told):
+            raise self._error(
+                f"all {len(told)} ranks came to the first step with the same gradients, bit for"
+                " bit, after collectives during the backward pass: an engine has averaged them"
+                f" already{self._consequence}"
+            )
+        if workers.is_writer:
+            _log.warning(
+                "all %d workers have the same gradients at the first step: do they train on the"
+                " same data, or were the gradients averaged already?",
+                len(told),
+            )
+        return sent

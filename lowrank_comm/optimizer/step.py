@@ -110,8 +110,14 @@ class StepLog:
         self._warned_empty = False
         self.skipped_in_a_row = 0
 
-    def enter(self, step: int, applied: bool) -> None:
-        """Enter step t, and warn if it is skipped."""
+    def enter(self, step: int, applied: bool, means: Iterable[object | None]) -> None:
+        """Enter step t; warn if it is skipped, and once if no worker had any gradient.
+
+        Args:
+            step: t.
+            applied: False if it is skipped.
+            means: averages of the gradients; None where no worker had one.
+        """
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
             _log.warning(
@@ -120,10 +126,7 @@ class StepLog:
                 self.skipped_in_a_row,
                 self._veto,
             )
-
-    def warn_if_empty(self, averaged: Iterable[object | None]) -> None:
-        """Warn, once, that no worker has a gradient for any parameter."""
-        if not self._warned_empty and all(one is None for one in averaged):
+        elif not self._warned_empty and all(mean is None for mean in means):
             self._warned_empty = True
             _log.warning(
                 "no worker has a gradient for any parameter of the optimizer, so nothing is"

@@ -124,8 +124,8 @@ class ProjectedOptimizer(Optimizer):
         self._averaging = Averaging(self._projection, process_group, wire_dtype)
         self._namer = Namer(named_parameters)
         self._double_averaging = DoubleAveragingGuard(
-            f"Give {owner} the parameters of the plain model, and do not wrap it in"
-            " DistributedDataParallel: the workers need no other averaging."
+            f", and compression would save nothing. Give {owner} the parameters of the plain model,"
+            " and do not wrap it in DistributedDataParallel: the workers need no other averaging."
         )
         self._scaling = LossScaling(id(self))
         # parameter -> this worker's R, where gradients are freed
@@ -295,10 +295,9 @@ class ProjectedOptimizer(Optimizer):
             )
         averaged = self._averaging.average(entries, self.t)
         self._coordinates.clear()
-        self._step_log.enter(self.t, averaged is not None)
+        self._step_log.enter(self.t, averaged is not None, averaged or ())
         if averaged is None:
             return None
-        self._step_log.warn_if_empty(averaged)
         return list(zip(entries, averaged, strict=True))
 
     def _check(self, entries: list[Entry]) -> None:
@@ -320,7 +319,8 @@ class ProjectedOptimizer(Optimizer):
         if not self._checked:
             self._checked = True
             gradients = [entry.parameter.grad for entry in entries]
-            self._double_averaging.check(gradients, workers, self.ledger)
+            sent = self._double_averaging.check(gradients, workers)
+            self.ledger.bytes["fingerprint"] += sent
             if not self.free_gradients and self._watch is not None:
                 self._watch.remove()
 
