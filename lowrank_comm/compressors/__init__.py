@@ -1,7 +1,8 @@
-"""One algorithm a file, in the papers' symbols; the registry of names for configuration
-files.
+"""Compressors, one algorithm a file, in the papers' symbols; and their registry by the
+names of configuration files.
 
-A compressor asks for averages and never sees a process: `base` tells the protocol.
+A compressor asks for averages over the workers and never sees a process group: `base`
+tells the protocol, README.md how to add one.
 """
 
 from __future__ import annotations

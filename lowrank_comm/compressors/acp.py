@@ -3,18 +3,21 @@
 Source: ACP-SGD (Zhang, Zhang, Shi, Chu, Li: "Evaluation and Optimization of Gradient
 Compression for Distributed Deep Learning", ICDCS 2023), whose text was not at hand; the
 scheme below is half a power iteration a step, with the error memory of PowerSGD+ (arXiv
-2509.11254). Each matrix counts the steps in which somebody has a gradient for it, from
-its last restart, which is k = 0; a run without restarts counts from t = -1, whose Q is
-Gaussian:
+2509.11254). With k the number of steps in which some worker had a gradient for the
+matrix, counted from its last restart (k = 0), or from t = -1 in a run without restarts,
+whose first Q is Gaussian:
 
-    k odd :  P_i = Delta_i Q~,    P = mean of P_i;  applied = P Q~^T,  sent_i = P_i Q~^T;  P~ <- orth(P)
-    k even:  Q_i = Delta_i^T P~,  Q = mean of Q_i;  applied = P~ Q^T,  sent_i = P~ Q_i^T;  Q~ <- orth(Q)
+    k odd:   P_i = Delta_i Q~               P = mean of P_i
+             applied = P Q~^T               sent_i = P_i Q~^T         P~ <- orth(P)
+    k even:  Q_i = Delta_i^T P~             Q = mean of Q_i
+             applied = P~ Q^T               sent_i = P~ Q_i^T         Q~ <- orth(Q)
 
-Half of PowerSGD's elements a step, and a basis that is known before the backward pass
-begins; the price is that it comes from the last step's Delta. Every step is a
-projection (Lemma 1 of PowerSGD+, for either side). Lemma 2 needs restarts: at t mod tau
-== 0 one of PowerSGD+'s restarts, "randomized" or "svd", gives both factors. Where r =
-min(m, n), all steps are those that project on the short side, on which the basis is the
+This sends half of PowerSGD's elements a step, and the basis is known before the
+backward pass begins; the price is that it comes from the last step's Delta. Every step
+is a projection (Lemma 1 of PowerSGD+, for either side). Lemma 2 needs restarts: at
+t mod tau == 0 one of PowerSGD+'s restarts, "randomized" or "svd", gives both factors.
+
+Where r = min(m, n), every step projects on the short side, on which the basis is the
 whole space: exact, as every scheme is at full rank. Matrices in blocks of rows are
 refused: P is kept from step to step, and a checkpoint would hold one block of it.
 """
@@ -63,8 +66,11 @@ class Acp(Compressor):
 
     Example:
         >>> from lowrank_comm import Acp
-        >>> Acp(rank=2).elements_at(m=100, n=50, r=2, t=0, restart=False), Acp(rank=2).elements(m=100, n=50, r=2)
-        (200, 150)
+        >>> scheme = Acp(rank=2)
+        >>> scheme.elements(m=100, n=50, r=2)
+        150
+        >>> scheme.elements_in(m=100, n=50, r=2, variant=0, restart=False)
+        200
 
     Source: see the module's text; restarts of arXiv 2509.11254.
     """
@@ -90,7 +96,7 @@ class Acp(Compressor):
         return self.restart_every is not None
 
     def elements(self, m: int, n: int, r: int) -> int:
-        """The mean of two steps, rounded up; see `elements_at` for each."""
+        """The mean of two steps, rounded up; see `elements_in` for each."""
         return r * max(m, n) if r == min(m, n) else -(-r * (m + n) // 2)
 
     def variant(self, history: RestartHistory, restart: bool) -> int:
@@ -130,7 +136,7 @@ class Acp(Compressor):
         return Result(LowRank(p, mean), LowRank(p, own), {"P": p, "Q": following})
 
     def _restarted(self, delta: Delta, context: Context) -> Steps:
-        """A restart of PowerSGD+, and both factors from it."""
+        """Make a restart of PowerSGD+, and take both factors from it."""
         result = yield from (svd_comp if self.restart == "svd" else randomized_comp)(delta, context)
         applied = result.applied
         assert isinstance(applied, LowRank)
@@ -139,7 +145,7 @@ class Acp(Compressor):
 
 
 def _projects_on_q(m: int, n: int, r: int, variant: int) -> bool:
-    """Whether the step uses Q: the first one after a restart does, and every one if Q
-    is the whole space.
+    """Whether the step uses Q: the first one after a restart does; where r = min(m, n),
+    all or none do.
     """
     return n <= m if r == min(m, n) else variant == 0

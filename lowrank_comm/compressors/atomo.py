@@ -1,32 +1,32 @@
-"""ATOMO: each worker sends a random few of its own singular triples, so weighted that
-the expectation is its matrix.
+"""ATOMO: each worker sends a few singular triples of its own, drawn at random and
+weighted so that their expectation is its matrix.
 
 Source: ATOMO (Wang, Sievert, Charles, Liu, Wright, Papailiopoulos; arXiv 1806.04090),
-spectral form, whose text was not at hand; what follows is self-contained. With Delta_i
-= sum of s_k u_k v_k^T, the thin SVD of each worker, s descending:
+spectral form, whose text was not at hand; what follows is self-contained. With the thin
+SVD of each worker's own Delta_i = sum of s_k u_k v_k^T, s descending:
 
-    p = probabilities of the atoms, sum p = min(r, number of s_k > 0)
-    atoms are drawn so that k is chosen with probability p_k          privately, from (seed, name, t, worker)
-    sent_i  = sum over the chosen of (s_k / p_k) u_k v_k^T            r (m + n) elements
-    applied = mean of sent_i                                          an all-gather: nothing of it can be summed on the way
+    p        probabilities of the atoms, sum p = min(r, number of s_k > 0)
+    chosen   atom k with probability p_k, privately, from (seed, name, t, worker)
+    sent_i   = sum over the chosen k of (s_k / p_k) u_k v_k^T      r (m + n) elements
+    applied  = mean of sent_i      an all-gather: the parts cannot be summed on the way
 
 Water-filling minimises the variance E||sent_i - Delta_i||^2 = sum s_k^2 (1 / p_k - 1) =
 omega ||Delta_i||^2 at this sum: p_k is proportional to s_k, but where that exceeds 1 it
 is 1 and the rest is shared among the others.
 
-How they are drawn. "systematic": with one uniform u and the cumulative sums c_k of p,
+How atoms are drawn. "systematic": with one uniform u and the cumulative sums c_k of p,
 atom k is chosen where an integer lies in (c_{k-1} - u, c_k - u]. The marginals are p_k
-and the count is min(r, number of s_k > 0), always, so every worker sends r atoms (zeros
+and the count is always min(r, number of s_k > 0), so every worker sends r atoms (zeros
 in the place of missing ones) and nothing more. "bernoulli" is the paper's independent
-draw, whose count varies; every matrix is then padded to the largest count of all
-workers, which they tell one another first. To cut a draw to r atoms instead would make
-it biased. The variance is the same for both, since atoms are orthogonal to one another.
+draw, whose count varies: the workers gather their counts first, and every matrix is
+padded to the largest. Cutting a draw to r atoms instead would make it biased. The
+variance is the same for both, since atoms are orthogonal to one another.
 
-The weight goes half into u_k and half into v_k. The scheme is not linear: what a worker
+Half of the weight goes into u_k, half into v_k. The scheme is not linear: what a worker
 sends depends on its own Delta_i. It is unbiased and needs no error feedback; with it,
 the residual of an omega above 1 would grow. `contractive=True` divides what a worker
-sends by its own 1 + omega, which makes E||sent_i - Delta_i||^2 = (1 - 1 / (1 + omega))
-||Delta_i||^2.
+sends by its own 1 + omega, which makes
+E||sent_i - Delta_i||^2 = (1 - 1 / (1 + omega)) ||Delta_i||^2.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ from lowrank_comm.numerics.linalg import thin_svd
 class Atomo(Compressor):
     """Unbiased sampling of singular triples, each worker of its own.
 
-    applied = mean of sum_{k chosen by worker i} (s_k / p_k) u_k v_k^T,  P(k chosen) = p_k by water-filling
+    applied = mean over i of sum_{k chosen by worker i} (s_k / p_k) u_k v_k^T,
+    P(k chosen) = p_k by water-filling
 
     Args:
         rank: r, atoms a worker sends in expectation; cut to min(m, n) matrix by
@@ -120,7 +121,7 @@ class Atomo(Compressor):
         first = torch.sort(chosen.to(torch.uint8), dim=-1, descending=True, stable=True).indices[
             :, : max(counts)
         ]
-        # Of a matrix that is not finite nothing may be chosen, and its vectors may be
+        # Of a matrix that is not finite no atom may be chosen, and its vectors may be
         # finite: s vetoes the step.
         kept = torch.where(chosen, weights, torch.zeros_like(weights)).gather(
             1, first
@@ -139,10 +140,11 @@ class Atomo(Compressor):
 
 
 def probabilities(s: Tensor, r: int) -> Tensor:
-    """Water-filling: p with sum min(r, active), p_k = 1 for the j largest, else
-    proportional to s_k.
+    """Return the probabilities of the atoms by water-filling: 1 for the j largest, else
+    proportional to s_k, with sum min(r, active).
 
-    j is the least number with (r - j) s_{j+1} <= sum of s_k, k > j;  p_k = (r - j) s_k / that sum
+    j is the least number with (r - j) s_{j+1} <= sum of s_k, k > j; for these
+    p_k = (r - j) s_k / that sum.
 
     Args:
         s: (B, k) singular values, descending, not negative.
@@ -164,8 +166,8 @@ def probabilities(s: Tensor, r: int) -> Tensor:
 
 
 def systematic(p: Tensor, s: Tensor, u: Tensor) -> Tensor:
-    """Which atoms one uniform number chooses: those whose stretch of the cumulative sum
-    holds an integer, after -u.
+    """Choose atoms by one uniform number: those whose stretch of the cumulative sum,
+    less u, holds an integer.
 
     Args:
         p: (B, k) with an integer sum, see `probabilities`.
@@ -178,7 +180,7 @@ def systematic(p: Tensor, s: Tensor, u: Tensor) -> Tensor:
     ends = p.cumsum(-1)
     total = ends[:, -1:].round()
     places = torch.arange(s.shape[-1], device=s.device)
-    # from here on round-off must have no say
+    # from here on round-off must decide nothing
     last = (s > 0).sum(-1, keepdim=True) - 1
     ends = torch.where(places >= last, total, torch.minimum(ends, total))
     starts = torch.cat([torch.zeros_like(total), ends[:, :-1]], dim=-1)
@@ -198,8 +200,8 @@ def _columns(a: Tensor, which: Tensor) -> Tensor:
 
 
 def _gathered(atoms: Tensor, counts: list[int]) -> Generator[Request, Any, Tensor]:
-    """Everyone's atoms, (N, B, m + n, K). Each matrix travels with its own count of
-    columns, K is the largest.
+    """Gather every worker's atoms, (N, B, m + n, K). Of each matrix its own count of
+    columns is sent, K is the largest.
     """
     if min(counts) == atoms.shape[-1]:
         everyone: Tensor = yield Gather(atoms)

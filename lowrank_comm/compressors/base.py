@@ -2,27 +2,25 @@
 
 A compressor never sees a process group. `step` is handed a batch of same-shape matrices
 `Delta` (B, m, n), this worker's gradient plus its error memory, and the state of that
-batch. It yields requests and is sent the answers:
+batch. It yields requests (see `requests`) and is sent the answers:
 
-    Mean(x)          -> (mean, own)  x averaged over the workers, and this worker's x as it went on the wire
-    ComputeOnce(...) -> tensor       each matrix's part is computed by one worker, and everyone gets the same bits
-    Gather(x)        -> tensor       x of every worker, in their order, as it went on the wire
-    Decide(flag)     -> bool         a flag on the device is read by the host; it must be equal on all workers
-    Read(x)          -> numbers      the same for numbers
-    SumOverRows(x)   -> tensor       x of all blocks of rows of the matrices, where they are held in blocks
-    WholeRows(x)     -> tensor       all rows of x, of which this rank holds a block
+    Mean(x)            (mean, own): x averaged over the workers; this worker's x as sent
+    ComputeOnce(...)   a tensor that one worker computes, with the same bits for all
+    Gather(x)          x of every worker, in their order, as sent
+    Decide(flag)       bool: a flag on the device, equal on all workers, for the host
+    Read(x)            numbers on the device, equal on all workers, for the host
+    SumOverRows(x)     x summed over the blocks of rows in which a node holds matrices
+    WholeRows(x)       all rows of x, of which this rank holds a block
 
-and it ends by returning a `Result`. Who drives the generator (the reducer over a
-process group, the simulation of N workers in one process) answers the requests of all
-batches together, so that one phase of all matrices is one collective. The same
-definition therefore serves every engine, the simulation, and the ledger that counts
-bytes.
+and it returns a `Result`. A driver (the reducer over a process group, the simulation of
+N workers in one process) answers the requests of all batches together, so that one
+phase of all matrices is one collective. The same definition therefore serves every
+engine, the simulation, and the ledger that counts bytes.
 
 A worker may be a node whose ranks hold its matrices in blocks of rows. Delta, and P =
-Delta Q, are then the rows of one rank. What contracts over rows (P^T P, Delta^T P) is a
-part of a sum: ask for `Mean(x, over_rows=True)` or `SumOverRows(x)`. A compressor that
-does so sets `row_blocks`, and equals its unsharded self. Otherwise both say nothing and
-cost nothing.
+Delta Q, are then the rows of one rank, and a product that contracts over rows (P^T P,
+Delta^T P) is a part of a sum: ask for `Mean(x, over_rows=True)` or `SumOverRows(x)`. A
+compressor that does so sets `row_blocks`, and equals its unsharded self.
 
 Rules that make this correct:
 - A decision is taken from averaged or gathered values, or from (seed, name, t), never
@@ -85,8 +83,8 @@ class Delta:
     """The matrices to be compressed, (B, m, n): this worker's gradients plus its
     errors. Never changed by a compressor.
 
-    Compressors ask for products, so that who holds the matrices may form Delta on the
-    way through the first of them.
+    Compressors ask for products, so that a subclass may form Delta on the way through
+    the first of them (see `reduction.batches`).
 
     Args:
         tensor: (B, m, n).
@@ -120,7 +118,7 @@ class Delta:
 
 
 def columns_in_memory(q: Tensor) -> Tensor:
-    """The same numbers, column after column in memory. q: (B, n, r).
+    """Return q, (B, n, r), laid out column after column.
 
     matrix @ Q then reads rows of the matrix and columns of Q as they lie, which takes a
     CPU a quarter of the time at r = 4.
@@ -129,8 +127,8 @@ def columns_in_memory(q: Tensor) -> Tensor:
 
 
 def transposed_product(matrix: Tensor, p: Tensor) -> Tensor:
-    """matrix^T P, (B, n, r), formed as (P^T matrix)^T: reading a matrix along its rows
-    is up to three times as fast.
+    """Return matrix^T P, (B, n, r), formed as (P^T matrix)^T: reading a matrix along
+    its rows is up to three times as fast.
     """
     return (p.mT @ matrix).mT
 
@@ -143,7 +141,7 @@ Steps = Generator[Request, Any, Result]
 
 @dataclass(frozen=True)
 class Context:
-    """What a compressor may know of a batch beside its numbers.
+    """What a compressor may know of a batch beside the matrices themselves.
 
     Attributes:
         names: parameter names, one for each matrix.
@@ -157,8 +155,8 @@ class Context:
         m: rows of the whole matrices.
         rows: those of them that this rank holds.
         in_blocks: whether the ranks of a node hold the matrices in blocks of rows.
-        round: of several on what is left of the same matrices (`feedback.Rounds`), each
-            with draws of its own.
+        round: of several on what is left of the same matrices, each with draws of its
+            own; see `error_feedback.rounds`.
         worker: this worker's number, from 0; for private draws and for its own part of
             a gathered answer only.
         workers: N.
@@ -179,14 +177,14 @@ class Context:
     workers: int = 1
 
     def only(self, rows: Sequence[int]) -> Context:
-        """Of some matrices of the batch."""
+        """Return the context of some matrices of the batch."""
         return replace(self, names=tuple(self.names[row] for row in rows))
 
     def draw(
         self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False
     ) -> Tensor:
-        """Gaussian (B, *shape) from (seed, name, t, purpose), equal on all workers, in
-        the dtype and device of `like`; `private`: another draw on each worker.
+        """Draw a Gaussian (B, *shape) from (seed, name, t, purpose), equal on all
+        workers, in dtype and device of `like`; `private`: another on each worker.
         """
         return gaussian(
             self.seed,
@@ -201,7 +199,7 @@ class Context:
     def uniform(
         self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False
     ) -> Tensor:
-        """The same, uniform in [0, 1)."""
+        """Draw the same, uniform in [0, 1)."""
         return uniform(
             self.seed,
             self.names,
@@ -224,8 +222,8 @@ def checked_positive_int(owner: str, key: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Compressor(abc.ABC):
-    """A communication scheme for batches of matrices. Immutable: the state lives with
-    who drives it. Its options are its fields; their types are checked.
+    """A communication scheme for batches of matrices. Immutable: the driver holds the
+    state. Its options are its fields; their types are checked.
 
     Args:
         rank: r of the factors; cut to min(m, n) matrix by matrix.
@@ -241,7 +239,8 @@ class Compressor(abc.ABC):
             every step or at restarts, and with delta >= 0 in between: what error
             feedback needs.
         unbiased: E C(Delta) = Delta: what does without error feedback.
-        feedback: form of error feedback unless another one is asked for.
+        feedback: form of error feedback unless another one is asked for; see
+            `error_feedback.ef21`.
         private: symbols of the state that differ between workers; all others have the
             same bits on all.
         parameter_shaped_state: symbols of the state that are of the matrix element by
@@ -253,10 +252,9 @@ class Compressor(abc.ABC):
             P, in every step, so that norms follow from Q_i and the error.
         gathers: what it sends is gathered and not averaged: each worker receives N - 1
             times as much.
-        averages_restarts: a restart puts something of its own on the wire, an average
-            of the kind "restart".
+        averages_restarts: a restart sends an average of its own, of the kind "restart".
         whole_restarts: a restart sends the whole matrix, and its state serves every one
-            of `feedback.Rounds`.
+            of `error_feedback.rounds`.
     """
 
     rank: PositiveInt = 4
@@ -281,38 +279,40 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def elements(self, m: int, n: int, r: int) -> int:
-        """Elements that a worker hands to the collectives in an ordinary step for one m
-        x n matrix at rank r.
-
-        The mean, where these steps differ.
+        """Count the elements that a worker hands to the collectives in an ordinary step
+        for one m x n matrix at rank r; their mean, where these steps differ.
         """
 
     @abc.abstractmethod
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        """State before the first step, tensors of leading dimension B in dtype and
-        device of `like`.
+        """Return the state before the first step: tensors of leading dimension B, in
+        dtype and device of `like`.
         """
 
     @abc.abstractmethod
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        """One step of a batch; see the module's text for the protocol."""
+        """Return the generator of one step of a batch; the module's docstring tells its
+        protocol.
+        """
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        """Elements of a step with a restart; as an ordinary step where there are none.
-        The mean, where restarts differ.
+        """Count the elements of a step with a restart; their mean, where restarts
+        differ.
         """
         return self.elements(m, n, r)
 
     def variant(self, history: RestartHistory, restart: bool) -> int:
-        """Which kind of step it is, or of restart, where they are not all alike and
-        take turns; from what a matrix has behind it, not from t, since in some steps
-        nobody may have a gradient for it. Matrices of one shape whose turns differ make
+        """Return the index of the step's kind, or of the restart's, for a compressor
+        that alternates.
+
+        It follows from a matrix's history and not from t, since in some steps no worker
+        may have a gradient for it. Matrices of one shape whose variants differ make
         their steps apart.
         """
         return 0
 
     def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
-        """Elements of a step of this variant exactly."""
+        """Count the elements of a step of this variant exactly."""
         return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
 
     def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
@@ -324,18 +324,20 @@ class Compressor(abc.ABC):
         )
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
-        """When each parameter restarts, or None for schemes without restarts. costs:
-        name -> elements of its restart.
+        """Return when each parameter restarts; None for schemes without restarts.
+
+        Args:
+            costs: parameter name -> elements of its restart.
         """
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name, compared between workers at the first step and
-        written into checkpoints.
+        """Return plain settings by name, compared between workers at the first step
+        and written into checkpoints.
         """
         return {"compressor": self.json_name} | {key: getattr(self, key) for key in self.options()}
 
     @classmethod
     def options(cls) -> list[str]:
-        """Names of the settings, as the constructor and configuration files know them."""
+        """Return the names of the settings, as in configuration files."""
         return [option.name for option in fields(cls)]

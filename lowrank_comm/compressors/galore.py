@@ -1,18 +1,20 @@
 """GaLore as a communication scheme: gradients are sent in coordinates of a subspace
-that is found anew every tau steps.
+that is refreshed every tau steps.
 
 Source: GaLore (Zhao et al.; arXiv 2403.03507), as a scheme of data-parallel
 communication in Table 2 of PowerSGD+ (arXiv 2509.11254). P is s x r, orthonormal, on
 one side of the matrix; here on that of the columns (s = n, l = m):
 
-    t mod tau == 0:  D = mean of Delta_i            the whole matrix is on the wire: m n elements
-                     P = V[:, :r] of D = U S V^T    computed on one worker and broadcast: s r elements
-                     R = D P
-    else:            R = mean of Delta_i P          l r elements
-    applied = R P^T = mean(Delta_i) P P^T,   sent_i = Delta_i P P^T
+    t mod tau == 0:
+        D = mean of Delta_i              the whole matrix is sent: m n elements
+        P = V[:, :r] of D = U S V^T      computed on one worker and broadcast: s r
+        R = D P
+    else:
+        R = mean of Delta_i P            l r elements
+    applied = R P^T = mean(Delta_i) P P^T
+    sent_i  = Delta_i P P^T
 
-and with P on the side of the rows (s = m, l = n): R = mean of Delta_i^T P, applied = P
-R^T.
+With P on the side of the rows (s = m, l = n): R = mean of Delta_i^T P, applied = P R^T.
 
 The side. Public code puts the basis on the short side: P is small, and a random
 subspace of it captures r / min(m, n). Table 2's "n r" with m >= n is a basis on the
@@ -20,11 +22,11 @@ long side: fewer bytes in an ordinary step, the same capture by singular vectors
 refresh, but only r / max(m, n) by a random basis. A square matrix has its basis on the
 columns.
 
-The SVD of each worker's own gradient, in the place of the mean's, would give each
-worker another P, and R would be a mean of coordinates in different systems; hence the
-one broadcast. The paper has no error feedback, and this scheme's default is none; what
-is orthogonal to P is then lost until the next refresh, and where noise dominates the
-gradient, for ever: that is GaLore's trap, which GoLore escapes (arXiv 2410.11289).
+P comes from the mean's SVD, on one worker, and is broadcast: the SVD of each worker's
+own gradient would give each another P, and R would be a mean of coordinates in
+different systems. The paper has no error feedback, and the default here is none: what
+is orthogonal to P is lost until the next refresh, and where noise dominates the
+gradient, for ever. That is GaLore's trap, which GoLore escapes (arXiv 2410.11289).
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ Side = Literal["short", "long"]
 
 
 def basis_side(delta: Delta, context: Context, side: str) -> tuple[bool, int]:
-    """(whether the basis of these matrices is on the side of their rows, its length s)."""
+    """Return (whether the basis of these matrices is on the side of their rows, s)."""
     # delta may be a block of the rows
     m, n = context.m or delta.shape[-2], delta.shape[-1]
     on_rows = basis_on_rows(m, n, side)
@@ -69,10 +71,10 @@ def basis_side(delta: Delta, context: Context, side: str) -> tuple[bool, int]:
 @dataclass(frozen=True)
 class GaLore(Compressor):
     """Gradients in coordinates of the leading singular vectors of the mean gradient,
-    found anew every tau steps.
+    refreshed every tau steps.
 
-    applied = mean(Delta_i) P P^T (or P P^T mean(Delta_i)), P = top-r singular vectors
-    of mean(Delta_i) at the last refresh
+    applied = mean(Delta_i) P P^T (or P P^T mean(Delta_i)),
+    P = top-r singular vectors of mean(Delta_i) at the last refresh
 
     Args:
         rank: r; cut to min(m, n) matrix by matrix.
@@ -125,15 +127,15 @@ class GaLore(Compressor):
 
 
 def projected_elements(m: int, n: int, r: int, side: str) -> int:
-    """Elements of R: r for each row or column of the side that the basis is not on."""
+    """Count the elements of R, l r: l is the length of the side without the basis."""
     return r * (n if basis_on_rows(m, n, side) else m)
 
 
 def projected(
     delta: Delta, p: Tensor, context: Context, on_rows: bool, scale: float = 1.0
 ) -> Steps:
-    """R = mean of Delta_i P (or Delta_i^T P), applied = scale R P^T (or scale P R^T).
-    One average.
+    """Make an ordinary step, one average: R = mean of Delta_i P (or Delta_i^T P),
+    applied = scale R P^T (or scale P R^T).
 
     Args:
         delta: (B, m, n), or the rows of it that this rank holds.
@@ -149,7 +151,7 @@ def projected(
 
 
 def refreshed(delta: Delta, context: Context, on_rows: bool, apply_full: bool) -> Steps:
-    """GaLore's refresh: the mean of whole matrices, and P of its leading singular
+    """Make a refresh: the mean of whole matrices, and P of its leading singular
     vectors.
     """
     d, own = yield Mean(delta.tensor, "restart")

@@ -1,22 +1,23 @@
-"""GoLore: as GaLore, but with a random subspace, which noise cannot hold in its own.
+"""GoLore: as GaLore, but with a random subspace, so that noise in the gradient cannot
+decide which directions are kept.
 
 Source: GoLore (He, Li, Hu et al.; arXiv 2410.11289), "Subspace optimization for large
-language models with convergence guarantees". Where t mod tau == 0:
+language models with convergence guarantees".
 
-    P = orth(N(0, 1)^{s x r}) from (seed, name, t)      the same on all workers without a word: no bytes
+    t mod tau == 0:  P = orth(N(0, 1)^{s x r}) from (seed, name, t)      no bytes
+    every step:      R = mean of Delta_i P,  applied = R P^T             as GaLore's
 
-and it is kept until the next refresh, so that within a period it is a function of
-(seed, name, t // tau). All steps are ordinary ones then: R = mean of Delta_i P, applied
-= R P^T.
+P is the same on all workers without communication, and is kept until the next refresh:
+within a period it is a function of (seed, name, t // tau).
 
-The hybrid. The paper's practical rule is GaLore first, when the gradient stands out of
+The hybrid. The paper's practical rule is GaLore first, while the gradient stands out of
 the noise, and random subspaces later, given as a part of the whole run; an optimizer
 does not know how long that is, so `galore_until` is in steps. A refresh at t <
 galore_until takes singular vectors; the last such subspace is kept until the first
 refresh after.
 
 The scaled form. E P P^T = (r / s) I, so (s / r) R P^T is an unbiased estimate of the
-mean of Delta, with omega = s / r - 1. It does not contract: its residual may be longer
+mean of Delta, with omega = s / r - 1. It is not contractive: its residual may be longer
 than Delta, so it cannot have error feedback. Divided by 1 + omega = s / r it is the
 projection itself, which can: that is `scaled=False`. The published optimizer does not
 scale.
@@ -43,10 +44,10 @@ from lowrank_comm.options import Advice
 
 @dataclass(frozen=True)
 class GoLore(GaLore):
-    """Gradients in coordinates of a random subspace, drawn anew every tau steps.
+    """Gradients in coordinates of a random subspace, drawn every tau steps.
 
-    applied = mean(Delta_i) P P^T (or P P^T mean(Delta_i)), P = orth(Gaussian) from
-    (seed, name, t // tau)
+    applied = mean(Delta_i) P P^T (or P P^T mean(Delta_i)),
+    P = orth(Gaussian) from (seed, name, t // tau)
 
     Args:
         galore_until: in steps; refreshes before it are GaLore's (the paper's hybrid).
@@ -96,7 +97,7 @@ class GoLore(GaLore):
 
     @property
     def contractive(self) -> bool:  # type: ignore[override]
-        """The projection is, (1 - r / s) in expectation over P; the scaled form is not."""
+        """The projection is, by 1 - r / s in expectation over P; scaled, it is not."""
         return not self.scaled
 
     @property
@@ -112,8 +113,8 @@ class GoLore(GaLore):
         return self.galore_until > 0
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        """Of the dearest refresh: GaLore's, where there are such; the others send
-        nothing more than an ordinary step.
+        """Of GaLore's refreshes, where there are such; the others send what an ordinary
+        step sends.
         """
         return super().restart_elements(m, n, r) if self.galore_until else self.elements(m, n, r)
 

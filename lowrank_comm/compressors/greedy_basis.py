@@ -1,23 +1,24 @@
-"""The basis from which GreedyLore chooses, and the choice: the approximate global top-r
-of its columns.
+"""The basis from which GreedyLore chooses, and the choice: the approximate global
+top-r of its columns.
 
 Source: GreedyLore (Chen, He, Li, Jia, Yuan; arXiv 2507.08784). U is an orthonormal
 basis of a matrix's short side, (B, s, c), on the right for n <= m and on the left
-otherwise; it comes from a mean D that all workers know, and is used for many steps. At
-each of them the r columns that capture most of the mean of Delta are wanted, of which
-no worker knows its own part to be right: the column that is largest in one worker's
-Delta may cancel in the mean. So (m >= n)
+otherwise. It comes from a mean D that all workers know, and is used for many steps.
+Each step wants the r columns that capture most of the mean of Delta. No worker can tell
+them from its own part: the column that is largest in one worker's Delta may cancel in
+the mean. So (m >= n):
 
-    Y_i = Delta_i U                                            l x c, local
-    score_i[k] = <Y_i[:, k], Z[:, k]>,  Z ~ N(0, 1)^{l x c}    one draw for all workers, from (seed, name, t)
-    score = mean of score_i                                    c numbers on the wire for each probe Z
-    V = U[:, J],  J = the r largest score^2                    (of the sum over the probes; ties: the lower index)
+    Y_i        = Delta_i U                   l x c, local
+    score_i[k] = <Y_i[:, k], Z[:, k]>        Z ~ N(0, 1)^{l x c} from (seed, name, t)
+    score      = mean of score_i             c elements for each probe Z
+    V          = U[:, J]                     J = the r largest sums of score^2
 
-E score[k]^2 = ||mean(Delta) u_k||^2. The scores are averaged with their signs and
-squared afterwards; the mean of squares would measure each worker's noise. The columns
-of Z are independent, so the scores are, and a column that weighs more is never less
-likely to be chosen: hence, by Chebyshev's sum inequality, the choice captures at least
-r / c of what U spans in expectation, whatever U has to do with Delta.
+The sums are over the probes; of equal ones, the lower index is chosen. E score[k]^2 =
+||mean(Delta) u_k||^2. The scores are averaged with their signs and squared afterwards;
+the mean of squares would measure each worker's noise. The columns of Z are independent,
+so the scores are, and a column that weighs more is never less likely to be chosen:
+hence, by Chebyshev's sum inequality, the choice captures at least r / c of what U spans
+in expectation, however U was found.
 
 Capped bases. A whole basis, c = s, takes s^2 numbers of memory for each matrix (as many
 as the matrix, if it is square), an s x s decomposition at each refresh, and l s normal
@@ -69,15 +70,15 @@ def check_basis(owner: str, basis: str | int | None, rank: int) -> None:
 
 
 def basis_columns(basis: str | int | None, s: int, r: int) -> int:
-    """c, the columns of the basis of a short side of s dimensions at rank r."""
+    """Return c, the columns of the basis of a short side of s dimensions at rank r."""
     if basis == "full":
         return s
     return min(s, CAP * r if basis is None else max(int(basis), r))
 
 
 def initial_basis(context: Context, s: int, columns: int, like: Tensor) -> Tensor:
-    """Random coordinate vectors, (B, s, columns): what serves a parameter that is added
-    between two refreshes, and costs nothing to make.
+    """Return random coordinate vectors, (B, s, columns): a basis for a parameter that
+    is added between two refreshes.
     """
     chosen = context.draw("initial U", (s,), like).argsort(dim=-1)[:, :columns]
     basis = torch.zeros(len(context.names), s, columns, dtype=like.dtype, device=like.device)
@@ -85,9 +86,12 @@ def initial_basis(context: Context, s: int, columns: int, like: Tensor) -> Tenso
 
 
 def find_basis(d: Tensor, context: Context, columns: int) -> Generator[Request, Any, Tensor]:
-    """The leading singular directions of the mean D on its short side, computed on one
+    """Find the leading singular directions of the mean D on its short side, on one
     worker: (B, s, columns), in descending order; exact where `columns` and 8 more are
     all there are.
+
+    Unlike `subspaces.singular_vectors` it may be approximate, and takes Cholesky-QR
+    after the wire's rounding, since there may be thousands of columns.
     """
     matrices = d if basis_on_rows(*d.shape[-2:]) else d.mT
     s = matrices.shape[-2]
@@ -105,7 +109,7 @@ def find_basis(d: Tensor, context: Context, columns: int) -> Generator[Request, 
 
 
 def _range_finder(a: Tensor, columns: int, context: Context) -> Tensor:
-    """Leading `columns` left singular vectors of a (b, s, l), approximately."""
+    """Approximate the leading `columns` left singular vectors of a, (b, s, l)."""
     s, sketched = a.shape[-2], columns + OVERSAMPLED
     sketch, _ = torch.linalg.qr(a @ context.draw("sketch U", (a.shape[-1], sketched), a))
     long_side, _ = torch.linalg.qr(a.mT @ sketch)
@@ -116,20 +120,19 @@ def _range_finder(a: Tensor, columns: int, context: Context) -> Tensor:
 
 
 def times_basis(delta: Delta, u: Tensor) -> Tensor:
-    """Delta U, or Delta^T U where U is on the side of the rows: (B, l, c)."""
+    """Return Delta U, or Delta^T U where U is on the side of the rows: (B, l, c)."""
     return delta.transposed_times(u) if basis_on_rows(*delta.shape[-2:]) else delta.times(u)
 
 
 def score_elements(columns: int, r: int, probes: int) -> int:
-    """Elements of the scores of one matrix; none where there is nothing to choose."""
+    """Count the elements of one matrix's scores; 0 where there is nothing to choose."""
     return probes * columns if columns > r else 0
 
 
 def greedy_choice(
     delta: Delta, u: Tensor, context: Context, probes: int
 ) -> Generator[Request, Any, Tensor]:
-    """The r columns of U that seem to capture most of the mean of Delta. The host waits
-    for nothing.
+    """Choose the r columns of U with the largest scores; the host waits for nothing.
 
     Args:
         delta: (B, m, n), whole matrices.

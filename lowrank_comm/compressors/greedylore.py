@@ -1,20 +1,22 @@
-"""GreedyLore: a basis that is found anew every tau steps, from which each step takes
-the r columns that matter most now.
+"""GreedyLore: a basis that is refreshed every tau steps, from which each step takes
+the r columns that capture most of the gradient.
 
 Source: GreedyLore (Chen, He, Li, Jia, Yuan; arXiv 2507.08784): the semi-lazy update of
 the subspace and the approximate global top-r. Only the abstract was at hand; the
 algorithm is built as `greedy_basis` and this text say. With U on the short side, here
 that of the columns (m >= n, s = n, l = m):
 
-    t mod tau == 0:  D = mean of Delta_i                  the whole matrix is on the wire: m n elements
-                     U = right singular vectors of D      s x c, computed on one worker and broadcast: s c elements
-                     applied = D,  sent_i = Delta_i       all of it: the error memory is empty afterwards
-    else:            V = U[:, J], J by scores             probes * c elements
-                     F = mean of Delta_i V                l r elements
-                     applied = F V^T,  sent_i = Delta_i V V^T
+    t mod tau == 0:
+        D = mean of Delta_i                    the whole matrix is sent: m n elements
+        U = right singular vectors of D        s x c, computed on one worker: s c
+        applied = D,  sent_i = Delta_i         the error memory is empty afterwards
+    else:
+        V = U[:, J], J by scores               probes * c elements
+        F = mean of Delta_i V                  l r elements
+        applied = F V^T,  sent_i = Delta_i V V^T
 
-What the refresh applies is the gradient and the error together. An error memory that is
-cleared without having been sent loses what was in it.
+A refresh applies the gradient and the error together: an error memory that is cleared
+without having been sent loses what was in it.
 
 With the whole basis, c = s, each step captures at least r / s of the energy in
 expectation, refresh or not, and however old the basis is: its columns span everything,
@@ -23,10 +25,12 @@ and the choice is better than a uniformly random one. A capped basis (`basis`; s
 waits for the refresh. The error is bounded all the same, since the refresh empties it:
 E||mean error||^2 <= tau^2 G^2, without any delta. That is why the cap is the default:
 the bound does not need the whole basis, and a matrix of 4096 x 4096 would pay 64 MiB
-and a decomposition of that size for it. `explore=k` makes the last k of the c columns
-random ones from the complement of U, drawn anew in each step from (seed, name, t), for
-no bytes: then every step captures at least (r / c) k / (s - c + k) of all there is, in
-expectation, and what the basis has missed goes out sooner if it is large.
+and a decomposition of that size for it.
+
+`explore=k` makes the last k of the c columns random ones from the complement of U,
+drawn in each step from (seed, name, t), for no bytes: then every step captures at least
+(r / c) k / (s - c + k) of all there is, in expectation, and what the basis has missed
+goes out sooner if it is large.
 """
 
 from __future__ import annotations
@@ -68,8 +72,8 @@ class GreedyLore(Compressor):
     """Projection on the approximately best r columns of a basis that is refreshed every
     tau steps.
 
-    applied = mean(Delta_i) V V^T, V = the r columns of U with the largest (averaged)
-    scores; at a refresh mean(Delta_i)
+    applied = mean(Delta_i) V V^T, V = the r columns of U with the largest averaged
+    scores; at a refresh, mean(Delta_i)
 
     Args:
         rank: r; cut to min(m, n) matrix by matrix.
@@ -90,8 +94,10 @@ class GreedyLore(Compressor):
     Example:
         >>> from lowrank_comm import GreedyLore
         >>> scheme = GreedyLore(rank=4, restart_every=200)
-        >>> scheme.elements(m=1000, n=500, r=4), scheme.restart_elements(m=1000, n=500, r=4)
-        (4128, 564000)
+        >>> scheme.elements(m=1000, n=500, r=4)
+        4128
+        >>> scheme.restart_elements(m=1000, n=500, r=4)
+        564000
 
     Source: arXiv 2507.08784.
     """
@@ -156,9 +162,7 @@ class GreedyLore(Compressor):
 
 
 def _with_complement(u: Tensor, context: Context, count: int) -> Tensor:
-    """U and `count` more orthonormal columns: random ones of its complement, (B, s, c +
-    count).
-    """
+    """Append `count` random orthonormal columns from the complement of U."""
     if count == 0:
         return u
     more = context.draw("explore", (u.shape[1], count), u)

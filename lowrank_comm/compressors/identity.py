@@ -1,5 +1,5 @@
-"""Identity: no compression. Every parameter travels dense, in the same fused buffer;
-the baseline of every comparison.
+"""Identity: no compression. Every parameter is all-reduced uncompressed, in the same
+fused buffer; the baseline of every comparison.
 """
 
 from __future__ import annotations

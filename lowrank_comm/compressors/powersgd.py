@@ -4,10 +4,11 @@ Source: Algorithm 1 of PowerSGD+ (Xie, Chen, Yuan; arXiv 2509.11254), after Powe
 (Vogels et al.; arXiv 1905.13727).
 
     P_i = Delta_i Q                  m x r
-    P   = mean of P_i;  P~ = orth(P)
+    P   = mean of P_i,  P~ = orth(P)
     Q_i = Delta_i^T P~               n x r
     Q   = mean of Q_i                kept as the next step's Q (warm start)
-    applied = P~ Q^T = P~ P~^T mean(Delta),   sent_i = P~ Q_i^T,   e_i <- Delta_i - sent_i
+    applied = P~ Q^T = P~ P~^T mean(Delta)
+    sent_i  = P~ Q_i^T,  e_i <- Delta_i - sent_i
 
 The error memory subtracts this worker's own Q_i, as the paper does, and not the
 averaged Q, as public implementations do. The means over the workers are equal, hence
@@ -22,9 +23,9 @@ replaced by random vectors from (seed, name, t): in P, where the mean of Delta Q
 less than full rank, and in Q, where a zero column would stay zero for ever and cost
 rank.
 
-With `power_iterations=k` the four lines are repeated k times on the same Delta, each
-from the last one's mean Q; only the last Q_i is sent in the sense of the error memory.
-An iteration never captures less than the one before it.
+With `power_iterations=k` the first four lines are repeated k times on the same Delta,
+each time from the mean Q before; only the last Q_i is sent in the sense of the error
+memory. An iteration never captures less than the one before it.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
-"""PowerSGD+: PowerSGD whose subspace is computed anew every tau steps, so that it
-cannot stay trapped.
+"""PowerSGD+: PowerSGD whose subspace is computed from scratch every tau steps, so that
+it cannot stay trapped.
 
 Source: Algorithm 2 of PowerSGD+ (Xie, Chen, Yuan; arXiv 2509.11254). Where t mod tau ==
 0, t from 0, SVD-Comp of its Algorithm 1 takes the place of SSP-Comp:
 
-    D  = mean of Delta_i                         the whole matrix is on the wire: m n elements
-    P~ = U[:, :r] of D = U S V^T                 computed on one worker and broadcast: m r elements
-    Q  = D^T P~                                  the paper averages Q_i = Delta_i^T P~; the mean is the same number,
-                                                 and D is known already, so nothing more
-                                                 is sent
-    applied = P~ Q^T,   sent_i = P~ (Delta_i^T P~)^T
+    D  = mean of Delta_i             the whole matrix is sent: m n elements
+    P~ = U[:, :r] of D = U S V^T     computed on one worker and broadcast: m r
+    Q  = D^T P~                      no elements
+    applied = P~ Q^T,  sent_i = P~ (Delta_i^T P~)^T
 
-P~ is broadcast since equal input does not give equal singular vectors bit by bit
-(another number of threads is enough).
+The paper averages Q_i = Delta_i^T P~; the mean is the same number, and D is known
+already, so nothing more is sent. P~ is broadcast since equal input does not give equal
+singular vectors bit by bit (another number of threads is enough).
 
 `restart="randomized"` needs no whole matrix: SSP-Comp from a fresh Gaussian Q captures
 at least r/n of the energy in expectation, the constant delta of Lemma 2, so Theorem 2
@@ -20,22 +19,22 @@ holds for it (Remark 2); one more power iteration, which never captures less, br
 near to the SVD. 2 r (m + n) elements.
 
 `restart="random_projection"`: with s = min(m, n), V = orth(N(0, 1)^{s x r}) on the
-short side, from (seed, name, t), and F = mean of Delta_i V; applied = F V^T, the next Q
-is V (for m < n: F = mean of Delta_i^T V, applied = V F^T, the next Q is orth(F)). delta
-= r/s; r max(m, n) elements.
+short side, from (seed, name, t), delta = r/s, r max(m, n) elements:
+
+    m >= n:   F = mean of Delta_i V       applied = F V^T     next Q = V
+    m <  n:   F = mean of Delta_i^T V     applied = V F^T     next Q = orth(F)
 
 `restart="greedy"`, the approximate top-r of Table 2's last row: a basis U of the short
-side (`greedy_basis`) is found at every k-th restart, where D is on the wire and its
-leading r directions are applied, as by the SVD; the restarts between choose the r
-columns of U with the largest scores, V, and run SSP-Comp from Q = V (for m < n: on
-Delta^T). That captures at least ||mean(Delta) V||^2, so delta >= r/s with a whole
-basis; a capped one guarantees no more than Lemma 1 at these restarts, and tau in
-Theorem 2 is then the period of the basis. r (m + n) + c elements, and m n + s c with
-the basis.
+side (`greedy_basis`) is found at every k-th restart, where D is sent and its leading r
+directions are applied, as by the SVD; the restarts between choose the r columns of U
+with the largest scores, V, and run SSP-Comp from Q = V (for m < n: on Delta^T). That
+captures at least ||mean(Delta) V||^2, so delta >= r/s with a whole basis; a capped one
+guarantees no more than Lemma 1 at these restarts, and tau in Theorem 2 is then the
+period of the basis. r (m + n) + c elements, and m n + s c with the basis.
 
-Two options of the SVD restart, both free of further bytes because D is on the wire
-anyway: `exact_restart`: apply all of D and clear the error memory, instead of keeping
-the residual. `consensus_restart`: every worker keeps the mean residual D - P~ Q^T. The
+Two options of the SVD restart, both free of further bytes because D is sent anyway:
+`exact_restart` applies all of D and clears the error memory, instead of keeping the
+residual. With `consensus_restart` every worker keeps the mean residual D - P~ Q^T: the
 trajectory stays the same (only the mean error matters), while the workers' errors,
 which drift apart when their data differ, meet again.
 """
@@ -91,7 +90,8 @@ PROBES, BASIS_EVERY = 4, 10
 class PowerSGDPlus(PowerSGD):
     """PowerSGD with a restart of the subspace every tau steps.
 
-    t mod tau != 0: SSP-Comp as PowerSGD;  t mod tau == 0: P~ from the mean of Delta itself
+    t mod tau != 0:  SSP-Comp, as PowerSGD
+    t mod tau == 0:  P~ from the mean of Delta itself
 
     Args:
         rank: r; cut to min(m, n) matrix by matrix.
@@ -182,8 +182,8 @@ class PowerSGDPlus(PowerSGD):
         return r * (m + n) + self.elements(m, n, r)
 
     def variant(self, history: RestartHistory, restart: bool) -> int:
-        """Of a greedy restart: 0 where it finds a new basis, as every k-th of the
-        matrix does, else 1.
+        """Return 1 for a greedy restart that chooses from the basis, else 0: every k-th
+        restart of the matrix finds a new basis.
         """
         return int(
             restart
@@ -255,8 +255,12 @@ class PowerSGDPlus(PowerSGD):
 
 def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: bool = False) -> Steps:
     """SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all
-    have. `exact`, `consensus`: see the options of `PowerSGDPlus`. m n + m r elements a
-    matrix.
+    have: m n + m r elements a matrix.
+
+    Args:
+        delta: (B, m, n), or the rows of it that this rank holds.
+        context: of the batch.
+        exact, consensus: see the options of `PowerSGDPlus`.
     """
     d, own = yield Mean(delta.tensor, "restart")
     p = yield from singular_vectors(d, context, in_blocks=True)

@@ -1,10 +1,11 @@
-"""Quantized: what stays dense, as codes of a few bits, with error feedback.
+"""Quantized: what stays dense is sent quantized, with error feedback.
 
-    sent_i = what the codes of Delta_i decode to,  applied = the mean, rounded to codes once more,  e_i <- Delta_i - sent_i
+    sent_i  = decode(encode(Delta_i)),  e_i <- Delta_i - sent_i
+    applied = decode(encode(mean of sent_i))
 
-No subspace and no state: one average of the whole matrix, in int8, int4 or signs
-(`quantization`). It is what keeps embeddings and other parameters that do not go
-low-rank from setting the ceiling of the whole model's ratio.
+No subspace and no state: one average of the whole matrix, in int8, int4 or signs (see
+`numerics.quantization`). Without it, embeddings and other parameters that do not go
+low-rank would set the ceiling of the whole model's compression ratio.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lowrank_comm.numerics.quantization import FormatName
 
 @dataclass(frozen=True)
 class Quantized(Compressor):
-    """The mean of the matrices as codes.
+    """The mean of the matrices, quantized.
 
     sent_i = decode(encode(Delta_i)),  applied = decode(encode(mean(sent_i)))
 

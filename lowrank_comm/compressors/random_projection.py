@@ -1,16 +1,19 @@
 """Random projection: a fresh random subspace at every step, known to all workers from
 the seed.
 
-    P = orth(N(0, 1)^{s x r}) from (seed, name, t)            no bytes
-    R = mean of Delta_i P                                     l r elements
-    form="contractive":  applied = R P^T                      E ||Delta - applied||^2 = (1 - r / s) ||Delta||^2
-    form="unbiased":     applied = (s / r) R P^T              E applied = mean(Delta), omega = s / r - 1
+    P = orth(N(0, 1)^{s x r}) from (seed, name, t)        no bytes
+    R = mean of Delta_i P                                 l r elements
+    form="contractive":  applied = R P^T
+                         E ||Delta - applied||^2 = (1 - r / s) ||Delta||^2
+    form="unbiased":     applied = (s / r) R P^T
+                         E applied = mean(Delta), omega = s / r - 1
 
-(with the basis on the side of the rows: R = mean of Delta_i^T P, applied = P R^T). The
-contractive form needs error feedback, and what it leaves goes out later, since the next
-subspace is independent of this one. The unbiased form must have none: its residual is
-longer than Delta whenever r < s / 2, and the memory would grow without bound. Divided
-by 1 + omega = s / r it is the contractive one.
+With the basis on the side of the rows: R = mean of Delta_i^T P, applied = P R^T.
+
+The contractive form needs error feedback, and what it leaves goes out later, since the
+next subspace is independent of this one. The unbiased form must have none: its residual
+is longer than Delta whenever r < s / 2, and the memory would grow without bound.
+Divided by 1 + omega = s / r it is the contractive one.
 """
 
 from __future__ import annotations
@@ -32,11 +35,10 @@ from lowrank_comm.compressors.subspaces import random_basis
 
 @dataclass(frozen=True)
 class RandomProjection(Compressor):
-    """Projection of the mean gradient on a random subspace that is drawn anew at every
-    step.
+    """Projection of the mean gradient on a random subspace that is drawn at every step.
 
-    applied = mean(Delta_i) P P^T, times s / r in the unbiased form, P = orth(Gaussian)
-    from (seed, name, t)
+    applied = mean(Delta_i) P P^T, times s / r in the unbiased form,
+    P = orth(Gaussian) from (seed, name, t)
 
     Args:
         rank: r; cut to min(m, n) matrix by matrix.

@@ -1,5 +1,5 @@
 """What a compressor may ask for: the requests that its generator yields, and what it is
-sent back.
+sent back for each.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mean:
-    """Request: average `tensor` over the workers. Answer: (mean, own), both in tensor's
-    shape and dtype.
+    """Average `tensor` over the workers.
 
-    `own` is this worker's contribution as it went on the wire. It equals `tensor`
-    unless the wire dtype is narrower; error feedback must subtract `own`, so that what
-    rounding took away stays in the error memory. With `over_rows` the tensor contracts
-    over the rows of the matrices, and both answers are of all rows. `codes`: it travels
-    in this format of `quantization`, whatever is set for its kind.
+    Sent back: (mean, own), both in tensor's shape and dtype. `own` is this worker's
+    contribution as it was sent; it equals `tensor` unless the wire dtype is narrower.
+    Error feedback must subtract `own`, so that what rounding took away stays in the
+    error memory.
+
+    Attributes:
+        tensor: any shape.
+        kind: of the ledger.
+        over_rows: the tensor contracts over the rows of the matrices; both answers are
+            then of all rows.
+        codes: the format of `quantization` in which it is sent, in the place of the one
+            that is set for its kind.
     """
 
     tensor: Tensor
@@ -30,14 +36,21 @@ class Mean:
 
 @dataclass(frozen=True)
 class ComputeOnce:
-    """Request: compute something from each of the (B, rows, n) `matrices`, which are
-    equal on all workers, on one worker, and give it to everyone. Answer: (B, rows,
-    columns), the rows of it that this rank holds.
+    """Compute something from each matrix on one worker, for results that equal input
+    does not determine bit by bit, such as singular vectors.
 
-    `compute(matrices)` takes (b, m, n) of whole matrices and returns (b, m, columns).
-    It is called with this worker's share only. For results that equal input does not
-    determine bit by bit, such as singular vectors. With `indexed`, it is called as
-    `compute(matrices, indices)`, with their places in the batch, for draws by name.
+    Sent back: (B, rows, columns), the rows of the results that this rank holds; the
+    same bits on all workers.
+
+    Attributes:
+        matrices: (B, rows, n), equal on all workers; of blocks, this rank's rows.
+        m: rows of the whole matrices.
+        columns: of a result.
+        compute: takes this worker's share of the matrices, whole, (b, m, n), and
+            returns (b, m, columns).
+        kind: of the ledger.
+        indexed: `compute` is called with their places in the batch too, for draws by
+            name: `compute(matrices, indices)`.
     """
 
     matrices: Tensor
@@ -48,19 +61,20 @@ class ComputeOnce:
     indexed: bool = False
 
     def of(self, matrices: Tensor, indices: list[int]) -> Tensor:
-        """The result for those of the matrices that have these places."""
+        """Compute the results for the matrices that have these places in the batch."""
         result: Tensor = self.compute(matrices, indices) if self.indexed else self.compute(matrices)
         return result
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Request: every worker's `tensor`, which has one shape on all of them. Answer: (N,
-    *shape) in the order of the workers, as it went on the wire; this worker's own part
-    is number `Context.worker` of it.
+    """Gather every worker's `tensor`, which has one shape on all of them.
+
+    Sent back: (N, *shape) in the order of the workers, as they were sent; this worker's
+    own part is number `Context.worker` of it.
 
     An all-gather: each worker receives N - 1 of these, where an average costs about
-    two, whatever N.
+    two for every N.
     """
 
     tensor: Tensor
@@ -69,8 +83,10 @@ class Gather:
 
 @dataclass(frozen=True)
 class Decide:
-    """Request: tell the host whether all of `flag` (bool, on the device) is true. Must
-    be equal on all workers.
+    """Tell the host whether all of `flag` (bool, on the device) is true. It must be
+    equal on all workers.
+
+    Sent back: bool.
     """
 
     flag: Tensor
@@ -78,9 +94,10 @@ class Decide:
 
 @dataclass(frozen=True)
 class Read:
-    """Request: tell the host the numbers of the 1-D `tensor`, as a list of floats
-    (whole numbers below 2^24 are exact). Must be equal on all workers; not for
-    compressors that are given blocks of rows.
+    """Tell the host the numbers of the 1-D `tensor`, which must be equal on all
+    workers; not for compressors that are given blocks of rows.
+
+    Sent back: a list of floats (whole numbers below 2^24 are exact).
     """
 
     tensor: Tensor
@@ -88,7 +105,9 @@ class Read:
 
 @dataclass(frozen=True)
 class SumOverRows:
-    """Request: the sum of `tensor` over the blocks of rows; itself, where matrices are
+    """Sum `tensor` over the blocks of rows in which a node holds its matrices.
+
+    Sent back: the sum, the same bits on all nodes; `tensor` itself where matrices are
     whole.
     """
 
@@ -97,8 +116,9 @@ class SumOverRows:
 
 @dataclass(frozen=True)
 class WholeRows:
-    """Request: all rows of `tensor` (B, own rows, k), as (B, m, k); itself, where
-    matrices are whole.
+    """Fetch all rows of `tensor`, (B, own rows, k).
+
+    Sent back: (B, m, k); `tensor` itself where matrices are whole.
     """
 
     tensor: Tensor

@@ -1,17 +1,17 @@
-"""When a subspace is refreshed: at every step t with (t + offset) mod tau == 0, t from
-0.
+"""When a matrix's subspace is restarted: in every step t, from 0, with (t + offset) mod
+tau == 0.
 
 Without staggering every offset is 0 and all matrices restart together, as in Algorithm
 2 of PowerSGD+ (arXiv 2509.11254). With staggering, all restart at t = 0, where no
 subspace is known yet, and afterwards each matrix has its own step within the period,
 chosen so that every step carries about the same number of restart bytes. The offsets
-are a function of the names and sizes alone, so all workers agree on them without a
-word.
+are a function of the names and sizes alone, so all workers agree on them without
+communication.
 
-A restart that falls on a step in which nobody has a gradient for a matrix is deferred:
-it comes in the first later step in which somebody has one. Else a weight with gradients
-in every other step only (alternating adapters, the experts of a mixture) might never
-restart. What a matrix has behind it (`RestartHistory`) therefore counts its own steps
+A restart that falls on a step in which no worker has a gradient for a matrix is
+deferred: it comes in the first later step in which some worker has one. Otherwise a
+weight with gradients in every other step only (alternating adapters, the experts of a
+mixture) might never restart. A matrix's `RestartHistory` therefore counts its own steps
 and not those of the run. It follows from what all workers agree on, which gradients are
 missing everywhere, and is kept on the host.
 """
@@ -43,8 +43,8 @@ class RestartSchedule:
 
 
 def staggered(restart_every: int, costs: Mapping[str, int]) -> RestartSchedule:
-    """Offsets that spread the restarts over the period: the most expensive first, each
-    into the cheapest step so far.
+    """Spread the restarts over the period: the most expensive first, each into the
+    cheapest step so far.
 
     Args:
         restart_every: tau, in steps.
@@ -75,14 +75,14 @@ def staggered(restart_every: int, costs: Mapping[str, int]) -> RestartSchedule:
 
 @dataclass(frozen=True)
 class RestartHistory:
-    """What a matrix has behind it, counted in committed steps in which somebody had a
-    gradient for it.
+    """What a matrix has behind it, counted in committed steps in which some worker had
+    a gradient for it.
 
     Attributes:
         restarts: so far.
         age: steps since the last restart, or since the start where there was none.
-        deferred: whether a restart fell on a step in which nobody had a gradient, and
-            has not been made up for.
+        deferred: whether a restart fell on a step in which no worker had a gradient,
+            and has not been made up for.
     """
 
     restarts: int = 0
@@ -90,21 +90,23 @@ class RestartHistory:
     deferred: bool = False
 
     def after(self, due: bool, present: bool) -> RestartHistory:
-        """After one more step. due: by the schedule; present: whether somebody had a
-        gradient.
+        """Return the history after one more step.
+
+        Args:
+            due: a restart was due by the schedule.
+            present: some worker had a gradient.
         """
         deferred = self.deferred or due
         if not present:
             return replace(self, deferred=deferred)
-        return (
-            RestartHistory(self.restarts + 1)
-            if deferred
-            else RestartHistory(self.restarts, self.age + 1)
-        )
+        if deferred:
+            return RestartHistory(self.restarts + 1)
+        return RestartHistory(self.restarts, self.age + 1)
 
 
 def steady(schedule: RestartSchedule | None, name: str, t: int) -> RestartHistory:
-    """Before step t, of a matrix that has had a gradient in every step.
+    """Return the history before step t of a matrix that has had a gradient in every
+    step.
 
     Example:
         >>> [steady(RestartSchedule(3), "a", t).age for t in range(1, 6)]

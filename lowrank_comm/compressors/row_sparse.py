@@ -1,5 +1,5 @@
-"""RowSparse: an embedding's gradient has few rows that are not zero; only these travel.
-Nothing is lost.
+"""RowSparse: an embedding's gradient has few rows that are not zero, and only these are
+sent. Nothing is lost.
 
     1. Every worker counts its rows with a number that is not zero; the counts are
        gathered (one number a matrix).
@@ -9,10 +9,9 @@ Nothing is lost.
        of workers that touched the row.
 
 Where the union could hold more than half of the rows (N k > m / 2), the whole matrix is
-averaged instead, and step 2 is left out. So a step takes up to three collectives'
-phases, and two small transfers to the host, which is the price of not knowing
-beforehand what will be touched. Gradients of an output head are dense: for these it is
-no gain.
+averaged instead, and step 2 is left out. So a step takes up to three collectives, and
+two small transfers to the host, since no worker knows beforehand what the others will
+touch. Gradients of an output head are dense: for these it is no gain.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class RowSparse(Compressor):
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         matrices = delta.tensor
         count, m, _ = matrices.shape
-        # A number that is not finite is not zero: its row travels, and vetoes the step.
+        # A number that is not finite is not zero: its row is sent, and vetoes the step.
         touched = (matrices != 0).any(dim=2)
         counts = yield Gather(touched.sum(dim=1).to(torch.int32), "rows")
         k = int(max((yield Read(counts.flatten())), default=0))
@@ -63,18 +62,15 @@ class RowSparse(Compressor):
             return Result(applied=applied, sent=sent, state={})
         # Numbers of the touched rows first, then m as a filling; ascending, so that no
         # sort need be stable.
-        numbers = (
-            torch.where(touched, torch.arange(m, device=matrices.device), m)
-            .sort(dim=1)
-            .values[:, :k]
-        )
+        numbers = torch.where(touched, torch.arange(m, device=matrices.device), m)
+        numbers = numbers.sort(dim=1).values[:, :k]
         everyone = yield Gather(numbers.to(torch.int32), "rows")
         union = torch.zeros(count, m + 1, dtype=torch.bool, device=matrices.device)
         for one in everyone.long():
             union.scatter_(1, one, True)
         places = union[:, :m]
-        # Of several matrices each has its own union; rows of all of them travel as one
-        # tensor, in one order on all workers.
+        # Each matrix has its own union; rows of all of them are averaged as one tensor,
+        # in one order on all workers.
         mean, own = yield Mean(matrices[places], "dense")
         applied[places], sent[places] = mean, own
         return Result(applied=applied, sent=sent, state={})

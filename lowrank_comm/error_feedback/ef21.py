@@ -1,32 +1,27 @@
-"""Error feedback as an axis of its own: what a worker does with the part of its
-gradient that a compressor did not send.
+"""EF21, and where each form of error feedback is carried out: what a worker does with
+the part of its gradient that a compressor did not send.
 
-    form         compressed is                 all apply                       needs             what a worker keeps
-    none         g                             mean C(g_i)                     unbiased C        nothing
-    ef14         Delta = g + e                 mean C(Delta_i)                 contractive C     e <- Delta - C(Delta)
-    ef21         g - y                         y_bar <- y_bar + mean C         contractive C     y <- y + C(g - y)
-    ef21_sgdm    v - y, v <- (1-a) v + a g     y_bar <- y_bar + mean C         contractive C     v, and y <- y + C(v - y)
+    form       compressed                  applied                  needs C      kept
+    none       g                           mean C(g_i)              unbiased     -
+    ef14       Delta = g + e               mean C(Delta_i)          contractive  e
+    ef21       g - y                       y_bar <- y_bar + mean C  contractive  y
+    ef21_sgdm  v - y, v <- (1-a) v + a g   y_bar <- y_bar + mean C  contractive  y, v
 
-`ef14` is the papers' form (7a of arXiv 2509.11254), and lives in the reducer, where
-Delta is formed (`error_feedback`). The others need no error memory: they are
-compressors around a compressor, and y and v are their state. Checkpoints keep these as
-they keep errors: whole, and each worker's own as the mean, of which y_bar is the mean
-again.
+    ef14:                 e <- Delta - C(Delta)
+    ef21 and ef21_sgdm:   y <- y + C(what is compressed)
+
+`ef14` is the papers' form (7a of arXiv 2509.11254); the reducer carries it out, where
+Delta is formed (see `memory`). The others need no error memory: they are compressors
+around a compressor, and y and v are their state. Checkpoints keep these as they keep
+errors: whole, and each worker's own as the mean, of which y_bar is the mean again.
 
 EF21 with one y. Where C is linear and its subspace shared, mean C(g_i - y_i) = C(g_bar
 - y_bar), so that all workers may keep the same y = y_bar: c_i = C(g_i - y). The
 trajectory is the same, and y is right for any worker at any world size. Where C is not
-linear (ATOMO, quantised factors), each worker keeps its own y_i beside y_bar.
-
-`rounds` = p repeats the compressor on what it left, R_0 = Delta, R_{k+1} = R_k -
-C_k(R_k), each round with draws and a state of its own, and sends all parts: the rest is
-(1 - delta)^p of Delta. NEOLITHIC calls that fast compressed communication. A restart
-that sends the whole matrix (GreedyLore's) leaves nothing to repeat, and serves all
-rounds.
+linear (ATOMO, quantized factors), each worker keeps its own y_i beside y_bar.
 
 Sources: Seide et al. 2014 (EF14); Richtarik, Sokolov, Fatkhullin, arXiv 2106.05203
-(EF21); Fatkhullin, Tyurin, Richtarik, arXiv 2305.15155 (EF21-SGDM); Huang et al., arXiv
-2206.03665 (NEOLITHIC).
+(EF21); Fatkhullin, Tyurin, Richtarik, arXiv 2305.15155 (EF21-SGDM).
 """
 
 from __future__ import annotations
@@ -42,14 +37,14 @@ from lowrank_comm.error_feedback.rounds import Rounds, _Around, dense
 
 
 def with_feedback(compressor: Compressor, feedback: ErrorFeedback, linear: bool) -> Compressor:
-    """The compressor as the reducer runs it: in rounds, and inside EF21, if these are
-    asked for.
+    """Return the compressor as the reducer runs it: in rounds, and inside EF21, if
+    these are asked for.
 
     Args:
         compressor: the scheme.
         feedback: with its form resolved.
-        linear: whether the scheme is linear with all that is around it (codes on the
-            wire are not).
+        linear: whether the scheme is linear with all that is around it (quantization
+            is not).
     """
     scheme: Compressor = compressor
     if feedback.rounds > 1:
@@ -63,9 +58,10 @@ def with_feedback(compressor: Compressor, feedback: ErrorFeedback, linear: bool)
 
 class EF21(_Around):
     """The compressor tracks the gradient: it is given the difference to an estimate y
-    that all know.
+    that all workers know.
 
-    c_i = C(x_i - y_i);  y_i <- y_i + c_i;  y_bar <- y_bar + mean c_i = applied;  x_i = g_i, or v_i <- (1-a) v_i + a g_i
+    c_i = C(x_i - y_i),  y_i <- y_i + c_i,  y_bar <- y_bar + mean c_i = applied,
+    x_i = g_i, or v_i <- (1-a) v_i + a g_i
 
     Args:
         inner: a contractive compressor.

@@ -3,14 +3,13 @@ own units.
 
 One tensor (B, m, n) holds the errors of a batch of same-shape matrices. A step reads it
 once (`on`), and writes it once, when the step is committed: e <- Delta - sent, either
-into the memory (`keep`), or into Delta's own place, whose room and the memory's then
-change roles (`exchange`), which saves a pass; views that were handed out follow. A step
-that is vetoed or rolled back never touches the memory, so it stays bit-equal without a
-copy. The memory's dtype may be narrower than the computation's (bfloat16, with
-stochastic rounding, so that small residuals are not lost on average), and it may live
-on the CPU (`offload`).
+into the memory (`keep`), or into Delta's own place, which saves a pass: Delta then
+becomes the memory, and the views that were handed out follow (`exchange`). A step that
+is vetoed or rolled back never touches the memory, so it stays bit-equal without a copy.
 
-float16 is refused: the memory is a sum, and 65 504 is soon reached.
+The memory's dtype may be narrower than the computation's (bfloat16, with stochastic
+rounding, so that small residuals are not lost on average), and it may lie on the CPU
+(`offload`). float16 is refused: the memory is a sum, and 65 504 is soon reached.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from lowrank_comm.compressors.base import LowRank
 from lowrank_comm.error_feedback.options import DTYPES, ErrorFeedback
 from lowrank_comm.numerics.randomness import stream
 
-# elements from which a matrix is worth operations of its own: they take longer than
-# Python needs
+# From so many elements on, a matrix is worth operations of its own: they take longer
+# than Python needs for each.
 LARGE = 1 << 15
 # elements of a block of rows
 BLOCK = 1 << 17
 
 
 def row_blocks(matrix: Tensor) -> list[slice]:
-    """Rows of an (m, n) matrix in blocks that fit a CPU's cache; all of them on other
-    devices, where launches cost more.
+    """Cut the rows of an (m, n) matrix into blocks that fit a CPU's cache; one block on
+    other devices, where launches cost more.
     """
     m, n = matrix.shape
     rows = m if matrix.device.type != "cpu" else max(1, BLOCK // n)
@@ -45,7 +44,7 @@ class ErrorMemory:
     Algorithm 2 of arXiv 2509.11254).
 
     Args:
-        options: how it is kept; zero for ever where that keeps no errors.
+        options: how it is kept; it stays zero where they keep no errors.
         names: parameter names, one for each matrix.
         m, n: shape of a matrix.
         dtype, device: of the computation.
@@ -76,21 +75,19 @@ class ErrorMemory:
             self.tensor = torch.zeros((), dtype=dtype, device=device).expand(len(names), m, n)
 
     def on(self, device: torch.device) -> Tensor:
-        """The errors on the device of the computation: the memory itself, or a copy
-        where it is offloaded.
+        """Return the errors on the device of the computation: the memory itself, or a
+        copy where it is offloaded.
         """
-        return (
-            self.tensor
-            if self.tensor.device == device
-            else self.tensor.to(device, non_blocking=True)
-        )
+        if self.tensor.device == device:
+            return self.tensor
+        return self.tensor.to(device, non_blocking=True)
 
     def view(self, row: int, shape: tuple[int, ...]) -> Tensor:
-        """One matrix's error in the shape of its parameter; a live view, whatever the
-        memory does later.
+        """Return one matrix's error in the shape of its parameter, as a view that
+        follows the memory.
 
-        What is derived from it (a slice, `.numpy()`) is of the moment: `exchange` gives
-        the memory another place.
+        What is derived from the view (a slice, `.numpy()`) does not follow: `exchange`
+        gives the memory another place.
         """
         view = self.tensor[row].view(shape)
         # now and then, so that many views cost no more than few
@@ -160,8 +157,14 @@ class ErrorMemory:
     def store(
         self, error: Tensor, rows: list[int] | None = None, t: int = -1, shared: bool = False
     ) -> None:
-        """Overwrite the memory of all matrices, or of `rows`, rounding to its dtype;
-        `shared`: with the same draws on all workers, for errors that are equal on all.
+        """Overwrite the memory of all matrices, or of `rows`, rounded to its dtype.
+
+        Args:
+            error: (B', m, n).
+            rows: which matrices of the batch these are, or None for all in order.
+            t: step, for the draws of stochastic rounding.
+            shared: with the same draws on all workers, for errors that are equal on
+                all.
         """
         if not self.kept:
             return
@@ -190,7 +193,5 @@ class ErrorMemory:
             )
             for name in names
         ]
-        bits = (
-            error.float().contiguous().view(torch.int32) + torch.stack(noise).to(error.device)
-        ) & -65536
-        return bits.view(torch.float32).to(torch.bfloat16)
+        bits = error.float().contiguous().view(torch.int32) + torch.stack(noise).to(error.device)
+        return (bits & -65536).view(torch.float32).to(torch.bfloat16)

@@ -1,5 +1,10 @@
 """Several rounds of one compressor in a step: each round sends what the rounds before
-it left over.
+it left.
+
+R_0 = Delta, R_{k+1} = R_k - C_k(R_k), each round with draws and a state of its own, and
+all parts are sent: the rest after p rounds is (1 - delta)^p of Delta. NEOLITHIC (Huang
+et al., arXiv 2206.03665) calls that fast compressed communication. A restart that sends
+the whole matrix (GreedyLore's) leaves nothing to repeat, and serves all rounds.
 """
 
 from __future__ import annotations
@@ -15,12 +20,12 @@ from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSch
 
 
 def dense(part: LowRank | Tensor) -> Tensor:
-    """(B, m, n)."""
+    """Return a part of a `Result` as (B, m, n)."""
     return part.dense() if isinstance(part, LowRank) else part
 
 
 class _Around(Compressor):
-    """A compressor around another one, which says what it is unless told otherwise."""
+    """Wraps a compressor; has its properties unless a subclass says otherwise."""
 
     def __init__(self, inner: Compressor) -> None:
         object.__setattr__(self, "inner", inner)
@@ -63,7 +68,7 @@ class _Around(Compressor):
 
 
 class Rounds(_Around):
-    """p rounds on what is left.
+    """Compresses in p rounds, each what the rounds before it left.
 
     C(Delta) = sum_k C_k(R_k),  R_0 = Delta,  R_{k+1} = R_k - C_k(R_k)
     """
@@ -113,20 +118,18 @@ class Rounds(_Around):
 
 
 ROUND = "_round"
-"""Between a symbol and the number of its round, from the second round (1) on; no
-compressor's own symbol has it.
+"""Between a symbol of the state and the number of its round, from the second round (1)
+on; no compressor's own symbol has it.
 """
 
 
 def _of_round(k: int, state: State) -> State:
-    """The state of round k under the names that it has beside the others'."""
+    """Rename the state of round k, so that it fits beside the other rounds'."""
     return state if k == 0 else {f"{symbol}{ROUND}{k}": tensor for symbol, tensor in state.items()}
 
 
 def _own_of_round(k: int, state: State) -> State:
-    """Its inverse: what round k finds among the states of all rounds, under its own
-    names.
-    """
+    """Find the state of round k among those of all rounds, under its own names."""
     if k == 0:
         return {symbol: tensor for symbol, tensor in state.items() if ROUND not in symbol}
     end = f"{ROUND}{k}"
@@ -136,7 +139,7 @@ def _own_of_round(k: int, state: State) -> State:
 
 
 def _sum(parts: list[LowRank | Tensor]) -> LowRank | Tensor:
-    """The sum; of low-rank parts, in factors."""
+    """Sum the parts; low-rank ones in factors."""
     if all(isinstance(part, LowRank) for part in parts):
         low = [part for part in parts if isinstance(part, LowRank)]
         return LowRank(

@@ -1,6 +1,5 @@
-"""Between the host and a GPU, without waiting: plain numbers on their way to a device,
-and the stream that is current.
-"""
+"""Transfers of plain numbers to a device without waiting for it, and its current
+stream."""
 
 from __future__ import annotations
 
@@ -12,12 +11,12 @@ from torch import Tensor
 
 
 def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """The numbers as a tensor on `device`.
+    """Return the numbers as a tensor on `device`, without waiting for it.
 
     `torch.tensor(numbers, device="cuda")` copies from pageable memory, for which the
-    host waits until everything that was given to the GPU before is done: a whole
-    backward pass, in every step. From pinned memory the copy takes its place in the
-    stream; torch keeps that memory until it is done.
+    host waits until all earlier work of the GPU is done: a whole backward pass, in
+    every step. From pinned memory the copy takes its place in the stream; torch keeps
+    that memory until it is done.
     """
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=dtype, device=device)
@@ -25,7 +24,5 @@ def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtyp
 
 
 def current_stream(device: torch.device) -> Any:
-    """The stream that operations on the device are given to now; None where there are
-    no streams.
-    """
+    """Return the device's current stream; None where there are no streams."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# of matrices that are decomposed together
+# elements of matrices that are decomposed together
 _SVD_ELEMENTS = 1 << 20
 # a float64 Gram matrix cannot resolve an angle below about sqrt(1e-16)
 _PIVOT_FLOOR = 1e-7
@@ -36,7 +36,7 @@ _PIVOT_FLOOR = 1e-7
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, products are formed in their tensors' own dtypes: no autocast, and no
+    """Form products in their tensors' own dtypes inside: without autocast, and without
     TensorFloat-32 or bfloat16 in the place of float32, with which P would be
     orthonormal to 1e-3 only and sent + kept would differ from given by as much.
     """
@@ -66,20 +66,20 @@ def _set(backend: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def dead_tolerance(dtype: torch.dtype) -> float:
-    """Relative norm at or below which a column counts as round-off: 64 eps of the dtype
-    that it was computed in.
+    """Return the relative norm at or below which a column counts as round-off: 64 eps
+    of the dtype that it was computed in.
     """
     return 64.0 * torch.finfo(dtype).eps
 
 
 def safe_pivot(dtype: torch.dtype) -> float:
-    """Pivot above which Cholesky-QR in this dtype is as good as any other way."""
+    """Return the pivot above which Cholesky-QR is precise enough in this dtype."""
     return 1e-2 if dtype == torch.float32 else _PIVOT_FLOOR
 
 
 def least_pivot(dtype: torch.dtype) -> float:
-    """Pivot of a matrix computed in `dtype` at or below which float64 finds it
-    rank-deficient.
+    """Return the pivot at or below which float64 finds a matrix that was computed in
+    `dtype` rank-deficient.
     """
     return max(dead_tolerance(dtype), _PIVOT_FLOOR)
 
@@ -122,7 +122,7 @@ def cholesky_pass(a: Tensor, gram: Tensor, pivot: Tensor | None = None) -> tuple
 
 
 def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:
-    """Orthonormal (B, m, r) whose range contains range(a); dead columns of a are
+    """Return an orthonormal basis whose range contains range(a); dead columns of a are
     replaced by columns of `fill`.
 
     Gram-Schmidt, each column orthogonalised twice, in float64. A column is dead when it
@@ -157,7 +157,7 @@ def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:
 
 
 def _project_out(column: Tensor, basis: Tensor) -> Tensor:
-    """column minus its projection on the orthonormal basis, twice, since once leaves
+    """Subtract column's projection on the orthonormal basis, twice, since once leaves
     round-off behind.
     """
     for _ in range(2):
@@ -166,7 +166,7 @@ def _project_out(column: Tensor, basis: Tensor) -> Tensor:
 
 
 def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading r singular vectors and all singular values of d = U S V^T.
+    """Return the leading r singular vectors and all singular values of d = U S V^T.
 
     Args:
         d: (B, m, n), finite.
@@ -194,15 +194,13 @@ def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
-    """U[:, :r] of the singular value decomposition d = U S V^T, (B, m, r); see
-    `thin_svd`.
-    """
+    """Return U[:, :r] of d = U S V^T, (B, m, r); see `thin_svd`."""
     return thin_svd(d, r)[0]
 
 
 def all_finite(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether decoded gradients of a narrow dtype are finite; asked of float16 only,
-    whose range a sum may leave.
+    """Whether decoded gradients of a narrow dtype are finite; for float16, whose range
+    a sum may leave.
     """
     flags = [torch.isfinite(gradient).all() for gradient in gradients if gradient is not None]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

@@ -1,12 +1,13 @@
-"""Numbers as bytes: int8, int4 and sign formats, for factors and for what stays dense.
+"""Quantized formats, int8, int4 and sign, for factors and for what stays dense.
 
-A matrix travels in blocks of its own numbers, each with a scale in float32; so what a
-matrix gives does not depend on its neighbours. A matrix whose size is no multiple of
-the block is filled up with zeros, which travel and count.
+A matrix is quantized in blocks of its own numbers, each with a scale in float32, so
+that the result for a matrix does not depend on its neighbours. A matrix whose size is
+no multiple of the block is filled up with zeros, which are sent and count.
 
-    int8   256 numbers a block: codes -127 .. 127, scale = max|x| / 127                        260 bytes
-    int4   64 numbers a block: codes -7 .. 7, two in a byte, scale = max|x| / 7                 36 bytes
-    sign   1024 numbers a block: one bit each, 1 for x >= 0, scale = mean|x|                   132 bytes
+    format  numbers a block   code of a number             scale           bytes a block
+    int8    256               -127 .. 127, a byte          max|x| / 127    260
+    int4    64                -7 .. 7, two in a byte       max|x| / 7      36
+    sign    1024              1 for x >= 0 or 0, a bit     mean|x|         132
 
 Rounding is to the nearest code, which is biased and needs error feedback; or stochastic
 (int8 and int4), which is right in expectation. sign is contractive with delta =
@@ -14,12 +15,13 @@ Rounding is to the nearest code, which is biased and needs error feedback; or st
 sent is what the codes decode to, so that the rounding error stays in the error memory:
 sent + kept = given, exactly.
 
-How codes are averaged (see `communication.packet`): the blocks are dealt out among the
-workers; each receives everyone's codes of its share (all-to-all), averages them, rounds
-the mean to codes again, and everyone receives those (all-gather). So 2 (N - 1) / N
-times the codes go over each link, as in an all-reduce, where gathering everyone's would
-take N - 1 times. The second rounding is made by one worker for all, which books N times
-what it took off as its own: the mean of what the workers sent is then what all apply.
+How the mean is formed (see `communication.quantized_mean`): the blocks are dealt out
+among the workers; each receives its share of every worker's codes (all-to-all),
+averages them, rounds the mean to codes again, and all receive those (all-gather). So 2
+(N - 1) / N times the codes go over each link, as in an all-reduce, where gathering them
+all would take N - 1 times. The second rounding is made by one worker for all, which
+books N times what it took off as its own: the mean of what the workers sent is then
+what all apply.
 """
 
 from __future__ import annotations
@@ -58,20 +60,20 @@ class Format:
         return self.block * self.bits // 8 + _SCALE_BYTES
 
     def blocks(self, numel: int) -> int:
-        """Blocks of a matrix of so many numbers."""
+        """Count the blocks of a matrix of so many numbers."""
         return -(-numel // self.block)
 
     def bytes(self, numel: int) -> int:
-        """Bytes of a matrix of so many numbers."""
+        """Count the bytes of a matrix of so many numbers."""
         return self.blocks(numel) * self.block_bytes
 
     def encode(self, x: Tensor, counts: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Bytes of blocks of numbers.
+        """Quantize blocks of numbers to bytes.
 
         Args:
             x: (k, block), float32 or float64, zeros behind the first `counts` numbers
                 of each block.
-            counts: (k,) in x's dtype: how many of a block's numbers are real.
+            counts: (k,) in x's dtype: how many of a block's numbers are no filling.
             noise: (k, block) uniform in [0, 1) for stochastic rounding, or None for the
                 nearest code.
 
@@ -80,25 +82,25 @@ class Format:
             numbers that are not finite.
         """
         size = x.abs()
-        top = size.sum(dim=1) / counts.clamp(min=1) if not self.top else size.amax(dim=1) / self.top
-        scale = top.to(torch.float32)
         if not self.top:
+            scale = (size.sum(dim=1) / counts.clamp(min=1)).to(torch.float32)
             codes = _packed((x >= 0).to(torch.uint8), 1)
         else:
-            steps = x / torch.where(scale > 0, scale, torch.ones_like(scale)).to(x.dtype).unsqueeze(
-                1
-            )
-            rounded = (
-                torch.round(steps) if noise is None else torch.floor(steps + noise.to(x.dtype))
-            )
+            scale = (size.amax(dim=1) / self.top).to(torch.float32)
+            step = torch.where(scale > 0, scale, torch.ones_like(scale)).to(x.dtype)
+            steps = x / step.unsqueeze(1)
+            if noise is None:
+                rounded = torch.round(steps)
+            else:
+                rounded = torch.floor(steps + noise.to(x.dtype))
             rounded = torch.nan_to_num(rounded).clamp(-self.top, self.top)
             codes = _packed((rounded + (1 << (self.bits - 1))).to(torch.uint8), self.bits)
         return torch.cat([codes, scale.unsqueeze(1).view(torch.uint8)], dim=1)
 
     def decode(self, written: Tensor, dtype: torch.dtype) -> Tensor:
-        """The numbers (k, block) of bytes (k, block_bytes)."""
+        """Decode bytes (k, block_bytes) to numbers (k, block)."""
         codes, last = written[:, :-_SCALE_BYTES], written[:, -_SCALE_BYTES:]
-        # at no odd place in memory
+        # a view as float32 needs an aligned copy
         scale = last.clone(memory_format=torch.contiguous_format).view(torch.float32).to(dtype)
         numbers = _unpacked(codes, self.bits).to(dtype)
         if not self.top:
@@ -107,22 +109,20 @@ class Format:
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
-    """(k, block) codes below 2^bits, several in a byte, the first in the lowest bits."""
+    """Pack (k, block) codes below 2^bits into bytes, the first in the lowest bits."""
     if bits == 8:
         return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (codes.view(codes.shape[0], codes.shape[1] * bits // 8, 8 // bits) << shifts).sum(
-        dim=2, dtype=torch.uint8
-    )
+    groups = codes.view(codes.shape[0], codes.shape[1] * bits // 8, 8 // bits)
+    return (groups << shifts).sum(dim=2, dtype=torch.uint8)
 
 
 def _unpacked(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return ((codes.unsqueeze(2) >> shifts) & ((1 << bits) - 1)).view(
-        codes.shape[0], codes.shape[1] * 8 // bits
-    )
+    groups = (codes.unsqueeze(2) >> shifts) & ((1 << bits) - 1)
+    return groups.view(codes.shape[0], codes.shape[1] * 8 // bits)
 
 
 FORMATS = {
@@ -169,15 +169,15 @@ class Quantization:
                 )
 
     def format_of(self, kind: str) -> Format | None:
-        """The format in which averages of a kind of the ledger travel."""
+        """Return the format in which averages of a kind of the ledger are sent."""
         name = {"factors": self.factors, "restart": self.restart}.get(kind)
         return FORMATS[name] if name else None
 
     @property
     def of_compressors(self) -> bool:
-        """Whether something that compressors average is rounded to codes."""
+        """Whether something that compressors average is quantized."""
         return self.factors is not None or self.restart is not None
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name."""
+        """Return plain settings by name."""
         return {key: getattr(self, key) for key in ("factors", "restart", "dense", "rounding")}

@@ -1,5 +1,5 @@
-"""Counter-based random draws: the same numbers on every worker, whatever the device,
-world size or order of calls.
+"""Counter-based random draws: the same numbers on every worker, on any device, at any
+world size, in any order of calls.
 
 Every draw is a pure function of (seed, parameter name, step t, purpose). The global
 random state of torch is never touched. Draws are made on the CPU in float32 and cast
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def stream(seed: int, name: str, t: int, purpose: str) -> torch.Generator:
-    """Generator keyed by (seed, name, t, purpose).
+    """Return a generator keyed by (seed, name, t, purpose).
 
     Args:
         seed: the run's seed, equal on all workers.
@@ -43,7 +43,7 @@ def gaussian(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Standard normal tensors, one for each name: (len(names), *shape).
+    """Draw standard normal tensors, one for each name.
 
     Args:
         seed, t, purpose: see `stream`.
@@ -69,7 +69,7 @@ def uniform(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Tensors uniform in [0, 1), one for each name; see `gaussian`."""
+    """Draw tensors uniform in [0, 1), one for each name; see `gaussian`."""
     return _stacked(
         torch.rand, [stream(seed, name, t, purpose) for name in names], shape, dtype, device
     )
@@ -82,6 +82,6 @@ def _stacked(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    # Neither torch's default dtype nor its default device may have a say.
+    # torch's default dtype and default device must not matter
     draws = [draw(shape, generator=one, dtype=torch.float32, device="cpu") for one in streams]
     return torch.stack(draws).to(device=device, dtype=dtype)
