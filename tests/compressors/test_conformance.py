@@ -1,6 +1,6 @@
-"""What every registered compressor must keep, whichever it is, with whatever is around
-it. A new one is here as soon as it is registered: it fails until `conformance.SETTINGS`
-names it.
+"""What every registered compressor must keep, alone and with what may be around it. A
+new one is here as soon as it is registered: with its defaults, until
+`conformance.SETTINGS` names others.
 """
 
 from __future__ import annotations
