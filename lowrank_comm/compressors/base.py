@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.requests import Request
-from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, steady
+from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule
 from lowrank_comm.numerics.randomness import gaussian, uniform
 from lowrank_comm.options import PositiveInt, check, check_options
 
@@ -314,14 +314,6 @@ class Compressor(abc.ABC):
     def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
         """Count the elements of a step of this variant exactly."""
         return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
-
-    def elements_at(self, m: int, n: int, r: int, t: int, restart: bool) -> int:
-        """Elements of step t exactly, of a matrix that has had a gradient in every
-        step.
-        """
-        return self.elements_in(
-            m, n, r, self.variant(steady(self.schedule({}), "", t), restart), restart
-        )
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
         """Return when each parameter restarts; None for schemes without restarts.

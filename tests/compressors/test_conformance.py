@@ -33,6 +33,7 @@ from tests.support.conformance import (
     simulated,
     state_of,
 )
+from tests.support.driver import elements_at
 from tests.support.gloo import GlooPool
 from tests.support.reference import spectrum_matrix
 
@@ -522,5 +523,5 @@ def test_bytes_are_the_formula(section: Given) -> None:
         if section["compressor"] == "identity":
             expected = 12 * 7
         else:
-            expected = compressor.elements_at(12, 7, 2, t, restart)
+            expected = elements_at(compressor, 12, 7, 2, t, restart)
         assert sum(sent.values()) == 8 * expected, (t, sent)

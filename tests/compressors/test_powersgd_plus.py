@@ -18,7 +18,7 @@ from lowrank_comm.config import Section
 from lowrank_comm.numerics.randomness import gaussian
 from tests.support import checks
 from tests.support.checks import Driven
-from tests.support.driver import dense, simulation
+from tests.support.driver import dense, elements_at, simulation
 from tests.support.gloo import GlooPool
 from tests.support.reference import gradient, spectrum_matrix, ssp_comp
 from tests.support.spectra import SPECTRA, captured
@@ -191,11 +191,11 @@ def test_the_formulas_of_the_bytes() -> None:
     )
     between = 2 * 150 + 2 * 50
     found = 100 * 50 + 50 * 50
-    costs = [greedy.elements_at(100, 50, 2, t, True) for t in range(0, 70, 10)]
+    costs = [elements_at(greedy, 100, 50, 2, t, True) for t in range(0, 70, 10)]
     assert costs == [found, between, between, found, between, between, found]
     # their mean, rounded up
     assert greedy.restart_elements(100, 50, 2) == -(-(found + 2 * between) // 3)
-    assert greedy.elements_at(100, 50, 2, 5, False) == 2 * 150
+    assert elements_at(greedy, 100, 50, 2, 5, False) == 2 * 150
 
 
 @every_scheme

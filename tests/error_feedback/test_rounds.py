@@ -14,7 +14,7 @@ from lowrank_comm.error_feedback.ef21 import with_feedback
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.error_feedback.rounds import Rounds, dense
 from lowrank_comm.simulation import Simulation
-from tests.support.driver import drive
+from tests.support.driver import drive, elements_at
 from tests.support.feedback_runs import N_COLUMNS, M, Run, drawn
 from tests.support.reference import spectrum_matrix
 
@@ -69,8 +69,8 @@ def test_every_round_counts(p: int, form: str) -> None:
         PowerSGDPlus(rank=2, restart_every=2), options["error_feedback"], linear=True
     )
     for t, restart in ((0, True), (1, False)):
-        alone = PowerSGDPlus(rank=2, restart_every=2).elements_at(M, N_COLUMNS, 2, t, restart)
-        assert scheme.elements_at(M, N_COLUMNS, 2, t, restart) == p * alone
+        alone = elements_at(PowerSGDPlus(rank=2, restart_every=2), M, N_COLUMNS, 2, t, restart)
+        assert elements_at(scheme, M, N_COLUMNS, 2, t, restart) == p * alone
     identity = Simulation({"w": (M, N_COLUMNS)}, Identity(), 2, min_compression_rate=0, **options)
     assert identity.reducers[0].plan.rows[0].scheme == "dense"
 

@@ -80,6 +80,14 @@ def at(compressor: Compressor, context: Context, t: int, restart: bool) -> Conte
     return replace(context, t=t, restart=restart, variant=variant)
 
 
+def elements_at(compressor: Compressor, m: int, n: int, r: int, t: int, restart: bool) -> int:
+    """Count the elements of step t exactly, for a matrix that has had a gradient in
+    every step.
+    """
+    variant = compressor.variant(steady(compressor.schedule({}), "", t), restart)
+    return compressor.elements_in(m, n, r, variant, restart)
+
+
 def dense(value: object) -> Tensor:
     """A result's `applied` or `sent` as a full tensor."""
     return value if isinstance(value, Tensor) else value.dense()  # type: ignore[attr-defined]
