@@ -178,7 +178,7 @@ class Context:
 
     def only(self, rows: Sequence[int]) -> Context:
         """Return the context of some matrices of the batch."""
-        return replace(self, names=tuple(self.names[row] for row in rows))
+        return replace(self, names=tuple(map(self.names.__getitem__, rows)))
 
     def draw(
         self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False

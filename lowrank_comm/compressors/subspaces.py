@@ -21,7 +21,6 @@ from lowrank_comm.compressors.requests import (
 )
 from lowrank_comm.numerics.linalg import (
     cholesky_pass,
-    gram_matrix,
     leading_left_singular_vectors,
     least_pivot,
     orthonormal_rank_revealing,
@@ -127,7 +126,7 @@ def _cholesky_qr(
     """Passes of Cholesky-QR with the Gram matrices of all rows: (basis, pivot)."""
     basis, pivot = a, None
     for _ in range(passes):
-        gram = gram_matrix(basis)
+        gram = (basis.mT @ basis).double()
         if in_blocks:
             gram = yield SumOverRows(gram)
         basis, pivot = cholesky_pass(basis, gram, pivot)

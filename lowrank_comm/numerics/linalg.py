@@ -84,11 +84,6 @@ def least_pivot(dtype: torch.dtype) -> float:
     return max(dead_tolerance(dtype), _PIVOT_FLOOR)
 
 
-def gram_matrix(a: Tensor) -> Tensor:
-    """a^T a in float64, (B, r, r). a: (B, m, r)."""
-    return (a.mT @ a).double()
-
-
 def cholesky_pass(a: Tensor, gram: Tensor, pivot: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One pass of Cholesky-QR in a's dtype; a second pass on its basis makes that
     orthonormal to round-off.
