@@ -31,13 +31,13 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from lowrank_comm.errors import ConfigError, nearest
 
-PositiveInt = Annotated[int, Ge(1)]
-Share = Annotated[float, Gt(0), Le(1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 """A number above 0 and at most 1."""
 
 
@@ -54,8 +54,12 @@ class Advice:
     when: Callable[[Any], bool] | None = None
 
 
-Rate = Annotated[float, Ge(0), AllowInfNan(False), Advice("0 compresses every matrix")]
-Seed = Annotated[int, Ge(-(2**63)), Lt(2**63), Advice("it has 64 bits; write for example seed=0")]
+Rate = Annotated[float, Field(ge=0), AllowInfNan(False), Advice("0 compresses every matrix")]
+Seed = Annotated[
+    int,
+    Field(ge=-(2**63), lt=2**63),
+    Advice("it has 64 bits; write for example seed=0"),
+]
 
 
 def check_options(options: Any, where: str) -> None:
@@ -152,8 +156,14 @@ def expected(hint: Any) -> str:
 
 def _limits(limits: list[Any]) -> str:
     """The bounds among the metadata of a number's type, in words."""
-    words = {Ge: "of at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}", Lt: "below {0.lt}"}
-    said = [words[type(limit)].format(limit) for limit in limits if type(limit) in words]
+    words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = [bound for limit in limits if isinstance(limit, FieldInfo) for bound in limit.metadata]
+    said = [
+        f"{words[key]} {getattr(bound, key)}"
+        for bound in bounds
+        for key in words
+        if hasattr(bound, key)
+    ]
     return " and ".join(said).replace(str(2**63), "2^63")
 
 

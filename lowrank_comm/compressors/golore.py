@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge
+from pydantic import Field
 
 from lowrank_comm.compressors.base import Context, Delta, State, Steps
 from lowrank_comm.compressors.galore import (
@@ -70,7 +70,9 @@ class GoLore(GaLore):
     """
 
     galore_until: Annotated[
-        int, Ge(0), Advice("it is a number of steps, 0 for none, for example galore_until=1000")
+        int,
+        Field(ge=0),
+        Advice("it is a number of steps, 0 for none, for example galore_until=1000"),
     ] = 0
     scaled: bool = False
 

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from annotated_types import Ge
+from pydantic import Field
 from torch import Tensor
 
 from lowrank_comm.compressors.base import (
@@ -105,7 +105,7 @@ class GreedyLore(Compressor):
     restart_every: PositiveInt = 200
     probes: PositiveInt = 1
     basis: Columns = None
-    explore: Annotated[int, Ge(0)] = 0
+    explore: Annotated[int, Field(ge=0)] = 0
     stagger: bool = False
 
     json_name: ClassVar[str] = "greedylore"

@@ -22,9 +22,9 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import GetCoreSchemaHandler as SchemaHandler
 from pydantic import create_model as create_pydantic_model
-from pydantic_core import CoreSchema, core_schema
 
 from lowrank_comm.communication import Group
 from lowrank_comm.communication.flat_buffers import WireDtype
@@ -67,13 +67,9 @@ class _Object:
     object with the dataclass's fields as keys.
     """
 
-    def __get_pydantic_core_schema__(
-        self, options: type, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        model = handler.generate_schema(model_of(options))
-        return core_schema.no_info_after_validator_function(
-            lambda parsed: options(**dict(parsed)), model
-        )
+    def __get_pydantic_core_schema__(self, options: type, handler: SchemaHandler) -> Any:
+        made = AfterValidator(lambda parsed: options(**dict(parsed)))
+        return handler.generate_schema(Annotated[model_of(options), made])
 
 
 @functools.cache
