@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 LONGEST = [
     "integrations/test_deepspeed.py",
     "examples/test_slurm.py",
-    "integrations/test_trainer.py",
+    "integrations/test_transformers.py",
     "docs/test_quickstarts.py",
     "integrations/test_deepspeed_levels.py",
     "integrations/test_engines.py",

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from lowrank_comm import ConfigError
 from lowrank_comm.bidirectional import (
@@ -34,8 +33,8 @@ from lowrank_comm.bidirectional import m4 as m4_module
 from lowrank_comm.bidirectional.base import Context
 from lowrank_comm.bidirectional.permk import Blocks
 from lowrank_comm.numerics.randomness import stream
+from tests.support.bidirectional_runs import D, N, pull, run
 
-D, N = 11, 4
 EXAMPLES: list[Method] = [
     InkheartSGD(4, 0.3, uplink_fraction=0.4),
     # G divides neither n nor d
@@ -45,26 +44,6 @@ EXAMPLES: list[Method] = [
     M4(4, 0.3, uplink_fraction=0.4, gradient_weight=0.5),
     M4(3, 0.3, uplink_fraction=0.4, gradient_weight=0.5, uplink_sync_probability=0.1),
 ]
-
-
-def pull(points: Tensor, t: int) -> Tensor:
-    """Gradients of 0.5 ||w - target_i||^2 with noise of worker and step, a function of
-    (points, t).
-    """
-    noise = torch.randn(points.shape, generator=stream(0, "test", t, "noise"), dtype=torch.float64)
-    targets = torch.arange(points.shape[0], dtype=torch.float64)[:, None] + 1
-    return points - targets + 0.3 * noise
-
-
-def run(
-    method: Method, steps: int, n: int = N, gamma: float = 0.2, seed: int = 3
-) -> BidirectionalSimulation:
-    simulation = BidirectionalSimulation(
-        method, torch.zeros(D, dtype=torch.float64), n, gamma=gamma, seed=seed
-    )
-    for t in range(steps):
-        assert simulation.step(pull(simulation.points, t))
-    return simulation
 
 
 @pytest.mark.parametrize("method", EXAMPLES, ids=repr)
@@ -269,16 +248,7 @@ def test_same_seed_same_bits(method: Method) -> None:
     )
 
 
-def test_sigma_0_and_a_1_make_m4_marina_with_marina_p() -> None:
-    """Then M4 is M3 with beta = 1: two definitions, one trajectory."""
-    m4 = M4(4, 0.3, uplink_fraction=0.4, gradient_weight=1.0)
-    m3 = M3(4, 0.3, uplink_fraction=0.4, model_weight=1.0)
-    torch.testing.assert_close(run(m4, 40).x, run(m3, 40).x, rtol=1e-12, atol=1e-12)
-
-
 # ---------------------------------------------------------------- ledger and clock
-
-
 def test_ledger_and_clock_are_the_formula() -> None:
     method, steps = InkheartSGD(4, 0.3, uplink_fraction=0.4), 200
     clock = Clock(h=2.0, kappa=0.5)
@@ -295,97 +265,6 @@ def test_ledger_and_clock_are_the_formula() -> None:
         ledger.vetoed,
     ) == (steps, 0)
     assert clock.seconds == pytest.approx(steps * 2.0 * 3 + 0.5 * (ledger.up + ledger.down))
-
-
-# ---------------------------------------------------------------- the theorems
-
-
-def laplacian(d: int) -> Tensor:
-    return (
-        0.508 * torch.eye(d)
-        - 0.25 * torch.diag(torch.ones(d - 1), 1)
-        - 0.25 * torch.diag(torch.ones(d - 1), -1)
-    )
-
-
-def mean_squared_gradient(
-    method: Method,
-    n: int,
-    gamma: float,
-    steps: int,
-    batch: int,
-    first_batch: int,
-    tilt: float = 0.0,
-    seed: int = 0,
-) -> tuple[float, Problem]:
-    """Mean over t < T of ||grad f(x_t)||^2 on a quadratic with noise, sigma^2 = 4."""
-    d = 64
-    a = laplacian(d).double()
-    b = 0.15 * torch.randn(d, generator=stream(0, "test", 0, "b"), dtype=torch.float64)
-    tilts = tilt * torch.randn(n, d, generator=stream(0, "test", 0, "tilts"), dtype=torch.float64)
-    tilts -= tilts.mean(dim=0)
-    simulation = BidirectionalSimulation(
-        method, torch.zeros(d, dtype=torch.float64), n, gamma=gamma, seed=seed
-    )
-    noise, total = stream(seed, "test", 0, "sgd noise"), 0.0
-    for t in range(steps):
-        total += float((a @ simulation.x - b).square().sum())
-        scale = 2.0 / math.sqrt(d * (first_batch if t == 0 else batch))
-        w = simulation.points
-        assert simulation.step(
-            w @ a - b + tilts + scale * torch.randn(n, d, generator=noise, dtype=torch.float64)
-        )
-    gap = 0.5 * float(b @ torch.linalg.solve(a, b))
-    return total / steps, Problem(1.008, gap, 4.0, structure=0.0)
-
-
-PROBLEM = Problem(1.008, 1.0, 4.0, structure=0.0)
-
-
-@pytest.mark.parametrize(("n", "compression", "groups", "batch"), [(16, 4, 4, 4), (64, 16, 16, 4)])
-def test_inkhearts_bound_holds_in_runs(n: int, compression: int, groups: int, batch: int) -> None:
-    method, steps = InkheartSGD(groups, uplink_fraction=1 / compression), 1000
-    gap = mean_squared_gradient(method, n, 0.1, 1, batch, batch)[1].gap
-    problem = Problem(1.008, gap, 4.0, structure=0.0)
-    gamma = method.step_size(problem, n, 64, batch, steps)
-    measured, _ = mean_squared_gradient(method, n, gamma, steps, batch, batch)
-    assert 0 < measured <= method.bound(problem, n, 64, batch, steps, gamma) < 3
-
-
-def test_m4s_bound_holds_in_runs_with_heterogeneous_data() -> None:
-    method, n, batch, steps = M4(4, uplink_fraction=0.25, gradient_weight=0.05), 16, 4, 1000
-    first = math.ceil(batch / 0.05)
-    gap = mean_squared_gradient(method, n, 0.1, 1, batch, first)[1].gap
-    problem = Problem(1.008, gap, 4.0, structure=0.0)
-    measured, _ = mean_squared_gradient(
-        method, n, method.step_size(problem, n, 64), steps, batch, first, tilt=0.3
-    )
-    assert 0 < measured <= method.bound(problem, n, 64, batch, first, steps) < 3
-
-
-def test_m4_speeds_up_linearly_in_n_times_b() -> None:
-    """With a and gamma growing as sqrt(nB) both terms of the bound fall as 1/sqrt(nB):
-    log-log slope -0.5 +- 0.08.
-    """
-    d, steps, points = 32, 1500, []
-    for n, batch in ((2, 1), (4, 2), (8, 4), (32, 4)):
-        a = 0.015 * math.sqrt(n * batch)
-        method, means = M4(2, uplink_fraction=0.5, gradient_weight=a), []
-        for seed in range(2):
-            x = torch.full((d,), 0.3, dtype=torch.float64)
-            simulation, total = BidirectionalSimulation(method, x, n, gamma=0.5 * a, seed=seed), 0.0
-            noise = stream(seed, "test", 0, "sgd noise")
-            tilts = torch.linspace(-1, 1, n, dtype=torch.float64)[:, None]
-            for t in range(steps):
-                # f = ||x||^2/2
-                total += float(simulation.x.square().sum())
-                scale = 2.0 / math.sqrt(d * (math.ceil(batch / a) if t == 0 else batch))
-                drawn = torch.randn(n, d, generator=noise, dtype=torch.float64)
-                assert simulation.step(simulation.points + tilts + scale * drawn)
-            means.append(total / steps)
-        points.append((math.log(n * batch), math.log(sum(means) / len(means))))
-    x, y = np.array(points).T
-    assert abs(np.polyfit(x, y, 1)[0] + 0.5) < 0.08, points
 
 
 def test_step_sizes_by_hand() -> None:
@@ -433,36 +312,7 @@ def test_plans_reach_their_eps_by_their_own_bounds_and_fall_with_n() -> None:
     assert m4.method.bound(problem, 16, 64, 4, m4.first_batch, m4.steps) <= 0.05 * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("kappa", [0.01, 1.5])
-@pytest.mark.parametrize("structure", [None, 0.3, 0.0])
-def test_inkhearts_plan_takes_the_divisor_of_n_with_the_fewest_seconds(
-    structure: float | None, kappa: float
-) -> None:
-    """A large L_A bounds gamma so much that the largest G is the worst."""
-    problem = Problem(1.0, gap=1.0, variance=4.0, structure=structure)
-    n = 64
-    d = 128
-    eps = 0.01
-    seconds = {}
-    chosen = inkheart_module.plan(problem, n, d, h=1.0, kappa=kappa, eps=eps)
-    for groups in (1, 2, 4, 8, 16, 32, 64):
-        method = InkheartSGD(groups, uplink_fraction=chosen.method.uplink_fraction)
-        noise = 6 * (method.uplink.omega(d) + 1) * problem.variance / (n * chosen.batch)
-        gamma = min(method.largest_step_size(problem, n, d), eps / (2 * noise))
-        steps = math.ceil(4 * problem.gap / (gamma * (eps - gamma * noise)))
-        down = d if groups == 1 else d / groups + (1 - 1 / groups) * d / groups
-        seconds[groups] = steps * (
-            chosen.batch + kappa * (chosen.method.uplink_fraction * d + down)
-        )
-    assert chosen.seconds == pytest.approx(min(seconds.values()), rel=1e-9)
-    assert chosen.seconds == pytest.approx(seconds[chosen.method.downlink_groups], rel=1e-9)
-    if structure is None:
-        assert chosen.method.downlink_groups < 8 and seconds[64] > 10 * chosen.seconds
-
-
 # ---------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize(
     ("make", "named"),
     [

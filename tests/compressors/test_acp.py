@@ -11,12 +11,12 @@ import torch
 
 from lowrank_comm import Acp, ConfigError, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
-from tests.compressors.test_powersgd_plus import SPECTRA, captured
 from tests.support import checks
 from tests.support.checks import Driven
 from tests.support.driver import dense, elements_at, simulation
 from tests.support.gloo import GlooPool
 from tests.support.reference import gradient, spectrum_matrix
+from tests.support.spectra import SPECTRA, captured
 
 SCHEMES = [Acp(2), Acp(2, restart_every=4), Acp(2, restart_every=3, restart="svd")]
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from lowrank_comm import CompressedOptimizer, ConfigError, GaLore, GoLore
 from lowrank_comm.communication.topology import grid
@@ -19,15 +18,12 @@ from lowrank_comm.numerics.linalg import leading_left_singular_vectors
 from lowrank_comm.simulation import Simulation
 from tests.support.driver import dense, simulation
 from tests.support.gloo import GlooPool
-from tests.support.projections import ByHand, distance_in_standard_errors, draws, given, relative
-from tests.support.reference import gradient, spectrum_matrix
+from tests.support.projection_runs import SHAPES, all_given, train
+from tests.support.projections import ByHand, given, relative
+from tests.support.reference import gradient
 from tests.support.reference_projection import Projection
 
-SHAPES = {"tall": (12, 7), "wide": (7, 12), "square": (9, 9)}
 SIDES = ("short", "long")
-
-
-# --- against NumPy ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ef", [False, True], ids=["no feedback", "EF14"])
@@ -79,31 +75,6 @@ def test_the_reducer_has_no_error_feedback_unless_asked(rule: str, form: str | N
     assert set(sim.error_memory(0)) == (set(SHAPES) if form else set())
 
 
-def test_the_scaled_form_with_error_feedback_is_refused() -> None:
-    for section in (
-        {"compressor": "golore", "scaled": True},
-        {"compressor": "random_projection", "form": "unbiased"},
-    ):
-        Section.parse(section)
-        with pytest.raises(ConfigError, match="ef14"):
-            Section.parse(section | {"error_feedback": {"form": "ef14"}})
-
-
-def test_the_hybrid_switches_at_the_first_refresh_after_its_step() -> None:
-    """A negative control of the comparison: until = 4 and 5 differ from step 4 on,
-    until = 5 and 8 do not differ at all.
-    """
-    runs = {}
-    for until in (4, 5, 8):
-        run = ByHand(GoLore(3, 4, galore_until=until), ("w",), (12, 7), 2, False)
-        runs[until] = [
-            dense(run.step([g[None] for g in given((12, 7), t, 2)])[0].applied) for t in range(12)
-        ]
-    for t in range(12):
-        assert torch.equal(runs[5][t], runs[8][t])
-        assert torch.equal(runs[4][t], runs[5][t]) == (t < 4 or t >= 8)
-
-
 @pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
 def test_a_refresh_can_apply_the_whole_mean(shape: tuple[int, int]) -> None:
     run = ByHand(GaLore(2, 3, apply_full=True), ("w",), shape, 2, True)
@@ -114,9 +85,6 @@ def test_a_refresh_can_apply_the_whole_mean(shape: tuple[int, int]) -> None:
         full = (sum(gradients) + sum(e[0] for e in before)) / 2
         assert (relative(applied, full) < 1e-14) == (t % 3 == 0)
         assert all((float(error.norm()) < 1e-14) == (t % 3 == 0) for error in run.errors)
-
-
-# --- what every step keeps -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -206,61 +174,6 @@ def test_the_transposed_parameter_gives_the_transposed_result(
         assert relative(other.mT, applied) < 1e-11
 
 
-def test_the_random_subspace_is_kept_for_a_period_and_leaves_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
-    bases = []
-    for _ in range(2):
-        run = ByHand(GoLore(2, 4), ("w",), (12, 7), 1, False)
-        bases.append([run.step([given((12, 7), t, 1)[0][None]])[0].state["P"] for t in range(9)])
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(one, other) for one, other in zip(*bases, strict=True))
-    same = [torch.equal(bases[0][t], bases[0][t - 1]) for t in range(1, 9)]
-    assert same == [True, True, True, False, True, True, True, False]
-
-
-def test_a_parameter_that_comes_between_two_refreshes_has_a_subspace() -> None:
-    """Its first refresh may be tau - 1 steps away; a zero basis would send nothing
-    until then.
-    """
-    for kind in (GaLore(2, 10), GoLore(2, 10)):
-        run = ByHand(kind, ("w",), (12, 7), 1, False)
-        run.t = 3
-        assert float(dense(run.step([given((12, 7), 3, 1)[0][None]])[0].applied).norm()) > 0.1
-
-
-# --- in expectation --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shape", "side"), [((8, 5), "short"), ((5, 8), "short"), ((8, 5), "long")]
-)
-def test_the_scaled_form_is_unbiased(shape: tuple[int, int], side: str) -> None:
-    """20 000 draws, 4 standard errors at the worst of 40 entries; the unscaled form
-    fails by far.
-    """
-    matrix = torch.from_numpy(spectrum_matrix(*shape, np.array([3.0, 1.0, 0.3]), seed=1))
-    assert (
-        distance_in_standard_errors(draws(GoLore(2, 1, side, scaled=True), matrix, 20_000), matrix)
-        < 4.0
-    )
-    assert distance_in_standard_errors(draws(GoLore(2, 1, side), matrix, 20_000), matrix) > 40.0
-
-
-@pytest.mark.parametrize(("side", "length"), [("short", 6), ("long", 9)])
-def test_a_random_subspace_captures_r_over_its_length(side: str, length: int) -> None:
-    """E ||Delta - C(Delta)||^2 = (1 - r / s) ||Delta||^2 whatever the spectrum: 2 000
-    draws, 3 standard errors; on the long side a smaller share, which is the negative
-    control of the other side's.
-    """
-    matrix = torch.from_numpy(spectrum_matrix(9, 6, np.array([5.0, 1.0, 0.1]), seed=2))
-    left = (matrix - draws(GoLore(2, 1, side), matrix, 2_000)).square().sum(
-        dim=(1, 2)
-    ) / matrix.square().sum()
-    error = float(left.std()) / 2_000**0.5
-    assert abs(float(left.mean()) - (1 - 2 / length)) < 3 * error
-    assert abs(2 / 6 - 2 / 9) > 6 * error
-
-
 def test_singular_vectors_of_each_workers_own_gradient_are_wrong() -> None:
     """The defect of per-rank SVDs: coordinates in different systems are averaged. What
     comes out is no projection of the mean on anything, it is further from it than the
@@ -283,9 +196,6 @@ def test_singular_vectors_of_each_workers_own_gradient_are_wrong() -> None:
         abs(float((one * (mean - one)).sum())) > 0.02 * float(mean.norm()) ** 2 for one in wrong
     )
     assert max(relative(one, wrong[0]) for one in wrong[1:]) > 0.5
-
-
-# --- bytes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -332,40 +242,12 @@ def test_bytes_are_the_formula_over_two_periods(kind: str, side: str) -> None:
         )
 
 
-def all_given(t: int, workers: int) -> dict[str, list[Tensor]]:
-    return {name: given(shape, t, workers) for name, shape in SHAPES.items()}
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
 SCHEMES: dict[str, Compressor] = {
     "galore": GaLore(2, 3),
     "galore, long": GaLore(2, 3, "long"),
     "golore": GoLore(2, 3),
     "hybrid": GoLore(2, 3, galore_until=3),
 }
-
-
-def train(rank: int, compressor: Compressor, wire: str | None) -> list[dict[str, Tensor]]:
-    """Seven steps; what is applied."""
-    parameters = {
-        name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-        for name, shape in SHAPES.items()
-    }
-    optimizer = CompressedOptimizer(
-        torch.optim.SGD(parameters.items(), lr=0.1),
-        compressor,
-        min_compression_rate=0,
-        wire_dtype=wire,
-    )
-    history = []
-    for t in range(7):
-        for name, shape in SHAPES.items():
-            parameters[name].grad = given(shape, t, rank + 1)[rank]
-        assert optimizer.reduce_gradients()
-        history.append({name: p.grad.clone() for name, p in parameters.items()})
-        optimizer.step()
-    return history
 
 
 @pytest.mark.parametrize("wire", [None, "bfloat16"])
@@ -386,46 +268,6 @@ def test_gloo_processes_equal_the_simulation(gloo: GlooPool, scheme: str, wire: 
             )
 
 
-def blocks_of_rows(rank: int, compressor: Compressor) -> list[dict[str, Tensor]]:
-    """Two nodes of two ranks, whole matrices in blocks of rows; each rank has half of
-    its node's gradient.
-    """
-    parameters = {
-        name: torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-        for name, shape in SHAPES.items()
-    }
-    optimizer = CompressedOptimizer(
-        torch.optim.SGD(parameters.items(), lr=0.1),
-        compressor,
-        grid(2),
-        min_compression_rate=0,
-        shard_scope="matrix",
-    )
-    history = []
-    for t in range(5):
-        for name, shape in SHAPES.items():
-            parameters[name].grad = given(shape, t, 4)[rank]
-        optimizer.reduce_gradients()
-        history.append({name: p.grad.clone() for name, p in parameters.items()})
-        optimizer.step()
-    return history
-
-
-@pytest.mark.parametrize("compressor", [GoLore(2, 3), GoLore(2, 3, "long")], ids=repr)
-def test_golore_of_rows_in_blocks_equals_itself(gloo: GlooPool, compressor: Compressor) -> None:
-    histories = gloo.run(blocks_of_rows, 4, compressor)
-    sim = simulation(compressor, SHAPES, 2)
-    for t in range(5):
-        everything = all_given(t, 4)
-        nodes = [
-            {name: (g[2 * k] + g[2 * k + 1]) / 2 for name, g in everything.items()}
-            for k in range(2)
-        ]
-        applied = sim.reduce(nodes)
-        for name in SHAPES:
-            assert all(relative(history[t][name], applied[name]) < 1e-12 for history in histories)
-
-
 def refused(rank: int) -> str:
     try:
         base = torch.optim.SGD({"w": torch.nn.Parameter(torch.zeros(8, 8))}.items())
@@ -437,9 +279,6 @@ def refused(rank: int) -> str:
 
 def test_galore_of_rows_in_blocks_is_refused(gloo: GlooPool) -> None:
     assert all("galore" in text and 'shard_scope="shard"' in text for text in gloo.run(refused, 4))
-
-
-# --- GaLore's trap ---------------------------------------------------------------------------------------------------
 
 
 def squared_gradient(
@@ -476,8 +315,6 @@ def test_galore_is_trapped_by_noise_and_golore_escapes() -> None:
     assert squared_gradient(GaLore(4, 20), sigma=0.4) < 1.2
     assert squared_gradient(None, sigma=1.0) < 1e-6
 
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "tau": ({"compressor": "galore", "restart_every": 0}, ["restart_every", "0"]),

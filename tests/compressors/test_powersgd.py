@@ -171,7 +171,10 @@ def test_large_gradients_of_16_bits_and_with_a_loss_scale() -> None:
         assert of_32_bits.reduce([wide]).applied
         of_16_bits.commit()
         of_32_bits.commit()
-        assert relative(of_16_bits.error_memory()["w"], of_32_bits.error_memory()["w"]) < 1e-5
+        assert (
+            relative(of_16_bits.state.error_memory()["w"], of_32_bits.state.error_memory()["w"])
+            < 1e-5
+        )
         assert relative(narrow.float() / 64, wide) < 1e-2
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lowrank_comm import ConfigError, RandomProjection
-from tests.compressors.test_galore import SHAPES, blocks_of_rows, train
 from tests.support.driver import dense, simulation
 from tests.support.gloo import GlooPool
+from tests.support.projection_runs import SHAPES, blocks_of_rows, train
 from tests.support.projections import ByHand, distance_in_standard_errors, draws, given, relative
 from tests.support.reference import gradient, spectrum_matrix
 from tests.support.reference_projection import Projection

@@ -11,9 +11,18 @@ import pytest
 
 from lowrank_comm import Atomo, ErrorFeedback, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
-from tests.integrations.test_engines import ENGINES, FULL, RANK_2, RESTARTS, WORLD, every_engine
 from tests.support import engine_cases as cases
-from tests.support.engines import Setup, simulated, worst
+from tests.support.engines import (
+    ENGINES,
+    FULL,
+    RANK_2,
+    RESTARTS,
+    WORLD,
+    Setup,
+    every_engine,
+    simulated,
+    worst,
+)
 from tests.support.gloo import CaseFailed, GlooPool
 
 

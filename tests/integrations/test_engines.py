@@ -25,29 +25,19 @@ from lowrank_comm import (
     Quantization,
     RandomProjection,
 )
-from tests.support.engines import Setup, simulated, train, worst
+from tests.support.engines import (
+    ENGINES,
+    FULL,
+    RANK_2,
+    RESTARTS,
+    WORLD,
+    Setup,
+    every_engine,
+    simulated,
+    train,
+    worst,
+)
 from tests.support.gloo import GlooPool
-
-WORLD = 4
-FULL, RANK_2 = PowerSGD(99), PowerSGD(2)
-RESTARTS = PowerSGDPlus(2, restart_every=7)
-
-ENGINES = {
-    "plain model": Setup("plain", options={"reduce_at": "backward"}),
-    "plain model, two levels, shard": Setup("plain", nodes=2, options={"reduce_at": "backward"}),
-    "plain model, two levels, matrix": Setup(
-        "plain", nodes=2, scope="matrix", options={"reduce_at": "backward"}
-    ),
-    "DDP": Setup("ddp"),
-    "DDP, two levels, shard": Setup("ddp", nodes=2),
-    "DDP, two levels, matrix": Setup("ddp", nodes=2, scope="matrix"),
-    "FSDP2, flat": Setup("flat"),
-    "FSDP2, HSDP sub-mesh, shard": Setup("hsdp", nodes=2),
-    "FSDP2, HSDP sub-mesh, matrix": Setup("hsdp", nodes=2, scope="matrix"),
-    "FSDP2, HSDP 2-D mesh, shard": Setup("native", nodes=2),
-    "FSDP2, HSDP 2-D mesh, matrix": Setup("native", nodes=2, scope="matrix"),
-}
-every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES.keys())
 
 
 def alike(results: list[dict]) -> None:
@@ -102,6 +92,7 @@ ALGORITHMS = [
     (PowerSGD(1), {"error_feedback": ErrorFeedback(rounds=2)}),
     (PowerSGD(2), {"quantization": Quantization(factors="int8", dense="int8")}),
 ]
+
 ONE_LEVEL_OR_SHARDS = {name: setup for name, setup in ENGINES.items() if setup.scope != "matrix"}
 
 
@@ -131,6 +122,7 @@ def train_each(rank: int, setups: list[Setup]) -> list[dict]:
 
 
 MATRIX_SCOPE = {name: setup for name, setup in ENGINES.items() if setup.scope == "matrix"}
+
 VARIANTS = {
     "svd": (PowerSGDPlus(2, 3), {}),
     "randomized": (PowerSGDPlus(2, 3, restart="randomized"), {}),
@@ -251,6 +243,7 @@ def test_bytes_of_a_node_are_the_formula(gloo: GlooPool, engine: Setup) -> None:
 FSDP = {
     name: setup for name, setup in ENGINES.items() if setup.engine in ("flat", "hsdp", "native")
 }
+
 every_fsdp = pytest.mark.parametrize("engine", FSDP.values(), ids=FSDP.keys())
 
 

@@ -17,8 +17,17 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD
-from tests.integrations.test_engines import ENGINES, WORLD, every_engine
-from tests.support.engines import Net, Setup, full, loss_of, plain_names, wrapped
+from tests.support.engines import (
+    ENGINES,
+    WORLD,
+    Net,
+    Setup,
+    every_engine,
+    full,
+    loss_of,
+    plain_names,
+    wrapped,
+)
 from tests.support.gloo import GlooPool
 
 

@@ -13,8 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm import CompressedOptimizer, PowerSGD
-from tests.integrations.test_engines import WORLD
-from tests.support.engines import Net, loss_of, plain_names
+from tests.support.engines import WORLD, Net, loss_of, plain_names
 from tests.support.gloo import GlooPool
 
 

@@ -18,9 +18,9 @@ from lowrank_comm import (
     UnsupportedError,
 )
 from lowrank_comm.projected.optimizer import ProjectedOptimizer
-from tests.projected.test_optimizer import loss_of, model, parameters
 from tests.support import ROOT
 from tests.support.gloo import GlooPool
+from tests.support.projected_model import loss_of, model, parameters
 from tests.support.reference import gradient
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "rank": 3, "restart_every": 4}

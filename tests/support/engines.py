@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,13 +26,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_comm import CompressedOptimizer
+from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
 from lowrank_comm.communication import intra_node as shards
 from lowrank_comm.communication.intra_node import block_of
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.simulation import Simulation
 
 DIM, HIDDEN, OUT = 12, 18, 5
+
 BATCH = 8
 
 
@@ -460,3 +462,28 @@ def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest difference between two sets of parameters."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+WORLD = 4
+
+FULL, RANK_2 = PowerSGD(99), PowerSGD(2)
+
+RESTARTS = PowerSGDPlus(2, restart_every=7)
+
+ENGINES = {
+    "plain model": Setup("plain", options={"reduce_at": "backward"}),
+    "plain model, two levels, shard": Setup("plain", nodes=2, options={"reduce_at": "backward"}),
+    "plain model, two levels, matrix": Setup(
+        "plain", nodes=2, scope="matrix", options={"reduce_at": "backward"}
+    ),
+    "DDP": Setup("ddp"),
+    "DDP, two levels, shard": Setup("ddp", nodes=2),
+    "DDP, two levels, matrix": Setup("ddp", nodes=2, scope="matrix"),
+    "FSDP2, flat": Setup("flat"),
+    "FSDP2, HSDP sub-mesh, shard": Setup("hsdp", nodes=2),
+    "FSDP2, HSDP sub-mesh, matrix": Setup("hsdp", nodes=2, scope="matrix"),
+    "FSDP2, HSDP 2-D mesh, shard": Setup("native", nodes=2),
+    "FSDP2, HSDP 2-D mesh, matrix": Setup("native", nodes=2, scope="matrix"),
+}
+
+every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES.keys())

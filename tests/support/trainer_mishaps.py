@@ -1,4 +1,4 @@
-"""What test_trainer.py has Trainers do wrong, or seldom; cases for the pool."""
+"""What test_transformers.py has Trainers do wrong, or seldom; cases for the pool."""
 
 from __future__ import annotations
 

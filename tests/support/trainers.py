@@ -1,4 +1,4 @@
-"""Real Trainers on a small model, one function for every engine: what test_trainer.py
+"""Real Trainers on a small model, one function for every engine: what test_transformers.py
 compares.
 
 `train(engine, ...)` runs in each process of a gloo pool, or of the DeepSpeed processes,
