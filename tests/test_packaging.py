@@ -37,7 +37,8 @@ TRY_IT = """
 import torch, lowrank_comm
 from lowrank_comm import CompressedOptimizer, Identity, PowerSGD, PowerSGDPlus
 model = torch.nn.Linear(64, 64)
-optimizer = CompressedOptimizer(torch.optim.AdamW(model.named_parameters()), compressor=PowerSGDPlus(rank=4))
+base = torch.optim.AdamW(model.named_parameters())
+optimizer = CompressedOptimizer(base, compressor=PowerSGDPlus(rank=4))
 model(torch.ones(2, 64)).sum().backward()
 optimizer.step()
 assert sorted(optimizer.error_memory()) == ["weight"]
@@ -56,9 +57,10 @@ def test_a_checkout_that_is_not_installed_works(tmp_path: Path) -> None:
 
 def test_the_core_imports_no_engine(tmp_path: Path) -> None:
     code = """
-import sys, lowrank_comm, lowrank_comm.simulation, lowrank_comm.config, lowrank_comm.checkpointing.file, lowrank_comm.reduction.plan
-heavy = {"deepspeed", "transformers", "accelerate", "peft", "rich", "matplotlib", "tokenizers", "datasets",
-         "typer", "yaml"}
+import sys, lowrank_comm, lowrank_comm.simulation, lowrank_comm.config
+import lowrank_comm.checkpointing.file, lowrank_comm.reduction.plan
+heavy = {"deepspeed", "transformers", "accelerate", "peft", "rich", "matplotlib", "tokenizers",
+         "datasets", "typer", "yaml"}
 print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
     assert python(code, tmp_path, ROOT).strip() == "[]"
@@ -69,7 +71,8 @@ def test_the_core_loads_no_extension_until_it_is_asked_for(tmp_path: Path) -> No
 import sys, lowrank_comm, lowrank_comm.simulation, lowrank_comm.config, lowrank_comm.checkpoint
 extensions = ("bidirectional", "projected", "lab", "integrations")
 def loaded():
-    return sorted({m.split(".")[1] for m in sys.modules if m.startswith("lowrank_comm.")} & set(extensions))
+    rooms = {m.split(".")[1] for m in sys.modules if m.startswith("lowrank_comm.")}
+    return sorted(rooms & set(extensions))
 print(loaded())
 assert set(lowrank_comm.__all__) <= set(dir(lowrank_comm))
 from lowrank_comm import ProjectedAdamW
@@ -78,7 +81,8 @@ print(loaded())
 from lowrank_comm.config import OPTIMIZERS
 import pkgutil
 assert set(lowrank_comm.bidirectional.METHODS) == set(OPTIMIZERS)
-assert {pkgutil.resolve_name(path) for path in OPTIMIZERS.values()} == {lowrank_comm.bidirectional.BidirectionalOptimizer}
+found = {pkgutil.resolve_name(path) for path in OPTIMIZERS.values()}
+assert found == {lowrank_comm.bidirectional.BidirectionalOptimizer}
 try:
     lowrank_comm.ProjectedAdam
 except AttributeError as error:
@@ -134,9 +138,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).write_bytes(origin.read_bytes())
     out = tmp_path_factory.mktemp("wheel")
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(out),
+            str(source),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = out.glob("*.whl")
     return made

@@ -151,7 +151,7 @@ def final_bits(
     )
 
 
-# --- the simulation's own manners ------------------------------------------------------------------------------------
+# --- the simulation's own manners ---
 
 
 def test_simulation_changes_nothing_it_is_given() -> None:

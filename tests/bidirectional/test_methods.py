@@ -94,7 +94,9 @@ def test_control_a_fixed_permutation_per_worker_pulls_the_points_away_from_x(
 
 
 def test_draws_do_not_depend_on_torchs_default_dtype_or_device() -> None:
-    """Ranks that differed in a coin would wait for each other in different collectives."""
+    """Ranks that differed in a coin would wait for each other in different
+    collectives.
+    """
 
     def drawn() -> list[Any]:
         context = [Context(3, t, 5, 8, (0,), True, torch.device("cpu")) for t in range(100)]
@@ -248,7 +250,7 @@ def test_same_seed_same_bits(method: Method) -> None:
     )
 
 
-# ---------------------------------------------------------------- ledger and clock
+# --- ledger and clock ---
 def test_ledger_and_clock_are_the_formula() -> None:
     method, steps = InkheartSGD(4, 0.3, uplink_fraction=0.4), 200
     clock = Clock(h=2.0, kappa=0.5)
@@ -312,7 +314,7 @@ def test_plans_reach_their_eps_by_their_own_bounds_and_fall_with_n() -> None:
     assert m4.method.bound(problem, 16, 64, 4, m4.first_batch, m4.steps) <= 0.05 * (1 + 1e-9)
 
 
-# ---------------------------------------------------------------- bad input
+# --- bad input ---
 @pytest.mark.parametrize(
     ("make", "named"),
     [

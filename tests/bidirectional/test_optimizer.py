@@ -93,7 +93,7 @@ def train(
         optimizer.step()
 
 
-# ---------------------------------------------------------------- equal to the simulation
+# --- equal to the simulation ---
 
 
 def trajectory(rank: int, method: Method) -> tuple[list[Tensor], list[Tensor], Any]:
@@ -164,7 +164,7 @@ def test_alone_and_uncompressed_it_is_the_base_exactly() -> None:
         assert torch.equal(flat(named), flat(plain))
 
 
-# ---------------------------------------------------------------- a plain loop, and evaluation at x
+# --- a plain loop, and evaluation at x ---
 
 
 def real_loop(rank: int) -> tuple[list[float], bool, bool]:
@@ -206,7 +206,7 @@ def test_a_model_learns_and_is_evaluated_at_x(gloo: GlooPool) -> None:
     assert [holds for _, holds, _ in answers] == [True, False, False, False]
 
 
-# ---------------------------------------------------------------- the veto
+# --- the veto ---
 
 
 def everything(optimizer: BidirectionalOptimizer, named: dict[str, nn.Parameter]) -> list[Tensor]:
@@ -284,7 +284,7 @@ def test_a_grad_scaler_is_lowered_on_all_workers(gloo: GlooPool) -> None:
     assert gloo.run(scaled, 4) == [([8.0, 4.0, 4.0], [False, True, False])] * 4
 
 
-# ---------------------------------------------------------------- resume
+# --- resume ---
 
 
 def interrupted(
@@ -381,7 +381,7 @@ def test_misfits_name_what_differs() -> None:
     assert plain.param_groups[0]["lr"] == 0.7
 
 
-# ---------------------------------------------------------------- what is refused
+# --- what is refused ---
 
 
 def wrapped(rank: int, how: str) -> str:
@@ -511,7 +511,7 @@ def test_a_state_dict_goes_through_torch_save() -> None:
     assert torch.equal(flat(again), flat(named))
 
 
-# ---------------------------------------------------------------- the page, and states of the other kind
+# --- the page, and states of the other kind ---
 
 
 def the_page(rank: int, folder: str) -> float:

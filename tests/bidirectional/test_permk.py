@@ -1,4 +1,6 @@
-"""Grouped PermK: unbiased for every worker, with the omega it says; controls that fail."""
+"""Grouped PermK: unbiased for every worker, with the omega it says; controls
+that fail.
+"""
 
 from __future__ import annotations
 

@@ -36,8 +36,11 @@ def save_file(rank: int, compressor: Compressor, folder: str) -> dict[str, Any]:
     trainer.train(0, FIRST, rank)
     library_checkpoint.save(trainer.optimizer.reducer, folder)
     torch.distributed.barrier()
-    return {"weights": saved(trainer.model.state_dict()), "base": saved(trainer.optimizer.base.state_dict()),
-            "seen": trainer.train(FIRST, MORE, rank, common=True)}  # fmt: skip
+    return {
+        "weights": saved(trainer.model.state_dict()),
+        "base": saved(trainer.optimizer.base.state_dict()),
+        "seen": trainer.train(FIRST, MORE, rank, common=True),
+    }
 
 
 def load_file(

@@ -71,7 +71,9 @@ KEPT["ef21_sgdm"] = ", the EF21 memory (y, v) is kept"
 def test_what_is_kept_beside_a_basis_that_starts_anew_is_said(
     form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """y and v are the parameter's, whatever the rank, and so is what is said of them."""
+    """y and v are the parameter's, whatever the rank, and so is what is said
+    of them.
+    """
     options = {"error_feedback": ErrorFeedback(form=form)}
     one, other = Trainer(PowerSGD(2), **options), Trainer(PowerSGD(3), **options)
     one.train(0, 3, 0)

@@ -47,7 +47,9 @@ IN_DENSE = sum(math.prod(shape) for shape in DENSE.values())
 
 
 def payload(compressor: Compressor, step: int, element: int = 4) -> dict[str, int]:
-    """The formulas: what one worker hands over at a step, without the control numbers."""
+    """The formulas: what one worker hands over at a step, without the control
+    numbers.
+    """
     if isinstance(compressor, Identity):
         return {"dense": (WHOLE + IN_DENSE) * element}
     sent = {"dense": IN_DENSE * element}

@@ -59,7 +59,7 @@ def test_one_factor_and_one_collective_a_step() -> None:
         assert one.restart_elements(30, 20, 2) == other.restart_elements(30, 20, 2)
 
 
-# --- against the algorithm in NumPy ----------------------------------------------------------------------------------
+# --- against the algorithm in NumPy ---
 
 
 class Reference:
@@ -143,7 +143,7 @@ def test_compression_is_an_orthogonal_projection() -> None:
             assert abs(float((applied * (mean - applied)).sum())) < 1e-10 * float(mean.norm()) ** 2
 
 
-# --- what it captures ------------------------------------------------------------------------------------------------
+# --- what it captures ---
 
 
 def test_captured_energy_on_a_matrix_that_does_not_change() -> None:

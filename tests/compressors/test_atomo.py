@@ -47,7 +47,7 @@ def test_bytes_of_systematic_sampling() -> None:
     checks.bytes_are_as_said(SCHEMES[0], 4)
 
 
-# --- probabilities ---------------------------------------------------------------------------------------------------
+# --- probabilities ---
 
 
 def water_filled(s: np.ndarray, r: int) -> np.ndarray:
@@ -93,7 +93,7 @@ def test_water_filling_has_the_least_variance() -> None:
     assert naive.sum() == pytest.approx(2.976, abs=1e-3)
 
 
-# --- draws -----------------------------------------------------------------------------------------------------------
+# --- draws ---
 
 DRAWS = 20_000
 
@@ -229,7 +229,7 @@ def test_what_each_form_is() -> None:
     assert not plain.row_blocks
 
 
-# --- against NumPy, and on the wire ----------------------------------------------------------------------------------
+# --- against NumPy, and on the wire ---
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)

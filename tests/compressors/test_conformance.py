@@ -60,7 +60,7 @@ def test_no_compressor_is_forgotten() -> None:
     assert set(SETTINGS) == set(REGISTRY)
 
 
-# --- mass ------------------------------------------------------------------------------------------------------------
+# --- mass ---
 
 
 @every_combination
@@ -128,7 +128,7 @@ def test_linear_where_claimed_and_only_there(section: Given) -> None:
             assert relative(one, other) > 1e-2
 
 
-# --- contraction, unbiasedness ---------------------------------------------------------------------------------------
+# --- contraction, unbiasedness ---
 
 DRAWS = 600
 SPECTRA = {
@@ -194,7 +194,7 @@ def test_unbiased_where_claimed_and_only_there(section: Given) -> None:
         assert off > 6
 
 
-# --- shapes and values -----------------------------------------------------------------------------------------------
+# --- shapes and values ---
 
 
 @every_combination
@@ -291,7 +291,7 @@ def test_half_types(section: Given, dtype: torch.dtype) -> None:
     assert all(error.dtype == torch.float32 for error in errors.values())
 
 
-# --- the same on all, and again --------------------------------------------------------------------------------------
+# --- the same on all, and again ---
 
 
 @every_combination
@@ -403,7 +403,7 @@ def over_gloo(rank: int, chosen: list[Given]) -> list[tuple[dict[str, Any], dict
     return results
 
 
-# --- state and bytes -------------------------------------------------------------------------------------------------
+# --- state and bytes ---
 
 
 def handed_over(sims: Simulation, other: Simulation) -> None:

@@ -1,4 +1,5 @@
-"""Restarts that choose from a basis found now and then: the choice, its contraction, the
+"""Restarts that choose from a basis found now and then: the choice, its contraction,
+the
 period of the basis."""
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def test_the_formulas_of_the_bytes() -> None:
     assert GreedyLore(4, basis=4).elements(100, 50, 4) == 4 * 100
 
 
-# --- against the algorithm in NumPy ----------------------------------------------------------------------------------
+# --- against the algorithm in NumPy ---
 
 
 class Reference:
@@ -151,7 +151,7 @@ def test_the_transpose_gives_the_transpose(scheme: Compressor) -> None:
         torch.testing.assert_close(other.T, one, rtol=1e-10, atol=1e-10)
 
 
-# --- refresh ---------------------------------------------------------------------------------------------------------
+# --- refresh ---
 
 
 def test_a_refresh_applies_gradient_and_error_and_clears_the_error() -> None:
@@ -195,7 +195,7 @@ def test_error_is_bounded_by_the_period_whatever_the_basis_misses() -> None:
         assert t >= tau or error == pytest.approx(t * float(other.norm()), abs=1e-9)
 
 
-# --- what the choice captures ----------------------------------------------------------------------------------------
+# --- what the choice captures ---
 
 M, N, RANK, WORKERS, DRAWS = 64, 32, 4, 4, 400
 
@@ -323,7 +323,7 @@ def test_ties_go_to_the_lower_index() -> None:
     assert torch.equal(end.value.value, basis[..., :3])
 
 
-# --- the basis -------------------------------------------------------------------------------------------------------
+# --- the basis ---
 
 
 def basis_from(d: torch.Tensor, columns: int) -> torch.Tensor:

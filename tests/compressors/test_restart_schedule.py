@@ -14,7 +14,9 @@ from tests.support.reference import gradient
 
 
 def test_restart_schedule_goes_on_where_it_was() -> None:
-    """t is part of the state: a run saved at t = 6 with tau = 4 restarts next at t = 8."""
+    """t is part of the state: a run saved at t = 6 with tau = 4 restarts next
+    at t = 8.
+    """
     one = Trainer(PowerSGDPlus(2, restart_every=4))
     other = Trainer(PowerSGDPlus(2, restart_every=4))
     one.train(0, 6, 0)

@@ -52,7 +52,9 @@ def test_section_is_valid(path: Path) -> None:
 
 
 def launch(script: str, *words: str) -> str:
-    """`deepspeed --num_gpus 2 <script> ...` as in the README; returns what it printed."""
+    """`deepspeed --num_gpus 2 <script> ...` as in the README; returns what it
+    printed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

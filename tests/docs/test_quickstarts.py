@@ -70,8 +70,8 @@ def run_section(title: str, folder: Path) -> list[str]:
         port = str(29650 + 7 * list(COMMANDS).index(title) + k)
         where = ["--master_port", port] if words[0] in ("torchrun", "deepspeed") else []
         done = subprocess.run(
-            words[:1] + where + words[1:], cwd=folder, env=environment(folder, title), capture_output=True, text=True,
-            timeout=200, check=False,
+            words[:1] + where + words[1:], cwd=folder, env=environment(folder, title),
+            capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{(done.stdout + done.stderr)[-5000:]}"
         printed.append(done.stdout)

@@ -150,7 +150,9 @@ def test_an_offloaded_memory_gives_the_same_numbers() -> None:
 
 
 def test_error_memory_is_in_gradient_units_whatever_the_loss_scale() -> None:
-    """reduce(scale=s): Delta = g / s + e, and what is written back is the mean times s."""
+    """reduce(scale=s): Delta = g / s + e, and what is written back is the
+    mean times s.
+    """
     slots = [
         ParamInfo(name, shape, torch.float64, torch.device("cpu")) for name, shape in SHAPES.items()
     ]

@@ -55,7 +55,7 @@ def test_the_processes_ran_every_case(results: dict[int, dict[str, Any]], tmp_pa
         assert list(found) == list(worker.cases(str(tmp_path)))
 
 
-# ---------------------------------------------------------------- the same training
+# --- the same training ---
 
 
 @pytest.mark.shows(
@@ -180,7 +180,7 @@ def test_loss_backward_is_as_good_as_engine_backward(look: Look, stage: int) -> 
             assert found == {"losses": 0.0}
 
 
-# ---------------------------------------------------------------- which parameters
+# --- which parameters ---
 
 
 USERS = [
@@ -231,7 +231,7 @@ def test_frozen_and_tied_parameters(look: Look, stage: int) -> None:
         ]
 
 
-# ---------------------------------------------------------------- steps that do not count
+# --- steps that do not count ---
 
 VETOES = [f"{stage} {dtype}" for stage in STAGES for dtype in toy.DTYPES] + [
     f"{stage} bf16 fp32" for stage in (1, 2, 3)
@@ -306,7 +306,7 @@ def test_a_matrix_without_a_gradient_does_not_get_its_last_one_again(
         assert found["parameters"] < 1e-5
 
 
-# ---------------------------------------------------------------- mishaps
+# --- mishaps ---
 
 
 @pytest.mark.parametrize("whose", ["engine", "optimizer"])
@@ -373,7 +373,7 @@ def test_checkpoints_of_other_runs(look: Look, stage: int) -> None:
         assert "missing, and with it the error memory" in found["lost"]
 
 
-# ---------------------------------------------------------------- checkpoints
+# --- checkpoints ---
 
 
 @pytest.mark.shows("checkpoint", engine="DeepSpeed ZeRO-{case[0]}")
@@ -403,7 +403,7 @@ def test_one_process_resumes_what_two_have_saved(look: Look, folder: Path) -> No
     assert all(map(math.isfinite, found["losses"]))
 
 
-# ---------------------------------------------------------------- bytes
+# --- bytes ---
 
 
 @pytest.mark.shows("bytes = formula", engine="DeepSpeed ZeRO-{stage}")
@@ -447,7 +447,7 @@ def test_what_is_sent_is_what_the_ledger_says_and_nothing_else(look: Look, stage
                 assert seen["ledger"]["factors"] == 4 * sum(r * (m + n) for m, n, r in sizes)
 
 
-# ---------------------------------------------------------------- refusals
+# --- refusals ---
 
 REFUSED = {
     "unknown key": ["lowrank_comm.restart_evry", "did you mean 'restart_every'"],

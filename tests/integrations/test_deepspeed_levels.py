@@ -49,7 +49,7 @@ def whole(blocks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([rank[name] for rank in blocks]) for name in blocks[0]}
 
 
-# ---------------------------------------------------------------- the same training
+# --- the same training ---
 
 
 @pytest.mark.timeout(570)
@@ -112,7 +112,7 @@ def test_the_scopes_differ(gas: int) -> None:
     assert toy.gap(simulated(gas, "shard"), simulated(gas, "matrix")) > 1e-3
 
 
-# ---------------------------------------------------------------- memory and bytes
+# --- memory and bytes ---
 
 
 @pytest.mark.parametrize("case", RUNS)
@@ -152,7 +152,7 @@ def test_the_ranks_of_a_node_send_what_the_plan_says(look: Look, case: str) -> N
         assert ordinary >= 5
 
 
-# ---------------------------------------------------------------- steps that do not count
+# --- steps that do not count ---
 
 VETOES = [f"{stage} {dtype}" for stage in STAGES for dtype in ("fp32", "bf16")]
 VETOES += [f"{stage} {what}" for stage in (1, 3) for what in ("fp16", "bf16 fp32")]
@@ -202,7 +202,7 @@ def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, s
         assert found == expected
 
 
-# ---------------------------------------------------------------- checkpoints
+# --- checkpoints ---
 
 
 @pytest.mark.shows("checkpoint", engine="DeepSpeed ZeRO-{stage}, two levels")
@@ -248,7 +248,7 @@ def test_what_ef21_keeps_goes_on_in_other_blocks(look: Look) -> None:
         assert torch.equal(kept[0], kept[levels.F]) == (key.endswith("y") or "sometimes" in key)
 
 
-# ---------------------------------------------------------------- who is a node
+# --- who is a node ---
 
 WRONG = {
     "no divisor": ["lowrank_comm.topology.shard_size=3", "choose a divisor of 4"],

@@ -101,8 +101,9 @@ def test_an_unchanged_trainer_script_is_compressed_and_resumes(tmp_path: Path) -
         port = free.getsockname()[1]
     ran = subprocess.run(
         [
-            str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port), "--module",
-            "lowrank_comm.integrations.launch", str(SUPPORT / "plain_trainer.py"), "--deepspeed", str(tmp_path / "ds.json"),
+            str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port",
+            str(port), "--module", "lowrank_comm.integrations.launch",
+            str(SUPPORT / "plain_trainer.py"), "--deepspeed", str(tmp_path / "ds.json"),
             "--output_dir", str(out),
         ],
         env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

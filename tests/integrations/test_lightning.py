@@ -109,13 +109,14 @@ def fit(module: Toy, folder: Path, ckpt_path: str | None = None, **options: Any)
     trainer = Trainer(
         accelerator="cpu", default_root_dir=folder, callbacks=callbacks, enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks), **settings,
+        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
+        **settings,
     )  # fmt: skip
     trainer.fit(module, DataLoader(data(), batch_size=4, shuffle=False), ckpt_path=ckpt_path)
     return trainer
 
 
-# ---------------------------------------------------------------- two processes
+# --- two processes ---
 
 
 def cases(folder: Path) -> None:
@@ -283,7 +284,7 @@ def test_figures_are_logged_at_the_trainers_interval(found: dict[str, Any], fold
     assert all(float(row["compression/bytes"]) > 0 for row in rows)
 
 
-# ---------------------------------------------------------------- a single device, in this process
+# --- a single device, in this process ---
 
 
 @pytest.mark.slow

@@ -72,8 +72,8 @@ def run(gloo: GlooPool, folder: Path) -> Run:
     ) -> list[dict[str, Any]]:
         given = None if section is None else json.loads(section)
         return gloo.run(
-            functools.partial(trainers.case, **dict(more)), WRAPPED[engine][0], engine, str(folder / engine), given, form,
-            timeout=200,
+            functools.partial(trainers.case, **dict(more)), WRAPPED[engine][0], engine,
+            str(folder / engine), given, form, timeout=200,
         )  # fmt: skip
 
     def made(
@@ -197,9 +197,15 @@ def test_a_resumed_run_continues(run: Run, folder: Path, engine: str) -> None:
 
 
 def test_engines_agree(run: Run) -> None:
-    ways = [run(engine, trainers.RANK_2, form, **more)[0]["losses"][:10] for engine, form, more in (
-        ("ddp", "optimizer", SAVING), ("ddp", "section", {}), ("fsdp2", "optimizer", {}), ("fsdp2-plugin", "section", SAVING)
-    )]  # fmt: skip
+    ways = [
+        run(engine, trainers.RANK_2, form, **more)[0]["losses"][:10]
+        for engine, form, more in (
+            ("ddp", "optimizer", SAVING),
+            ("ddp", "section", {}),
+            ("fsdp2", "optimizer", {}),
+            ("fsdp2-plugin", "section", SAVING),
+        )
+    ]
     for other in ways[1:]:
         assert other == pytest.approx(ways[0], abs=1e-4)
 
@@ -243,7 +249,7 @@ def test_adapters_are_saved_by_save_pretrained(run: Run, folder: Path) -> None:
         assert torch.equal(parameter, trained[name]), name
 
 
-# ---------------------------------------------------------------- DeepSpeed
+# --- DeepSpeed ---
 
 
 @pytest.mark.timeout(570)
@@ -295,7 +301,7 @@ def test_wrong_use_with_deepspeed(look: Look) -> None:
         assert "'rank': 8" in said["two sections"]
 
 
-# ---------------------------------------------------------------- wrong use
+# --- wrong use ---
 
 
 def test_attach_forgotten(gloo: GlooPool, folder: Path) -> None:

@@ -38,12 +38,13 @@ def documents(tmp_path: Path, text_file: Path) -> TextSettings:
         file.write("\n".join(rows[10:20]) + "\n")
     (tmp_path / "c4-validation.json").write_text("\n".join(rows[20:]) + "\n")
     return TextSettings(
-        documents=str(tmp_path / "c4-train.*"), held_out_documents=str(tmp_path / "c4-validation.json"),
+        documents=str(tmp_path / "c4-train.*"),
+        held_out_documents=str(tmp_path / "c4-validation.json"),
         tokenizer=str(tmp_path / "tokenizer"), sequence_length=16, held_out_tokens=160,
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------ stand-ins
+# --- stand-ins ---
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A BERT with random weights and its tokenizer, as `transformers` saves them."""
@@ -52,8 +53,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizer(str(vocabulary)).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(WORDS) + 5, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32,
+        vocab_size=len(WORDS) + 5, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=32,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -343,7 +343,7 @@ def test_ddps_own_all_reduce_is_not_paid(gloo: GlooPool) -> None:
         assert counts[2:] == [0, 0, 0]
 
 
-# ---------------------------------------------------------------- loops that know which backward pass is the last
+# --- loops that know which backward pass is the last ---
 def test_a_plain_model_is_averaged_at_the_end_of_the_last_pass() -> None:
     torch.manual_seed(0)
     model = nn.Linear(16, 16)

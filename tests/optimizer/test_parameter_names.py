@@ -98,7 +98,9 @@ def test_a_part_of_the_model_that_is_called_module() -> None:
 
 
 def test_names_that_look_wrapped_are_told() -> None:
-    """Without attach(), a model wrapped by DDP would be averaged twice without a word."""
+    """Without attach(), a model wrapped by DDP would be averaged twice
+    without a word.
+    """
     named = [(f"module.{name}", p) for name, p in network().named_parameters()]
     optimizer = CompressedOptimizer(
         torch.optim.SGD(named, lr=0.1), PowerSGD(2), min_compression_rate=0

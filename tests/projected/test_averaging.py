@@ -263,7 +263,7 @@ def test_the_pages_example_trains(gloo: GlooPool) -> None:
     assert sums[0] == sums[1] != float(nn.Linear(256, 512).weight.detach().sum())
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 
 def refused(rank: int, how: str) -> str:

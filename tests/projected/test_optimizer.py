@@ -61,9 +61,7 @@ def test_the_subspace_is_that_of_the_compressors(projection: str) -> None:
             )
 
 
-def test_a_random_projector_leaves_the_global_generator_alone_and_is_orthonormal_on_both_sides() -> (
-    None
-):
+def test_a_random_projector_leaves_the_global_generator_alone_and_is_orthonormal_on_both_sides():
     for side in ("short", "long"):
         found = []
         for seed in (1, 2):

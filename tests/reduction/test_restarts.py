@@ -247,7 +247,9 @@ def test_a_step_that_does_not_count_changes_nothing(ends: str) -> None:
 def test_one_workers_nan_in_an_owed_restart_changes_nothing_anywhere(
     compressor: Compressor,
 ) -> None:
-    """Its packet is the second, when the flag of the first has been raised by nobody."""
+    """Its packet is the second, when the flag of the first has been raised by
+    nobody.
+    """
     sim = simulation(compressor, {"w": (9, 6), "late": (9, 6)}, 2)
     gradients = [
         {name: torch.from_numpy(gradient((9, 6), k, 0, j)) for j, name in enumerate(("w", "late"))}

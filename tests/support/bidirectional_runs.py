@@ -33,7 +33,7 @@ def run(
     return simulation
 
 
-# ---------------------------------------------------------------- the theorems
+# --- the theorems ---
 def laplacian(d: int) -> Tensor:
     return (
         0.508 * torch.eye(d)

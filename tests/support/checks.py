@@ -241,7 +241,9 @@ def randomness_is_its_own(compressor: Compressor) -> None:
 
 
 def a_narrow_wire_keeps_what_it_rounds(compressor: Compressor) -> None:
-    """bfloat16 on the wire, one worker: g + e = applied + e' at every step, in float32."""
+    """bfloat16 on the wire, one worker: g + e = applied + e' at every step,
+    in float32.
+    """
     sim = simulation(
         compressor, {"tall": (13, 7), "wide": (6, 11)}, dtype=torch.float32, wire_dtype="bfloat16"
     )

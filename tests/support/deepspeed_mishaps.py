@@ -224,7 +224,9 @@ def raising_scheduler(rank: int, stage: int) -> dict[str, Any]:
 
 
 class OwnGroup:
-    """A model-parallel unit that puts this rank into a data-parallel group of its own."""
+    """A model-parallel unit that puts this rank into a data-parallel group of
+    its own.
+    """
 
     def __init__(self, group: Any) -> None:
         self.group = group

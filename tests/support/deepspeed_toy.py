@@ -194,7 +194,7 @@ def adapter_of(engine: Any) -> Any:
     return adapter
 
 
-# -------------------------------------------------------------------- counting what is sent
+# --- counting what is sent ---
 
 REDUCTIONS = {
     "all_reduce": "tensor",

@@ -338,7 +338,9 @@ def in_other_blocks(
 def same_data(
     rank: int, model: nn.Module, optimizer: CompressedOptimizer, first: int, count: int
 ) -> None:
-    """Four parts of data, whatever the number of ranks: the mean gradient is the same."""
+    """Four parts of data, whatever the number of ranks: the mean gradient is
+    the same.
+    """
     world = dist.get_world_size()
     mine = range(rank * 4 // world, (rank + 1) * 4 // world)
     for step in range(first, first + count):
@@ -365,7 +367,9 @@ def stale_gathered_state(rank: int, setup: Setup, folder: str) -> list[float]:
 
 
 def gap_of_saved_errors(optimizer: CompressedOptimizer) -> float:
-    """Between what a state dict holds of this rank's blocks and what the reducer holds."""
+    """Between what a state dict holds of this rank's blocks and what the
+    reducer holds.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = optimizer.state_dict()
@@ -454,7 +458,9 @@ def gone_without_detach(rank: int, setup: Setup) -> list[float]:
 
 
 def disjoint_passes(rank: int, setup: Setup) -> str:
-    """Two backward passes over different parameters before a step, with nothing said."""
+    """Two backward passes over different parameters before a step, with
+    nothing said.
+    """
     model, optimizer = built(setup)
     run(rank, model, optimizer, 0, 1, setup)
     x = torch.randn(4, 12, generator=torch.Generator().manual_seed(rank))

@@ -2,7 +2,7 @@
 docs/engines.md and README.md from the tests.
 
     python tests/support/engine_matrix.py            writes both
-    python tests/support/engine_matrix.py --check    says whether both are as the tests are
+    python tests/support/engine_matrix.py --check    compares both with the tests
 
 A test that carries `@pytest.mark.shows(column, ...)` fills its columns in the row of
 the engine that it runs: the id of its parameter `engine`, or `engine="..."` of the
@@ -27,8 +27,8 @@ END = "<!-- end of the engine matrix -->"
 FILES = {ROOT / "docs/engines.md": "../tests", ROOT / "README.md": "tests"}
 
 COLUMNS = [
-    "full rank", "rank r = simulation", "bytes = formula", "accumulation", "clipping", "AdamW", "bf16", "fp16 + scaler",
-    "NaN on one rank", "overlap", "checkpoint", "GPU",
+    "full rank", "rank r = simulation", "bytes = formula", "accumulation", "clipping", "AdamW",
+    "bf16", "fp16 + scaler", "NaN on one rank", "overlap", "checkpoint", "GPU",
 ]  # fmt: skip
 ROWS = [
     "plain model", "plain model, two levels, shard", "plain model, two levels, matrix",

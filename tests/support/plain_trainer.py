@@ -37,8 +37,9 @@ def trainer(given: argparse.Namespace) -> Trainer:
         LlamaConfig(vocab_size=50, use_cache=False, tie_word_embeddings=True, **sizes)
     )
     arguments = TrainingArguments(
-        given.output_dir, deepspeed=given.deepspeed, max_steps=6, save_steps=3, logging_steps=1, report_to=[], use_cpu=True,
-        learning_rate=1e-2, per_device_train_batch_size=4, gradient_accumulation_steps=2, disable_tqdm=True, seed=0,
+        given.output_dir, deepspeed=given.deepspeed, max_steps=6, save_steps=3, logging_steps=1,
+        report_to=[], use_cpu=True, learning_rate=1e-2, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, disable_tqdm=True, seed=0,
     )  # fmt: skip
     return Trainer(model, arguments, train_dataset=Sentences())
 

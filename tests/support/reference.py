@@ -99,7 +99,7 @@ class Reference:
         return result.applied.reshape(self.shape)
 
 
-# --- seeded problems -------------------------------------------------------------------------------------------------
+# --- seeded problems ---
 
 
 def gradient(shape: tuple[int, ...], step: int, worker: int, seed: int = 0) -> Matrix:

@@ -80,8 +80,8 @@ GPUS = "AutoDetect=off\nName=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
 # The first process of the namespace. Its shell waits for all, and takes in the orphans
 # of jobs.
 DAEMONS = """\
-munged --foreground --force --socket={folder}/munge.socket --key-file={folder}/munge.key --pid-file={folder}/munged.pid \
---log-file={folder}/munged.log --seed-file={folder}/munged.seed --num-threads=1 &
+munged --foreground --force --socket={folder}/munge.socket --key-file={folder}/munge.key \
+--pid-file={folder}/munged.pid --log-file={folder}/munged.log --seed-file={folder}/munged.seed --num-threads=1 &
 while [ ! -S {folder}/munge.socket ]; do sleep 0.05; done
 slurmctld -D -c -f {folder}/slurm.conf &
 {nodes}
@@ -165,7 +165,8 @@ class SlurmLab:
             self.process = subprocess.Popen(
                 ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "sh", "-c",
                  DAEMONS.format(folder=self.folder, nodes=daemons)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=die_with_parent,
             )  # fmt: skip
         try:
             self.wait_until_idle(20)

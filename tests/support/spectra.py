@@ -1,4 +1,6 @@
-"""Matrices with given singular values, and the share of their energy that a step applies."""
+"""Matrices with given singular values, and the share of their energy that a
+step applies.
+"""
 
 from __future__ import annotations
 

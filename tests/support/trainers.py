@@ -1,14 +1,16 @@
-"""Real Trainers on a small model, one function for every engine: what test_transformers.py
-compares.
+"""Real Trainers on a small model, one function for every engine: what
+test_transformers.py compares.
 
 `train(engine, ...)` runs in each process of a gloo pool, or of the DeepSpeed processes,
 and returns plain values. Engines:
 
     plain, ddp                     as Trainer makes them by itself
     lora, dora                     PEFT adapters under DDP
-    fsdp2, hsdp                    the model sharded at load time (transformers' DistributedConfig), as a CPU can have it
-    fsdp2-plugin, hsdp-plugin      accelerate's FSDP plugin, as `fsdp_config` or `accelerate launch` make it on GPUs; on a
-                                   CPU accelerate keeps DDP instead, unless its state is
+    fsdp2, hsdp                    the model sharded at load time (transformers'
+                                   DistributedConfig), as a CPU can have it
+    fsdp2-plugin, hsdp-plugin      accelerate's FSDP plugin, as `fsdp_config` or
+                                   `accelerate launch` make it on GPUs; on a CPU
+                                   accelerate keeps DDP instead, unless its state is
                                    told otherwise, as is done here
     zero1, zero2, zero3            --deepspeed
 """
@@ -187,10 +189,11 @@ def arguments(engine: str, folder: Path, steps: int, more: dict[str, Any]) -> Tr
     # compression one of rounding; the default epsilon of 1e-8 would let Adam make much
     # of it.
     settings: dict[str, Any] = {
-        "max_steps": steps, "logging_steps": 1, "report_to": [], "use_cpu": True, "ddp_backend": "gloo",
-        "learning_rate": 1e-2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "disable_tqdm": True, "seed": 0,
-        "max_grad_norm": CLIP.get(engine, 0.5), "save_strategy": "no", "adam_epsilon": 1e-5, "lr_scheduler_type": "constant",
+        "max_steps": steps, "logging_steps": 1, "report_to": [], "use_cpu": True,
+        "ddp_backend": "gloo", "learning_rate": 1e-2, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2, "disable_tqdm": True, "seed": 0,
+        "max_grad_norm": CLIP.get(engine, 0.5), "save_strategy": "no", "adam_epsilon": 1e-5,
+        "lr_scheduler_type": "constant",
     }  # fmt: skip
     return TrainingArguments(str(folder), **settings | more)
 

@@ -17,7 +17,9 @@ BAD_STEP, STEPS = 3, 7
 
 
 def bits(value: Any) -> Any:
-    """A nested state with every tensor as its bytes, so that == means equal bit by bit."""
+    """A nested state with every tensor as its bytes, so that == means equal
+    bit by bit.
+    """
     if isinstance(value, Tensor):
         return (
             value.dtype,

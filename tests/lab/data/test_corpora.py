@@ -1,4 +1,6 @@
-"""Corpus, tokenizer, token blocks and their cache, all from files that packages ship."""
+"""Corpus, tokenizer, token blocks and their cache, all from files that
+packages ship.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

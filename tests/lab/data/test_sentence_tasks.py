@@ -14,7 +14,7 @@ from lowrank_comm.lab.data.sentence_tasks import BBC, GLUE, bbc_documents, bbc_t
 from tests.support.fine_tuning_runs import needs_news, run, settings_of
 
 
-# ------------------------------------------------------------------ GLUE
+# --- GLUE ---
 @pytest.mark.parametrize("name", list(GLUE))
 def test_every_task_of_glue_is_read_and_trained_on(glue: str, encoder: str, name: str) -> None:
     task = glue_task(name, glue)
@@ -71,7 +71,7 @@ def test_files_that_do_not_fit_are_named(glue: str, tmp_path: Path) -> None:
         glue_task("sst2", str(tmp_path))
 
 
-# ------------------------------------------------------------------ news
+# --- news ---
 @needs_news
 def test_the_tasks_made_of_news_are_balanced_and_their_parts_apart() -> None:
     documents = bbc_documents()

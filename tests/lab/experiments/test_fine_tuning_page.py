@@ -10,15 +10,16 @@ from lowrank_comm.lab.experiments.fine_tuning_page import PAPER, paper_average
 from tests.support.fine_tuning_runs import EXPERIMENT, contents, settings_of
 
 
-# ------------------------------------------------------------------ what is said of the rows
+# --- what is said of the rows ---
 def rows_of(scores: dict[tuple[str, str], list[float | None]]) -> list[dict[str, Any]]:
     return [
         {
             "key": f"{task}/{method}/seed{seed}",
             "params": {"task": task, "method": method, "seed": seed},
             "result": {
-                "score": score, "metric": "accuracy", "scores": {"accuracy": score}, "diverged": score is None,
-                "held_out_examples": 32, "training_examples": 64, "parameters": 1_000_000, "steps": 3, "curve": [],
+                "score": score, "metric": "accuracy", "scores": {"accuracy": score},
+                "diverged": score is None, "held_out_examples": 32, "training_examples": 64,
+                "parameters": 1_000_000, "steps": 3, "curve": [],
                 "sent": {"ratio": 8.0, "uncompressed_bytes_per_step": 4e6},
             },
             "seconds": 1.0,
@@ -50,15 +51,27 @@ def test_the_page_tells_what_the_rows_say(glue: str, encoder: str) -> None:
     assert "| PowerSGD | -4.93 ± 0.29 | -4.97 ± 0.14 | -4.95 ± 0.12 |" in page
     worse = rows_of({("sst2", "full"): [90.0, None, 91.0]})
     assert "90.50 ± 0.71 (1 of 3 diverged)" in EXPERIMENT.page(settings, worse)
-    turned = [row | {"params": row["params"] | {"method": {"powersgd": "powersgd_plus", "powersgd_plus": "powersgd"}.get(
-        row["params"]["method"], row["params"]["method"])}} for row in rows]  # fmt: skip
+    turned = [
+        row
+        | {
+            "params": row["params"]
+            | {
+                "method": {"powersgd": "powersgd_plus", "powersgd_plus": "powersgd"}.get(
+                    row["params"]["method"], row["params"]["method"]
+                )
+            }
+        }
+        for row in rows
+    ]
     assert "PowerSGD+ > PowerSGD (paper: 86.28 > 85.76): **contradicted**" in EXPERIMENT.page(
         settings, turned
     )
 
 
 def test_the_papers_averages_are_those_of_its_columns() -> None:
-    """The printed averages of three rows differ from their own columns by up to 0.07."""
+    """The printed averages of three rows differ from their own columns by up
+    to 0.07.
+    """
     printed = {"full": 86.35, "powersgd": 85.73, "galore": 85.70, "powersgd_plus": 86.28}
     for method, average in printed.items():
         assert paper_average(method) == pytest.approx(average, abs=0.08)

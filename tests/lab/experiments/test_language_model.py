@@ -54,7 +54,7 @@ def run(
     return EXPERIMENT.run(settings, Case("x", params), quiet)
 
 
-# ------------------------------------------------------------------ presets and cases
+# --- presets and cases ---
 PRESETS = {size: load("language_model", size) for size in ("small", "paper")}
 
 
@@ -187,7 +187,7 @@ def test_a_whole_run_tunes_first_and_goes_on_where_it_was(text_file: Path, tmp_p
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
 
 
-# ------------------------------------------------------------------ a run
+# --- a run ---
 def test_methods_start_from_the_same_model_and_batches(text_file: Path) -> None:
     settings, state = settings_of(text_file), torch.get_rng_state()
     dense, compressed, other = run(settings, "adam", None), run(settings), run(settings, seed=2)

@@ -17,16 +17,27 @@ def rows_of(perplexities: dict[tuple[str, int | None], list[float | None]]) -> l
     return [
         {
             "key": f"final/{method}/{rank}/{seed}",
-            "params": {"part": "final", "method": method, "rank": rank, "seed": seed, "learning_rate": 0.004},
+            "params": {
+                "part": "final",
+                "method": method,
+                "rank": rank,
+                "seed": seed,
+                "learning_rate": 0.004,
+            },
             "result": {
-                "perplexity": value, "loss": None, "diverged": value is None, "parameters": 1_000_000, "steps": 4,
-                "curve": [[1, 5.0]], "sent": {"bytes": {}, "bytes_per_step": 2000.0, "ratio": 20.0},
+                "perplexity": value,
+                "loss": None,
+                "diverged": value is None,
+                "parameters": 1_000_000,
+                "steps": 4,
+                "curve": [[1, 5.0]],
+                "sent": {"bytes": {}, "bytes_per_step": 2000.0, "ratio": 20.0},
             },
             "seconds": 1.0,
         }
         for (method, rank), values in perplexities.items()
         for seed, value in enumerate(values, start=1)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
