@@ -1,6 +1,6 @@
 """Restarts that choose from a basis found now and then: the choice, its contraction,
-the
-period of the basis."""
+the period of the basis.
+"""
 
 from __future__ import annotations
 

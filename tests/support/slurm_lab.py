@@ -81,7 +81,8 @@ GPUS = "AutoDetect=off\nName=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
 # of jobs.
 DAEMONS = """\
 munged --foreground --force --socket={folder}/munge.socket --key-file={folder}/munge.key \
---pid-file={folder}/munged.pid --log-file={folder}/munged.log --seed-file={folder}/munged.seed --num-threads=1 &
+--pid-file={folder}/munged.pid --log-file={folder}/munged.log \
+--seed-file={folder}/munged.seed --num-threads=1 &
 while [ ! -S {folder}/munge.socket ]; do sleep 0.05; done
 slurmctld -D -c -f {folder}/slurm.conf &
 {nodes}
