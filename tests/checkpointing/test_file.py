@@ -1,5 +1,6 @@
 """Files of compressed state: saved once, loaded at any number of workers, refused by
-all workers together."""
+all workers together.
+"""
 
 from __future__ import annotations
 

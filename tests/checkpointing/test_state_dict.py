@@ -1,5 +1,6 @@
 """State dicts: round trips, torch's checkpoint helpers, and that a refused state
-changes nothing."""
+changes nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """What a saved state holds that the run does not, and the other way round: what is
-refused, what starts from zero, what is said."""
+refused, what starts from zero, what is said.
+"""
 
 from __future__ import annotations
 

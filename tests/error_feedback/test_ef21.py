@@ -1,5 +1,6 @@
 """EF21 and EF21-SGDM: their limits, the shared y, and how a run without an error memory
-resumes."""
+resumes.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """CompressedOptimizer: full rank is uncompressed training, one reduction a step,
-clipping, closures, missing gradients."""
+clipping, closures, missing gradients.
+"""
 
 from __future__ import annotations
 

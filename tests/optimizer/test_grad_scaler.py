@@ -1,5 +1,6 @@
 """GradScaler: an overflow on one rank skips the step on all, and the error memory is
-free of the scale."""
+free of the scale.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """ProjectedAdamW: its moments against NumPy and torch, and how a refresh carries them
-over."""
+over.
+"""
 
 from __future__ import annotations
 

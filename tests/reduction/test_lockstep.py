@@ -1,5 +1,6 @@
 """The veto: a step that is not finite on one worker is skipped by all, and changes
-nothing."""
+nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """The reducer: pending passes, dtypes and shapes, loss scales, and what the seed
-determines."""
+determines.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Shapes and runs of compressors that project on a subspace which they keep for a
-period."""
+period.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Texts that are dealt to the workers: blocks, streams of documents, data sets of the
-package."""
+package.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """The linear speed-up: its slope, its control, and gloo processes against the
-simulation."""
+simulation.
+"""
 
 from __future__ import annotations
 

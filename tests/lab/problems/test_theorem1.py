@@ -1,5 +1,6 @@
 """Theorem 1: PowerSGD stays trapped, PowerSGD+ leaves. In exact rational arithmetic and
-in the float window."""
+in the float window.
+"""
 
 from __future__ import annotations
 
