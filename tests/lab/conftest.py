@@ -44,7 +44,6 @@ def documents(tmp_path: Path, text_file: Path) -> TextSettings:
     )  # fmt: skip
 
 
-# --- stand-ins ---
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A BERT with random weights and its tokenizer, as `transformers` saves them."""

@@ -33,7 +33,6 @@ def run(
     return simulation
 
 
-# --- the theorems ---
 def laplacian(d: int) -> Tensor:
     return (
         0.508 * torch.eye(d)

@@ -10,7 +10,6 @@ import pytest
 from lowrank_comm.lab.data.metrics import METRICS, accuracy, f1, matthews, pearson, spearman
 
 
-# --- scores ---
 def test_scores_against_values_worked_out_by_hand() -> None:
     """TP 3, FP 1, FN 2, TN 4."""
     labels = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]

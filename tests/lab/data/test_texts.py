@@ -18,7 +18,6 @@ from lowrank_comm.lab.data.texts import TextSettings, load_text
 from tests.support.language_model_runs import settings_of
 
 
-# --- texts ---
 def test_workers_share_the_blocks_and_the_seed_gives_the_order(text_file: Path) -> None:
     text = load_text(settings_of(text_file).text)
 

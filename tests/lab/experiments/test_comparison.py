@@ -9,7 +9,6 @@ import pytest
 from lowrank_comm.lab.experiments.comparison import Spread, difference, ratio, student_t, verdict
 
 
-# --- what is said of the rows ---
 def test_quantiles_of_student() -> None:
     """Against the printed tables."""
     for degrees, value in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042)):

@@ -10,7 +10,6 @@ from lowrank_comm.lab.experiments.fine_tuning_page import PAPER, paper_average
 from tests.support.fine_tuning_runs import EXPERIMENT, contents, settings_of
 
 
-# --- what is said of the rows ---
 def rows_of(scores: dict[tuple[str, str], list[float | None]]) -> list[dict[str, Any]]:
     return [
         {
