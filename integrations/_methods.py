@@ -1,4 +1,4 @@
-"""Put a method of ours around a method of somebody else's object."""
+"""Wrap single methods of objects of other libraries."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _log = logging.getLogger("lowrank_comm")
 _TESTED = "5.23.0"
 _REFUSED = {
     "auto_find_batch_size": (
-        "the model is wrapped anew in the middle of training. Set it to False, and "
+        "the model is wrapped again in the middle of training. Set it to False, and "
         "per_device_train_batch_size."
     ),
     "enable_jit_checkpoint": (
@@ -72,7 +72,7 @@ def check_trainer(trainer: Trainer, compression: Compression, who: str) -> None:
     theirs = inner if isinstance(inner, CompressedOptimizer) else theirs
     if isinstance(theirs, AcceleratedOptimizer) and get(theirs) is None:
         raise ConfigError(
-            f"{who}: this Trainer has trained without compression already; build it anew."
+            f"{who}: this Trainer has trained without compression already; build a new one."
         )
     if compressed and theirs is not compression:
         raise ConfigError(

@@ -179,7 +179,7 @@ def _hook_of(ddp: DistributedDataParallel) -> _Hook:
         except RuntimeError as error:
             raise UnsupportedError(
                 f"attach: this DistributedDataParallel has a communication hook already ({error});"
-                " remove register_comm_hook, or wrap the model anew."
+                " remove register_comm_hook, or wrap the model again."
             ) from None
         _hooks[ddp] = hook
     return hook

@@ -101,7 +101,7 @@ class DeepSpeedAdapter:
         if wire is not None:
             notes.append(
                 f"communication_data_type={wire} has no effect: {SECTION}.wire_dtype says how"
-                " gradients travel"
+                " gradients are sent"
             )
         if stage == 0 and self._engine.fp16_enabled():
             notes.append(

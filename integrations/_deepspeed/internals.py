@@ -167,8 +167,7 @@ class GradientStore(ABC):
 
         Args:
             end_of_backward: called after each backward.
-            reduce: called where DeepSpeed wants the reduction now, whatever the
-                micro-step.
+            reduce: called where DeepSpeed wants the reduction now, at any micro-step.
         """
         self.engine.allreduce_gradients = end_of_backward
         self.engine.buffered_allreduce_fallback = unreduced

@@ -39,7 +39,7 @@ class PlainGradients(GradientStore):
             if p.grad is not None and p.requires_grad and id(p) not in known:
                 raise UnsupportedError(
                     f"lowrank_comm: parameter {name!r} was frozen when deepspeed.initialize ran and"
-                    " has a gradient now, which nobody would average. Unfreeze parameters before"
+                    " has a gradient now, which would not be averaged. Unfreeze parameters before"
                     " deepspeed.initialize."
                 )
         return [p.grad for p in self.parameters]

@@ -158,7 +158,7 @@ class PartitionedGradients(ZeroGradients):
             elif gradient is not p.grad:
                 p.grad = gradient
         self._sums.clear()
-        # Overwrite, whatever is left of gradients that were dropped: the micro-steps
+        # Overwrite also what is left of gradients that were dropped: the micro-steps
         # are summed already.
         self.optimizer.micro_step_id = _NO_MICRO_STEP
         for kept in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):

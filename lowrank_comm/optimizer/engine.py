@@ -1,4 +1,4 @@
-"""What an optimizer must know of whatever runs the model: where gradients wait, who the
+"""What an optimizer must know of what runs the model: where gradients wait, who the
 workers are, when backward ends.
 
 `Engine` is the answer for a plain model: `p.grad` is this worker's whole gradient. The
@@ -86,8 +86,8 @@ class Engine:
         sharded = [name for name, p in named if isinstance(p, DTensor)]
         if sharded:
             raise ConfigError(
-                f"parameter {sharded[0]!r} is a DTensor, as fully_shard makes them, and nobody has"
-                " said so: call optimizer.attach(model) before the first step."
+                f"parameter {sharded[0]!r} is a DTensor, as fully_shard makes them, and the"
+                " optimizer was not told: call optimizer.attach(model) before the first step."
             )
         whole = [ParamInfo(name, tuple(p.shape), p.dtype, p.device) for name, p in named]
         self._rows = RowScatter(whole, self.intra_node)
