@@ -66,20 +66,14 @@ class FlatEngine(FSDPEngine):
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamInfo]:
         slots = []
         self._mine = [self._by_id[id(p)] for _, p in named]
-        for name, p in named:
+        for (name, p), parameter in zip(named, self._mine, strict=True):
             if shard_dim(p) != 0:
                 raise UnsupportedError(
                     f"attach: {name} is sharded along dimension {shard_dim(p)}; the flat FSDP2"
                     " engine needs Shard(0)."
                 )
-            slots.append(
-                ParamInfo(
-                    name,
-                    tuple(p.shape),
-                    internals.gradient_dtype(self._by_id[id(p)]),
-                    local(p).device,
-                )
-            )
+            dtype = internals.gradient_dtype(parameter)
+            slots.append(ParamInfo(name, tuple(p.shape), dtype, local(p).device))
         return slots
 
     @override
@@ -131,21 +125,19 @@ class FlatEngine(FSDPEngine):
 
     @override
     def notes(self) -> list[str]:
-        parameters = list(self._by_id.values())
-        whole = sum(
-            p.sharded_param.numel() * internals.gradient_dtype(p).itemsize for p in parameters
+        whole = 0
+        for p in self._by_id.values():
+            whole += p.sharded_param.numel() * internals.gradient_dtype(p).itemsize
+        replaced = (
+            "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which"
+            " each rank keeps its rows"
         )
-        return [
-            (
-                "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which"
-                " each rank keeps its rows"
-            ),
-            (
-                "until the end of backward every rank holds its own whole gradients"
-                f" ({human_bytes(whole)}), and the whole error memory where one is kept; HSDP (a"
-                " 2-D mesh) divides both by the ranks in a node"
-            ),
-        ]
+        held = (
+            "until the end of backward every rank holds its own whole gradients"
+            f" ({human_bytes(whole)}), and the whole error memory where one is kept; HSDP (a"
+            " 2-D mesh) divides both by the ranks in a node"
+        )
+        return [replaced, held]
 
 
 def _remember(

@@ -89,34 +89,36 @@ class HSDPEngine(FSDPEngine):
         has a parameter's shape, like their parameters; bases of blocks as blocks.
         """
         named = dict(self._named)
-        whole_bases = self.intra_node.size == 1 or self.intra_node.whole_matrices
         result: dict[str, dict[str, Tensor]] = {}
         for slot, largest, shaped in reducer.state.blocks():
-            parameter, bases = named[slot.name], block_bases(reducer, slot, largest)
-            if not whole_bases:
-                mesh = self._shard_mesh(parameter)
-                replicated_state = reducer.assignment.of(largest)[0].replicated_state
-                # Checkpoints take what is plain from any rank, so a rank without rows,
-                # which has seen nothing, has none.
-                plain = {
-                    symbol: bases.pop(symbol) for symbol in replicated_state if symbol in bases
-                }
-                bases = {
-                    of_blocks(symbol, self.intra_node.size): DTensor.from_local(
-                        basis, mesh, (Shard(0),), run_check=False
-                    )
-                    for symbol, basis in bases.items()
-                } | (plain if slot.numel else {})
+            parameter = named[slot.name]
             copies = {
                 symbol: tensor if symbol == "error" else tensor.clone()
                 for symbol, tensor in shaped.items()
             }
-            views = {
+            result[slot.name] = {
                 symbol: self.error_view(slot, parameter, tensor)
                 for symbol, tensor in copies.items()
-            }
-            result[slot.name] = views | bases
+            } | self._bases(reducer, slot, largest, parameter)
         return result
+
+    def _bases(
+        self, reducer: Reducer, slot: ParamInfo, largest: ParamInfo, parameter: Tensor
+    ) -> dict[str, Tensor]:
+        """The bases of one parameter, as DTensors where each rank has its own."""
+        bases, size = block_bases(reducer, slot, largest), self.intra_node.size
+        if size == 1 or self.intra_node.whole_matrices:
+            return bases
+        mesh = self._shard_mesh(parameter)
+        replicated = reducer.assignment.of(largest)[0].replicated_state
+        plain = {symbol: bases.pop(symbol) for symbol in replicated if symbol in bases}
+        blocks: dict[str, Tensor] = {
+            of_blocks(symbol, size): DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)
+            for symbol, basis in bases.items()
+        }
+        # Checkpoints take what is plain from any rank, so a rank without rows, which
+        # has seen nothing, has none.
+        return blocks | (plain if slot.numel else {})
 
     def _shard_mesh(self, parameter: Tensor) -> DeviceMesh:
         assert isinstance(parameter, DTensor)
@@ -135,34 +137,21 @@ class HSDPEngine(FSDPEngine):
         # one rank in a node: the parameter's own mesh is all there is
         if mesh.ndim != 1:
             return error
-        places = (Shard(slot.dim),)
+        size, stride = parameter.shape, parameter.stride()
         view = DTensor.from_local(
-            error,
-            self._mesh,
-            places,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
+            error, mesh, (Shard(slot.dim),), run_check=False, shape=size, stride=stride
         )
-        # and not a view of it: the memory moves, and takes along the views that it has
-        # given
+        # This very tensor, and not a view of it: when the error memory moves, it takes
+        # along the views that it has given.
         view._local_tensor = error
         return view
 
     @override
     def notes(self) -> list[str]:
-        held = sum(
-            padded(p, self.intra_node.size) for p in self._model.parameters() if p.requires_grad
-        )
-        how = (
-            "fully_shard's all-reduce between nodes is off"
-            if self._mesh_is_2d
-            else "fully_shard works inside the node only"
-        )
-        return [
-            (
-                f"FSDP2, HSDP: {how}; its exact reduce-scatter in a node carries"
-                f" {human_bytes(held)} a backward pass"
-            ),
-            "error memory is that of this rank's shards",
-        ]
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        held = human_bytes(sum(padded(p, self.intra_node.size) for p in trained))
+        how = "fully_shard works inside the node only"
+        if self._mesh_is_2d:
+            how = "fully_shard's all-reduce between nodes is off"
+        carried = f"its exact reduce-scatter in a node carries {held} a backward pass"
+        return [f"FSDP2, HSDP: {how}; {carried}", "error memory is that of this rank's shards"]
