@@ -15,39 +15,32 @@ work in practice.
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_comm.bidirectional.base import Context, Method, State, drive
+from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.config import check_seed, parse
-from lowrank_comm.bidirectional.distributed import ProcessGroupTransport
 from lowrank_comm.bidirectional.ledger import LinkLedger
+from lowrank_comm.bidirectional.party import Party
 from lowrank_comm.bidirectional.refusals import (
     guard_against_averaging,
     refuse_deepspeed,
     refuse_model,
 )
-from lowrank_comm.bidirectional.saved import KEY, Saved
+from lowrank_comm.bidirectional.saved import KEY
 from lowrank_comm.bidirectional.vectors import FlatParameters
-from lowrank_comm.communication.agreement import check_same, fingerprint
-from lowrank_comm.communication.group import LENGTH_BYTES, Group
+from lowrank_comm.communication.group import Group
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.config.enabled import leave_alone
-from lowrank_comm.errors import ConfigError, StateMismatchError
-from lowrank_comm.numerics.linalg import full_precision
+from lowrank_comm.errors import ConfigError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.step import StepLog, run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper
-
-_log = logging.getLogger("lowrank_comm")
 
 
 class BidirectionalOptimizer(OptimizerWrapper):
@@ -102,16 +95,15 @@ class BidirectionalOptimizer(OptimizerWrapper):
             )
         check_seed(seed)
         refuse_deepspeed()
-        self.method, self.seed, self.t, self.ledger = method, seed, 0, LinkLedger()
-        self._group, self._namer = Group(process_group), Namer(named_parameters)
-        self._transport = ProcessGroupTransport(self._group, self.ledger)
-        self._scaling, self._double_averaging = LossScaling(id(self)), guard_against_averaging()
-        self._flat: FlatParameters | None = None
-        self._state: State | None = None
-        self._agreed = self._loaded = False
+        self.method, self.ledger = method, LinkLedger()
+        self._seed = seed
+        self._workers = Workers(Group(process_group))
+        self._party: Party | None = None
+        self._namer = Namer(named_parameters)
+        self._scaling = LossScaling(id(self))
+        self._double_averaging = guard_against_averaging()
         self._step_log = StepLog("some worker's gradient was not finite")
-        trainable = self._trainable()
-        self._watch: BackwardWatch | None = BackwardWatch(trainable, self._new_gradient)
+        self._watch = BackwardWatch(self._trainable(), self._new_gradient)
 
     @classmethod
     def from_config(
@@ -170,7 +162,17 @@ class BidirectionalOptimizer(OptimizerWrapper):
     @property
     def is_server(self) -> bool:
         """Whether this rank holds x."""
-        return self._group.rank == 0
+        return self._workers.group.rank == 0
+
+    @property
+    def t(self) -> int:
+        """Steps made so far."""
+        return self._party.t if self._party is not None else 0
+
+    @property
+    def seed(self) -> int:
+        """Seed of the random draws; after a load, the saved run's."""
+        return self._party.seed if self._party is not None else self._seed
 
     def __repr__(self) -> str:
         return f"BidirectionalOptimizer({self.method!r}, {self.base!r})"
@@ -185,7 +187,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         Raises:
             ConfigError: after it.
         """
-        if self._flat is not None:
+        if self._party is not None:
             raise ConfigError(
                 "parameters cannot be added once x and w_i exist; build a new optimizer with all of"
                 " them."
@@ -199,7 +201,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         worker.
 
         Args:
-            closure: computes the loss and the gradients anew; it runs first.
+            closure: computes the loss and the gradients; it runs first.
 
         Returns:
             The closure's loss, or None.
@@ -224,38 +226,30 @@ class BidirectionalOptimizer(OptimizerWrapper):
 
     def _exchange(self) -> State | None:
         """Uplink, the base's step on x, downlink; None if the step is vetoed."""
-        flat = self._prepared()
-        gradients = flat.gradients()
-        self._agree(gradients)
-        assert self._state is not None
-        with full_precision(flat.device):
-            state = drive(
-                self.method,
-                self._state,
-                gradients[None],
-                self._context(),
-                self._transport,
-                self._descend,
-            )
+        party = self._prepared()
+        gradients = party.flat.gradients()
+        if not self._workers.agreed:
+            self.ledger.bytes["start"] += self._double_averaging.check([gradients], self._workers)
+            party.agree(type(self.base).__name__)
+            self._watch.remove()
+        state = party.exchange(gradients, self._descend)
         self._step_log.enter(self.t, state is not None, [gradients])
-        self.ledger.close(state is not None)
         return state
 
     def _move_to(self, state: State) -> None:
-        """Take the state over; the parameters become the new w_i."""
-        self._state, self.t = state, self.t + 1
-        self._prepared().write(self.method.points(state)[0])
+        """Take the next state over."""
+        self._prepared().move_to(state)
 
     def _new_gradient(self, parameter: Tensor) -> None:
         self._double_averaging.gradient()
 
     def _descend(self, estimate: Tensor) -> Tensor:
-        """The base's step from x; the parameters serve as its place to work, and get
-        w_0 at the end of the step.
+        """The base's step from x. It is made in the parameters, which get w_0 at the end
+        of the step.
         """
-        assert self._flat is not None and self._state is not None
-        flat, local = self._flat, [p.grad for p in self._flat.parameters]
-        flat.write(self._state["x"])
+        party = self._prepared()
+        flat, local = party.flat, [p.grad for p in party.flat.parameters]
+        flat.write(party.state["x"])
         flat.write_gradients(estimate)
         self.base.step()
         for parameter, gradient in zip(flat.parameters, local, strict=True):
@@ -265,89 +259,33 @@ class BidirectionalOptimizer(OptimizerWrapper):
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def _prepared(self) -> FlatParameters:
-        """The parameters as a vector; at the first call also w_i = x = the parameters'
+    def _prepared(self) -> Party:
+        """This rank's party; made at the first call, with w_i = x = the parameters'
         values.
         """
-        trainable = self._trainable()
-        if self._flat is None:
-            flat = FlatParameters(
-                [
-                    (name, p)
-                    for name, p in self._namer.name_all(self.param_groups)
-                    if p.requires_grad
-                ]
-            )
-            self.method.groups(self._group.size)
-            self._flat = flat
-            self._state = self.method.start(flat.read(), self._context())
-        elif [id(p) for p in trainable] != [id(p) for p in self._flat.parameters]:
+        if self._party is None:
+            named = self._namer.name_all(self.param_groups)
+            flat = FlatParameters([(name, p) for name, p in named if p.requires_grad])
+            self._party = Party(self.method, self._seed, flat, self._workers, self.ledger)
+        elif [id(p) for p in self._trainable()] != [id(p) for p in self._party.flat.parameters]:
             raise ConfigError(
                 "the trainable parameters are not those of the first step; x and w_i have their"
                 " coordinates. Freeze and unfreeze before it, or build a new optimizer."
             )
-        return self._flat
-
-    def _context(self) -> Context:
-        assert self._flat is not None
-        rank, device = self._group.rank, self._flat.device
-        return Context(
-            self.seed, self.t, self._group.size, self._flat.d, (rank,), rank == 0, device
-        )
-
-    def _agree(self, gradients: Tensor) -> None:
-        """At the first step: settings and parameters are the same on all workers, and
-        gradients each one's own.
-        """
-        if self._agreed:
-            return
-        flat = self._flat
-        assert flat is not None
-        description: dict[str, Any] = {
-            "method": self.method.describe(),
-            "seed": self.seed,
-            "optimizer": type(self.base).__name__,
-            "parameters": dict(
-                zip(flat.names, (list(p.shape) for p in flat.parameters), strict=True)
-            ),
-            "step": self.t,
-        }
-        if not self._loaded:
-            same = (
-                "values of the parameters (seed all workers alike, or broadcast the parameters from"
-                " rank 0)"
-            )
-            description[same] = fingerprint(flat.parameters)
-        self.ledger.bytes["start"] += check_same(description, self._group, flat.device)
-        workers = Workers(self._group, device=flat.device)
-        self.ledger.bytes["start"] += self._double_averaging.check([gradients], workers)
-        self._agreed = True
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+        return self._party
 
     # ---------------------------------------------------------------- x, and the state
 
-    def _server_vector(self) -> Tensor:
-        flat, state = self._prepared(), self._state
-        assert state is not None
-        if self._group.size == 1 or self.t == 0:
-            return state["w"][0] if "x" not in state else state["x"]
-        return self._transport.from_server(
-            state.get("x", torch.empty_like(state["w"][0])).to(flat.device), "asked"
-        )
-
     def server_parameters(self) -> dict[str, Tensor]:
-        """x, by parameter name; a collective (x travels to every worker).
+        """Return x by parameter name; a collective (x is sent to every worker).
 
         Returns:
             Parameter name -> tensor in the parameter's shape and dtype, the same bits
             on all workers.
         """
-        return {
-            name: tensor.clone()
-            for name, tensor in self._prepared().shaped(self._server_vector()).items()
-        }
+        party = self._prepared()
+        shaped = party.flat.shaped(party.server_vector())
+        return {name: tensor.clone() for name, tensor in shaped.items()}
 
     @contextlib.contextmanager
     def at_server_parameters(self) -> Iterator[None]:
@@ -357,7 +295,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
         Raises:
             ConfigError: see `step`.
         """
-        flat, x = self._prepared(), self._server_vector()
+        party = self._prepared()
+        flat, x = party.flat, party.server_vector()
         own = flat.read()
         flat.write(x)
         try:
@@ -377,15 +316,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
 
     def _saved(self) -> dict[str, Any]:
         result = self.base.state_dict()
-        if self._state is not None and self._flat is not None:
-            shapes = {
-                name: list(p.shape)
-                for name, p in zip(self._flat.names, self._flat.parameters, strict=True)
-            }
-            rank, n = self._group.rank, self._group.size
-            result[KEY] = Saved(
-                self.method.json_name, self.seed, self.t, rank, n, shapes, dict(self._state)
-            ).as_dict()
+        if self._party is not None:
+            result[KEY] = self._party.saved().as_dict()
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -406,64 +338,11 @@ class BidirectionalOptimizer(OptimizerWrapper):
         self._load_with_hooks(state_dict, self._load)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        flat = self._prepared()
-        saved, problem = Saved.find(state_dict, self.method, flat, self.is_server)
-        exact = saved is not None and (saved.rank, saved.n) == (self._group.rank, self._group.size)
-        server = [
-            name for name in self.method.server_state if saved is not None and name in saved.tensors
-        ]
-        mine: dict[str, Any] = {
-            "problem": problem,
-            "plain": saved is None,
-            "exact": exact,
-            "server": server,
-        }
-        if saved is not None:
-            mine |= {"t": saved.t, "seed": saved.seed}
-        told = [
-            json.loads(part)
-            for part in self._group.gather_bytes(json.dumps(mine).encode(), flat.device)
-        ]
-        self.ledger.bytes["start"] += LENGTH_BYTES + len(json.dumps(mine))
-        for rank, other in enumerate(told):
-            if other["problem"]:
-                raise StateMismatchError(f"rank {rank}: {other['problem']}")
-            if other["plain"] != told[0]["plain"]:
-                raise StateMismatchError(
-                    f"rank 0 and rank {rank} have loaded different kinds of state dict, one of a"
-                    " plain optimizer and one of a BidirectionalOptimizer; load the same kind on"
-                    " all ranks."
-                )
+        party = self._prepared()
+        agreed = party.agree_on_saved(state_dict)
         plain = {key: value for key, value in state_dict.items() if key != KEY}
-        # The base steps on rank 0 only; its state would be dead weight elsewhere.
-        self.base.load_state_dict(
-            plain if self.is_server or saved is None else {**plain, "state": {}}
-        )
-        self._agreed = False
-        if saved is None:
-            self._state = self.method.start(flat.read(), self._context())
-            self.t = 0
-            self._loaded = False
-        else:
-            self.t, self.seed, self._loaded = told[0]["t"], told[0]["seed"], True
-            alike = all(
-                other["exact"] and other["t"] == self.t and other["seed"] == self.seed
-                for other in told
-            )
-            here = {name: tensor.to(flat.device) for name, tensor in saved.tensors.items()}
-            self._state = here if alike else self._rejoined(here, told[0]["server"], flat)
-            flat.write(self.method.points(self._state)[0])
-
-    def _rejoined(self, here: State, names: list[str], flat: FlatParameters) -> State:
-        """The state from what rank 0 holds; a collective."""
-        like = torch.empty(flat.d, dtype=flat.dtype, device=flat.device)
-        server = {
-            name: self._transport.from_server(here[name] if self.is_server else like, "start")
-            for name in names
-        }
-        if self.is_server:
-            _log.warning(
-                "the workers start anew at the server's x: the state was not saved by these very"
-                " workers"
-            )
-        return self.method.rejoin(server, self._context())
+        if agreed.saved is not None and not self.is_server:
+            # the base steps on rank 0 only; its state would be dead weight elsewhere
+            plain["state"] = {}
+        self.base.load_state_dict(plain)
+        party.restore(agreed)

@@ -1,20 +1,27 @@
-"""One worker's part of a bidirectional run, as it stands in a state dict under the key
-"lowrank_comm_bidirectional".
+"""One party's state as it stands in a state dict under the key
+"lowrank_comm_bidirectional", and what the workers agree on when they load it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowrank_comm.bidirectional.base import Method, State
-from lowrank_comm.bidirectional.vectors import FlatParameters
+from lowrank_comm.bidirectional.ledger import LinkLedger
 from lowrank_comm.checkpointing.state_dict import BIDIRECTIONAL_KEY as KEY
 from lowrank_comm.checkpointing.state_dict import KEY as GRADIENTS
 from lowrank_comm.checkpointing.state_dict import PREFIX
+from lowrank_comm.communication.group import LENGTH_BYTES
+from lowrank_comm.communication.workers import Workers
+from lowrank_comm.errors import StateMismatchError
 
 _FORMAT = 1
+
+Shapes = dict[str, list[int]]
+"""Parameter name -> shape, in the order of the vectors."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Saved:
         method: its JSON name.
         seed, t: of the run.
         rank, n: whose state it is, of how many.
-        shapes: parameter name -> shape, in the order of the vectors.
+        shapes: of the parameters.
         tensors: w (1, d), and v, y, z, ... of the method; on rank 0 also x (d,), and
             y_bar, g_bar.
     """
@@ -35,76 +42,123 @@ class Saved:
     t: int
     rank: int
     n: int
-    shapes: dict[str, list[int]]
+    shapes: Shapes
     tensors: State
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain, for torch.save with weights_only."""
+        """Return plain values, for torch.save with weights_only."""
         return {**{key: getattr(self, key) for key in self.__dataclass_fields__}, "format": _FORMAT}
 
-    @classmethod
-    def find(
-        cls, state_dict: Mapping[str, Any], method: Method, flat: FlatParameters, is_server: bool
-    ) -> tuple[Saved | None, str | None]:
-        """The entry of a state dict, and why it cannot be used here.
 
-        Returns:
-            (entry, None); (None, None) for a plain optimizer's state dict; (None,
-            sentence) for one that does not fit.
-        """
-        entry = state_dict.get(KEY)
-        if entry is None and GRADIENTS in state_dict:
-            return (
-                None,
-                (
-                    "the state is of a CompressedOptimizer that compresses gradients, and its"
-                    " error memory would be lost here; load it into such a one, or take"
-                    f" {GRADIENTS!r} and the entries '{PREFIX}...' out of it."
-                ),
+@dataclass(frozen=True)
+class Agreed:
+    """What the workers agreed on about the state dicts that they load.
+
+    Attributes:
+        saved: this rank's; None for a plain optimizer's state dict.
+        t, seed: to go on with; rank 0's.
+        exact: whether every rank has its own state, so that the run goes on bit by bit.
+        server_state: names of the server's tensors that rank 0 has.
+    """
+
+    saved: Saved | None
+    t: int
+    seed: int
+    exact: bool
+    server_state: list[str]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What each rank tells the others of its state dict."""
+
+    problem: str | None
+    plain: bool
+    exact: bool = False
+    t: int = 0
+    seed: int = 0
+    server_state: list[str] | None = None
+
+
+def agree_on_saved(
+    state_dict: Mapping[str, Any],
+    method: Method,
+    shapes: Shapes,
+    workers: Workers,
+    ledger: LinkLedger,
+) -> Agreed:
+    """Look at a state dict, and tell the other workers; a collective.
+
+    Raises:
+        StateMismatchError: on all workers, if it does not fit some of them.
+    """
+    rank, n = workers.group.rank, workers.group.size
+    entry, saved = state_dict.get(KEY), None
+    problem = _problem(state_dict, entry, method, shapes, is_server=rank == 0)
+    told = _Told(problem, plain=entry is None or problem is not None)
+    if entry is not None and problem is None:
+        saved = Saved(**{key: entry[key] for key in Saved.__dataclass_fields__})
+        exact = (saved.rank, saved.n) == (rank, n)
+        server_state = [name for name in method.server_state if name in saved.tensors]
+        told = _Told(None, False, exact, saved.t, saved.seed, server_state)
+    text = json.dumps(asdict(told))
+    everyone = [_Told(**json.loads(part)) for part in workers.all_gather_text(text)]
+    ledger.bytes["start"] += LENGTH_BYTES + len(text)
+    first = everyone[0]
+    for other_rank, other in enumerate(everyone):
+        if other.problem:
+            raise StateMismatchError(f"rank {other_rank}: {other.problem}")
+        if other.plain != first.plain:
+            raise StateMismatchError(
+                f"rank 0 and rank {other_rank} have loaded different kinds of state dict, one of a"
+                " plain optimizer and one of a BidirectionalOptimizer; load the same kind on all"
+                " ranks."
             )
-        if entry is None:
-            return None, None
-        if entry.get("format") != _FORMAT:
-            return (
-                None,
-                (
-                    f"the state has format {entry.get('format')!r}, and {_FORMAT} is read here;"
-                    " load it with its own version."
-                ),
-            )
-        saved = cls(**{key: entry[key] for key in cls.__dataclass_fields__})
-        if saved.method != method.json_name:
-            return (
-                None,
-                (
-                    f"the state is of method {saved.method!r}, this optimizer has"
-                    f" {method.json_name!r}; use the same."
-                ),
-            )
-        here = {name: list(p.shape) for name, p in zip(flat.names, flat.parameters, strict=True)}
-        if list(saved.shapes.items()) != list(here.items()):
-            differing = [
-                name
-                for name in {**here, **saved.shapes}
-                if here.get(name) != saved.shapes.get(name)
-            ]
-            what = "their order differs"
-            if differing:
-                name = differing[0]
-                what = f"{name!r} is {saved.shapes.get(name)} there and {here.get(name)} here"
-            return (
-                None,
-                (
-                    f"the state is of other parameters ({what}); build the optimizer from the same"
-                    " model."
-                ),
-            )
-        if is_server and "x" not in saved.tensors:
-            return (
-                None,
-                (
-                    f"the state was saved by rank {saved.rank} and has no x; on rank 0 load what"
-                    " rank 0 has saved."
-                ),
-            )
-        return saved, None
+    exact = all(
+        other.exact and (other.t, other.seed) == (first.t, first.seed) for other in everyone
+    )
+    return Agreed(saved, first.t, first.seed, exact, first.server_state or [])
+
+
+def _problem(
+    state_dict: Mapping[str, Any],
+    entry: Mapping[str, Any] | None,
+    method: Method,
+    shapes: Shapes,
+    is_server: bool,
+) -> str | None:
+    """Return why a state dict cannot be used here, as a sentence; None if it can."""
+    if entry is None:
+        if GRADIENTS not in state_dict:
+            return None
+        return (
+            "the state is of a CompressedOptimizer that compresses gradients, and its error memory"
+            f" would be lost here; load it into such a one, or take {GRADIENTS!r} and the entries"
+            f" '{PREFIX}...' out of it."
+        )
+    if entry.get("format") != _FORMAT:
+        return (
+            f"the state has format {entry.get('format')!r}, and {_FORMAT} is read here; load it"
+            " with its own version."
+        )
+    if entry["method"] != method.json_name:
+        return (
+            f"the state is of method {entry['method']!r}, this optimizer has {method.json_name!r};"
+            " use the same."
+        )
+    found = entry["shapes"]
+    if list(found.items()) != list(shapes.items()):
+        what = "their order differs"
+        differing = [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]
+        if differing:
+            name = differing[0]
+            what = f"{name!r} is {found.get(name)} there and {shapes.get(name)} here"
+        return (
+            f"the state is of other parameters ({what}); build the optimizer from the same model."
+        )
+    if is_server and "x" not in entry["tensors"]:
+        return (
+            f"the state was saved by rank {entry['rank']} and has no x; on rank 0 load what rank 0"
+            " has saved."
+        )
+    return None

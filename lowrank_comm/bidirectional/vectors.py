@@ -57,6 +57,12 @@ class FlatParameters:
         """Number of coordinates."""
         return sum(self.sizes)
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Parameter name -> shape, in order."""
+        pairs = zip(self.names, self.parameters, strict=True)
+        return {name: list(p.shape) for name, p in pairs}
+
     def read(self) -> Tensor:
         """The parameters, (d,), a copy."""
         return torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.parameters])
