@@ -1,24 +1,25 @@
-"""What a bidirectional method is: pure maths that asks for messages between workers and
-a server, written as a generator.
+"""A bidirectional method: a generator that asks for messages between workers and a
+server, and computes in between.
 
 The server holds x, worker i a point w_i of its own; all are vectors of d numbers. Every
 step has one order:
 
-    workers   gradients at their own points                                    (whoever drives the method supplies them)
-    uplink    Up(vectors, compressor) -> Sent                                  the server gets mean_i C_i(v_i)
-    server    Descend(estimate)       -> x+                                    any optimizer's step on x
-    downlink  Down(change, blocks)    -> Q_i(x+ - x) for this party's workers  or  Broadcast(x+) -> x+, on a shared coin
+    workers   gradients at their own points, given to the method
+    uplink    Up(vectors, compressor) -> Sent: the server gets mean_i C_i(v_i)
+    server    Descend(estimate) -> x+: a step of any optimizer on x
+    downlink  Down(change, blocks) -> Q_i(x+ - x) for this party's workers,
+              or, on a shared coin, Broadcast(x+) -> x+
 
 A *party* is what runs in one place: `W` workers, numbered in `Context.workers`, and
 perhaps the server. Over a process group a party is one rank with one worker, and rank 0
-serves too; the simulation is a single party of all n workers and the server, so that
-the same lines of a method work on (n, d) tensors there. Where there is no server, its
-tensors (x, the estimate, the change) are None. A method never sees a process, nor which
-kind of party it runs in.
+is the server too; the simulation is a single party of all n workers and the server, so
+that the same lines of a method work on (n, d) tensors there. On a party without the
+server, its tensors (x, the estimate, the change) are None. A method never sees a
+process, nor which kind of party it runs in.
 
 Rules that make this correct:
 - A coin, a permutation, a subset of coordinates is drawn from (seed, t, purpose[,
-  worker]); no index ever travels.
+  worker]), so no index is ever sent.
 - There is one `Up` in a step. With it every worker tells whether its numbers are
   finite; if they are not, the step ends there on all parties, the server has not moved,
   and the state is the one from before.
@@ -90,8 +91,8 @@ class Down:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Request: the server sends a vector whole to everyone. vector: (d,), None without
-    server. Answer: (d,).
+    """Request: the server sends a vector whole to all workers. vector: (d,), None
+    without server. Answer: (d,).
     """
 
     vector: Tensor | None
@@ -103,7 +104,7 @@ Steps = Generator[Request, Any, State]
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know beside its numbers.
+    """What a method knows beside its numbers.
 
     Attributes:
         seed: of the run, equal everywhere.
@@ -134,10 +135,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Method(abc.ABC):
-    """A bidirectional method. Immutable: the state lives with who drives it.
+    """A bidirectional method. It is immutable: its driver keeps the state.
 
-    Q_i: grouped PermK with G blocks. With probability p the server sends x+ whole, w_i+
-        = x+; else w_i+ = w_i + Q_i(x+ - x)
+    With probability p the server sends x+ whole, and w_i+ = x+; otherwise w_i+ = w_i +
+    Q_i(x+ - x), where Q_i is grouped PermK with G blocks.
 
     Args:
         downlink_groups: G, 1 for a dense downlink; None for the largest divisor of n
@@ -223,12 +224,12 @@ class Method(abc.ABC):
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
-        """The uplink: from gradients at `points`, (W, d), to the server's estimate (d,)
-        and what is remembered of it.
+        """The uplink: return, for gradients at `points`, (W, d), the server's estimate
+        (d,) and the part of the state that changes by it.
         """
 
     def moved(self, state: State) -> State:
-        """What else follows from new w_i."""
+        """Return the state with what follows from new w_i."""
         return state
 
     def step(self, state: State, gradients: Tensor, context: Context) -> Steps:
@@ -259,14 +260,12 @@ class Method(abc.ABC):
         return self.moved({**state, **remembered, **server, "w": w})
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name, compared between workers at the first step and
-        written into checkpoints.
-        """
+        """Return plain settings by name, which the workers compare at first."""
         return {"compressor": self.json_name} | {key: getattr(self, key) for key in self.options()}
 
     @classmethod
     def options(cls) -> list[str]:
-        """Names of the settings, as the constructor and configuration files know them."""
+        """Return the names of the settings, in constructor and configuration files."""
         return [option.name for option in fields(cls)]
 
 
@@ -295,7 +294,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def broadcast(self, vector: Tensor | None, like: Tensor) -> Tensor:
-        """The server's vector, on every party; `like` has its shape, dtype and device."""
+        """Send the server's vector to every party; `like` has its shape and dtype."""
 
 
 def drive(
@@ -315,7 +314,7 @@ def drive(
         context: of the step.
         transport: answers requests.
         descend: the server's optimizer: estimate (d,) -> x+ (d,); called where the
-            server is, in steps that nobody vetoed.
+            server is, in steps that are not vetoed.
 
     Returns:
         The next state; None, if the step was vetoed on all parties.

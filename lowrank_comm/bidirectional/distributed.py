@@ -1,11 +1,14 @@
 """A bidirectional method over torch.distributed: every rank is a worker, rank 0 of the
 group is the server too.
 
-    uplink     gather on rank 0: K numbers and one flag from each rank; the server draws the same coordinates again
-    verdict    broadcast of one number: 1, or 0 where some rank's numbers or the mean are not finite, and the step ends
-    downlink   where G divides n, G < n, and the workers are all ranks of the default group: in each of G fixed process
-               groups, a broadcast of the group's block from rank 0;  else: scatter of the ranks' blocks
-    coin       broadcast of x+ to all
+    uplink     gather on rank 0: K numbers and one flag from each rank; the server draws
+               the same coordinates again
+    verdict    broadcast of one number: 1, or 0 where some rank's numbers or the mean
+               are not finite, and the step ends
+    downlink   if G divides n, G < n, and the workers are all ranks of the default
+               group: in each of G fixed process groups, a broadcast of the group's
+               block from rank 0; otherwise a scatter of the ranks' blocks
+    coin       broadcast of x+ to all, in the place of the downlink
 
 Rank 0's own message does not leave the process. The groups are made once, by all ranks,
 at the first step.

@@ -10,14 +10,17 @@ term of the time to an eps-stationary point fall with n, under a structural assu
 
     worker i   a_i = mean of B stochastic gradients at w_i;  sends RandK_i(a_i)
     server     g = mean of messages;  x+ = x - gamma g
-    downlink   with probability p: w_i+ = x+;  else w_i+ = w_i + Q_i(x+ - x)          mean of w_i = x at all times
+    downlink   with probability p: w_i+ = x+;  else w_i+ = w_i + Q_i(x+ - x)
+
+The mean of w_i is x at all times.
 
 Theorem (derived here; homogeneous data, f_i = f; omega of RandK, G - 1 of the downlink,
 p of the coin, V = mean ||w_i - x||^2). If gamma <= min { 1/(2L), n/(12 L omega),
 sqrt(p/(8 (G-1)))/L_A, L p/(2 (G-1) L_A^2), sqrt(n p/(8 omega (G-1)))/L }, where terms
 with a zero in the denominator drop, then
 
-    mean over t < T of E ||grad f(x_t)||^2  <=  4 D/(gamma T) + 6 L gamma (omega + 1) sigma^2/(n B)
+    mean over t < T of E ||grad f(x_t)||^2
+        <=  4 D/(gamma T) + 6 L gamma (omega + 1) sigma^2/(n B)
 
 Proof. E g = q, the mean of grad f(w_i), and Var g <= (1/n) (omega mean ||grad
 f(w_i)||^2 + (omega + 1) sigma^2/B) with ||grad f(w_i)||^2 <= 2 ||grad f(x)||^2 + 2 L^2
@@ -49,7 +52,8 @@ class InkheartSGD(Method):
     """Inkheart SGD (our reconstruction): RandK uplink, grouped PermK downlink, no
     memory but each worker's point.
 
-    g = (1/n) sum RandK_i(gradient_i at w_i);  x+ = x - gamma g;  w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
+    g = (1/n) sum RandK_i(gradient_i at w_i);  x+ = x - gamma g
+    w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
 
     Args:
         downlink_groups, sync_probability: see `Method`.
@@ -131,7 +135,7 @@ class InkheartSGD(Method):
 
 
 def _largest(problem: Problem, n: int, omega: float, down: float, p: float) -> float:
-    """The minimum of the theorem's five conditions; down: G - 1, the downlink's omega."""
+    """Return the least of the theorem's five bounds; down: the downlink's omega."""
     smooth, l_a = problem.smoothness, problem.l_a
     conditions = [1 / (2 * smooth)]
     if omega > 0:
@@ -167,7 +171,8 @@ def plan(problem: Problem, n: int, d: int, h: float, kappa: float, eps: float) -
     """Choose K, G, B, gamma and T for a clock: K and B by the orders of magnitude of
     the theory, G by its bound.
 
-    1 + omega = clip(sqrt(kappa d n eps/(h sigma^2)), 1, min(n, d));  B = ceil(sigma^2 (1+omega)/(n eps));
+    1 + omega = clip(sqrt(kappa d n eps/(h sigma^2)), 1, min(n, d))
+    B = ceil(sigma^2 (1+omega)/(n eps))
     G = the divisor of n with the fewest seconds;  p = 1/G;  gamma and T from the bound
 
     With L_A = 0 the order of the time is (L D/eps) (h + 2 sqrt(h sigma^2 kappa d/(n
@@ -187,7 +192,8 @@ def plan(problem: Problem, n: int, d: int, h: float, kappa: float, eps: float) -
         The plan.
 
     Example:
-        >>> chosen = plan(Problem(1.0, gap=1.0, variance=4.0, structure=0.0), n=64, d=128, h=1.0, kappa=1.5, eps=0.01)
+        >>> problem = Problem(1.0, gap=1.0, variance=4.0, structure=0.0)
+        >>> chosen = plan(problem, n=64, d=128, h=1.0, kappa=1.5, eps=0.01)
         >>> chosen.method.downlink_groups, chosen.method.uplink_fraction < 1
         (16, True)
     """

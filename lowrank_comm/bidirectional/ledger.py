@@ -3,8 +3,7 @@ clock how long that took.
 
 A link carries K_up numbers to the server and K_down numbers back; links of different
 workers are taken to work side by side. In a star of real machines the server's own port
-carries the sum over the workers in both directions; whoever has such a network
-multiplies by n - 1 there.
+carries the sum over the workers in both directions: n - 1 times as much.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class LinkLedger:
             messages, "uplink_dense" and "downlink_dense" whole vectors.
         bytes: kind -> bytes; beside the kinds above "control" (a flag up, the verdict
             down), "start" (the comparison of settings, the state after a load) and
-            "asked" (x, sent to whoever asked for it).
+            "asked" (x, sent because `server_parameters` asked for it).
         steps: steps that were applied.
         vetoed: steps that were not.
     """

@@ -29,7 +29,8 @@ from lowrank_comm.bidirectional.marina_uplink import MarinaUplink
 class M3(MarinaUplink):
     """M3 with grouped PermK and RandK.
 
-    z_i+ = (1-beta) z_i + beta w_i+;  g_i+ = h_i+ := grad f_i(z_i+) with probability q, else g_i + RandK_i(h_i+ - h_i)
+    z_i+ = (1-beta) z_i + beta w_i+;  h_i+ = grad f_i(z_i+)
+    g_i+ = h_i+ with probability q, else g_i + RandK_i(h_i+ - h_i)
 
     Args:
         downlink_groups, sync_probability: see `Method`.

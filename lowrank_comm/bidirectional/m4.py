@@ -5,7 +5,7 @@ This is OUR RECONSTRUCTION and not the authors' algorithm: M4 is known to us by 
 abstract of its paper alone (see `inkheart`), whose full text was not available.
 
     start      w_i = x_0;  v_i = mean of B0 gradients at x_0, sent whole;  y_i = v_i
-    server     x+ = x - gamma y_bar                                          y_bar = mean of y_i is all that it keeps
+    server     x+ = x - gamma y_bar;  y_bar, the mean of y_i, is all that it keeps
     downlink   as Inkheart SGD: coin p, grouped PermK(G)
     worker i   v_i+ = (1-a) v_i + a (mean of B stochastic gradients of f_i at w_i+)
     uplink     with probability q: v_i+ is sent whole, y_i+ = v_i+
@@ -15,7 +15,8 @@ Theorem (derived here; L_m = max_i L_i; omega of RandK). With gamma = 1/(2L + 2
 sqrt(X)), X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n), and Phi_0 =
 D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0):
 
-    mean over t < T of E ||grad f(x_t)||^2  <=  2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q)
+    mean over t < T of E ||grad f(x_t)||^2
+        <=  2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q)
 
 Proof (sketch). y_bar - grad f(x) is the compression error U plus the momentum error P
 plus mean grad f_i(w_i) - grad f(x), whose squares weigh 3 each. P+ <= (1-a) P + (1/a)
@@ -48,7 +49,9 @@ class M4(MarinaUplink):
     """M4 (our reconstruction): momentum on the workers, differences through RandK,
     grouped PermK downlink.
 
-    v_i+ = (1-a) v_i + a gradient_i;  y_i+ = v_i+ with probability q, else y_i + RandK_i(v_i+ - v_i);  x+ = x - gamma y_bar+
+    v_i+ = (1-a) v_i + a gradient_i
+    y_i+ = v_i+ with probability q, else y_i + RandK_i(v_i+ - v_i)
+    x+ = x - gamma y_bar+
 
     Args:
         downlink_groups, sync_probability: see `Method`.
@@ -173,9 +176,10 @@ class M4Plan:
 
 
 def plan(problem: Problem, method: M4, n: int, d: int, batch: int, eps: float) -> M4Plan:
-    """a, B0, gamma and T of a method for a target.
+    """Choose a, B0, gamma and T of a method for a target.
 
-    a = min { 1, n B eps/(12 sigma^2), sqrt(q n B eps/(36 omega sigma^2)) };  B0 = ceil(B/a);  T = 4 Phi_0/(gamma eps)
+    a = min { 1, n B eps/(12 sigma^2), sqrt(q n B eps/(36 omega sigma^2)) }
+    B0 = ceil(B/a);  T = 4 Phi_0/(gamma eps)
 
     Args:
         problem: constants of the objective.
@@ -189,7 +193,8 @@ def plan(problem: Problem, method: M4, n: int, d: int, batch: int, eps: float) -
         The plan.
 
     Example:
-        >>> chosen = plan(Problem(1.0, gap=1.0, variance=4.0), M4(downlink_groups=4), n=16, d=64, batch=4, eps=0.05)
+        >>> problem, method = Problem(1.0, gap=1.0, variance=4.0), M4(downlink_groups=4)
+        >>> chosen = plan(problem, method, n=16, d=64, batch=4, eps=0.05)
         >>> round(chosen.method.gradient_weight, 4), chosen.first_batch
         (0.043, 93)
     """

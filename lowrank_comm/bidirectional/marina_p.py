@@ -27,7 +27,8 @@ class MarinaP(Method):
     """MARINA-P with grouped PermK: compressed from the server to the workers, dense
     from the workers to the server.
 
-    x+ = x - gamma (1/n) sum of gradient_i at w_i;  w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
+    x+ = x - gamma (1/n) sum of gradient_i at w_i
+    w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
 
     Args:
         downlink_groups, sync_probability: see `Method`.
@@ -62,11 +63,11 @@ class MarinaP(Method):
         return self._as_inkheart().largest_step_size(problem, n, d)
 
     def step_size(self, problem: Problem, n: int, d: int, batch: int, steps: int) -> float:
-        """gamma that makes the theorem's bound smallest; see `InkheartSGD.step_size`."""
+        """Return the gamma with the least bound; see `InkheartSGD.step_size`."""
         return self._as_inkheart().step_size(problem, n, d, batch, steps)
 
     def bound(
         self, problem: Problem, n: int, d: int, batch: int, steps: int, gamma: float
     ) -> float:
-        """What bounds the mean squared gradient norm; see `InkheartSGD.bound`."""
+        """Bound the mean squared gradient norm; see `InkheartSGD.bound`."""
         return self._as_inkheart().bound(problem, n, d, batch, steps, gamma)

@@ -3,12 +3,13 @@ around any torch optimizer.
 
 Every rank is a worker and trains the plain model; its parameters are this worker's own
 point w_i, and differ from rank to rank. Rank 0 is the server too: it holds x, and the
-base optimizer steps there and nowhere else, on x, with the method's estimate as the
+base optimizer steps there only, on x, with the method's estimate as the
 gradient. The theory covers plain SGD only; Adam and others are offered because they
 work in practice.
 
     loss.backward()      gradients at w_i; passes add up as usual
-    optimizer.step()     uplink, the base's step on x, downlink; the parameters become the new w_i
+    optimizer.step()     uplink, the base's step on x, downlink; the parameters become
+                         the new w_i
     with optimizer.at_server_parameters(): evaluate, save the model
 """
 
@@ -127,7 +128,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
         Example:
             >>> import torch
             >>> base = torch.optim.SGD(torch.nn.Linear(8, 8).named_parameters(), lr=0.1)
-            >>> BidirectionalOptimizer.from_config(base, {"compressor": "m4", "uplink_fraction": 0.5}).method.uplink_fraction
+            >>> section = {"compressor": "m4", "uplink_fraction": 0.5}
+            >>> BidirectionalOptimizer.from_config(base, section).method.uplink_fraction
             0.5
         """
         method, seed = parse(section)
@@ -244,8 +246,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
         self._double_averaging.gradient()
 
     def _descend(self, estimate: Tensor) -> Tensor:
-        """The base's step from x. It is made in the parameters, which get w_0 at the end
-        of the step.
+        """The base's step from x. It is made in the parameters, which get w_0 at the
+        end of the step.
         """
         party = self._prepared()
         flat, local = party.flat, [p.grad for p in party.flat.parameters]

@@ -141,7 +141,7 @@ class Party:
         return agree_on_saved(state_dict, self.method, shapes, self.workers, self.ledger)
 
     def restore(self, agreed: Agreed) -> None:
-        """Go on from what was loaded, and write w_i into the parameters; a collective."""
+        """Go on from what was loaded; w_i goes into the parameters. A collective."""
         self.workers.agreed = False
         self._loaded = agreed.saved is not None
         if agreed.saved is None:

@@ -1,12 +1,12 @@
-"""PermK and its grouped form: the downlink's compressor. Blocks of one permutation, so
-that the workers' parts make up v.
+"""PermK and its grouped form, the downlink's compressor: the workers get blocks of one
+permutation, which together make up v.
 
 The coordinates are permuted and cut into G blocks, and each worker gets one block of
 the vector, scaled up. G = n is PermK, G = 1 a dense broadcast. Three things keep Q_i
 unbiased for every worker, and the mean of all Q_i equal to v, always:
 
-- The permutation is drawn anew every step. (Fixed, a worker would never hear of the
-  other coordinates.)
+- A new permutation is drawn every step. (If it were fixed, a worker would never get
+  the other coordinates.)
 - Where G does not divide d, some blocks are longer by one. A group's block is therefore
   number (group + shift) mod G, with a random shift: a group that always had a longer
   block would get more than its share in the mean.
@@ -85,8 +85,11 @@ class Blocks:
 class PermK:
     """Correlated sparsification for n workers.
 
-    Q_i(v) = (n/c_b) v on the block of i's group, 0 elsewhere;   E Q_i(v) = v,  (1/n) sum of Q_i(v) = v,
-    E ||Q_i(v) - v||^2 = omega ||v||^2,  omega = (1/G) sum_b n/c_b - 1,  which is G - 1 where G divides n
+    Q_i(v) = (n/c_b) v on the block of i's group, 0 elsewhere
+    E Q_i(v) = v;  (1/n) sum of Q_i(v) = v
+    E ||Q_i(v) - v||^2 = omega ||v||^2;  omega = (1/G) sum_b n/c_b - 1
+
+    omega is G - 1 where G divides n.
 
     Args:
         groups: G, from 1 to n.

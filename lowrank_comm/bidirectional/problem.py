@@ -1,4 +1,4 @@
-"""What the step-size rules must know of an objective."""
+"""The constants of an objective that the step-size rules need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from lowrank_comm.errors import ConfigError
 class Problem:
     """Constants of f = (1/n) sum of f_i on R^d.
 
-    ||(1/n) sum (grad f_i(x + u_i)) - grad f(x)||^2 <= (L_A^2/n) sum ||u_i||^2   for all x and all u_i that sum to 0
+    ||(1/n) sum (grad f_i(x + u_i)) - grad f(x)||^2 <= (L_A^2/n) sum ||u_i||^2
+    for all x and all u_i that sum to 0
 
     Args:
         smoothness: L, of f.

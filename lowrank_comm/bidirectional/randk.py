@@ -1,14 +1,13 @@
 """RandK: of d coordinates, K are sent, scaled up so that the mean is right. The
 uplink's compressor.
 
-Which K is drawn from (seed, t, worker) by whoever needs to know, so a message is K
+Worker and server both draw the K coordinates from (seed, t, worker), so a message is K
 numbers and no indices. There are two ways to draw, and per coordinate they are the
 same: a coordinate is kept with probability K/d, independently for each worker.
 
     independent   K of d without replacement, for each worker by itself
-    window        one permutation, shared by all workers of a step; worker i keeps the K neighbours on its circle that begin
-                  at a private, uniform place. One permutation a step serves all
-                  workers.
+    window        one permutation a step, shared by all workers; worker i keeps the K
+                  neighbours on its circle that begin at a private, uniform place
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ MASKS = ("window", "independent")
 class RandK:
     """Unbiased sparsification of vectors.
 
-    C(v) = (d/K) v on K random coordinates, 0 elsewhere;   E C(v) = v,  E ||C(v) - v||^2 = omega ||v||^2,  omega = d/K - 1
+    C(v) = (d/K) v on K random coordinates, 0 elsewhere
+    E C(v) = v;  E ||C(v) - v||^2 = omega ||v||^2;  omega = d/K - 1
 
     Args:
         fraction: K/d in (0, 1]; K is rounded to an integer of at least 1. 1 sends v
@@ -43,7 +43,8 @@ class RandK:
         >>> import torch
         >>> randk = RandK(0.5)
         >>> indices = randk.indices(seed=0, t=0, n=1, workers=[0], d=4)
-        >>> randk.decompress(randk.compress(torch.ones(1, 4), indices), indices, 4).sum().item()
+        >>> message = randk.compress(torch.ones(1, 4), indices)
+        >>> randk.decompress(message, indices, 4).sum().item()
         4.0
 
     Source: Rand-K as in arXiv 2102.07845 (MARINA).
@@ -97,7 +98,7 @@ class RandK:
         return permutation[(own[:, None] + torch.arange(k, device="cpu")) % d]
 
     def compress(self, vectors: Tensor, indices: Tensor | None) -> Tensor:
-        """What travels: (W, d) -> (W, K)."""
+        """Return the messages: (W, d) -> (W, K)."""
         if indices is None:
             return vectors
         return vectors.gather(1, indices.to(vectors.device)) * (vectors.shape[1] / indices.shape[1])

@@ -58,7 +58,9 @@ class BidirectionalSimulation:
     Example:
         >>> import torch
         >>> from lowrank_comm.bidirectional import BidirectionalSimulation, MarinaP
-        >>> simulation = BidirectionalSimulation(MarinaP(downlink_groups=2), torch.ones(6), workers=4, gamma=0.5)
+        >>> method = MarinaP(downlink_groups=2)
+        >>> x = torch.ones(6)
+        >>> simulation = BidirectionalSimulation(method, x, workers=4, gamma=0.5)
         >>> for _ in range(40):
         ...     _ = simulation.step(simulation.points)  # gradients of ||x||^2/2
         >>> bool(simulation.x.norm() < 1e-3)
