@@ -83,8 +83,8 @@ class GoLore(GaLore):
         if self.scaled and self.galore_until:
             raise ConfigError(
                 "GoLore: scaled=True is unbiased for random subspaces only, and"
-                f" galore_until={self.galore_until} has singular vectors first, whose projection it would blow"
-                " up; leave one of the two out."
+                f" galore_until={self.galore_until} has singular vectors first, whose projection it"
+                " would blow up; leave one of the two out."
             )
         if self.apply_full and not self.galore_until:
             raise ConfigError(
