@@ -1,21 +1,26 @@
-"""The compressor's state on disk and in state dicts, keyed by parameter name;
-safetensors, no pickle.
+"""The compressor's state as one safetensors file beside a checkpoint, keyed by
+parameter name.
 
-What is saved: for each compressed parameter its error and its basis Q; the step; of
-parameters for which nobody had a gradient in some steps, what they have behind them
-(`restart`); the seed; and what kind of error it is (or of EF21's y and v, which are
-saved as errors are: in the parameter's shape, whatever blocks of it a rank holds):
+What is saved:
 
-    "mean"  the mean of all workers' errors. Linear compressors use nothing else, so every worker of a run of any size
-            may start from it, and the run goes on as if it had not been interrupted.
-    "own"   one worker's error. It is right for the worker of the same rank in a group of the same size only: loading
-            rank 0's error everywhere, as is common, loses the errors of all others
-            without a word. It is refused.
+- for each compressed parameter its error memory and its basis Q (or what else the
+  compressor keeps, as EF21's y and v, which are saved as errors are: in the parameter's
+  shape, whichever blocks of it a rank holds);
+- the step, the seed, and for parameters that no worker had a gradient for in some steps
+  their irregular history (`reduction.restarts`);
+- the kind of error memory:
+
+  "mean"  the mean of all workers' errors. Linear compressors use nothing else, so every
+          worker of a run of any size may start from it, and the run goes on as if it
+          had not been interrupted.
+  "own"   one worker's error. It is right for the worker of the same rank in a group of
+          the same size only, and refused elsewhere: loading rank 0's error on all
+          ranks, as is common, would silently lose the errors of all others.
 
 `save` consolidates first (a collective that makes every worker's error the mean), then
 rank 0 writes the file beside its final name and renames it, so that a killed job leaves
-no half file. It returns a name for this save, by which whoever keeps it with the rest
-of the checkpoint recognises a file that another run has left in the same folder.
+no half file. It returns a name for this save, to be kept with the rest of the
+checkpoint; by it `load` recognises a file that another run has left in the same folder.
 """
 
 from __future__ import annotations
@@ -85,7 +90,7 @@ def _write(
         for symbol, tensor in parts.items()
     }
     tag = json.dumps(asdict(tag_of(reducer)))
-    # for who looks into it
+    # for a reader of the file
     settings = {key: value for key, value in reducer.describe().items() if key != "parameters"}
     unfinished = path.with_suffix(".unfinished")
     save_file(
@@ -95,7 +100,7 @@ def _write(
 
 
 def _tell(reducer: Reducer, mine: dict[str, str]) -> list[dict[str, str]]:
-    """Every worker's words, in rank order; a collective."""
+    """Gather `mine` of every rank, in rank order; a collective."""
     return [json.loads(words) for words in reducer.workers.all_gather_text(json.dumps(mine))]
 
 

@@ -1,18 +1,20 @@
-"""How the compressor's state travels inside an optimizer's state dict.
+"""The compressor's state inside an optimizer's state dict.
 
     state_dict["state"][parameter]["lowrank_comm_error"], ["lowrank_comm_Q"]   tensors
-    state_dict["state"][parameter]["lowrank_comm_tag"]                        the tag as numbers
-    state_dict["lowrank_comm"]                                                the tag, readable
+    state_dict["state"][parameter]["lowrank_comm_tag"]            the tag as numbers
+    state_dict["lowrank_comm"]                                    the tag, readable
 
-The tag stands twice because torch.distributed.checkpoint drops top-level keys that it
-does not know, without a word, and keeps what is in `state[parameter]`. Every trainable
+The tag stands twice because torch.distributed.checkpoint silently drops top-level keys
+that it does not know, and keeps what is in `state[parameter]`. Every trainable
 parameter has one, compressed or not, because it refuses a state dict in which some
 parameters have a state and others have none. No key has a dot, at which it splits
-flattened names. A plain optimizer that loads such a dict keeps the entries that it does
-not know, and saves them again after steps of its own. So the tag as numbers has the
-base's own count of steps beside it: where that has moved on, the errors are of another
-time, and are left out with a warning. (SGD counts no steps; there it cannot be told.)
-Behind it stands the parameter's past (`restart`), if there is anything to say of it.
+flattened names.
+
+A plain optimizer that loads such a dict keeps the entries that it does not know, and
+saves them again after steps of its own. So the tag as numbers also has the base's own
+count of steps: where that has moved on, the errors are of an earlier time, and are left
+out with a warning. (SGD counts no steps; there it cannot be told.) Behind the count
+stands the parameter's irregular history (`reduction.restarts`), if it has one.
 
 The entries are added to the dict only and never to the optimizer's live state: Adam
 takes a non-empty state for one that it has initialised. They are taken out before the
@@ -70,7 +72,7 @@ def add(
             further = [_steps_of(theirs), *tag.unsteady.get(name, _STEADY)]
             ours[PREFIX + "tag"] = torch.tensor([*numbers, *further], device=devices[name])
             state_dict["state"][number] = {**theirs, **ours}
-    # which is in the numbers
+    # the irregular histories are in the numbers
     state_dict[KEY] = {key: value for key, value in asdict(tag).items() if key != "unsteady"}
 
 
@@ -102,8 +104,7 @@ def split(
             if str(key).startswith(PREFIX)
         }
         kept = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
-        # an empty state would look initialised to nobody, but SGD without momentum has
-        # none at all
+        # SGD without momentum has no state at all
         if kept:
             base_state[number] = kept
     tag, stale = Tag(**state_dict[KEY]) if KEY in state_dict else None, ""

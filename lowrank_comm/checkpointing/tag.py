@@ -17,7 +17,7 @@ NOBODY = -1
 
 
 def check_format(found: object, what: str) -> None:
-    """StateMismatchError if what was saved has another layout than this version reads."""
+    """Refuse what was saved in another layout than this version reads."""
     if found != FORMAT:
         raise StateMismatchError(
             f"{what} has format {found}, this version reads {FORMAT}; update lowrank_comm."
@@ -26,9 +26,16 @@ def check_format(found: object, what: str) -> None:
 
 @dataclass(frozen=True)
 class Tag:
-    """What a saved state is: see the module's text. `step` is t of the next pass;
-    `unsteady`, parameter name -> (restarts, age, deferred), see `Restarts`: absent in
-    what older versions saved, and then nothing is deferred.
+    """What a saved state is.
+
+    Attributes:
+        kind: "mean" or "own", see `checkpointing.file`.
+        rank, world: the rank that has saved it, and how many there were.
+        step: t of the next pass.
+        seed: of the random draws.
+        format: of the layout.
+        unsteady: parameter name -> (restarts, age, deferred), see `Restarts`; absent in
+            what older versions saved, and then nothing is deferred.
     """
 
     kind: str
@@ -41,7 +48,7 @@ class Tag:
 
     @property
     def whose(self) -> str:
-        """For messages."""
+        """The rank whose state it is, for messages."""
         return "some rank's" if self.rank == NOBODY else f"rank {self.rank}'s"
 
     def check_usable_by(self, reducer: Reducer) -> None:
@@ -64,7 +71,7 @@ class Tag:
 
 
 def tag_of(reducer: Reducer) -> Tag:
-    """Tag of the reducer's present state."""
+    """Return the tag of the reducer's present state."""
     state = reducer.state
     rank, world = state.worker
     # before the first step all errors are zero

@@ -1,4 +1,4 @@
-"""The optimizer that users wrap around their own, and its parts: one idea a file."""
+"""`CompressedOptimizer`, which wraps a torch optimizer, and its parts."""
 
 from .compressed import CompressedOptimizer
 

@@ -167,8 +167,8 @@ class Attachment:
     # ---------------------------------------------------------------- checks
 
     def check_model(self, model: nn.Module, wrapper: str | None) -> None:
-        """Refuse a model that does not hold the optimizer's parameters: the optimizer was
-        built from another one, or before the model's parameters were replaced.
+        """Refuse a model that does not hold the optimizer's parameters: the optimizer
+        was built from another one, or before the model's parameters were replaced.
 
         Raises:
             ConfigError: parameters are not the model's, or, if it is wrapped, trainable

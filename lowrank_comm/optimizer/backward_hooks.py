@@ -32,9 +32,10 @@ class BackwardWatch:
     """Calls `on_gradient(parameter)` for each gradient, and `at_end()` once at the end
     of each backward pass.
 
-    Nobody is kept alive: autograd holds hooks where Python's garbage collector does not
-    look, so a hook that held the object whose methods they are, and by it the
-    parameters, would hold both for ever. When the watch is gone, so are its hooks.
+    It holds weak references only: the garbage collector cannot see cycles through
+    autograd hooks, so a hook that held the object whose methods these are, and by it
+    the parameters, would keep both alive for ever. When the watch is gone, so are its
+    hooks.
 
     Args:
         parameters: whose gradients count.

@@ -1,5 +1,5 @@
 """When the gradients of a backward pass are averaged: in `step()`, at the end of the
-last backward pass of a step, or, with overlap, bucket by bucket while that pass goes on.
+last backward pass of a step, or, with overlap, bucket by bucket during that pass.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class BackwardReduction:
         finally:
             self._only_accumulates = before
 
-    # ---------------------------------------------------------------- gradients in p.grad
+    # ------------------------------------------------------------ gradients in p.grad
 
     def begins(self, reducer: Reducer) -> None:
-        """With overlap, before a pass of all buckets: drop those of a backward pass that
-        has failed.
+        """With overlap, before a pass of all buckets: drop those of a backward pass
+        that has failed.
         """
         self._stream = current_stream(reducer.device)
         if reducer.begun and (
@@ -205,11 +205,11 @@ class BucketScheduler:
         self._seen: set[int] = set()
 
     def is_of_another_pass(self, reducer: Reducer) -> bool:
-        """Return whether another backward pass, or another reducer, is under way now."""
+        """Return whether another backward pass, or another reducer, is in use now."""
         return reducer is not self._reducer or self._pass != torch._C._current_graph_task_id()
 
     def complete_with(self, parameter: Tensor) -> list[int]:
-        """Return the buckets that may start now that the gradient of `parameter` is there."""
+        """Return the buckets that may start now that this gradient is there."""
         if id(parameter) not in self._bucket_of or id(parameter) in self._seen:
             return []
         self._seen.add(id(parameter))

@@ -1,18 +1,18 @@
 """`CompressedOptimizer`: a torch optimizer that averages the gradients over the workers
 before it steps.
 
-It is a real `torch.optim.Optimizer` around a base optimizer. It owns nothing that the
-base owns: `param_groups`, `state` and `defaults` are the base's, through properties, so
-nothing can drift apart. A step is
+It wraps a base optimizer, to which it delegates `param_groups`, `state` and `defaults`
+(`wrapper`). A step is
 
-    reduce_gradients()   p.grad <- mean over the workers, compressed (a collective; all workers call it)
+    reduce_gradients()   p.grad <- mean over the workers, compressed (a collective)
     clip                 by the norm of that, if max_grad_norm is given
     base.step()
 
-`reduce_gradients()` may be called by hand, to clip or look at the result before
-`step()`; it is idempotent, until `step()`, `zero_grad()` or a new backward pass into
-fresh gradients. Gradient accumulation needs nothing: communication happens once, when
-the step is due. If any worker's gradient is not finite, no worker steps.
+All workers call it. `reduce_gradients()` may be called by hand, to clip or look at the
+result before `step()`; it is idempotent, until `step()`, `zero_grad()` or a new
+backward pass into fresh gradients. Gradient accumulation needs nothing: communication
+happens once, when the step is due. If any worker's gradient is not finite, no worker
+steps.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class CompressedOptimizer(OptimizerWrapper):
     """Wraps any torch optimizer; takes over the averaging of gradients over
     data-parallel workers.
 
-    Delta_i = g_i + e_i;  p.grad <- C(Delta_1, ..., Delta_N);  e_i <- Delta_i - sent_i;  then the base optimizer's step
+    Delta_i = g_i + e_i
+    p.grad <- C(Delta_1, ..., Delta_N)
+    e_i <- Delta_i - sent_i
+    then the base optimizer's step
 
     Args:
         optimizer: the base, e.g. `torch.optim.AdamW(model.named_parameters(),
@@ -70,8 +73,8 @@ class CompressedOptimizer(OptimizerWrapper):
         rules: exceptions by parameter name; the first that matches wins.
         error_feedback: its form (EF14, EF21, none, in rounds), and how the error memory
             is kept.
-        quantization: what travels as codes of a few bits: factors, restarts, what stays
-            dense.
+        quantization: what is sent quantized to a few bits: factors, restarts, what is
+            not compressed.
         wire_dtype: dtype on the wire, or None for the wider of float32 and the
             parameter's dtype.
         initial_basis: parameter name -> Q (n x r), to be held against a reference.
@@ -94,7 +97,8 @@ class CompressedOptimizer(OptimizerWrapper):
         >>> import torch
         >>> from lowrank_comm import CompressedOptimizer, PowerSGDPlus
         >>> model = torch.nn.Linear(64, 64)
-        >>> optimizer = CompressedOptimizer(torch.optim.AdamW(model.named_parameters()), PowerSGDPlus(rank=4))
+        >>> base = torch.optim.AdamW(model.named_parameters())
+        >>> optimizer = CompressedOptimizer(base, PowerSGDPlus(rank=4))
         >>> model(torch.ones(2, 64)).sum().backward()
         >>> optimizer.step()
         >>> sorted(optimizer.error_memory())
@@ -212,8 +216,9 @@ class CompressedOptimizer(OptimizerWrapper):
         Example:
             >>> import torch
             >>> base = torch.optim.SGD(torch.nn.Linear(8, 8).named_parameters(), lr=0.1)
-            >>> CompressedOptimizer.from_config(base, {"compressor": "powersgd", "rank": 2}).compressor
-            PowerSGD(rank=2)
+            >>> section = {"compressor": "powersgd", "rank": 2}
+            >>> CompressedOptimizer.from_config(base, section).compressor.rank
+            2
         """
         if isinstance(section, Mapping) and section.get("compressor") in OPTIMIZERS:
             extension = pkgutil.resolve_name(OPTIMIZERS[section["compressor"]])
@@ -241,8 +246,8 @@ class CompressedOptimizer(OptimizerWrapper):
         scaler: Any = None,
         is_last_backward: Callable[[], bool] | None = None,
     ) -> Plan:
-        """Connect to the engine that runs the model, take the parameters' names from it,
-        and print the plan on rank 0.
+        """Connect to the engine that runs the model, take the parameters' names from
+        it, and print the plan on rank 0.
 
         Under DDP and FSDP2 the engine's own averaging of gradients (under HSDP that
         between nodes) is switched off, and ours takes its place. For a plain model this
@@ -403,7 +408,9 @@ class CompressedOptimizer(OptimizerWrapper):
             >>> from lowrank_comm import CompressedOptimizer, PowerSGD
             >>> model = torch.nn.Linear(8, 8)
             >>> base = torch.optim.SGD(model.named_parameters(), lr=0.1)
-            >>> optimizer = CompressedOptimizer(base, PowerSGD(rank=1), reduce_at="backward")
+            >>> optimizer = CompressedOptimizer(
+            ...     base, PowerSGD(rank=1), reduce_at="backward"
+            ... )
             >>> with optimizer.no_sync():
             ...     model(torch.ones(2, 8)).sum().backward()
             >>> model(torch.zeros(2, 8)).sum().backward()
@@ -461,7 +468,7 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         return self._step_log.skipped_in_a_row > 0
 
-    # ---------------------------------------------------------------- the reducer, and what it tells
+    # ---------------------------------------------------------------- the reducer
 
     @property
     def reducer(self) -> Reducer:
@@ -557,8 +564,8 @@ def _is_positive(value: object) -> bool:
 def _overflows_float16(
     means: Sequence[Tensor | None], parameters: Sequence[Tensor], workers: Workers
 ) -> bool:
-    """Whether an averaged gradient is too large for its float16 parameter on any rank of
-    the node; a collective of these ranks.
+    """Whether an averaged gradient is too large for its float16 parameter on any rank
+    of the node; a collective of these ranks.
     """
     narrow = [mean for mean, p in zip(means, parameters, strict=True) if p.dtype == torch.float16]
     if not narrow:

@@ -1,5 +1,5 @@
-"""What an optimizer must know of what runs the model: where gradients wait, who the
-workers are, when backward ends.
+"""What an optimizer must know of the engine that runs the model: where gradients wait,
+who the workers are, when backward ends.
 
 `Engine` is the answer for a plain model: `p.grad` is this worker's whole gradient. The
 adapters in `integrations` give the others' answers (DDP, FSDP2 and HSDP);
@@ -211,7 +211,7 @@ def connect(wrapper: str, model: nn.Module, process_group: Any, shard_scope: str
 
 
 def hint_of_two_levels(plan: Plan) -> list[str]:
-    """A line for who has several ranks in a node and makes each a worker."""
+    """Return a hint where several ranks share a node and each is a worker."""
     ranks = ranks_in_a_node()
     if plan.ranks_in_a_node > 1 or not ranks or ranks < 2 or plan.workers <= ranks:
         return []

@@ -47,8 +47,8 @@ class LossScaling:
         return float(self.scaler.get_scale()) if self._filed("stage").name == "READY" else 1.0
 
     def unscale(self, optimizer: Any, parameters: Sequence[Tensor], reduced: bool) -> None:
-        """Inside a `step()` that a scaler calls: take the scale out of the gradients, if
-        it is still in them.
+        """Inside a `step()` that a scaler calls: take the scale out of the gradients,
+        if it is still in them.
 
         Args:
             optimizer: on which the scaler has left `grad_scale` (None after

@@ -83,8 +83,8 @@ class SavedState:
         # consolidated, but not gathered
         if self._holds_blocks and not gathered and tag.step > 0:
             tag = replace(tag, kind="own")
-        # A sharded checkpoint keeps one node's DTensors and one rank's tag: then no rank
-        # is to take them for its own.
+        # A sharded checkpoint keeps one node's DTensors and one rank's tag: then no
+        # rank is to take them for its own.
         if tag.kind == "own" and not self._attachment.engine.saves_whole:
             tag = replace(tag, rank=NOBODY)
         return tag

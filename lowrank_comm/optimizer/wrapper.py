@@ -22,8 +22,8 @@ _HOOKS = (
 
 
 class OptimizerWrapper(Optimizer):
-    """Wraps a base optimizer; delegates `param_groups`, `state` and `defaults` to it, so
-    that they cannot differ from the base's.
+    """Wraps a base optimizer; delegates `param_groups`, `state` and `defaults` to it,
+    so that they cannot differ from the base's.
 
     Hooks are its own: those registered here run around this optimizer's methods, the
     base's around the base's.
@@ -109,6 +109,6 @@ class OptimizerWrapper(Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            f"{type(self).__name__} cannot be pickled or deep-copied: it belongs to a process group."
-            " Use state_dict()."
+            f"{type(self).__name__} cannot be pickled or deep-copied: it belongs to a process"
+            " group. Use state_dict()."
         )
