@@ -245,7 +245,7 @@ class Compressor(abc.ABC):
             same bits on all.
         parameter_shaped_state: symbols of the state that are of the matrix element by
             element, as its error is: checkpoints keep them whole, as they keep errors,
-            so that they fit whatever blocks of rows a rank holds.
+            so that they fit any blocks of rows that a rank holds.
         replicated_state: symbols of the state that are equal for all blocks of rows of
             a parameter.
         projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T
