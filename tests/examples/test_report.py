@@ -11,6 +11,7 @@ import pytest
 import recording
 import report
 import torch
+from PIL import Image
 from rich.console import Console
 
 SETUP = {"model": "toy of 12 parameters", "workers": 2, "steps": 4}
@@ -192,7 +193,7 @@ def test_table_and_plot_of_two_runs(tmp_path):
     assert [cell.strip() for cell in rows["restarts, all matrices"]] == ["3", "–"]
     picture = report.plot(*folders)
     assert picture == folders[0] / "loss_vs_bytes.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert Image.open(picture).format == "PNG"
 
 
 def test_differences_name_what_is_not_comparable(tmp_path):

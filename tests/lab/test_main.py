@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lowrank_comm.lab.__main__ import main
 from tests.support import ROOT
@@ -54,7 +55,7 @@ def test_from_the_command_line(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 cases are finished" in done.stdout
     assert (tmp_path / "out" / "speedup.md").is_file()
-    assert (tmp_path / "out" / "speedup" / "speedup.png").read_bytes().startswith(b"\x89PNG")
+    assert Image.open(tmp_path / "out" / "speedup" / "speedup.png").format == "PNG"
     rows = (tmp_path / "out" / "rows.jsonl").read_text()
     monkeypatch.chdir(tmp_path)
     assert here(monkeypatch, "publish", "out", "results") == 0

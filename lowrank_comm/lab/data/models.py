@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -32,7 +32,8 @@ def _llama(
     }
 
 
-LLAMAS = {
+LlamaSize = Literal["S", "M", "L", "60M", "130M"]
+LLAMAS: dict[str, dict[str, Any]] = {
     "S": _llama(128, 4, 344, 4, 2048, tied=True),
     "M": _llama(256, 6, 688, 4, 2048, tied=True),
     "L": _llama(384, 6, 1024, 6, 4096, tied=True),

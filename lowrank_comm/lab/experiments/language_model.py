@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.lab.data.models import new_llama, random_state
+from lowrank_comm.lab.data.models import LlamaSize, new_llama, random_state
 from lowrank_comm.lab.data.texts import TextSettings, load_text
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
 from lowrank_comm.lab.experiments.language_model_figures import figures
@@ -47,7 +47,7 @@ class Training(LabSettings):
         recipe: the optimizer.
     """
 
-    model: str = "S"
+    model: LlamaSize = "S"
     batch: int = Field(default=2, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
     recipe: Recipe
