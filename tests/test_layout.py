@@ -55,7 +55,8 @@ def test_the_table_names_modules_that_exist(row: str) -> None:
 
 
 def test_every_folder_of_tests_is_a_package() -> None:
-    folders = {file.parent for file in TESTS.rglob("*.py")}
+    files = TESTS.rglob("*.py")
+    folders = {file.parent for file in files if "fixtures" not in file.parts}
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
