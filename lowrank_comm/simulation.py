@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank_comm.communication.agreement import raise_if_different
 from lowrank_comm.communication.collectives import Exchange, among
+from lowrank_comm.communication.driver import complete
 from lowrank_comm.communication.group import Group
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.errors import LowRankCommError
@@ -25,12 +26,40 @@ from lowrank_comm.reduction.reducer import Outcome, Reducer
 from lowrank_comm.reduction.report import StepReport
 
 
+class _Done:
+    """A collective that has been carried out."""
+
+    def wait(self) -> None:
+        pass
+
+
+class _Table:
+    """Where simulated workers lay what they exchange; carried out once all have."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._laid: list[Sequence[Exchange]] = []
+
+    def lay(self, exchanges: Sequence[Exchange]) -> list[_Done]:
+        self._laid.append(exchanges)
+        if len(self._laid) == self._workers:
+            for exchange in zip(*self._laid, strict=True):
+                among(exchange)
+            self._laid = []
+        return [_Done() for _ in exchanges]
+
+
 class _SimulatedGroup(Group):
-    """One of N workers that share a process; the simulation moves the data."""
+    """One of N workers that share a process.
+
+    Attributes:
+        table: of the step that runs; None where there is none.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         self._rank, self._size = rank, size
+        self.table: _Table | None = None
 
     @property
     def initialised(self) -> bool:
@@ -45,9 +74,11 @@ class _SimulatedGroup(Group):
         return self._rank
 
     def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
-        raise LowRankCommError(
-            "a simulated worker cannot communicate by itself; call Simulation's methods."
-        )
+        if self.table is None:
+            raise LowRankCommError(
+                "a simulated worker cannot communicate by itself; call Simulation's methods."
+            )
+        return self.table.lay(exchanges)
 
 
 class Simulation:
@@ -89,10 +120,8 @@ class Simulation:
             )
             for name, s in shapes.items()
         ]
-        self.reducers = [
-            Reducer(slots, compressor, _SimulatedGroup(i, workers), **options)
-            for i in range(workers)
-        ]
+        self._groups = [_SimulatedGroup(i, workers) for i in range(workers)]
+        self.reducers = [Reducer(slots, compressor, group, **options) for group in self._groups]
         raise_if_different([reducer.describe() for reducer in self.reducers])
 
     def reduce(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
@@ -110,8 +139,15 @@ class Simulation:
             LowRankCommError: workers applied different numbers (a defect of a
                 compressor).
         """
-        with full_precision(self.reducers[0].device):
-            outcomes = self._run(gradients)
+        table = _Table(len(self._groups))
+        for group in self._groups:
+            group.table = table
+        try:
+            with torch.no_grad(), full_precision(self.reducers[0].device):
+                outcomes = self._run(gradients)
+        finally:
+            for group in self._groups:
+                group.table = None
         if not outcomes[0].applied:
             return {}
         for reducer in self.reducers:
@@ -140,26 +176,20 @@ class Simulation:
             ]
             for reducer, given in zip(self.reducers, gradients, strict=True)
         ]
+        # The workers' passes side by side: each flight lays its exchanges on the table, and
+        # that of the last worker carries them out.
         passes = [
-            r.exchange(r.state.buckets[0], grads, 1.0)
-            for r, grads in zip(self.reducers, copies, strict=True)
+            [
+                reducer.launch(number, grads, 1.0)
+                for reducer, grads in zip(self.reducers, copies, strict=True)
+            ]
+            for number in range(len(self.reducers[0].state.buckets))
         ]
-        asked = [next(one) for one in passes]
-        while True:
-            for exchange in zip(*asked, strict=True):
-                among(exchange)
-            collectives = len(asked[0])
-            asked, passed = [], []
-            for one in passes:
-                try:
-                    asked.append(one.send(collectives))
-                except StopIteration as end:
-                    passed.append(end.value)
-            if passed:
-                return [
-                    r.finish(g, 1.0, [one])
-                    for r, g, one in zip(self.reducers, copies, passed, strict=True)
-                ]
+        complete([one.flight for of_a_bucket in passes for one in of_a_bucket])
+        return [
+            reducer.finish(grads, [of_a_bucket[k] for of_a_bucket in passes])
+            for k, (reducer, grads) in enumerate(zip(self.reducers, copies, strict=True))
+        ]
 
     def error_memory(self, worker: int) -> dict[str, Tensor]:
         """Parameter name -> error of one worker, live views."""

@@ -77,4 +77,4 @@ def tag_of(reducer: Reducer) -> Tag:
     # before the first step all errors are zero
     shared = state.consolidated or world == 1 or state.step == 0
     kind = "mean" if shared or not state.keeps_private_state else "own"
-    return Tag(kind, rank, world, state.step, state.seed, unsteady=state.restarts.unsteady())
+    return Tag(kind, rank, world, state.step, state.seed, unsteady=state.restarts.irregular())

@@ -63,7 +63,9 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
                 for symbol, basis in bases.items()
             }
             stacked = {symbol: gathered[symbol].view(-1, *bases[symbol].shape) for symbol in bases}
-            bases = _by_blocks(stacked, reducer.assignment.of(largest)[0].replicated_state)
+            bases = _by_blocks(
+                stacked, reducer.assignment.compressor_for(largest)[0].replicated_state
+            )
         result[slot.name] = {k: t.detach().cpu() for k, t in (entry | bases).items()}
     return result
 
@@ -81,7 +83,9 @@ def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
             stacked = {
                 symbol: torch.stack([basis] * intra_node.size) for symbol, basis in bases.items()
             }
-            bases = _by_blocks(stacked, reducer.assignment.of(largest)[0].replicated_state)
+            bases = _by_blocks(
+                stacked, reducer.assignment.compressor_for(largest)[0].replicated_state
+            )
         zeros = {
             symbol: torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)
             for symbol in shaped
@@ -112,7 +116,7 @@ def block_bases(reducer: Reducer, slot: ParamInfo, largest: Treatment) -> dict[s
     where it has no column. Of all that is not in the shape of the block.
     """
     initial = reducer.assignment.initial_state(slot, largest)
-    shaped = reducer.assignment.of(largest)[0].parameter_shaped_state
+    shaped = reducer.assignment.compressor_for(largest)[0].parameter_shaped_state
     rooms = {
         symbol: torch.zeros_like(tensor)
         for symbol, tensor in initial.items()
@@ -128,7 +132,7 @@ def _in_memory(reducer: Reducer, name: str) -> tuple[str, ...]:
     """Symbols of what is kept of one parameter's earlier gradients: right for any rank
     and any blocks, unlike a basis.
     """
-    scheme = reducer.state.scheme_of(name)
+    scheme = reducer.state.compressor_of(name)
     return (
         "error",
         *((*scheme.parameter_shaped_state, *scheme.replicated_state) if scheme else ()),

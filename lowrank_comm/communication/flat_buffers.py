@@ -3,20 +3,18 @@ each wire dtype and device.
 
 A buffer holds the tensors to be averaged first, then those that are only summed
 (results that one worker computed and the others padded with zeros; control numbers). It
-is summed over the workers in place by whoever drives the pass; then `answers` cuts it
+is summed over the workers in place by the driver of the pass; then `answers` cuts it
 into pieces again. For float16 wires the division by the number of workers comes before
 the sum, which would overflow otherwise.
 
-What is to be gathered has buffers of its own, and what travels as codes (`coded`) takes
-two legs: `exchanges` is the first leg of all, `second_leg` what comes after it, if
-anything.
+What is to be gathered has buffers of its own, and what is sent quantized
+(`quantized_mean`) takes two legs: `exchanges` is the first leg of all, `second_leg` what
+comes after it, if anything.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +49,7 @@ def wire_dtype_called(name: str | None) -> torch.dtype | None:
 
 
 def _largest(dtype: torch.dtype) -> float:
-    """Largest magnitude that may travel: 2^24 below the end of the range, for sums over
+    """Largest magnitude that may be sent: 2^24 below the end of the range, for sums over
     rows and workers of what arrives. float16 has no room to spare, and what arrives in
     it is computed with in float32.
     """
@@ -59,27 +57,60 @@ def _largest(dtype: torch.dtype) -> float:
     return largest if dtype == torch.float16 else largest * 2.0**-24
 
 
+LARGEST = {dtype: _largest(dtype) for dtype in WIRE_DTYPES.values()}
+
+
 @dataclass
 class _Entry:
-    """One tensor of a packet and where its answer goes. `format`: of the codes in which
-    it is averaged.
+    """One tensor of a packet, and where it lies in a sealed buffer.
+
+    Attributes:
+        wire: dtype on the wire.
+        format: in which it is sent quantized, or None.
+        buffer, start: the buffer that is summed, and the place in it.
     """
 
     tensor: Tensor
     kind: str
     averaged: bool
+    wire: torch.dtype
     gathered: bool = False
     format: Format | None = None
+    buffer: Tensor | None = None
+    start: int = 0
+
+
+@dataclass
+class _Sum:
+    """A buffer that is summed over the workers.
+
+    Attributes:
+        buffer: the averaged entries, then those that are only summed.
+        entries: their numbers.
+        averaged_length: elements of the averaged entries.
+        own: this worker's numbers as they went on the wire, where that rounds.
+    """
+
+    buffer: Tensor
+    entries: list[int]
+    averaged_length: int
+    own: Tensor | None
 
 
 class FlatBuffers:
-    """Packs, and unpacks what came back.
+    """Packs tensors into flat buffers, and unpacks what came back.
 
     Args:
         workers: number of workers.
         wire_dtype: dtype on the wire, or None for each tensor's own.
         rank: this worker's number.
-        noise: for stochastic rounding to codes; see `coded`.
+        noise: for stochastic rounding; see `quantized_mean`.
+
+    Attributes:
+        exchanges: once sealed, what is to be carried out between the workers: sums,
+            gathers, and the first leg of what is sent quantized.
+        bytes: payload by the ledger's kinds.
+        surplus, spared: see `ledger`.
     """
 
     def __init__(
@@ -91,26 +122,36 @@ class FlatBuffers:
     ) -> None:
         self._workers, self._wire_dtype, self._rank, self._noise = workers, wire_dtype, rank, noise
         self._entries: list[_Entry] = []
-        self._order: list[list[int]] = []
-        self._own: list[Tensor | None] = []
+        self._sums: list[_Sum] = []
         self._gathers: list[tuple[AllGather, list[int]]] = []
-        self._coded: list[tuple[QuantizedMean, list[int]]] = []
+        self._quantized: list[tuple[QuantizedMean, list[int]]] = []
         self._to_check: list[Tensor] = []
-        self.buffers: list[Tensor] = []
+        self.exchanges: list[Exchange] = []
         self.bytes: Counter[str] = Counter()
         self.surplus = 0.0
         self.spared = 0
 
-    def add(self, tensor: Tensor, kind: str, averaged: bool, format: Format | None = None) -> int:
-        """Put a tensor in, to be averaged (as codes, if `format` is given) or summed;
-        returns its number. `kind` is the ledger's.
-        """
-        self._entries.append(_Entry(tensor, kind, averaged, format=format))
-        return len(self._entries) - 1
+    def add(
+        self,
+        tensor: Tensor,
+        kind: str,
+        averaged: bool = True,
+        format: Format | None = None,
+        gathered: bool = False,
+    ) -> int:
+        """Put a tensor in; return its number.
 
-    def add_to_gather(self, tensor: Tensor, kind: str) -> int:
-        """Put a tensor in, of which everyone is to have everyone's; returns its number."""
-        self._entries.append(_Entry(tensor, kind, averaged=False, gathered=True))
+        Args:
+            tensor: of any shape.
+            kind: the ledger's.
+            averaged: whether the sum over the workers is divided by their number.
+            format: in which it is averaged quantized, or None.
+            gathered: whether everyone is to have everyone's instead.
+        """
+        wire = tensor.dtype
+        if self._wire_dtype is not None and tensor.is_floating_point():
+            wire = self._wire_dtype
+        self._entries.append(_Entry(tensor, kind, averaged, wire, gathered, format))
         return len(self._entries) - 1
 
     @property
@@ -118,172 +159,142 @@ class FlatBuffers:
         """Of the tensor added first that is summed: control numbers that take it need
         no buffer of their own.
         """
-        return next(
-            (e.tensor.dtype for e in self._entries if not e.gathered and e.format is None),
-            torch.float32,
-        )
+        for entry in self._entries:
+            if not entry.gathered and entry.format is None:
+                return entry.tensor.dtype
+        return torch.float32
 
     def seal(self) -> None:
-        """Build the buffers. Afterwards `exchanges` may be carried out."""
-        coded: dict[tuple[Format, torch.dtype, torch.device], list[int]] = {}
+        """Build the buffers; afterwards `exchanges` may be carried out."""
+        quantized: dict[tuple[Format, torch.dtype, torch.device], list[int]] = {}
+        gathered: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        summed: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for k, entry in enumerate(self._entries):
+            tensor, wire = entry.tensor, entry.wire
             if entry.format is not None:
-                coded.setdefault(
-                    (entry.format, entry.tensor.dtype, entry.tensor.device), []
-                ).append(k)
-        for (format, _, _), members in coded.items():
-            mean = QuantizedMean(
-                format,
-                [self._entries[k].tensor for k in members],
-                self._workers,
-                self._rank,
-                self._noise,
-            )
-            self._coded.append((mean, members))
-            self._to_check.append(mean.numbers)
-            self.surplus += mean.filling
-            self.spared -= mean.filling
-            for k, sent in zip(members, mean.bytes, strict=True):
-                self.bytes[self._entries[k].kind] += sent
-                self.spared += (
-                    self._entries[k].tensor.numel() * self._wire(self._entries[k].tensor).itemsize
-                    - sent
-                )
-        for (wire, _), members in self._grouped(gathered=True).items():
-            own = torch.cat([self._entries[k].tensor.reshape(-1).to(wire) for k in members])
-            self._gathers.append(
-                (AllGather(own, own.new_empty(self._workers, own.numel())), members)
-            )
-            self._to_check.append(own)
-            self._count(members, wire)
-            self.surplus += own.nbytes * (self._workers / 2 - 1) if self._workers > 1 else 0.0
-        for (wire, _), members in self._grouped(gathered=False).items():
-            # stable: the averaged ones come first
-            members.sort(key=lambda k: not self._entries[k].averaged)
-            buffer = torch.cat([self._on_wire(self._entries[k], wire) for k in members])
-            rounds = any(
-                self._entries[k].tensor.dtype != wire and self._entries[k].averaged for k in members
-            )
-            self._order.append(members)
-            self._own.append(buffer.clone() if rounds else None)
-            self.buffers.append(buffer)
-            self._count(members, wire)
-        self._to_check += self.buffers
+                quantized.setdefault((entry.format, tensor.dtype, tensor.device), []).append(k)
+                continue
+            groups = gathered if entry.gathered else summed
+            groups.setdefault((wire, tensor.device), []).append(k)
+            self.bytes[entry.kind] += tensor.numel() * wire.itemsize
+        for (format, _, _), members in quantized.items():
+            self._seal_quantized(format, members)
+        for (wire, _), members in gathered.items():
+            self._seal_gather(wire, members)
+        for (wire, _), members in summed.items():
+            self._seal_sum(wire, members)
+        self.exchanges += [gather for gather, _ in self._gathers]
+        self.exchanges += [mean.scatter() for mean, _ in self._quantized]
 
-    def _grouped(self, gathered: bool) -> dict[tuple[torch.dtype, torch.device], list[int]]:
-        """What is gathered, or summed, by dtype on the wire and device."""
-        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for k, entry in enumerate(self._entries):
-            if entry.format is None and entry.gathered == gathered:
-                groups.setdefault((self._wire(entry.tensor), entry.tensor.device), []).append(k)
-        return groups
+    def _seal_quantized(self, format: Format, members: list[int]) -> None:
+        tensors = [self._entries[k].tensor for k in members]
+        mean = QuantizedMean(format, tensors, self._workers, self._rank, self._noise)
+        self._quantized.append((mean, members))
+        self._to_check.append(mean.numbers)
+        self.surplus += mean.filling
+        self.spared -= mean.filling
+        for k, sent in zip(members, mean.bytes, strict=True):
+            entry = self._entries[k]
+            self.bytes[entry.kind] += sent
+            self.spared += entry.tensor.numel() * entry.wire.itemsize - sent
 
-    def _count(self, members: Sequence[int], wire: torch.dtype) -> None:
+    def _seal_gather(self, wire: torch.dtype, members: list[int]) -> None:
+        own = torch.cat([self._entries[k].tensor.reshape(-1).to(wire) for k in members])
+        gather = AllGather(own, own.new_empty(self._workers, own.numel()))
+        self._gathers.append((gather, members))
+        self._to_check.append(own)
+        self.surplus += own.nbytes * (self._workers / 2 - 1) if self._workers > 1 else 0.0
+
+    def _seal_sum(self, wire: torch.dtype, members: list[int]) -> None:
+        """The averaged entries come first, each group in the order of `add`."""
+        averaged = [k for k in members if self._entries[k].averaged]
+        members = averaged + [k for k in members if not self._entries[k].averaged]
+        pieces, start, averaged_length, rounds = [], 0, 0, False
         for k in members:
-            self.bytes[self._entries[k].kind] += self._entries[k].tensor.numel() * wire.itemsize
-
-    @property
-    def exchanges(self) -> list[Exchange]:
-        """What is to be carried out between the workers: sums, gathers, and the first
-        leg of what travels as codes.
-        """
-        first_leg = [mean.scatter() for mean, _ in self._coded]
-        return [*self.buffers, *(gather for gather, _ in self._gathers), *first_leg]
-
-    def second_leg(self) -> list[Exchange]:
-        """What comes after the first leg, which must have been carried out; empty where
-        nothing travels as codes.
-        """
-        return [mean.gather() for mean, _ in self._coded]
-
-    def arrived(self) -> None:
-        """To be called when everything has been carried out, before `all_sound` and
-        `answers`.
-        """
-        self._to_check = [*self.buffers, *(gather.everyone for gather, _ in self._gathers)]
-        self._to_check += [mean.decode() for mean, _ in self._coded]
+            entry = self._entries[k]
+            flat = entry.tensor.reshape(-1)
+            entry.start, start = start, start + flat.numel()
+            if entry.averaged:
+                averaged_length = start
+                rounds |= flat.dtype != wire
+                if wire == torch.float16 and self._workers > 1:
+                    # before the cast: 8e4 / 4 fits float16, 8e4 does not
+                    flat = flat / self._workers
+            pieces.append(flat.to(wire))
+        buffer = torch.cat(pieces)
+        for k in members:
+            self._entries[k].buffer = buffer
+        own = buffer.clone() if rounds else None
+        self._sums.append(_Sum(buffer, members, averaged_length, own))
+        self._to_check.append(buffer)
+        self.exchanges.append(buffer)
 
     def write(self, number: int, values: Tensor) -> None:
         """Overwrite the first numbers of an entry in the sealed buffers."""
-        buffer, start = self._locate(number)
-        buffer[start : start + values.numel()] = values.reshape(-1).to(buffer.dtype)
+        entry = self._entries[number]
+        assert entry.buffer is not None
+        flat = values.reshape(-1).to(entry.buffer.dtype)
+        entry.buffer[entry.start : entry.start + flat.numel()] = flat
+
+    def second_leg(self) -> list[Exchange]:
+        """Return what comes after `exchanges`, which must have been carried out; empty
+        where nothing is sent quantized.
+        """
+        return [mean.gather() for mean, _ in self._quantized] if self._quantized else []
 
     def all_sound(self) -> Tensor:
-        """0-d bool on the device of what is looked at first: every number, of what is
-        to be exchanged or has arrived, is finite, and small enough that what is
-        computed from it stays so.
+        """Return whether every number, of what is to be exchanged or has arrived, is
+        finite, and small enough that what is computed from it stays so: a 0-d bool on
+        the device of what is looked at first.
 
         Read off the least and the largest: NaN passes through them, and no overflow
-        spoils them, as it would a sum. After the last collective of a step nobody can
-        tell the others of an overflow any more, hence the room above.
+        spoils them, as it would a sum. After the last collective of a step a worker
+        cannot tell the others of an overflow any more, hence the room above.
         """
         home = self._to_check[0].device
-        flags = [
-            (torch.stack(torch.aminmax(buffer)).abs() <= _largest(buffer.dtype)).all().to(home)
-            for buffer in self._to_check
-            if buffer.numel() and buffer.is_floating_point()
-        ]
+        flags = []
+        for buffer in self._to_check:
+            if buffer.numel() and buffer.is_floating_point():
+                ends = torch.stack(torch.aminmax(buffer)).abs()
+                flags.append((ends <= LARGEST[buffer.dtype]).all().to(home))
         return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=home)
+
+    def arrived(self) -> None:
+        """Look at what has come back: to be called when everything has been carried
+        out, before `all_sound` and `answers`.
+        """
+        self._to_check = [one.buffer for one in self._sums]
+        if self._gathers or self._quantized:
+            self._to_check += [gather.everyone for gather, _ in self._gathers]
+            self._to_check += [mean.decode() for mean, _ in self._quantized]
 
     def answers(self) -> list[tuple[Tensor, Tensor]]:
         """For every entry in the order in which they were put in: (mean or sum, own as
         sent), or (everyone's, own).
         """
-        result: list[tuple[Tensor, Tensor] | None] = [None] * len(self._entries)
-        for mean_of, members in self._coded:
-            for k, pair in zip(members, mean_of.answers(), strict=True):
-                result[k] = pair
+        result: dict[int, tuple[Tensor, Tensor]] = {}
+        for mean_of, members in self._quantized:
+            result.update(zip(members, mean_of.answers(), strict=True))
         for gather, members in self._gathers:
             lengths = [self._entries[k].tensor.numel() for k in members]
             for k, everyone in zip(members, gather.everyone.split(lengths, dim=1), strict=True):
                 tensor = self._entries[k].tensor
-                result[k] = (
-                    everyone.reshape(self._workers, *tensor.shape).to(tensor.dtype),
-                    tensor,
-                )
-        for buffer, own, members in zip(self.buffers, self._own, self._order, strict=True):
-            length = self._averaged_length(members)
-            divided = self._divides_first(buffer.dtype)
-            if not divided and own is None:
-                buffer[:length].div_(self._workers)
-            start = 0
-            for k in members:
+                shape = (self._workers, *tensor.shape)
+                result[k] = (everyone.reshape(shape).to(tensor.dtype), tensor)
+        for one in self._sums:
+            divided = one.buffer.dtype == torch.float16 and self._workers > 1
+            if not divided and one.own is None:
+                one.buffer[: one.averaged_length].div_(self._workers)
+            for k in one.entries:
                 entry = self._entries[k]
-                piece = slice(start, start + entry.tensor.numel())
-                start = piece.stop
-                mean, mine = buffer[piece].view(entry.tensor.shape), entry.tensor
-                if own is not None and entry.averaged:
-                    mean, mine = mean.to(mine.dtype), own[piece].view(mine.shape).to(mine.dtype)
+                mine = entry.tensor
+                piece = slice(entry.start, entry.start + mine.numel())
+                mean = one.buffer[piece].view(mine.shape).to(mine.dtype)
+                if one.own is not None and entry.averaged:
+                    mine = one.own[piece].view(mine.shape).to(mine.dtype)
                     if divided:
                         mine = mine * self._workers
                     else:  # in the computation's dtype: a 16-bit quotient would round once more
                         mean = mean / self._workers
-                elif mean.dtype != mine.dtype:
-                    mean = mean.to(mine.dtype)
                 result[k] = (mean, mine)
-        return [pair for pair in result if pair is not None]
-
-    def _on_wire(self, entry: _Entry, wire: torch.dtype) -> Tensor:
-        flat = entry.tensor.reshape(-1)
-        if entry.averaged and self._divides_first(wire):
-            # before the cast: 8e4 / 4 fits float16, 8e4 does not
-            flat = flat / self._workers
-        return flat.to(wire)
-
-    def _wire(self, tensor: Tensor) -> torch.dtype:
-        return (self._wire_dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
-
-    def _divides_first(self, wire: torch.dtype) -> bool:
-        return wire == torch.float16 and self._workers > 1
-
-    def _averaged_length(self, members: list[int]) -> int:
-        return sum(
-            math.prod(self._entries[k].tensor.shape) for k in members if self._entries[k].averaged
-        )
-
-    def _locate(self, number: int) -> tuple[Tensor, int]:
-        for buffer, members in zip(self.buffers, self._order, strict=True):
-            if number in members:
-                before = members[: members.index(number)]
-                return buffer, sum(self._entries[k].tensor.numel() for k in before)
-        raise KeyError(number)
+        return [result[k] for k in range(len(self._entries))]

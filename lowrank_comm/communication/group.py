@@ -87,31 +87,26 @@ class Group:
         return len(works)
 
     def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
-        """Start every exchange that moves something; what is returned has `wait()`."""
+        """Start every exchange that moves something; return what has `wait()`."""
+        works: list[Any] = []
         if not self.initialised:
             for exchange in exchanges:
                 alone(exchange)
-            return []
-        works = [self._start(exchange) for exchange in exchanges]
-        return [work for work in works if work is not None]
-
-    def _start(self, exchange: Exchange) -> Any:
-        if isinstance(exchange, AllGather):
-            if not exchange.own.numel():
-                return None
-            parts = list(exchange.everyone.unbind(0))
-            return dist.all_gather(parts, exchange.own, group=self.process_group, async_op=True)
-        if isinstance(exchange, AllToAll):
-            if not exchange.given.numel():
-                return None
-            return dist.all_to_all_single(
-                exchange.received, exchange.given, group=self.process_group, async_op=True
-            )
-        return (
-            dist.all_reduce(exchange, group=self.process_group, async_op=True)
-            if exchange.numel()
-            else None
-        )
+            return works
+        group = self.process_group
+        for one in exchanges:
+            if isinstance(one, AllGather):
+                if one.own.numel():
+                    parts = list(one.everyone.unbind(0))
+                    works.append(dist.all_gather(parts, one.own, group=group, async_op=True))
+            elif isinstance(one, AllToAll):
+                if one.given.numel():
+                    works.append(
+                        dist.all_to_all_single(one.received, one.given, group=group, async_op=True)
+                    )
+            elif one.numel():
+                works.append(dist.all_reduce(one, group=group, async_op=True))
+        return works
 
     def gather_bytes(self, payload: bytes, device: torch.device) -> list[bytes]:
         """Every worker's payload, in rank order; lengths may differ, so each travels

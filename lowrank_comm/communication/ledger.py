@@ -28,6 +28,36 @@ from dataclasses import dataclass, field
 
 
 @dataclass
+class PassStats:
+    """What one pass sent and took; filled while it runs, vetoed or not.
+
+    Attributes:
+        bytes: kind -> bytes handed to collectives.
+        inside: kind -> bytes between the ranks of a node.
+        collectives: number of collectives.
+        surplus, spared: see `Ledger`.
+        seconds: phase -> host seconds; see `reduction.report.StepReport`.
+    """
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    inside: Counter[str] = field(default_factory=Counter)
+    collectives: int = 0
+    surplus: float = 0.0
+    spared: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"compress": 0.0, "communicate": 0.0})
+
+    def add(self, other: PassStats) -> None:
+        """Add those of another bucket of the same step."""
+        self.bytes.update(other.bytes)
+        self.inside.update(other.inside)
+        self.collectives += other.collectives
+        self.surplus += other.surplus
+        self.spared += other.spared
+        for phase, spent in other.seconds.items():
+            self.seconds[phase] += spent
+
+
+@dataclass
 class Ledger:
     """Totals over a run.
 
@@ -45,7 +75,7 @@ class Ledger:
         surplus: bytes that gathers carry beyond an all-reduce of the same payload, and
             the filling of coded shares.
         spared: bytes that the same packets would have had more without codes.
-        seconds: phase -> host seconds; see `diagnostics.StepReport`.
+        seconds: phase -> host seconds; see `reduction.report.StepReport`.
     """
 
     bytes: Counter[str] = field(default_factory=Counter)
@@ -59,23 +89,17 @@ class Ledger:
     spared: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def enter(
-        self,
-        sent: Counter[str],
-        collectives: int,
-        uncompressed_bytes: int,
-        applied: bool,
-        surplus: float = 0.0,
-        spared: int = 0,
-    ) -> None:
-        """Add one pass."""
-        self.bytes.update(sent)
-        self.collectives += collectives
+    def enter(self, stats: PassStats, uncompressed_bytes: int, applied: bool) -> None:
+        """Add one pass, what it sent inside the node and its host seconds included."""
+        self.bytes.update(stats.bytes)
+        self.inside.update(stats.inside)
+        self.collectives += stats.collectives
         self.uncompressed_bytes += uncompressed_bytes
-        self.surplus += surplus
-        self.spared += spared
+        self.surplus += stats.surplus
+        self.spared += stats.spared
         self.steps += 1
         self.vetoed += not applied
+        self.clock(stats.seconds)
 
     def clock(self, seconds: Mapping[str, float]) -> None:
         """Add host seconds, by phase."""

@@ -168,10 +168,11 @@ class Quantization:
                     ' "int8", "int4", or rounding="nearest".'
                 )
 
-    def format_of(self, kind: str) -> Format | None:
-        """Return the format in which averages of a kind of the ledger are sent."""
-        name = {"factors": self.factors, "restart": self.restart}.get(kind)
-        return FORMATS[name] if name else None
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Kind of the ledger -> format in which its averages are sent quantized."""
+        named = {"factors": self.factors, "restart": self.restart}
+        return {kind: FORMATS[name] for kind, name in named.items() if name}
 
     @property
     def of_compressors(self) -> bool:

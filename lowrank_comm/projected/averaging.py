@@ -9,6 +9,7 @@ one finite flag and the mask of missing gradients, all in one collective.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_comm.communication import Group, IntraNodeGroup, Ledger
+from lowrank_comm.communication import Group, Ledger
+from lowrank_comm.communication.driver import Flight, complete
 from lowrank_comm.communication.flat_buffers import wire_dtype_called
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Context, Delta, LowRank
 from lowrank_comm.numerics.linalg import full_precision
 from lowrank_comm.projected.deltas import Coordinates, Gradient
 from lowrank_comm.projected.projection import Projection, computation_dtype
-from lowrank_comm.reduction.lockstep import Agreed, Passing, PassStats, Presence, lockstep
+from lowrank_comm.reduction.lockstep import lockstep
+from lowrank_comm.reduction.passes import Pass, Presence, Steps, Wire
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Averaging:
         self.workers = Workers(Group(process_group))
         self.wire_name = wire_dtype
         self.ledger = Ledger()
-        self._wire_dtype = wire_dtype_called(wire_dtype)
+        self._wire = Wire(self.workers, wire_dtype_called(wire_dtype))
 
     def average(self, entries: Sequence[Entry], t: int) -> list[Averaged | None] | None:
         """Average all gradients; a collective, to be called by every worker.
@@ -105,30 +108,25 @@ class Averaging:
             One for each entry, None where no worker had a gradient; or None, on all
             workers, if some worker's numbers were not finite.
         """
-        stats = PassStats()
         low = [entry for entry in entries if entry.rank is not None]
         dense = [entry for entry in entries if entry.rank is None]
         contexts = [self._context(entry, t) for entry in low]
-        workers = self.workers
-        with full_precision(workers.device):
-            passing = lockstep(
-                [
-                    self._steps(k, entry, context)
-                    for k, (entry, context) in enumerate(zip(low, contexts, strict=True))
-                ],
-                [_whole_gradient(entry) for entry in dense],
-                [entry.has_gradient for entry in low + dense],
-                workers=workers.group.size,
-                rank=workers.group.rank,
-                wire_dtype=self._wire_dtype,
-                device=workers.device,
-                stats=stats,
-                intra_node=IntraNodeGroup(),
-            )
-            agreed = self._carry_out(passing)
+        group = self.workers.group
+        one = Pass(
+            [
+                functools.partial(self._steps, k, entry, context)
+                for k, (entry, context) in enumerate(zip(low, contexts, strict=True))
+            ],
+            [_whole_gradient(entry) for entry in dense],
+            [entry.has_gradient for entry in low + dense],
+            self._wire,
+            group.rank,
+            group.size,
+        )
+        with full_precision(self.workers.device):
+            agreed = complete([Flight(lockstep(one), group.start)])[0]
         full = sum(entry.parameter.numel() * entry.parameter.itemsize for entry in entries)
-        self.ledger.enter(stats.bytes, stats.collectives, full, agreed is not None)
-        self.ledger.clock(stats.seconds)
+        self.ledger.enter(one.stats, full, agreed is not None)
         if agreed is None:
             return None
         averaged: dict[str, Averaged] = {}
@@ -146,7 +144,7 @@ class Averaging:
                 averaged[entry.name] = Averaged(mean)
         return [averaged.get(entry.name) for entry in entries]
 
-    def _steps(self, number: int, entry: Entry, context: Context) -> Passing:
+    def _steps(self, number: int, entry: Entry, context: Context) -> Steps:
         """The compressor's generator. One with a deferred refresh first waits for the
         packet that tells which gradients exist.
         """
@@ -159,7 +157,6 @@ class Averaging:
 
     def _context(self, entry: Entry, t: int) -> Context:
         assert entry.rank is not None
-        wire, own = self._wire_dtype, computation_dtype(entry.parameter)
         return Context(
             (entry.name,),
             t,
@@ -169,7 +166,7 @@ class Averaging:
             m=entry.parameter.shape[0],
             worker=self.workers.group.rank,
             workers=self.workers.group.size,
-            wire_rounds=wire is not None and wire.itemsize < own.itemsize,
+            wire_rounds=self._wire.rounds(computation_dtype(entry.parameter)),
         )
 
     def _basis(self, entry: Entry, context: Context) -> Tensor:
@@ -183,19 +180,6 @@ class Averaging:
                 1, self.projection.length(parameter), rank, dtype=dtype, device=device
             )
         return self.projection.initial_basis(entry.name, parameter, rank).unsqueeze(0)
-
-    def _carry_out(self, passing: Any) -> Agreed | None:
-        """Drive the pass over the process group."""
-        exchanges = next(passing)
-        while True:
-            works = self.workers.group.start(exchanges)
-            for work in works:
-                work.wait()
-            try:
-                exchanges = passing.send(len(works))
-            except StopIteration as end:
-                agreed: Agreed | None = end.value
-                return agreed
 
 
 def _whole_gradient(entry: Entry) -> Tensor:

@@ -37,7 +37,7 @@ class CompressorAssignment:
     Attributes:
         linear: whether only the mean error of low-rank parameters matters: the
             compressor is linear, and nothing that it averages has codes.
-        scheme: the compressor, with its rounds and EF21 around it.
+        low_rank_compressor: the compressor, with its rounds and EF21 around it.
 
     Raises:
         ConfigError: an argument is of the wrong kind, or does not suit the compressor.
@@ -75,9 +75,9 @@ class CompressorAssignment:
         self.error_feedback = (error_feedback or ErrorFeedback()).for_compressor(compressor)
         self.linear = compressor.linear and not self.quantization.of_compressors
         self.compressor = compressor
-        self.scheme = with_feedback(compressor, self.error_feedback, self.linear)
+        self.low_rank_compressor = with_feedback(compressor, self.error_feedback, self.linear)
         self.policy = Policy(
-            self.scheme, min_compression_rate, tuple(rules), self.quantization.dense
+            self.low_rank_compressor, min_compression_rate, tuple(rules), self.quantization.dense
         )
         self._intra_node, self._seed = intra_node, seed
         self._check_codes()
@@ -144,7 +144,7 @@ class CompressorAssignment:
         what = None
         if not self.compressor.row_blocks:
             what = f"{self.compressor.json_name}, whose steps need whole matrices"
-        elif self.scheme is not self.compressor:
+        elif self.low_rank_compressor is not self.compressor:
             what = (
                 f"error_feedback {self.error_feedback.describe()}, which is formed around whole"
                 " matrices"
@@ -178,13 +178,13 @@ class CompressorAssignment:
         )
         return [self.treat(slot, rank) for rank in range(ranks)]
 
-    def of(self, treatment: Treatment) -> tuple[Compressor, ErrorFeedback]:
-        """What carries a treatment out: the compressor with all that is around it, and
-        how its errors are kept.
+    def compressor_for(self, treatment: Treatment) -> tuple[Compressor, ErrorFeedback]:
+        """Return what carries a treatment out: the compressor with all that is around
+        it, and how its errors are kept.
         """
         if treatment.low_rank:
-            return self.scheme, self.error_feedback
-        compressor = self.policy.scheme_of(treatment)
+            return self.low_rank_compressor, self.error_feedback
+        compressor = self.policy.compressor_of(treatment)
         keeps = self.error_feedback.keeps_errors and compressor.feedback == "ef14"
         return compressor, self.error_feedback if keeps else ErrorFeedback(form=compressor.feedback)
 
@@ -192,7 +192,9 @@ class CompressorAssignment:
         """Symbol -> the state of a parameter before the first step."""
         context = Context((slot.name,), 0, self._seed, treatment.rank, m=treatment.m)
         like = torch.empty(0, dtype=slot.compute_dtype, device=slot.device)
-        state = self.of(treatment)[0].initial_state(context, treatment.m, treatment.n, like)
+        state = self.compressor_for(treatment)[0].initial_state(
+            context, treatment.m, treatment.n, like
+        )
         return {symbol: tensor[0] for symbol, tensor in state.items()}
 
     def noise(self, bucket: int, t: int, worker: int) -> Callable[[int], Noise] | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_comm.communication.intra_node import IntraNodeGroup
+from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import (
     Compressor,
     Context,
@@ -30,9 +30,9 @@ from lowrank_comm.compressors.base import (
 )
 from lowrank_comm.error_feedback.ef21 import EF21
 from lowrank_comm.error_feedback.memory import LARGE, ErrorMemory, row_blocks
-from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
+from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
 
@@ -56,6 +56,10 @@ class Batch:
         initial_state: makes the compressor's state before the first step.
         context: what a compressor may know, but for the step.
         state: the compressor's state, symbol -> (B, ...).
+        tracks: whether what is applied is an estimate that all know, of which the
+            step's message is the change (EF21).
+        projects: whether what is sent is P Q_i^T with P orthonormal and Q_i = Delta_i^T
+            P.
     """
 
     slots: tuple[int, ...]
@@ -70,22 +74,13 @@ class Batch:
     initial_state: Callable[[], State]
     context: Context = field(kw_only=True)
     state: State = field(init=False)
+    tracks: bool = field(init=False)
+    projects: bool = field(init=False)
     _work: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.state = self.initial_state()
-
-    @property
-    def tracks(self) -> bool:
-        """Whether what is applied is an estimate that all know, of which the step's
-        message is the change (EF21).
-        """
-        return isinstance(self.compressor, EF21)
-
-    @property
-    def projects(self) -> bool:
-        """Whether what is sent is P Q_i^T with P orthonormal and Q_i = Delta_i^T P."""
-        return self.compressor.projects
+        self.tracks, self.projects = isinstance(self.compressor, EF21), self.compressor.projects
 
     def delta(
         self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None
@@ -99,29 +94,20 @@ class Batch:
             work = work.new_empty(len(rows), self.m, self.n)
             error = error[rows]
             slots = tuple(slots[row] for row in rows)
-        parts = [
-            None if grads[k] is None else self._as_matrix(grads[k], error.dtype) for k in slots
-        ]
+        parts: list[Tensor | None] = []
+        for k in slots:
+            grad = grads[k]
+            if grad is not None:
+                grad = grad.reshape(self.m, self.n)
+                # a dtype whose sum with the error memory is formed in the computation's
+                if torch.promote_types(grad.dtype, error.dtype) != self.dtype:
+                    grad = grad.to(self.dtype)
+            parts.append(grad)
         if self.m * self.n >= LARGE:
             return LazyDelta(work, error, parts, scale)
         zero = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.m, self.n)
-        filled = [zero if part is None else part for part in parts]
-        if any(part.dtype != self.dtype for part in filled):
-            filled = [part.to(self.dtype) for part in filled]
-        torch.stack(filled, out=work)
+        torch.stack([zero if part is None else part.to(self.dtype) for part in parts], out=work)
         return Delta(torch.add(error, work, alpha=1.0 / scale, out=work))
-
-    def _as_matrix(self, grad: Tensor | None, other: torch.dtype) -> Tensor:
-        """The gradient as (m, n), in a dtype whose sum with the error memory is formed
-        in the computation's dtype.
-        """
-        assert grad is not None
-        matrix = grad.reshape(self.m, self.n)
-        return (
-            matrix
-            if torch.promote_types(matrix.dtype, other) == self.dtype
-            else matrix.to(self.dtype)
-        )
 
     def _workspace(self) -> Tensor:
         """Room for Delta. Kept between steps on a CPU only, where fresh pages cost as
@@ -141,8 +127,11 @@ class Batch:
         self, applied: LowRank | Tensor, targets: Sequence[Tensor | None], scale: float
     ) -> None:
         """Decode into the gradients; None targets are left out."""
-        in_place = all(t is None or (t.dtype == self.dtype and t.is_contiguous()) for t in targets)
-        if isinstance(applied, LowRank) and scale == 1.0 and self.m * self.n >= LARGE and in_place:
+        large = isinstance(applied, LowRank) and scale == 1.0 and self.m * self.n >= LARGE
+        if large and all(
+            t is None or (t.dtype == self.dtype and t.is_contiguous()) for t in targets
+        ):
+            assert isinstance(applied, LowRank)
             for row, target in enumerate(targets):
                 if target is not None:
                     torch.mm(applied.p[row], applied.q[row].T, out=target.view(self.m, self.n))
@@ -150,47 +139,35 @@ class Batch:
         dense = applied.dense() if isinstance(applied, LowRank) else applied
         if scale != 1.0:
             dense = dense * scale
-        pairs = [
-            (target, part)
-            for target, part in zip(targets, dense.unbind(0), strict=True)
-            if target is not None
-        ]
-        if pairs:
-            torch._foreach_copy_(
-                [t for t, _ in pairs], [part.reshape(t.shape) for t, part in pairs]
-            )
+        there, parts = [], []
+        for target, part in zip(targets, dense.unbind(0), strict=True):
+            if target is not None:
+                there.append(target)
+                parts.append(part.reshape(target.shape))
+        if there:
+            torch._foreach_copy_(there, parts)
 
-    def keep_error(self, delta: Tensor, result: Result, rows: list[int] | None, t: int) -> None:
-        """Commit the error memory of all matrices, or of `rows`: e <- Delta - sent.
-        `delta` may be overwritten.
+    def commit(self, delta: Tensor, result: Result, rows: list[int] | None, t: int) -> None:
+        """Store the errors, e <- Delta - sent, and the compressor's next state, of all
+        matrices or of `rows`. `delta` may be overwritten.
         """
-        if (
-            delta is self._work
-            and result.kept is None
-            and isinstance(result.sent, LowRank)
-            and rows is None
-        ):
+        in_place = delta is self._work and rows is None and result.kept is None
+        free = None
+        if in_place and isinstance(result.sent, LowRank):
             free = self.memory.exchange(delta, result.sent)
-            if free is not None:
-                self._work = free
-                return
-        self.memory.keep(delta, result.sent, result.kept, rows, t)
-
-    def rows_of_state(self, rows: list[int] | None) -> State:
-        """State of some matrices, or of all."""
-        return (
-            self.state
-            if rows is None
-            else {symbol: tensor[rows] for symbol, tensor in self.state.items()}
-        )
-
-    def store_state(self, rows: list[int] | None, state: State) -> None:
-        """Take over the next state of some matrices, or of all."""
-        for symbol, tensor in state.items():
+        if free is not None:
+            self._work = free
+        else:
+            self.memory.keep(delta, result.sent, result.kept, rows, t)
+        for symbol, tensor in result.state.items():
             if rows is None:
                 self.state[symbol] = tensor
             else:
                 self.state[symbol][rows] = tensor
+
+    def rows_of_state(self, rows: list[int]) -> State:
+        """Return the state of some matrices."""
+        return {symbol: tensor[rows] for symbol, tensor in self.state.items()}
 
 
 class LazyDelta(Delta):
@@ -242,11 +219,10 @@ class LazyDelta(Delta):
 def build_batches(
     slots: Sequence[ParamInfo],
     treatments: Sequence[Treatment],
-    scheme_of: Callable[[Treatment], tuple[Compressor, ErrorFeedback]],
+    assignment: CompressorAssignment,
+    workers: Workers,
     seed: int,
-    worker: int,
     initial_basis: Mapping[str, Tensor],
-    intra_node: IntraNodeGroup,
     indices: Sequence[int],
 ) -> list[Batch]:
     """Group the parameters that are given to a compressor by scheme, shape, rank, dtype
@@ -254,12 +230,10 @@ def build_batches(
 
     Args:
         slots, treatments: the parameters and what the policy decided.
-        scheme_of: treatment -> (the compressor, with what is around it, how errors are
-            kept).
+        assignment: which compressor carries out a treatment.
+        workers: who takes part; this worker's number is for private draws.
         seed: of the draws.
-        worker: this worker's number, for private draws.
         initial_basis: parameter name -> Q (n x r).
-        intra_node: the ranks of this node.
         indices: which of the slots to group.
 
     Returns:
@@ -268,6 +242,7 @@ def build_batches(
     Raises:
         ConfigError: an initial basis has the wrong shape.
     """
+    intra_node, worker = workers.intra_node, workers.group.rank
     groups: dict[tuple[object, ...], list[int]] = {}
     for k in indices:
         slot, treatment = slots[k], treatments[k]
@@ -292,7 +267,7 @@ def build_batches(
             m, n, rank, dtype = treatment.m, treatment.n, treatment.rank, slot.compute_dtype
             # of a block of a whole matrix, fewer than m
             rows = slot.numel // n
-            compressor, error_feedback = scheme_of(treatment)
+            compressor, error_feedback = assignment.compressor_for(treatment)
             names = tuple(slots[k].name for k in chosen)
             memory = ErrorMemory(error_feedback, names, rows, n, dtype, slot.device, seed, worker)
             like = torch.empty(0, dtype=dtype, device=slot.device)

@@ -4,6 +4,7 @@ rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class ParamInfo:
     whole: tuple[int, ...] | None = None
     dim: int = 0
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -47,7 +48,7 @@ class ParamInfo:
         held = intra_node.block(self.whole[self.dim], rank)
         return (*self.whole[: self.dim], held.stop - held.start, *self.whole[self.dim + 1 :])
 
-    @property
+    @functools.cached_property
     def compute_dtype(self) -> torch.dtype:
         """The wider of float32 and the parameter's dtype."""
         return torch.promote_types(self.dtype, torch.float32)

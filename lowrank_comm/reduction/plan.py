@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lowrank_comm.communication import IntraNodeGroup
-from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.communication.workers import Workers
 from lowrank_comm.error_feedback.ef21 import EF21
-from lowrank_comm.numerics.quantization import FORMATS, Quantization
-from lowrank_comm.reduction.batches import Batch
+from lowrank_comm.numerics.quantization import FORMATS
+from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
+from lowrank_comm.reduction.state import CompressionState
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -226,21 +226,25 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def make_plan(
-    slots: Sequence[ParamInfo],
-    treatments: Sequence[Treatment],
-    compressor: Compressor,
-    batches: Sequence[Batch],
-    workers: int,
+    state: CompressionState,
+    assignment: CompressorAssignment,
+    workers: Workers,
     wire_dtype: torch.dtype | None,
-    quantization: Quantization,
-    restart_every: int | None,
-    idle_rules: tuple[str, ...],
-    of_the_node: Sequence[Sequence[Treatment]],
-    intra_node: IntraNodeGroup,
 ) -> Plan:
-    """The plan of a reducer; see `diagnostics.Plan`. treatments: of what this rank
-    holds; of_the_node: of all blocks.
+    """Return the plan of a reducer.
+
+    Args:
+        state: its parameters, with what they keep.
+        assignment: which compressor serves them.
+        workers: who takes part.
+        wire_dtype: on the wire, or None for the computation's.
     """
+    slots, treatments, batches = state.slots, state.treatments, state.batches
+    compressor, formats = assignment.low_rank_compressor, assignment.quantization.formats
+    intra_node, count = workers.intra_node, workers.group.size
+    # of all blocks of a parameter in this node; `treatments` are of what this rank holds
+    of_the_node = [assignment.of_the_node(slot) for slot in slots]
+    schedule = state.restarts.schedule
 
     def in_a_restart(treatment: Treatment) -> int:
         if not treatment.low_rank:
@@ -259,9 +263,9 @@ def make_plan(
             sent = in_restart = float(sum(codes.bytes(part.elements) for part in parts))
         elif largest.low_rank:
             # see `communication.ledger`
-            gathered = workers / 2 if compressor.gathers and workers > 1 else 1.0
-            factors = quantization.format_of("factors")
-            of_restarts = quantization.format_of("restart")
+            gathered = count / 2 if compressor.gathers and count > 1 else 1.0
+            factors = formats.get("factors")
+            of_restarts = formats.get("restart")
             # nearly: P and Q fill blocks of their own
             sent = (factors.bytes(elements) if factors else sent) * gathered
             in_restart = (of_restarts.bytes(restart) if of_restarts else in_restart) * gathered
@@ -316,12 +320,12 @@ def make_plan(
     return Plan(
         rows,
         f"{compressor.json_name} ({settings})",
-        workers,
-        restart_every,
+        count,
+        schedule.restart_every if schedule else None,
         kept + sum(tensor.nbytes for tensor in estimates),
         delta + packets(False),
         delta + packets(True),
-        idle_rules,
+        assignment.policy.idle_rules([slot.name for slot in slots]),
         ranks_in_a_node=intra_node.size,
         shard_scope=intra_node.scope,
     )

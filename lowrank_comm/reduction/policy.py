@@ -208,7 +208,7 @@ class Policy:
             "rules": [asdict(rule) for rule in self.rules],
         }
 
-    def scheme_of(self, treatment: Treatment) -> Compressor:
+    def compressor_of(self, treatment: Treatment) -> Compressor:
         """The compressor of a parameter that is given to one."""
         if treatment.low_rank:
             return self.compressor

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_comm.communication.ledger import PassStats
 from lowrank_comm.compressors.base import LowRank, Result
 from lowrank_comm.reduction.batches import Batch
-from lowrank_comm.reduction.lockstep import PassStats
 
 
 @dataclass
@@ -81,7 +81,7 @@ class PassRecord:
     Attributes:
         step: t of the pass.
         applied: not vetoed, and not rolled back.
-        account: bytes, collectives and seconds.
+        stats: bytes, collectives and seconds.
         uncompressed_bytes: of all gradients.
         restarts: matrices that restarted.
         parts: what was sent and kept, by batch, once committed.

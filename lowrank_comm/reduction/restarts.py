@@ -19,12 +19,32 @@ class Restarts:
 
     def __init__(self, schedule: RestartSchedule | None, names: Iterable[str]) -> None:
         self.schedule, self._names = schedule, frozenset(names)
-        # of all others the past follows from the step
-        self._unsteady: dict[str, RestartHistory] = {}
+        # of all others the history follows from the step
+        self._irregular: dict[str, RestartHistory] = {}
 
-    def of(self, name: str, t: int) -> RestartHistory:
-        """What a matrix has behind it before step t."""
-        return self._unsteady.get(name) or steady(self.schedule, name, t)
+    def history(self, name: str, t: int) -> RestartHistory:
+        """Return what a matrix has behind it before step t."""
+        return self._irregular.get(name) or steady(self.schedule, name, t)
+
+    def histories(
+        self, names: Sequence[str], t: int
+    ) -> dict[tuple[bool, RestartHistory], list[int]]:
+        """Sort the matrices of a batch by (whether it restarts at step t, what it has
+        behind it).
+
+        Returns:
+            The two -> places among the names, ascending.
+        """
+        same = self.schedule is None or not self.schedule.offsets
+        if same and self._irregular.keys().isdisjoint(names):
+            # those without a restart of their own are a batch by themselves
+            kind = (self.due(names[0], t), steady(self.schedule, names[0], t))
+            return {kind: list(range(len(names)))}
+        kinds: dict[tuple[bool, RestartHistory], list[int]] = {}
+        for row, name in enumerate(names):
+            history = self.history(name, t)
+            kinds.setdefault((history.deferred or self.due(name, t), history), []).append(row)
+        return kinds
 
     def due(self, name: str, t: int) -> bool:
         """Whether the schedule has a restart at step t."""
@@ -32,13 +52,13 @@ class Restarts:
 
     def deferred(self, name: str) -> bool:
         """Whether a restart waits for a gradient."""
-        return name in self._unsteady and self._unsteady[name].deferred
+        return name in self._irregular and self._irregular[name].deferred
 
     def commit(self, t: int, present: Mapping[str, bool]) -> None:
-        """Step t counts. present: parameter name -> whether somebody had a gradient."""
+        """Step t counts. present: parameter name -> whether any worker had a gradient."""
         for name, there in present.items():
-            if name in self._names and (name in self._unsteady or not there):
-                self._set(name, self.of(name, t).after(self.due(name, t), there), t + 1)
+            if name in self._names and (name in self._irregular or not there):
+                self._set(name, self.history(name, t).after(self.due(name, t), there), t + 1)
 
     def start_anew(self, names: Collection[str], t: int) -> None:
         """These matrices have nothing behind them; they have missed the restart of step
@@ -50,35 +70,35 @@ class Restarts:
                 name, RestartHistory(deferred=True) if owing else steady(self.schedule, name, t), t
             )
 
-    def unsteady(self) -> dict[str, tuple[int, int, bool]]:
+    def irregular(self) -> dict[str, tuple[int, int, bool]]:
         """Name -> (restarts, age, deferred), to be saved; of matrices that have had a
         gradient in every step there is nothing to say.
         """
         return {
             name: (history.restarts, history.age, history.deferred)
-            for name, history in sorted(self._unsteady.items())
+            for name, history in sorted(self._irregular.items())
         }
 
     def describe(self) -> dict[str, str]:
         """The same in words, to be compared between workers."""
         return {
             name: f"{restarts} so far, {age} steps since, {'one' if deferred else 'none'} deferred"
-            for name, (restarts, age, deferred) in self.unsteady().items()
+            for name, (restarts, age, deferred) in self.irregular().items()
         }
 
-    def go_on(self, t: int, unsteady: Mapping[str, Sequence[int]]) -> None:
-        """The next step is t, as saved; of all that are not in `unsteady` nothing is
+    def go_on(self, t: int, irregular: Mapping[str, Sequence[int]]) -> None:
+        """The next step is t, as saved; of all that are not in `irregular` nothing is
         deferred.
         """
-        self._unsteady = {}
-        for name in self._names.intersection(unsteady):
-            restarts, age, deferred = unsteady[name]
+        self._irregular = {}
+        for name in self._names.intersection(irregular):
+            restarts, age, deferred = irregular[name]
             self._set(
                 name, RestartHistory(restarts, age, bool(deferred) and self.schedule is not None), t
             )
 
     def _set(self, name: str, history: RestartHistory, t: int) -> None:
         if history == steady(self.schedule, name, t):
-            self._unsteady.pop(name, None)
+            self._irregular.pop(name, None)
         else:
-            self._unsteady[name] = history
+            self._irregular[name] = history

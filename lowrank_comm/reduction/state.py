@@ -31,18 +31,34 @@ _log = logging.getLogger("lowrank_comm")
 
 
 @dataclass(frozen=True)
+class DenseGroup:
+    """Parameters that are averaged uncompressed in one vector.
+
+    Attributes:
+        slots: their places, ascending.
+        numels: elements of each.
+        dtype, device: of the vector.
+    """
+
+    slots: list[int]
+    numels: list[int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class Bucket:
     """Parameters whose pass may start together.
 
     Attributes:
         slots: their places, ascending.
         batches: of the compressed ones.
-        dense: places of the others.
+        dense_groups: of the others, by dtype of the computation and device.
     """
 
     slots: list[int]
     batches: list[Batch]
-    dense: list[int]
+    dense_groups: list[DenseGroup]
 
 
 class CompressionState:
@@ -127,27 +143,35 @@ class CompressionState:
         batches = build_batches(
             self.slots,
             self.treatments,
-            self.assignment.of,
+            self.assignment,
+            self._workers,
             self.seed,
-            self._workers.group.rank,
             initial_basis,
-            self._workers.intra_node,
             indices,
         )
-        return Bucket(indices, batches, [k for k in indices if not self.treatments[k].batched])
+        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for k in indices:
+            if not self.treatments[k].batched:
+                slot = self.slots[k]
+                groups.setdefault((slot.compute_dtype, slot.device), []).append(k)
+        dense_groups = [
+            DenseGroup(members, [self.slots[k].numel for k in members], dtype, device)
+            for (dtype, device), members in groups.items()
+        ]
+        return Bucket(indices, batches, dense_groups)
 
     def _restarts(self) -> Restarts:
         """By the largest block of each matrix: all ranks of a node restart it in the
         same steps, also those with fewer rows of it or none.
         """
         largest = {slot.name: self.assignment.treat(slot, 0) for slot in self.slots}
-        scheme = self.assignment.scheme
+        compressor = self.assignment.low_rank_compressor
         costs = {
-            name: scheme.restart_elements(t.m, t.n, t.rank)
+            name: compressor.restart_elements(t.m, t.n, t.rank)
             for name, t in largest.items()
             if t.low_rank
         }
-        return Restarts(scheme.schedule(costs), costs)
+        return Restarts(compressor.schedule(costs), costs)
 
     def error_memory(self) -> dict[str, Tensor]:
         """Parameter name -> this worker's error, a live view in the parameter's shape;
@@ -172,7 +196,7 @@ class CompressionState:
             largest = self.assignment.treat(slot, 0)
             if not largest.batched:
                 continue
-            compressor, error_feedback = self.assignment.of(largest)
+            compressor, error_feedback = self.assignment.compressor_for(largest)
             held = self.bases_of(slot.name) | (
                 {"error": memory[slot.name]} if slot.name in memory else {}
             )
@@ -187,7 +211,7 @@ class CompressionState:
             blocks.append((slot, largest, {symbol: held[symbol] for symbol in symbols}))
         return blocks
 
-    def scheme_of(self, name: str) -> Compressor | None:
+    def compressor_of(self, name: str) -> Compressor | None:
         """What serves one parameter, with all that is around it; None where it is not
         compressed on this rank.
         """
@@ -252,12 +276,12 @@ class CompressionState:
                 {symbol: value[row] for symbol, value in state.items()},
             )
 
-    def continue_at(self, step: int, unsteady: Mapping[str, Sequence[int]] | None = None) -> None:
-        """The next pass is t = step, as read from a checkpoint. unsteady: see
+    def continue_at(self, step: int, irregular: Mapping[str, Sequence[int]] | None = None) -> None:
+        """The next pass is t = step, as read from a checkpoint. irregular: see
         `Restarts.go_on`.
         """
         self.step, self._workers.agreed, self._consolidated_at = step, False, None
-        self.restarts.go_on(step, unsteady or {})
+        self.restarts.go_on(step, irregular or {})
 
     @property
     def consolidated(self) -> bool:
@@ -275,7 +299,7 @@ class CompressionState:
     def take_over(self, old: CompressionState) -> None:
         """Go on with the state of a reducer of fewer parameters, on all workers alike."""
         memory, before = old.error_memory(), {slot.name for slot in old.slots}
-        self.continue_at(old.step, old.restarts.unsteady())
+        self.continue_at(old.step, old.restarts.irregular())
         self.restarts.start_anew({slot.name for slot in self.slots} - before, old.step)
         for name, state in old.bases().items():
             self.set_state(name, memory.get(name), state)

@@ -189,9 +189,9 @@ def test_only_the_matrices_that_miss_steps_are_remembered() -> None:
     restarts = Restarts(staggered(3, dict.fromkeys("abc", 5)), "abc")
     for t in range(9):
         restarts.commit(t, {"a": t != 3, "b": True, "c": t < 4, "dense": False})
-        assert set(restarts.unsteady()) <= {"a", "c"}
-        assert ("c" in restarts.unsteady()) == (t >= 4)
-    assert "a" not in restarts.unsteady()
+        assert set(restarts.irregular()) <= {"a", "c"}
+        assert ("c" in restarts.irregular()) == (t >= 4)
+    assert "a" not in restarts.irregular()
 
 
 def test_a_parameter_that_joins_late_owes_the_restart_of_the_start() -> None:
@@ -227,7 +227,7 @@ def test_a_step_that_does_not_count_changes_nothing(ends: str) -> None:
                 grads.reverse()
             if not counts and ends == "vetoed":
                 next(g for g in grads if g is not None)[0, 0] = torch.nan
-            before = reducer.state.restarts.unsteady()
+            before = reducer.state.restarts.irregular()
             applied = reducer.reduce(grads).applied
             assert applied == (counts or ends == "rolled back")
             if counts:
@@ -235,7 +235,7 @@ def test_a_step_that_does_not_count_changes_nothing(ends: str) -> None:
                 continue
             if applied:
                 reducer.rollback()
-            assert (reducer.state.restarts.unsteady(), reducer.step) == (before, t)
+            assert (reducer.state.restarts.irregular(), reducer.step) == (before, t)
             assert reducer.last_report.restarts == 0
     # "idle" at 0 and TAU, "w" at the step after each
     assert reducer.ledger.restarts == 4
@@ -531,7 +531,7 @@ def test_state_dicts_carry_what_is_owed(keeps_the_top: bool) -> None:
     """
     parameters, optimizer = optimizer_of(COMPRESSORS[0])
     advance(parameters, optimizer, range(FIRST), 0, 1)
-    expected = optimizer.reducer.state.restarts.unsteady()
+    expected = optimizer.reducer.state.restarts.irregular()
     assert any(owed for _, _, owed in expected.values())
     state = copy.deepcopy(optimizer.state_dict())
     assert "unsteady" not in state[KEY]
@@ -539,11 +539,11 @@ def test_state_dicts_carry_what_is_owed(keeps_the_top: bool) -> None:
         del state[KEY]
     _, resumed = optimizer_of(COMPRESSORS[0])
     resumed.load_state_dict(state)
-    assert resumed.reducer.state.restarts.unsteady() == expected
+    assert resumed.reducer.state.restarts.irregular() == expected
     for entries in state["state"].values():
         entries[PREFIX + "tag"] = entries[PREFIX + "tag"][:6]
     resumed.load_state_dict(state)
-    assert (resumed.reducer.state.restarts.unsteady(), resumed.reducer.step) == ({}, FIRST)
+    assert (resumed.reducer.state.restarts.irregular(), resumed.reducer.step) == ({}, FIRST)
 
 
 def test_files_carry_what_is_owed(tmp_path: Path) -> None:

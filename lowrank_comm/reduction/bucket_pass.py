@@ -1,0 +1,242 @@
+"""A bucket of parameters in one pass: from gradients to what the lock-step protocol
+averages, and from what the workers agreed on to gradients and to the next state.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowrank_comm.communication.driver import Flight
+from lowrank_comm.compressors.base import Context, Delta, LowRank, Result
+from lowrank_comm.errors import LowRankCommError
+from lowrank_comm.reduction.batches import Batch
+from lowrank_comm.reduction.lockstep import lockstep
+from lowrank_comm.reduction.passes import Agreed, Pass, Presence, Steps, Wire
+from lowrank_comm.reduction.report import PassRecord
+from lowrank_comm.reduction.state import Bucket, CompressionState, DenseGroup
+
+
+@dataclass
+class Job:
+    """A batch, or some rows of it, in one pass.
+
+    Attributes:
+        rows: of the batch; None for all.
+        deferred: whether it is a deferred restart, of those of the rows for which any
+            worker has a gradient.
+        delta: what was compressed; formed when the generator begins.
+        result: of the compressor; None where there was nothing to do.
+    """
+
+    batch: Batch
+    rows: list[int] | None
+    context: Context
+    deferred: bool = False
+    delta: Delta | None = None
+    result: Result | None = None
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The rows as numbers."""
+        return range(len(self.batch.names)) if self.rows is None else self.rows
+
+    def start(self, grads: Sequence[Tensor | None], scale: float) -> Steps:
+        """Form Delta, just before it is read, and begin the compressor's generator."""
+        batch, rows = self.batch, self.rows
+        self.delta = batch.delta(grads, scale, rows)
+        state = batch.state if rows is None else batch.rows_of_state(rows)
+        return batch.compressor.step(self.delta, state, self.context)
+
+    def start_deferred(self, bucket: Bucket, grads: Sequence[Tensor | None], scale: float) -> Steps:
+        """Make a deferred restart of those matrices for which any worker has a gradient.
+
+        The others stay as they are, and send nothing. A step in which no worker has a
+        gradient for any of them therefore costs nothing; one in which the restart comes
+        costs a collective more.
+        """
+        present = dict(zip(bucket.slots, (yield Presence()), strict=True))
+        there = [k for k, row in enumerate(self.indices) if present[self.batch.slots[row]]]
+        indices = self.indices
+        self.rows, self.context = [indices[k] for k in there], self.context.only(there)
+        return (yield from self.start(grads, scale)) if there else None
+
+    def commit(self, present: Mapping[int, bool], record: PassRecord, t: int) -> None:
+        """Store the errors and the compressor's state of the matrices for which any
+        worker had a gradient; those of the others stay as they are.
+        """
+        if self.result is None:
+            return
+        assert self.delta is not None
+        batch, indices = self.batch, self.indices
+        delta, result, rows = self.delta.tensor, self.result, self.rows
+        alive = [row for row in indices if present[batch.slots[row]]]
+        if len(alive) < len(indices):
+            places = [k for k, row in enumerate(indices) if present[batch.slots[row]]]
+            delta, result, rows = delta[places], _rows_of_result(result, places), alive
+        if alive:
+            record.enter(batch, rows, delta, result)
+            batch.commit(delta, result, rows, t)
+        # Delta is model-sized: let it go now
+        self.delta = self.result = None
+
+
+class BucketPass:
+    """A bucket on its way.
+
+    Args:
+        state: of the reducer.
+        number: of the bucket.
+        wire: how it communicates.
+        grads: this worker's gradients in slot order; those of the bucket are final.
+        scale: the loss scale that they carry.
+
+    Attributes:
+        jobs: its batches.
+        one: what the protocol averages.
+        flight: the pass on its way, once `launch` was called.
+
+    Raises:
+        LowRankCommError: a gradient cannot be averaged.
+    """
+
+    def __init__(
+        self,
+        state: CompressionState,
+        number: int,
+        wire: Wire,
+        grads: Sequence[Tensor | None],
+        scale: float,
+    ) -> None:
+        clock = time.perf_counter()
+        self.bucket = bucket = state.buckets[number]
+        group = wire.workers.group
+        self._state, self._wire, self._scale = state, wire, scale
+        self._check(grads)
+        rank, size = group.rank, group.size
+        self.jobs = [job for batch in bucket.batches for job in self._jobs(batch, rank, size)]
+        self.one = Pass(
+            [
+                functools.partial(job.start_deferred, bucket, grads, scale)
+                if job.deferred
+                else functools.partial(job.start, grads, scale)
+                for job in self.jobs
+            ],
+            [_flat(dense, grads, scale) for dense in bucket.dense_groups],
+            [grads[k] is not None for k in bucket.slots],
+            wire,
+            rank,
+            size,
+            state.assignment.noise(number, state.step, rank),
+        )
+        self.flight: Flight[Agreed | None]
+        self.one.stats.seconds["compress"] += time.perf_counter() - clock
+
+    def launch(self) -> None:
+        """Start the first phase; a collective."""
+        self.flight = Flight(lockstep(self.one), self._wire.workers.group.start)
+
+    @property
+    def present(self) -> dict[int, bool]:
+        """Place of a slot -> whether any worker had a gradient; {} if it was vetoed."""
+        agreed = self.flight.result
+        return dict(zip(self.bucket.slots, agreed.present, strict=True)) if agreed else {}
+
+    def _check(self, grads: Sequence[Tensor | None]) -> None:
+        slots = self._state.slots
+        for k in self.bucket.slots:
+            grad, slot = grads[k], slots[k]
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise LowRankCommError(
+                    f"{slot.name}: sparse gradients cannot be averaged here; use sparse=False."
+                )
+            if grad.numel() != slot.numel:
+                raise LowRankCommError(
+                    f"{slot.name}: the gradient has shape {tuple(grad.shape)}, the parameter"
+                    f" {slot.shape}; they must agree."
+                )
+
+    def _jobs(self, batch: Batch, rank: int, size: int) -> list[Job]:
+        """Cut a batch into jobs: several where some of its matrices restart, have a
+        deferred restart, or are at another variant of a step.
+        """
+        t = self._state.step
+        kinds: dict[tuple[bool, bool, int], list[int]] = {}
+        for (restart, history), rows in self._state.restarts.histories(batch.names, t).items():
+            variant = batch.compressor.variant(history, restart)
+            kinds.setdefault((history.deferred, restart, variant), []).extend(rows)
+        jobs = []
+        # one order on all workers, whichever row came first
+        for (deferred, restart, variant), rows in sorted(kinds.items()):
+            whole = len(kinds) == 1
+            context = replace(
+                batch.context if whole else batch.context.only(sorted(rows)),
+                t=t,
+                restart=restart,
+                variant=variant,
+                worker=rank,
+                workers=size,
+                wire_rounds=self._wire.rounds(batch.dtype),
+            )
+            jobs.append(Job(batch, None if whole else sorted(rows), context, deferred))
+        return jobs
+
+    def decode(self, grads: list[Tensor | None]) -> None:
+        """Write the means into the gradients; make a gradient where only other workers
+        had one.
+        """
+        agreed, slots, scale = self.flight.result, self._state.slots, self._scale
+        assert agreed is not None
+        for k, present in zip(self.bucket.slots, agreed.present, strict=True):
+            if grads[k] is None and present:
+                slot = slots[k]
+                grads[k] = torch.empty(slot.shape, dtype=slot.dtype, device=slot.device)
+        for job, result in zip(self.jobs, agreed.results, strict=True):
+            job.result = result
+            if result is not None:
+                targets = [grads[job.batch.slots[row]] for row in job.indices]
+                job.batch.write(result.applied, targets, scale)
+        for dense, mean in zip(self.bucket.dense_groups, agreed.dense, strict=True):
+            scaled = mean * scale if scale != 1.0 else mean
+            means, pieces = [], []
+            for k, piece in zip(dense.slots, scaled.split(dense.numels), strict=True):
+                grad = grads[k]
+                if grad is not None:
+                    means.append(grad)
+                    pieces.append(piece.view(grad.shape))
+            if means:
+                torch._foreach_copy_(means, pieces)
+
+
+def _flat(dense: DenseGroup, grads: Sequence[Tensor | None], scale: float) -> Tensor:
+    """The dense gradients of a group in one vector, without the loss scale."""
+    pieces = []
+    for k, numel in zip(dense.slots, dense.numels, strict=True):
+        grad = grads[k]
+        if grad is None:
+            pieces.append(torch.zeros(numel, dtype=dense.dtype, device=dense.device))
+        else:
+            pieces.append(grad.reshape(-1).to(dense.dtype))
+    flat = torch.cat(pieces)
+    return flat.div_(scale) if scale != 1.0 else flat
+
+
+def _rows_of_result(result: Result, rows: list[int]) -> Result:
+    """The result of some matrices of a batch."""
+
+    def take(part: LowRank | Tensor) -> LowRank | Tensor:
+        return LowRank(part.p[rows], part.q[rows]) if isinstance(part, LowRank) else part[rows]
+
+    return Result(
+        take(result.applied),
+        take(result.sent),
+        {symbol: tensor[rows] for symbol, tensor in result.state.items()},
+        None if result.kept is None else result.kept[rows],
+    )

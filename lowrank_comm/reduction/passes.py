@@ -1,0 +1,98 @@
+"""What goes into a pass of the lock-step protocol, and what comes out of it; see
+`lockstep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_comm.communication.ledger import PassStats
+from lowrank_comm.communication.quantized_mean import Noise
+from lowrank_comm.communication.workers import Workers
+from lowrank_comm.compressors.base import Result
+from lowrank_comm.compressors.requests import Request
+from lowrank_comm.numerics.quantization import Format, Quantization
+from lowrank_comm.reduction.intra_node_requests import IntraNodeRequests
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Request of the reducer's own, for steps that depend on it: for each parameter,
+    whether any worker has a gradient. That is known when the first packet has come
+    back, so a generator that asks takes no part in that packet, but in those that
+    follow.
+    """
+
+
+Steps = Generator[Request | Presence, Any, Result | None]
+
+
+class Wire:
+    """How passes communicate: what is the same for all passes of a run.
+
+    Args:
+        workers: who takes part.
+        dtype: on the wire, or None for each tensor's own.
+        quantization: what is sent quantized.
+
+    Attributes:
+        formats: the ledger's kind -> format of averages that are sent quantized.
+        in_the_node: the requests that the ranks of a node answer together.
+    """
+
+    def __init__(
+        self, workers: Workers, dtype: torch.dtype | None, quantization: Quantization | None = None
+    ) -> None:
+        self.workers, self.dtype = workers, dtype
+        self.formats: Mapping[str, Format] = quantization.formats if quantization else {}
+        self.in_the_node = IntraNodeRequests(workers)
+
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether the wire is narrower than this dtype of a computation."""
+        return self.dtype is not None and self.dtype.itemsize < dtype.itemsize
+
+
+@dataclass
+class Pass:
+    """One pass: what is averaged, how, and what it has cost so far.
+
+    Attributes:
+        starts: begin the compressors' generators, in the same order on all workers; a
+            generator may ask for `Presence` first.
+        dense: tensors to be averaged as they are.
+        has_gradient: for each parameter, whether this worker has one.
+        wire: how it communicates.
+        rank, size: this worker's number, and how many workers there are.
+        noise: number of a packet -> its draws for stochastic rounding.
+        stats: filled while the pass runs, vetoed or not.
+    """
+
+    starts: Sequence[Callable[[], Steps]]
+    dense: Sequence[Tensor]
+    has_gradient: Sequence[bool]
+    wire: Wire
+    rank: int
+    size: int
+    noise: Callable[[int], Noise] | None = None
+    stats: PassStats = field(default_factory=PassStats)
+
+
+@dataclass
+class Agreed:
+    """What a pass that no worker vetoed ends with.
+
+    Attributes:
+        results: of the generators, in their order; None of one that found out that it
+            has nothing to do.
+        dense: the means of the dense tensors, in their order.
+        present: for each parameter, whether any worker had a gradient.
+    """
+
+    results: list[Result | None]
+    dense: list[Tensor]
+    present: list[bool]
