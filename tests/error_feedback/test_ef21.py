@@ -93,7 +93,7 @@ def test_a_compressor_that_is_not_linear_has_a_y_for_each() -> None:
         error_feedback=form,
         quantization=Quantization(factors="int8"),
     )
-    assert coded.reducers[0].assignment.scheme.private == ("y",)
+    assert coded.reducers[0].assignment.low_rank_compressor.private == ("y",)
 
 
 def test_sgdm_averages_the_gradients_and_without_averaging_is_ef21() -> None:
