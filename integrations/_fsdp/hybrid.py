@@ -110,7 +110,7 @@ class HSDPEngine(FSDPEngine):
         if size == 1 or self.intra_node.whole_matrices:
             return bases
         mesh = self._shard_mesh(parameter)
-        replicated = reducer.assignment.of(largest)[0].replicated_state
+        replicated = reducer.assignment.compressor_for(largest)[0].replicated_state
         plain = {symbol: bases.pop(symbol) for symbol in replicated if symbol in bases}
         blocks: dict[str, Tensor] = {
             of_blocks(symbol, size): DTensor.from_local(basis, mesh, (Shard(0),), run_check=False)

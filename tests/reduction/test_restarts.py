@@ -558,13 +558,13 @@ def test_files_carry_what_is_owed(tmp_path: Path) -> None:
         one.commit()
     library_checkpoint.save(one, tmp_path)
     assert library_checkpoint.load(other, tmp_path)
-    assert other.state.restarts.unsteady() == one.state.restarts.unsteady() != {}
+    assert other.state.restarts.irregular() == one.state.restarts.irregular() != {}
     assert all(torch.equal(state_of(one)[key], state_of(other)[key]) for key in state_of(one))
     old = json.loads(
         json.dumps({"kind": "mean", "rank": 0, "world": 1, "step": FIRST, "seed": 0, "format": 1})
     )
     restore(other, Tag(**old), tensors_of(one))
-    assert (other.state.restarts.unsteady(), other.step) == ({}, FIRST)
+    assert (other.state.restarts.irregular(), other.step) == ({}, FIRST)
 
 
 def test_a_basis_of_another_rank_does_not_wait_for_the_next_period() -> None:
