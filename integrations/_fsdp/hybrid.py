@@ -22,6 +22,7 @@ from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.integrations._fsdp.base import FSDPEngine, local, padded, shard_dim
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.plan import human_bytes
+from lowrank_comm.reduction.policy import Treatment
 from lowrank_comm.reduction.reducer import Reducer
 
 
@@ -103,7 +104,7 @@ class HSDPEngine(FSDPEngine):
         return result
 
     def _bases(
-        self, reducer: Reducer, slot: ParamInfo, largest: ParamInfo, parameter: Tensor
+        self, reducer: Reducer, slot: ParamInfo, largest: Treatment, parameter: Tensor
     ) -> dict[str, Tensor]:
         """The bases of one parameter, as DTensors where each rank has its own."""
         bases, size = block_bases(reducer, slot, largest), self.intra_node.size
