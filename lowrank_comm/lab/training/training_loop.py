@@ -27,7 +27,10 @@ from lowrank_comm.lab.training.workers import Workers, averaged, make_workers
 SKIPPED_IN_A_ROW = 20
 """A run has diverged after so many skipped steps in a row (gradients not finite)."""
 CURVE_POINTS = 24
-FALLS = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}
+FALLS: dict[str, Callable[[Optimizer, int, int], LRScheduler]] = {
+    "cosine": get_cosine_schedule_with_warmup,
+    "linear": get_linear_schedule_with_warmup,
+}
 
 
 class Method(LabSettings):
