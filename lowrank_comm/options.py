@@ -154,6 +154,20 @@ def expected(hint: Any) -> str:
     return "None" if hint is type(None) else plain[hint]
 
 
+def members(hint: Any) -> list[str]:
+    """Return the values of a type one by one, as JSON writes them: '"svd"', "null", "an
+    integer of at least 1".
+    """
+    words = {"None": "null", "True or False": "true, false"}
+    found = []
+    for part in _parts(hint):
+        if _is_literal(part):
+            found += [f'"{word}"' for word in get_args(part)]
+        else:
+            found.append(words.get(expected(part), expected(part)))
+    return found
+
+
 def _limits(limits: list[Any]) -> str:
     """The bounds among the metadata of a number's type, in words."""
     words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}

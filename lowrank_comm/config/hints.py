@@ -45,11 +45,21 @@ def nearest_compressor(word: str, known: Sequence[str]) -> str:
     """As `errors.nearest`, for names of compressors as papers and classes write them:
     "PowerSGD+", "powersgd+", "PowerSGDPlus", "marina-p".
     """
+    meant = _meant(word, known)
+    return f"; did you mean {meant!r}?" if meant else nearest(word, known)
+
+
+def _meant(word: str, known: Sequence[str]) -> str | None:
     squeezed = re.sub(r"[^a-z0-9]", "", word.lower().replace("+", "plus"))
-    for name in known:
-        if name.replace("_", "") == _OTHER_COMPRESSORS.get(squeezed, squeezed).replace("_", ""):
-            return f"; did you mean {name!r}?"
-    return nearest(word, known)
+    squeezed = _OTHER_COMPRESSORS.get(squeezed, squeezed)
+    return next((name for name in known if name.replace("_", "") == squeezed), None)
+
+
+def nearest_class(given: object) -> str:
+    """As `errors.nearest`, for a name or a class where a compressor is wanted."""
+    word = given if isinstance(given, str) else getattr(given, "__name__", "")
+    meant = _meant(word, list(REGISTRY))
+    return f"; did you mean {REGISTRY[meant].__name__}(rank=4)?" if meant else "."
 
 
 def unknown_key(path: str, value: Any, known: Sequence[str], kind: type[Compressor]) -> str:

@@ -56,7 +56,7 @@ OPTIMIZERS = dict.fromkeys(
 """
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """No unknown keys, no conversions of one type into another."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -73,7 +73,7 @@ class _Object:
 
 
 @functools.cache
-def model_of(options: type, base: type[BaseModel] = _Strict) -> type[BaseModel]:
+def model_of(options: type, base: type[BaseModel] = Strict) -> type[BaseModel]:
     """The pydantic model whose fields are those of a dataclass of options."""
     said = descriptions(options)
     fields: dict[str, Any] = {
@@ -94,7 +94,7 @@ _SIZE = Advice('write {{"shard_size": {value}}}', when=lambda v: isinstance(v, i
 _RULES = Advice("write a list of rules", when=lambda value: isinstance(value, dict))
 
 
-class Section(_Strict):
+class Section(Strict):
     """The whole section: the keys that every compressor has. `parse` returns one of the
     subclasses, which have the options of a compressor too.
 
@@ -220,10 +220,6 @@ def _unsupported(name: str) -> UnsupportedError:
     )
 
 
-_Keys = dict[str, tuple[Any, Any]]
-"""Key of an object -> its type and its default."""
-
-
 def _complaints(error: ValidationError, kind: type[Compressor]) -> Iterator[str]:
     """pydantic's errors as sentences with the key, the value and the fix, one for each
     key.
@@ -252,29 +248,34 @@ def _name(path: tuple[int | str, ...]) -> str:
 
 def _found(
     path: tuple[int | str, ...], kind: type[Compressor]
-) -> tuple[tuple[int | str, ...], tuple[Any, Any], _Keys]:
+) -> tuple[tuple[int | str, ...], tuple[Any, Any], dict[str, tuple[Any, Any]]]:
     """The setting at a path of pydantic's: its own path, since a part of a union has a
     name at the end; its type and default; and the keys that it has, if it is an object.
     """
-    types = get_type_hints(Section, include_extras=True)
-    keys: _Keys = {key: (types[key], field.default) for key, field in Section.model_fields.items()}
-    keys |= {key: (hint, default) for key, hint, default in settings_of(kind)}
+    keys = every_setting(kind)
     setting: tuple[Any, Any] = (Section, None)
     for depth, part in enumerate(path):
         if isinstance(part, int):
-            setting = (_inner(setting[0]), None)
+            setting = (inner_type(setting[0]), None)
         elif part in keys:
             setting = keys[part]
         else:
             return path[:depth], setting, keys
-        options = _inner(setting[0])
+        options = inner_type(setting[0])
         keys = {}
         if dataclasses.is_dataclass(options):
             keys = {key: (hint, default) for key, hint, default in settings_of(cast(Any, options))}
     return path, setting, keys
 
 
-def _inner(hint: Any) -> Any:
+def every_setting(kind: type[Compressor]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (type, default) of the section of a compressor."""
+    types = get_type_hints(Section, include_extras=True)
+    common = {key: (types[key], field.default) for key, field in Section.model_fields.items()}
+    return common | {key: (hint, default) for key, hint, default in settings_of(kind)}
+
+
+def inner_type(hint: Any) -> Any:
     """A type without its metadata, and of a list that of its members."""
     while get_origin(hint) in (Annotated, list):
         hint = get_args(hint)[0]

@@ -33,6 +33,7 @@ from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.config import OPTIMIZERS, Section
 from lowrank_comm.config.enabled import leave_alone
+from lowrank_comm.config.hints import nearest_class
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import all_finite
@@ -133,7 +134,8 @@ class CompressedOptimizer(OptimizerWrapper):
         super().__init__(optimizer, "optimizer")
         if not isinstance(compressor, Compressor):
             raise ConfigError(
-                f"compressor must be one such as PowerSGDPlus(rank=4), got {compressor!r}."
+                "compressor must be one such as PowerSGDPlus(rank=4), got"
+                f" {compressor!r}{nearest_class(compressor)}"
             )
         if transformers_uses_deepspeed():
             raise ConfigError(

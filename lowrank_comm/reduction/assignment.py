@@ -62,13 +62,16 @@ class CompressorAssignment:
                     f" got {rule!r}."
                 )
         if error_feedback is not None and not isinstance(error_feedback, ErrorFeedback):
+            word = isinstance(error_feedback, str)
+            example = f'form="{error_feedback}"' if word else 'dtype="bfloat16"'
             raise ConfigError(
-                'error_feedback must be None or such as ErrorFeedback(dtype="bfloat16"), got'
+                f"error_feedback must be None or such as ErrorFeedback({example}), got"
                 f" {error_feedback!r}."
             )
         if quantization is not None and not isinstance(quantization, Quantization):
+            example = quantization if isinstance(quantization, str) else "int8"
             raise ConfigError(
-                'quantization must be None or such as Quantization(dense="int8"), got'
+                f'quantization must be None or such as Quantization(dense="{example}"), got'
                 f" {quantization!r}."
             )
         self.quantization = quantization or Quantization()

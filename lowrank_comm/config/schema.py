@@ -1,0 +1,98 @@
+"""The JSON Schema of the section (draft 2020-12), for editors.
+
+It serves a file that is the section, and a DeepSpeed configuration, which has the
+section under the key "lowrank_comm" and may have anything beside. Which keys a section
+has depends on its compressor, so each compressor has a definition of its own.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any
+
+from pydantic import BaseModel
+
+from lowrank_comm.compressors import REGISTRY
+from lowrank_comm.config.section import OPTIMIZERS, SECTION, Section, Strict, model_of
+from lowrank_comm.options import Seed, descriptions
+
+_DEEPSPEED_KEYS = (SECTION, "train_batch_size", "train_micro_batch_size_per_gpu")
+"""A file with one of these is a DeepSpeed configuration."""
+
+
+class MethodSection(Strict):
+    """The keys that the section of every bidirectional method has."""
+
+    compressor: str
+    enabled: bool = True
+    seed: Seed = 0
+
+
+def every_model() -> dict[str, type[BaseModel]]:
+    """Name of a compressor -> the model of its section, bidirectional methods included."""
+    methods = pkgutil.resolve_name("lowrank_comm.bidirectional.config:METHODS")
+    models = {name: model_of(kind, Section) for name, kind in REGISTRY.items()}
+    return models | {name: model_of(methods[name], MethodSection) for name in OPTIMIZERS}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the schema as a JSON object."""
+    default = Section.model_fields["compressor"].default
+    models = every_model()
+    definitions: dict[str, Any] = {}
+    for name, model in models.items():
+        made = _without_titles(model.model_json_schema())
+        definitions |= made.pop("$defs", {})
+        keys = made["properties"]
+        for key, text in descriptions(Section).items():
+            keys.get(key, {}).setdefault("description", text)
+        keys["compressor"] = {"const": name}
+        keys["enabled"]["default"] = True
+        keys["$schema"] = {"type": "string", "description": "Where an editor finds this schema."}
+        definitions[name] = made
+    for definition in definitions.values():
+        definition["description"] = _first_paragraph(definition["description"])
+    compressor = {
+        "enum": list(models),
+        "default": default,
+        "description": descriptions(Section)["compressor"],
+    }
+    definitions["section"] = {
+        "type": "object",
+        "properties": {"compressor": compressor},
+        "allOf": [_if_compressor(name, name == default) for name in models],
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"The section {SECTION}, or a DeepSpeed configuration that has it",
+        "type": "object",
+        "if": {"anyOf": [{"required": [key]} for key in _DEEPSPEED_KEYS]},
+        "then": {"properties": {SECTION: {"$ref": "#/$defs/section"}}},
+        "else": {"$ref": "#/$defs/section"},
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def _if_compressor(name: str, default: bool) -> dict[str, Any]:
+    """The keys that a section with this compressor has; of the default one, also where
+    no compressor is named.
+    """
+    named: dict[str, Any] = {"properties": {"compressor": {"const": name}}}
+    if not default:
+        named["required"] = ["compressor"]
+    return {"if": named, "then": {"$ref": f"#/$defs/{name}"}}
+
+
+def _without_titles(made: Any) -> Any:
+    """A schema without the titles that pydantic makes of names."""
+    if isinstance(made, dict):
+        return {
+            key: _without_titles(value)
+            for key, value in made.items()
+            if not (key == "title" and isinstance(value, str))
+        }
+    return [_without_titles(one) for one in made] if isinstance(made, list) else made
+
+
+def _first_paragraph(docstring: str) -> str:
+    return " ".join(docstring.split("\n\n")[0].split())

@@ -1,0 +1,94 @@
+"""What is derived from the options and kept in git is as they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_comm.config import OPTIMIZERS, SECTION
+from lowrank_comm.config.schema import json_schema
+from lowrank_comm.config.table import filled
+from tests.support import ROOT
+
+jsonschema = pytest.importorskip("jsonschema")
+
+FILE = ROOT / "configs" / "lowrank_comm.schema.json"
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path != FILE)
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = json.loads(FILE.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_file_is_what_the_command_writes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_comm.config", "schema"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == FILE.read_text(encoding="utf-8"), "run make schema"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/algorithms.md"])
+def test_the_tables_are_what_the_command_writes(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert filled(text) == text, "run make schema"
+    assert "python -m lowrank_comm.config tables" in text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_file_in_configs_is_valid(validator: Any, path: Path) -> None:
+    validator.validate(json.loads(path.read_text(encoding="utf-8")))
+
+
+GOOD: list[dict[str, Any]] = [
+    {},
+    {"$schema": "lowrank_comm.schema.json", "enabled": False},
+    {"compressor": "acp", "restart_every": None},
+    {"compressor": "m4", "uplink_fraction": 0.5, "seed": 1},
+    {"error_feedback": {"form": "ef21_sgdm", "momentum": 1}, "min_compression_rate": 0},
+    {"topology": {"shard_size": "node"}, "rules": [{"match": "a", "rank": 2}]},
+]
+BAD: list[dict[str, Any]] = [
+    {"rnk": 1},
+    {"rank": 0},
+    {"rank": "4"},
+    {"enabled": 1},
+    {"compressor": "powersgd+"},
+    {"compressor": "powersgd", "restart_every": 3},
+    {"compressor": "m4", "rank": 3},
+    {"error_feedback": {"form": "ef22"}},
+    {"rules": [{"treatment": "dense"}]},
+    {"topology": {"shard_size": 0}},
+]
+
+
+@pytest.mark.parametrize("section", GOOD, ids=str)
+def test_a_good_section_is_valid(validator: Any, section: dict[str, Any]) -> None:
+    validator.validate(section)
+    validator.validate({"train_batch_size": 8, SECTION: section})
+
+
+@pytest.mark.parametrize("section", BAD, ids=str)
+def test_a_bad_section_is_not(validator: Any, section: dict[str, Any]) -> None:
+    assert not validator.is_valid(section)
+    assert not validator.is_valid({"train_batch_size": 8, SECTION: section})
+
+
+def test_every_key_is_described() -> None:
+    """Of compressors and of their objects; a bidirectional method's page is its own."""
+    for name, definition in json_schema()["$defs"].items():
+        if name not in (*OPTIMIZERS, "section"):
+            for key, schema in definition["properties"].items():
+                assert key == "compressor" or schema["description"], (name, key)
