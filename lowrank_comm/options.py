@@ -58,7 +58,7 @@ Rate = Annotated[float, Field(ge=0), AllowInfNan(False), Advice("0 compresses ev
 Seed = Annotated[
     int,
     Field(ge=-(2**63), lt=2**63),
-    Advice("it has 64 bits; write for example seed=0"),
+    Advice("it has 64 bits, the same on all workers; write for example seed=0"),
 ]
 
 

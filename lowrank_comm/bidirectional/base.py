@@ -31,7 +31,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from lowrank_comm.bidirectional.permk import Blocks, PermK
 from lowrank_comm.bidirectional.randk import RandK
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.randomness import stream
+from lowrank_comm.options import Advice, PositiveInt, Share, check_options
 
 State = dict[str, Tensor]
 """x and others of the server: (d,), where the party has the server; w and others of the
@@ -141,9 +142,9 @@ class Method(abc.ABC):
     Q_i(x+ - x), where Q_i is grouped PermK with G blocks.
 
     Args:
-        downlink_groups: G, 1 for a dense downlink; None for the largest divisor of n
+        downlink_groups: G, 1 for a dense downlink; null for the largest divisor of n
             that is at most 8.
-        sync_probability: p in (0, 1]; None for 1/G, with which a step sends at most 2
+        sync_probability: p in (0, 1]; null for 1/G, with which a step sends at most 2
             d/G coordinates in the mean.
 
     Class attributes:
@@ -154,28 +155,14 @@ class Method(abc.ABC):
         ConfigError: a value that cannot work.
     """
 
-    downlink_groups: int | None = None
-    sync_probability: float | None = None
+    downlink_groups: Annotated[PositiveInt | None, Advice("write for example 4, or None")] = None
+    sync_probability: Annotated[Share | None, Advice("without dense rounds points drift")] = None
 
     json_name: ClassVar[str]
     server_state: ClassVar[tuple[str, ...]] = ("x",)
 
     def __post_init__(self) -> None:
-        groups = self.downlink_groups
-        if groups is not None and (
-            isinstance(groups, bool) or not isinstance(groups, int) or groups < 1
-        ):
-            raise ConfigError(
-                f"{type(self).__name__}: downlink_groups={groups!r} must be an integer from 1 to"
-                " the number of workers, or None; write for example downlink_groups=4."
-            )
-        if self.sync_probability is not None:
-            check_share(
-                self,
-                "sync_probability",
-                self.sync_probability,
-                "without dense rounds the workers' points drift",
-            )
+        check_options(self, f"{type(self).__name__}: ")
 
     def groups(self, n: int) -> int:
         """G for n workers.
@@ -267,16 +254,6 @@ class Method(abc.ABC):
     def options(cls) -> list[str]:
         """Return the names of the settings, in constructor and configuration files."""
         return [option.name for option in fields(cls)]
-
-
-def check_share(owner: object, key: str, value: object, why_above_0: str) -> None:
-    """ConfigError unless 0 < value <= 1."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0.0 < value <= 1.0:  # type: ignore[operator]
-        raise ConfigError(
-            f"{type(owner).__name__}: {key}={value!r} must be a number above 0 and at most 1"
-            f" ({why_above_0}); write for example {key}=0.25."
-        )
 
 
 class Transport(abc.ABC):

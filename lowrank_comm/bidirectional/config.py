@@ -20,7 +20,7 @@ from lowrank_comm.bidirectional.m3 import M3
 from lowrank_comm.bidirectional.m4 import M4
 from lowrank_comm.bidirectional.marina_p import MarinaP
 from lowrank_comm.errors import ConfigError, nearest
-from lowrank_comm.options import check
+from lowrank_comm.options import Seed, check
 
 METHODS: dict[str, type[Method]] = {cls.json_name: cls for cls in (InkheartSGD, M4, MarinaP, M3)}
 """Method by the name that configuration files use."""
@@ -55,7 +55,7 @@ def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
             f"lowrank_comm.compressor={name!r} is no bidirectional"
             f" method{nearest(str(name), METHODS)} Known: {', '.join(sorted(METHODS))}."
         )
-    check_seed(seed)
+    check("lowrank_comm.seed", seed, Seed)
     kind = METHODS[name]
     for key, value in options.items():
         if key not in kind.options():
@@ -66,11 +66,3 @@ def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
                 f"{nearest(key, kind.options())} Its keys: {', '.join(kind.options())}, seed."
             )
     return kind(**options), seed
-
-
-def check_seed(seed: object) -> None:
-    """ConfigError for what is no integer."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigError(
-            f"seed={seed!r} must be an integer, the same on all workers; write for example seed=0."
-        )

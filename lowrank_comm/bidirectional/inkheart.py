@@ -44,7 +44,7 @@ from torch import Tensor
 
 from lowrank_comm.bidirectional.base import Context, Method, Request, Sent, State, Up
 from lowrank_comm.bidirectional.problem import Problem
-from lowrank_comm.bidirectional.randk import RandK
+from lowrank_comm.bidirectional.randk import Fraction, Mask, RandK
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ class InkheartSGD(Method):
     w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
 
     Args:
-        downlink_groups, sync_probability: see `Method`.
         uplink_fraction: K/d in (0, 1]; omega = d/K - 1.
-        mask: how RandK draws, "window" or "independent"; see `randk`.
+        mask: how RandK draws its coordinates, "window" or "independent"; see `randk`.
+
+    `downlink_groups` and `sync_probability` are as in `Method`.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -71,15 +72,10 @@ class InkheartSGD(Method):
     theorem and proof there.
     """
 
-    uplink_fraction: float = 0.25
-    mask: str = "window"
+    uplink_fraction: Fraction = 0.25
+    mask: Mask = "window"
 
     json_name: ClassVar[str] = "inkheart"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # bad values fail here
-        RandK(self.uplink_fraction, self.mask)
 
     @property
     def uplink(self) -> RandK:

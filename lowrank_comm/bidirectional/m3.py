@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Request, State, check_share
+from lowrank_comm.bidirectional.base import Context, Request, State
 from lowrank_comm.bidirectional.marina_uplink import MarinaUplink
+from lowrank_comm.options import Advice, Share
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class M3(MarinaUplink):
     g_i+ = h_i+ with probability q, else g_i + RandK_i(h_i+ - h_i)
 
     Args:
-        downlink_groups, sync_probability: see `Method`.
-        uplink_fraction, uplink_sync_probability, mask: see `MarinaUplink`.
         model_weight: beta in (0, 1], the weight of a new w_i in z_i.
+
+    The others are as in `Method` and `MarinaUplink`.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -47,13 +48,9 @@ class M3(MarinaUplink):
     Source: M3 of arXiv 2402.06412, with PermK in groups.
     """
 
-    model_weight: float = 0.5
+    model_weight: Annotated[Share, Advice("at 0 no worker would ever move")] = 0.5
 
     json_name: ClassVar[str] = "m3"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share(self, "model_weight", self.model_weight, "at 0 no worker would ever move")
 
     def start(self, x: Tensor, context: Context) -> State:
         """z_i = w_i = x."""

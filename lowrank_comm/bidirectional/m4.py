@@ -35,13 +35,14 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Request, State, check_share
+from lowrank_comm.bidirectional.base import Context, Request, State
 from lowrank_comm.bidirectional.marina_uplink import MarinaUplink
 from lowrank_comm.bidirectional.problem import Problem
+from lowrank_comm.options import Advice, Share
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class M4(MarinaUplink):
     x+ = x - gamma y_bar+
 
     Args:
-        downlink_groups, sync_probability: see `Method`.
-        uplink_fraction, uplink_sync_probability, mask: see `MarinaUplink`.
         gradient_weight: a in (0, 1], the weight of a new gradient in the momentum.
+
+    The others are as in `Method` and `MarinaUplink`.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -69,16 +70,10 @@ class M4(MarinaUplink):
     and proof in this file's text.
     """
 
-    gradient_weight: float = 0.3
+    gradient_weight: Annotated[Share, Advice("at 0 no gradient would ever count")] = 0.3
 
     json_name: ClassVar[str] = "m4"
     server_state: ClassVar[tuple[str, ...]] = ("x", "y_bar")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share(
-            self, "gradient_weight", self.gradient_weight, "at 0 no gradient would ever count"
-        )
 
     def estimate(
         self, state: State, gradients: Tensor, context: Context

@@ -30,8 +30,7 @@ class MarinaP(Method):
     x+ = x - gamma (1/n) sum of gradient_i at w_i
     w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
 
-    Args:
-        downlink_groups, sync_probability: see `Method`.
+    `downlink_groups` and `sync_probability` are as in `Method`.
 
     Raises:
         ConfigError: a value that cannot work.

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Method, Request, Sent, Up, check_share
-from lowrank_comm.bidirectional.randk import RandK
+from lowrank_comm.bidirectional.base import Context, Method, Request, Sent, Up
+from lowrank_comm.bidirectional.randk import Fraction, Mask, RandK
+from lowrank_comm.options import Advice, Share
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,19 @@ class MarinaUplink(Method):
 
     Args:
         uplink_fraction: K/d in (0, 1]; omega = d/K - 1.
-        uplink_sync_probability: q in (0, 1]; None for K/d, with which a step sends at
+        uplink_sync_probability: q in (0, 1]; null for K/d, with which a step sends at
             most 2 K coordinates in the mean.
-        mask: how RandK draws; see `randk`.
+        mask: how RandK draws its coordinates, "window" or "independent".
 
     Raises:
         ConfigError: a value that cannot work.
     """
 
-    uplink_fraction: float = 0.25
-    uplink_sync_probability: float | None = None
-    mask: str = "window"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # bad values fail here
-        RandK(self.uplink_fraction, self.mask)
-        if self.uplink_sync_probability is not None:
-            why = "without dense rounds the compression error stays"
-            check_share(self, "uplink_sync_probability", self.uplink_sync_probability, why)
+    uplink_fraction: Fraction = 0.25
+    uplink_sync_probability: Annotated[
+        Share | None, Advice("without dense rounds the compression error stays")
+    ] = None
+    mask: Mask = "window"
 
     @property
     def uplink(self) -> RandK:

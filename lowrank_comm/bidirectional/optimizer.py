@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_comm.bidirectional.base import Method, State
-from lowrank_comm.bidirectional.config import check_seed, parse
+from lowrank_comm.bidirectional.config import parse
 from lowrank_comm.bidirectional.ledger import LinkLedger
 from lowrank_comm.bidirectional.party import Party
 from lowrank_comm.bidirectional.refusals import (
@@ -42,6 +42,7 @@ from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.step import StepLog, run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper
+from lowrank_comm.options import Seed, check
 
 
 class BidirectionalOptimizer(OptimizerWrapper):
@@ -94,7 +95,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
             raise ConfigError(
                 f"method must be one such as InkheartSGD(uplink_fraction=0.25), got {method!r}."
             )
-        check_seed(seed)
+        check("seed", seed, Seed)
         refuse_deepspeed()
         self.method, self.ledger = method, LinkLedger()
         self._seed = seed

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.randomness import stream
+from lowrank_comm.options import Advice, Share, check_options
 
-MASKS = ("window", "independent")
+Mask = Literal["window", "independent"]
+Fraction = Annotated[Share, Advice("1 sends everything; write for example 0.25")]
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,11 @@ class RandK:
     Source: Rand-K as in arXiv 2102.07845 (MARINA).
     """
 
-    fraction: float = 1.0
-    mask: str = "window"
+    fraction: Fraction = 1.0
+    mask: Mask = "window"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.fraction, int | float) and not isinstance(self.fraction, bool)
-        if not number or not 0.0 < self.fraction <= 1.0:
-            raise ConfigError(
-                f"uplink_fraction={self.fraction!r} must be a number above 0 and at most 1 (1:"
-                " dense); for example 0.25."
-            )
-        if self.mask not in MASKS:
-            raise ConfigError(f'mask={self.mask!r} is unknown; use "window" or "independent".')
+        check_options(self, "RandK: ")
 
     def kept(self, d: int) -> int:
         """K."""

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lowrank_comm.communication.collectives import AllGather, Exchange
 from lowrank_comm.communication.quantized_mean import Noise, QuantizedMean
-from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.quantization import Format
+from lowrank_comm.options import check
 
 WireDtype = Literal["float32", "float64", "bfloat16", "float16"]
 WIRE_DTYPES = {
@@ -41,10 +41,7 @@ def wire_dtype_called(name: str | None) -> torch.dtype | None:
     Raises:
         ConfigError: it is unknown.
     """
-    if name is not None and name not in WIRE_DTYPES:
-        raise ConfigError(
-            f"wire_dtype={name!r} is unknown; leave it out, or use one of {', '.join(WIRE_DTYPES)}."
-        )
+    check("wire_dtype", name, WireDtype | None)
     return WIRE_DTYPES[name] if name is not None else None
 
 

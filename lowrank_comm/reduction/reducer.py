@@ -54,6 +54,7 @@ from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.numerics.linalg import full_precision
 from lowrank_comm.numerics.quantization import Quantization
+from lowrank_comm.options import Seed, check
 from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.bucket_pass import BucketPass, Job
 from lowrank_comm.reduction.params import ParamInfo
@@ -144,10 +145,7 @@ class Reducer:
         bucket_bytes: int | None = None,
     ) -> None:
         self._wire_name, wire = wire_dtype, wire_dtype_called(wire_dtype)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ConfigError(
-                f"seed must be an integer of 64 bits, got {seed!r}; write for example seed=0."
-            )
+        check("seed", seed, Seed)
         self.slots, self.compressor, self.seed = list(slots), compressor, seed
         _check_slots(self.slots)
         self.device = self.slots[0].device if self.slots else torch.device("cpu")
