@@ -1,4 +1,4 @@
-"""`"enabled": false` in a section: the engine is left alone, its training is its own."""
+"""`"enabled": false` in a section: the engine is left alone."""
 
 from __future__ import annotations
 

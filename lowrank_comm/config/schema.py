@@ -29,7 +29,9 @@ class MethodSection(Strict):
 
 
 def every_model() -> dict[str, type[BaseModel]]:
-    """Name of a compressor -> the model of its section, bidirectional methods included."""
+    """Return the model of a section by the name of its compressor, or of its
+    bidirectional method.
+    """
     methods = pkgutil.resolve_name("lowrank_comm.bidirectional.config:METHODS")
     models = {name: model_of(kind, Section) for name, kind in REGISTRY.items()}
     return models | {name: model_of(methods[name], MethodSection) for name in OPTIMIZERS}

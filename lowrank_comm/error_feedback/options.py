@@ -65,11 +65,11 @@ class ErrorFeedback:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name."""
+        """Return plain settings by name."""
         return {option.name: getattr(self, option.name) for option in fields(self)}
 
     def for_compressor(self, compressor: Compressor) -> ErrorFeedback:
-        """The same with its form resolved, if it suits the compressor.
+        """Return the same options with the form resolved, if it suits the compressor.
 
         Raises:
             ConfigError: the compressor is not contractive, and the form needs that.
@@ -88,14 +88,12 @@ class ErrorFeedback:
 
     @property
     def keeps_errors(self) -> bool:
-        """Whether there is an error memory, as there is unless another form is asked
-        for.
-        """
+        """Whether there is an error memory: "ef14", or the form is not resolved."""
         return self.form in (None, "ef14")
 
     @property
     def memory(self) -> str:
-        """What is kept of earlier gradients, in words."""
+        """What a parameter's compression keeps of earlier gradients, in words."""
         kept = {
             "ef21": "EF21 memory (y)",
             "ef21_sgdm": "EF21 memory (y, v)",

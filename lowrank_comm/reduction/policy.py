@@ -1,15 +1,15 @@
-"""Which parameter is compressed and which travels dense, and why: the first matching
-rule wins, then the rate decides.
+"""The treatment of every parameter: compressed or not, and why. The first matching rule
+decides, else the compression rate.
 
 A tensor of two or more dimensions is seen as a matrix (shape[0], -1), in its own
 orientation. Its rank r is cut to min(m, n). It is compressed when
 
-    m n / (elements sent) > min_compression_rate            for PowerSGD: m n / (r (m + n))
+    m n / (elements sent) > min_compression_rate        PowerSGD: m n / (r (m + n))
 
-and goes dense otherwise: the term and the default of PyTorch's hook. A rate of 0
-compresses every matrix. Embeddings are matrices like others. Tensors of fewer
-dimensions, and empty ones, are dense. What is dense may travel as codes
-(`quantization.dense`, or a rule), and an embedding row by row, by rule.
+and else all-reduced uncompressed ("dense"); term and default are those of PyTorch's
+hook. A rate of 0 compresses every matrix. Embeddings are matrices like others. Tensors
+of fewer dimensions, and empty ones, are dense. What is dense may be sent quantized
+(`quantization.dense`, or a rule), and an embedding row by row, by a rule.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Rule:
             )
 
     def matches(self, name: str) -> bool:
-        """Whether the pattern is that of the whole name."""
+        """Whether the pattern fits the whole name."""
         return fnmatch.fnmatchcase(name, self.match)
 
 
@@ -74,9 +74,9 @@ class Treatment:
     Attributes:
         scheme: "low_rank", "dense", a format of `quantization`, or "row_sparse".
         m, n: the matrix it is seen as; (numel, 1) where it is none and goes dense, (1,
-            numel) where it has codes.
+            numel) where it is sent quantized.
         rank: r after the cut to min(m, n); 0 where it is not low-rank.
-        elements: what a worker hands to the collectives for it in an ordinary step.
+        elements: that a worker hands to the collectives for it in an ordinary step.
         reason: why, for the plan.
     """
 
@@ -89,12 +89,12 @@ class Treatment:
 
     @property
     def low_rank(self) -> bool:
-        """Compressed by the scheme of the run."""
+        """Whether the compressor of the run compresses it."""
         return self.scheme == "low_rank"
 
     @property
     def batched(self) -> bool:
-        """Given to a compressor, of whichever kind; else it is averaged as it is."""
+        """Whether some compressor has it; else it is all-reduced as it is."""
         return self.scheme != "dense"
 
 
@@ -103,10 +103,10 @@ class Policy:
     """Decides the treatment of every parameter from its name and shape.
 
     Args:
-        compressor: the scheme.
-        min_compression_rate: see the module's text.
+        compressor: of the low-rank parameters.
+        min_compression_rate: see this file's first lines.
         rules: exceptions by name; the first that matches wins.
-        codes: format in which travels what would go dense, or None for the wire dtype.
+        codes: format of what would go dense, or None for the wire dtype.
     """
 
     compressor: Compressor
@@ -118,7 +118,7 @@ class Policy:
         check("min_compression_rate", self.min_compression_rate, Rate)
 
     def treat(self, name: str, shape: Sequence[int]) -> Treatment:
-        """Treatment of the parameter `name` of full shape `shape`."""
+        """Return the treatment of the parameter `name` of full shape `shape`."""
         numel = math.prod(shape)
         rule = next((rule for rule in self.rules if rule.matches(name)), None)
         because = f"rule {rule.match!r}" if rule else ""
@@ -171,8 +171,8 @@ class Policy:
         return Treatment("low_rank", m, n, r, elements, ", ".join(filter(None, (because, cut))))
 
     def treat_block(self, name: str, shape: Sequence[int], largest: Sequence[int]) -> Treatment:
-        """Treatment of one of several blocks of a parameter, each of which is a matrix
-        of its own.
+        """Return the treatment of one of several blocks of a parameter, each of which
+        is a matrix of its own.
 
         The largest block decides between low-rank and dense, so that all ranks decide
         alike; rank and elements are the block's own.
@@ -191,15 +191,13 @@ class Policy:
         return Treatment("low_rank", m, n, r, self.compressor.elements(m, n, r), decided.reason)
 
     def idle_rules(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Patterns of rules that match none of the names: perhaps a typo, perhaps
-        another model's parameters.
-        """
+        """Return the patterns of rules that match none of the names."""
         return tuple(
             rule.match for rule in self.rules if not any(rule.matches(name) for name in names)
         )
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name, for the comparison between workers and for
+        """Return plain settings by name, for the comparison between workers and for
         checkpoints.
         """
         return {
@@ -209,11 +207,9 @@ class Policy:
         }
 
     def compressor_of(self, treatment: Treatment) -> Compressor:
-        """The compressor of a parameter that is given to one."""
+        """Return the compressor of a parameter that is given to one."""
         if treatment.low_rank:
             return self.compressor
-        return (
-            RowSparse()
-            if treatment.scheme == "row_sparse"
-            else Quantized(codes=cast(FormatName, treatment.scheme))
-        )
+        if treatment.scheme == "row_sparse":
+            return RowSparse()
+        return Quantized(codes=cast(FormatName, treatment.scheme))
