@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -22,10 +22,14 @@ from lowrank_comm.options import descriptions, members, settings_of
 def filled(page: str) -> str:
     """Return a page of Markdown with what stands between its markers written again."""
     for name, rows in (("settings", _settings()), ("options of the compressors", _options())):
-        between = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of the {name} -->)"
+        start, end = rf"<!-- {name}: [^\n]*-->\n", f"<!-- end of the {name} -->"
         table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-        page = re.sub(between, lambda m, table=table: m[1] + table + m[2], page, flags=re.DOTALL)
+        page = re.sub(rf"({start}).*?({end})", _around(table), page, flags=re.DOTALL)
     return page
+
+
+def _around(table: str) -> Callable[[re.Match[str]], str]:
+    return lambda found: found[1] + table + found[2]
 
 
 def _settings() -> Iterable[list[str]]:

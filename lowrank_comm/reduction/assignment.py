@@ -62,17 +62,15 @@ class CompressorAssignment:
                     f" got {rule!r}."
                 )
         if error_feedback is not None and not isinstance(error_feedback, ErrorFeedback):
-            word = isinstance(error_feedback, str)
-            example = f'form="{error_feedback}"' if word else 'dtype="bfloat16"'
             raise ConfigError(
-                f"error_feedback must be None or such as ErrorFeedback({example}), got"
+                "error_feedback must be None or such as"
+                f' ErrorFeedback(form="{_word_or(error_feedback, "ef14")}"), got'
                 f" {error_feedback!r}."
             )
         if quantization is not None and not isinstance(quantization, Quantization):
-            example = quantization if isinstance(quantization, str) else "int8"
             raise ConfigError(
-                f'quantization must be None or such as Quantization(dense="{example}"), got'
-                f" {quantization!r}."
+                "quantization must be None or such as"
+                f' Quantization(dense="{_word_or(quantization, "int8")}"), got {quantization!r}.'
             )
         self.quantization = quantization or Quantization()
         self.error_feedback = (error_feedback or ErrorFeedback()).for_compressor(compressor)
@@ -225,3 +223,7 @@ class CompressorAssignment:
             "error_feedback": self.error_feedback.describe(),
             "quantization": self.quantization.describe(),
         }
+
+
+def _word_or(given: object, example: str) -> str:
+    return given if isinstance(given, str) else example
