@@ -37,6 +37,7 @@ from pydantic.fields import FieldInfo
 from lowrank_comm.errors import ConfigError, nearest
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 """A number above 0 and at most 1."""
 

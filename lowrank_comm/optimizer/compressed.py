@@ -21,7 +21,7 @@ import contextlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.saved_state import SavedState
 from lowrank_comm.optimizer.step import StepLog, run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper
+from lowrank_comm.options import Positive, check
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
@@ -145,21 +146,12 @@ class CompressedOptimizer(OptimizerWrapper):
                 " import lowrank_comm.integrations.deepspeed; or give Trainer"
                 " callbacks=[CompressionCallback(compressor)]."
             )
-        if max_grad_norm is not None and not _is_positive(max_grad_norm):
-            raise ConfigError(
-                f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm!r}."
-            )
-        if reduce_at not in (None, "step", "backward"):
-            raise ConfigError(
-                f'reduce_at={reduce_at!r} is unknown; use "step", "backward" or None.'
-            )
+        check("CompressedOptimizer: max_grad_norm", max_grad_norm, Positive | None)
+        check("CompressedOptimizer: reduce_at", reduce_at, Literal["step", "backward"] | None)
+        check("CompressedOptimizer: bucket_cap_mb", bucket_cap_mb, Positive, 25.0)
         if overlap and reduce_at == "step":
             raise ConfigError(
                 'overlap=True works at the end of backward only; leave reduce_at="step" out.'
-            )
-        if not _is_positive(bucket_cap_mb):
-            raise ConfigError(
-                f"bucket_cap_mb must be a number of MB above 0, got {bucket_cap_mb!r}."
             )
         options: dict[str, Any] = {
             "min_compression_rate": min_compression_rate,
@@ -556,11 +548,6 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         self._load_with_hooks(state_dict, self._saved.load)
         self._backward.verdict = None
-
-
-def _is_positive(value: object) -> bool:
-    """Whether it is a number above 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _overflows_float16(
