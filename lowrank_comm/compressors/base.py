@@ -44,7 +44,7 @@ from torch import Tensor
 from lowrank_comm.compressors.requests import Request
 from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule
 from lowrank_comm.numerics.randomness import gaussian, uniform
-from lowrank_comm.options import PositiveInt, check, check_options
+from lowrank_comm.options import PositiveInt, check_options
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,6 @@ class Context:
     def _whose(self, purpose: str, private: bool) -> str:
         purpose = f"{purpose} of round {self.round}" if self.round else purpose
         return f"{purpose} of worker {self.worker}" if private else purpose
-
-
-def checked_positive_int(owner: str, key: str, value: Any) -> None:
-    """Raise a ConfigError unless value is an integer of at least 1."""
-    check(f"{owner}: {key}", value, PositiveInt)
 
 
 @dataclass(frozen=True)
