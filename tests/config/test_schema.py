@@ -1,10 +1,8 @@
-"""What is derived from the options and kept in git is as they are."""
+"""The JSON Schema takes what a section may be, and nothing else."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 
 from lowrank_comm.config import SECTION
 from lowrank_comm.config.schema import json_schema
-from lowrank_comm.config.table import filled
 from tests.support import ROOT
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -26,25 +23,6 @@ def validator() -> Any:
     schema = json.loads(FILE.read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
-
-
-def test_the_file_is_what_the_command_writes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lowrank_comm.config", "schema"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert done.stdout == FILE.read_text(encoding="utf-8"), "run make schema"
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/algorithms.md"])
-def test_the_tables_are_what_the_command_writes(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert filled(text) == text, "run make schema"
-    assert "python -m lowrank_comm.config tables" in text
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
