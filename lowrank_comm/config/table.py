@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pydantic_core import PydanticUndefined
-
 from lowrank_comm.compressors import REGISTRY
 from lowrank_comm.config.section import OPTIMIZERS, Section, every_setting, inner_type
 from lowrank_comm.options import descriptions, members, settings_of
@@ -72,7 +70,7 @@ def _options() -> Iterable[list[str]]:
 
 def _default(key: str, value: Any) -> str:
     """The default of a common key; the objects' own keys say theirs."""
-    if value is PydanticUndefined:
+    if key in Section.model_fields and Section.model_fields[key].default_factory:
         return {"enabled": "true", "rules": "[]"}.get(key, "")
     return _written(value)
 
