@@ -30,9 +30,9 @@ step 4 comes once more at the end, inside the node, so that no rank steps if ano
 one's block was vetoed.
 
 All state is keyed by parameter name. Order of batches and requests follows the order of
-the slots, the same on all workers. `exchange` is a generator that yields what is to be
-exchanged, so that a process group and the simulation of N workers in one process run
-the same code.
+the slots, the same on all workers. A bucket's pass (`bucket_pass`) knows nothing of who
+carries its exchanges out, so that a process group and the simulation of N workers in one
+process run the same code.
 """
 
 from __future__ import annotations
