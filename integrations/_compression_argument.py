@@ -12,13 +12,17 @@ None                        only with DeepSpeed, whose JSON then has the section
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError
 from lowrank_comm.config import SECTION, Section
 from lowrank_comm.config.enabled import is_left_alone
+
+if TYPE_CHECKING:
+    # DeepSpeed's adapter works without it
+    from accelerate import Accelerator
 
 Compression = Optimizer | Compressor | Mapping[str, Any] | None
 
@@ -50,11 +54,6 @@ def is_disabled(compression: Any) -> bool:
     return is_left_alone(compression)
 
 
-def section_of(compression: Compressor | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the section for a DeepSpeed JSON."""
-    return Section.of(compression) if isinstance(compression, Compressor) else dict(compression)
-
-
 def around(base: Optimizer, compression: Compressor | Mapping[str, Any]) -> Any:
     """A compressed optimizer around a plain one; the plain one for a section with
     "enabled": false.
@@ -64,8 +63,12 @@ def around(base: Optimizer, compression: Compressor | Mapping[str, Any]) -> Any:
     return CompressedOptimizer.from_config(base, compression)
 
 
-def put_into_deepspeed(config: dict[str, Any], compression: Compression, who: str) -> None:
-    """Put the section into a DeepSpeed configuration from which no engine was made yet.
+def put_into_deepspeed(accelerator: Accelerator, compression: Compression, who: str) -> Any:
+    """Put the section into the DeepSpeed configuration of an accelerator from which no
+    engine was made yet, and switch the adapter on.
+
+    Returns:
+        The section that is there now; `compression` where there is none.
 
     Raises:
         ConfigError: a CompressedOptimizer, which cannot go with DeepSpeed; or there is
@@ -78,22 +81,24 @@ def put_into_deepspeed(config: dict[str, Any], compression: Compression, who: st
             f' section "{SECTION}" with its settings into the DeepSpeed JSON, for example'
             f" {{{SECTION!r}: {Section.of(compression.compressor)}}}."
         )
-    if isinstance(compression, Optimizer):
-        # left alone; see `check`
-        return
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
     there = config.get(SECTION)
-    if compression is None:
-        if there is None:
-            raise ConfigError(
-                f"{who}: there is nothing to compress with: the DeepSpeed configuration has no"
-                f' section "{SECTION}", and {who} was given no compressor. Add the section, or give'
-                " one such as PowerSGDPlus(rank=4)."
-            )
-        return
-    section = section_of(compression)
-    if there is not None and Section.parse(there) != Section.parse(section):
+    if compression is None and there is None:
         raise ConfigError(
-            f'{who}: the DeepSpeed configuration has a section "{SECTION}" already, {there}, and'
-            f" {who} was given {section}. Say it in one of the two places."
+            f"{who}: there is nothing to compress with: the DeepSpeed configuration has no"
+            f' section "{SECTION}", and {who} was given no compressor. Add the section, or give'
+            " one such as PowerSGDPlus(rank=4)."
         )
-    config[SECTION] = section
+    if isinstance(compression, Compressor | Mapping):
+        if isinstance(compression, Compressor):
+            compression = Section.of(compression)
+        given = dict(compression)
+        if there is not None and Section.parse(there) != Section.parse(given):
+            raise ConfigError(
+                f'{who}: the DeepSpeed configuration has a section "{SECTION}" already, {there},'
+                f" and {who} was given {given}. Say it in one of the two places."
+            )
+        config[SECTION] = given
+    import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches it on)
+
+    return config.get(SECTION, compression)

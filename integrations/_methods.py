@@ -7,9 +7,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+_AROUND = "_lowrank_comm_around"
+
 
 def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Let `owner.name(...)` call `around(original, ...)`; on this instance only.
+    """Let `owner.name(...)` call `around(original, ...)`; on this instance only, and
+    once: a second call with the same method changes nothing.
 
     Args:
         owner: a Trainer, an engine, an optimizer.
@@ -20,10 +23,13 @@ def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """
     original = getattr(owner, name)
     ours = weakref.WeakMethod(around)
+    if getattr(original, _AROUND, None) == ours:
+        return
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         method = ours()
         return original(*args, **kwargs) if method is None else method(original, *args, **kwargs)
 
+    setattr(wrapped, _AROUND, ours)
     setattr(owner, name, wrapped)

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from lowrank_comm import CompressedOptimizer, ConfigError, UnsupportedError
 from lowrank_comm.integrations._compression_argument import Compression
-from lowrank_comm.integrations.accelerate import get, refuse_fsdp1
+from lowrank_comm.integrations.accelerate import compressed, refuse_fsdp1
 
 SAVING = "_save_optimizer_and_scheduler"
 """The method of a Trainer before which the error memory is averaged."""
@@ -67,20 +67,20 @@ def check_trainer(trainer: Trainer, compression: Compression, who: str) -> None:
             " CompressionCallback(PowerSGDPlus(rank=4)), or give it the CompressedOptimizer"
             " that Trainer was given."
         )
-    theirs, compressed = trainer.optimizer, isinstance(compression, CompressedOptimizer)
-    inner = get(theirs)
-    theirs = inner if isinstance(inner, CompressedOptimizer) else theirs
-    if isinstance(theirs, AcceleratedOptimizer) and get(theirs) is None:
+    theirs = compressed(trainer.optimizer)
+    if theirs is None and isinstance(trainer.optimizer, AcceleratedOptimizer):
         raise ConfigError(
             f"{who}: this Trainer has trained without compression already; build a new one."
         )
-    if compressed and theirs is not compression:
+    given = isinstance(compression, CompressedOptimizer)
+    if given and theirs is not compression:
+        found = type(theirs or trainer.optimizer).__name__
         raise ConfigError(
-            f"{who}: its CompressedOptimizer is not the optimizer of this Trainer"
-            f" ({type(theirs).__name__}); give it to both: Trainer(optimizers=(optimizer,"
-            " None), callbacks=[CompressionCallback(optimizer)])."
+            f"{who}: its CompressedOptimizer is not the optimizer of this Trainer ({found}); give"
+            " it to both: Trainer(optimizers=(optimizer, None),"
+            " callbacks=[CompressionCallback(optimizer)])."
         )
-    if isinstance(theirs, CompressedOptimizer) and not compressed:
+    if theirs is not None and not given:
         raise ConfigError(
             f"{who}: Trainer has a CompressedOptimizer already, and the callback"
             f" {compression!r}; give the callback the optimizer:"

@@ -100,19 +100,9 @@ def prepare(
     check(compression, _WHO)
     if compression is None and any(map(is_left_alone, objects)):
         return accelerator.prepare(*objects, **keywords)
-    mine = [
-        one
-        for one in objects
-        if isinstance(one, CompressedOptimizer) or isinstance(get(one), CompressedOptimizer)
-    ]
+    mine = [one for one in objects if compressed(one) is not None]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        put_into_deepspeed(
-            accelerator.state.deepspeed_plugin.deepspeed_config,
-            mine[0] if mine else compression,
-            _WHO,
-        )
-        import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches it on)
-
+        put_into_deepspeed(accelerator, mine[0] if mine else compression, _WHO)
         return accelerator.prepare(*objects, **keywords)
     if is_disabled(compression) and not mine:
         say_disabled("the engine that Accelerate makes averages the gradients")
@@ -161,8 +151,8 @@ def connect(
     """
     models = [one for one in prepared if isinstance(one, nn.Module)]
     for one in prepared:
-        optimizer = get(one)
-        if isinstance(one, AcceleratedOptimizer) and isinstance(optimizer, CompressedOptimizer):
+        optimizer = compressed(one)
+        if isinstance(one, AcceleratedOptimizer) and optimizer is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             fitting = [model for model in models if any(id(p) in held for p in model.parameters())]
             if not fitting:
@@ -218,8 +208,8 @@ def _consolidating(accelerator: Accelerator) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         # those that it saves
         for one in accelerator._optimizers:
-            optimizer = get(one)
-            if isinstance(optimizer, CompressedOptimizer):
+            optimizer = compressed(one)
+            if optimizer is not None:
                 optimizer.consolidate_error_memory()
         return save(*args, **kwargs)
 
@@ -238,6 +228,14 @@ def refuse_fsdp1(accelerator: Accelerator, who: str) -> None:
         )
 
 
+def compressed(optimizer: Any) -> CompressedOptimizer | None:
+    """Return the CompressedOptimizer that an object is, or that Accelerate has wrapped;
+    None for anything else.
+    """
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return inner if isinstance(inner, CompressedOptimizer) else None
+
+
 def get(prepared: Any) -> Compressing | None:
     """Return what compresses, of what `prepare` has returned.
 
@@ -249,8 +247,7 @@ def get(prepared: Any) -> Compressing | None:
         both have `last_report`, `ledger` and `error_memory()`. None for anything else.
     """
     if isinstance(prepared, AcceleratedOptimizer):
-        inner = prepared.optimizer
-        return inner if isinstance(inner, CompressedOptimizer) else None
+        return compressed(prepared)
     if type(prepared).__name__ == "DeepSpeedEngine":
         from lowrank_comm.integrations import deepspeed
 

@@ -27,10 +27,13 @@ from typing_extensions import override
 
 from lowrank_comm.communication.topology import covered_ranks
 from lowrank_comm.errors import ConfigError, UnsupportedError
+from lowrank_comm.integrations._methods import wrap_method
 from lowrank_comm.optimizer.engine import Engine
 
 # Not on the model, which people copy and pickle.
 _hooks: weakref.WeakKeyDictionary[DistributedDataParallel, _Hook] = weakref.WeakKeyDictionary()
+
+_MAP = "_match_unused_params_allreduce"
 
 
 class DDPEngine(Engine):
@@ -65,27 +68,18 @@ class DDPEngine(Engine):
                 engine._syncs = bool(engine._ddp.require_backward_grad_sync)
 
         self._forward = ddp.register_forward_pre_hook(before_forward)
-        self._after_the_map = self._take_part_after_the_map()
+        # With find_unused_parameters a joined rank has one collective more after its
+        # buckets, DDP's map of used parameters; other ranks have that during backward,
+        # hence before our pass.
+        self._after_the_map = ddp.find_unused_parameters and hasattr(ddp, _MAP)
+        if self._after_the_map:
+            wrap_method(ddp, _MAP, self._match)
         _hook_of(ddp).engine = weakref.ref(self)
 
-    def _take_part_after_the_map(self) -> bool:
-        """With find_unused_parameters a joined rank has one collective more after its
-        buckets, DDP's map of used parameters; other ranks have that during backward,
-        hence before our pass.
-        """
-        ddp, name = self._ddp, "_match_unused_params_allreduce"
-        if not ddp.find_unused_parameters or not hasattr(ddp, name):
-            return False
-        original, me = getattr(ddp, name), weakref.ref(self)
-
-        def matched() -> None:
-            original()
-            engine = me()
-            if engine is not None:
-                engine._take_part()
-
-        ddp.__dict__[name] = matched
-        return True
+    def _match(self, match: Callable[[], None]) -> None:
+        """Around DDP's collective of the map of used parameters."""
+        match()
+        self._take_part()
 
     @override
     def is_last_backward(self) -> bool:
@@ -124,7 +118,7 @@ class DDPEngine(Engine):
     def release(self) -> None:
         """DDP reduces by itself again."""
         self._forward.remove()
-        self._ddp.__dict__.pop("_match_unused_params_allreduce", None)
+        self._ddp.__dict__.pop(_MAP, None)
         _hook_of(self._ddp).engine = None
 
     @override

@@ -59,6 +59,7 @@ from lowrank_comm.integrations._deepspeed.initialization import (
     leave_alone,
     section_of,
 )
+from lowrank_comm.integrations._deepspeed.internals import does_not_train
 
 __all__ = ["DeepSpeedAdapter", "get", "install", "skip_shm_extension"]
 
@@ -104,10 +105,12 @@ def install() -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         section = section_of(signature.bind(self, *args, **kwargs).arguments)
         original(self, *args, **kwargs)
+        if does_not_train(self):
+            return
         if section is None or not section.enabled:
             leave_alone(self, section)
-        elif (adapter := attach(self, section)) is not None:
-            self.__dict__[_KEY] = adapter
+        else:
+            self.__dict__[_KEY] = attach(self, section)
 
     setattr(__init__, _KEY, True)
     DeepSpeedEngine.__init__ = __init__

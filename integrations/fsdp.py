@@ -56,7 +56,7 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
     # of torch.compile
     model = getattr(model, "_orig_mod", model)
     groups = internals.param_groups(model)
-    if not groups or not internals.modules(model) or internals.modules(model)[0] is not model:
+    if not groups or internals.modules(model)[:1] != [model]:
         raise UnsupportedError(
             "attach: fully_shard was applied to parts of the model only; apply it to the model"
             " last, too."
@@ -87,12 +87,10 @@ def _hsdp(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: 
         )
     inside = info.shard_process_group if info.shard_mesh_size > 1 else None
     intra_node = IntraNodeGroup(inside, shard_scope)
-    taken_over = [
-        (group, internals.take_over_replicas(group))
-        for group in groups
-        if internals.kind(group) == "hsdp"
+    give_back = [
+        internals.take_over_replicas(group) for group in groups if internals.kind(group) == "hsdp"
     ]
-    return HSDPEngine(model, Group(between), intra_node, taken_over)
+    return HSDPEngine(model, Group(between), intra_node, give_back)
 
 
 def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: str) -> Engine:

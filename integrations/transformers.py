@@ -34,7 +34,6 @@ into its configuration, and `lowrank_comm.integrations.deepspeed` does the rest;
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -53,7 +52,6 @@ from transformers import (
 from typing_extensions import override
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError
-from lowrank_comm.config import SECTION
 from lowrank_comm.config.enabled import say_disabled
 from lowrank_comm.integrations._compression_argument import (
     around,
@@ -63,7 +61,7 @@ from lowrank_comm.integrations._compression_argument import (
 )
 from lowrank_comm.integrations._methods import wrap_method
 from lowrank_comm.integrations._trainer_checks import SAVING, check_trainer
-from lowrank_comm.integrations.accelerate import connect, get
+from lowrank_comm.integrations.accelerate import compressed, connect, get
 from lowrank_comm.reduction.monitoring import Compressing, Figures
 
 __all__ = ["CompressionCallback"]
@@ -175,12 +173,8 @@ class CompressionCallback(TrainerCallback):
                 " Trainer."
             )
         if trainer.is_deepspeed_enabled:
-            compressed = isinstance(trainer.optimizer, CompressedOptimizer)
-            settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-            mine = trainer.optimizer if compressed else self.compression
-            put_into_deepspeed(settings, mine, _WHO)
-            self._disabled = is_disabled(settings.get(SECTION, mine))
-            import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches it on)
+            given = compressed(trainer.optimizer) or self.compression
+            self._disabled = is_disabled(put_into_deepspeed(trainer.accelerator, given, _WHO))
         elif is_disabled(self.compression):
             self._leave_alone(trainer)
         else:
@@ -211,7 +205,7 @@ class CompressionCallback(TrainerCallback):
             return made
         # a subclass may set it and forget to return it
         optimizer = trainer.optimizer
-        if get(optimizer) is None and not isinstance(optimizer, CompressedOptimizer):
+        if compressed(optimizer) is None:
             if not isinstance(self.compression, Compressor | Mapping):
                 raise ConfigError(
                     f"{_WHO}: create_optimizer() made a {type(optimizer).__name__} in the place"
@@ -222,8 +216,29 @@ class CompressionCallback(TrainerCallback):
             self.detach()
             trainer.optimizer = optimizer = around(optimizer, self.compression)
             self._made = weakref.ref(optimizer)
-        _connect_when_prepared(trainer)
+        # Trainer may have made a new accelerator since the last time
+        wrap_method(trainer.accelerator, "prepare", self._prepare)
         return optimizer
+
+    def _prepare(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around `trainer.accelerator.prepare`: attach the optimizer as soon as there
+        is a wrapped model, and before a checkpoint is loaded.
+        """
+        result = prepare(*args, **kwargs)
+        trainer = self._own_trainer
+        if trainer is None:
+            return result
+        several = result if isinstance(result, list | tuple) else [result]
+        # A model that was sharded when it was loaded, or prepared in an earlier
+        # train(), does not come along.
+        models = [one for one in several if isinstance(one, nn.Module)] or [trainer.model_wrapped]
+        owner = weakref.ref(trainer)
+        connect(
+            trainer.accelerator,
+            [*models, *(one for one in several if not isinstance(one, nn.Module))],
+            lambda: (now := owner()) is not None and bool(now.is_in_train),
+        )
+        return result
 
     def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `trainer._save_optimizer_and_scheduler`."""
@@ -241,38 +256,6 @@ class CompressionCallback(TrainerCallback):
         if figures is not None and source is not None and source.reducer.workers.is_writer:
             logs = {**logs, **figures.since_last()}
         return log(logs, *args, **kwargs)
-
-
-def _connect_when_prepared(trainer: Trainer) -> None:
-    """Wrap `trainer.accelerator.prepare`: it attaches the optimizer as soon as there is
-    a wrapped model, and before a checkpoint is loaded. Trainer may have made a new
-    accelerator since the last time.
-    """
-    accelerator = trainer.accelerator
-    prepare = accelerator.prepare
-    if hasattr(prepare, "_lowrank_comm"):
-        return
-    owner = weakref.ref(trainer)
-
-    @functools.wraps(prepare)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = prepare(*args, **kwargs)
-        several = result if isinstance(result, list | tuple) else [result]
-        there = owner()
-        optimizers = [one for one in several if isinstance(get(one), CompressedOptimizer)]
-        if there is not None and optimizers:
-            # A model that was sharded when it was loaded, or prepared in an earlier
-            # train(), does not come along.
-            models = [one for one in several if isinstance(one, nn.Module)] or [there.model_wrapped]
-            connect(
-                accelerator,
-                [*models, *optimizers],
-                lambda: (now := owner()) is not None and bool(now.is_in_train),
-            )
-        return result
-
-    wrapped._lowrank_comm = True  # type: ignore[attr-defined]
-    accelerator.prepare = wrapped  # type: ignore[method-assign]
 
 
 def _trainer_above(callback: TrainerCallback) -> Trainer:

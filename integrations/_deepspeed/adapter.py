@@ -34,7 +34,6 @@ from lowrank_comm.integrations._deepspeed import checkpoints
 from lowrank_comm.integrations._deepspeed.internals import (
     TESTED,
     GradientStore,
-    data_parallel_group,
     shape,
 )
 from lowrank_comm.integrations._deepspeed.levels import Levels
@@ -42,6 +41,7 @@ from lowrank_comm.integrations._deepspeed.topology import node_size
 from lowrank_comm.integrations._methods import wrap_method
 from lowrank_comm.optimizer.engine import hint_of_two_levels
 from lowrank_comm.optimizer.parameter_names import own_name, wrappers_in_front
+from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.reducer import Outcome, Reducer
 from lowrank_comm.reduction.report import StepReport
@@ -65,13 +65,14 @@ class DeepSpeedAdapter:
         self._engine, self._store = engine, store
         # of all parameters, since wrappers are in front of frozen ones, too
         depth = wrappers_in_front(name for name, _ in engine.module.named_parameters())
-        shapes = [
-            (own_name(name, depth), shape(p), store.dtype(p))
-            for name, p in zip(store.names, store.parameters, strict=True)
+        device = store.device
+        whole = [
+            ParamInfo(own_name(name, depth), shape(p), store.dtype(p), device)
+            for name, p in store.named
         ]
-        process_group, topology = data_parallel_group(engine), section.topology
-        size = node_size(topology, Group(process_group), store.device)
-        self._levels = Levels(process_group, size, topology.shard_scope, shapes, store.device)
+        self._everyone, topology = Group(engine.seq_data_parallel_group), section.topology
+        size = node_size(topology, self._everyone, device)
+        self._levels = Levels(self._everyone, size, topology.shard_scope, whole, device)
         self.reducer = Reducer(
             self._levels.slots,
             section.make_compressor(),
@@ -109,7 +110,8 @@ class DeepSpeedAdapter:
                 " it has not multiplied them by, with or without compression; use ZeRO stage 1"
             )
         plan = self.reducer.plan
-        engine = f"DeepSpeed {deepspeed.__version__}, {self._store.description}"
+        wrapper = type(self._engine.optimizer).__name__
+        engine = f"DeepSpeed {deepspeed.__version__}, ZeRO stage {stage} ({wrapper})"
         return replace(plan, engine=engine, notes=(*notes, *hint_of_two_levels(plan)))
 
     @property
@@ -132,7 +134,11 @@ class DeepSpeedAdapter:
         of its node's error: ceil(m / F) rows, fewer or none on the last ranks of a
         node.
         """
-        return self._levels.error_memory(self.reducer)
+        return {
+            slot.name: shaped["error"]
+            for slot, _, shaped in self.reducer.state.blocks()
+            if "error" in shaped
+        }
 
     # ---------------------------------------------------------------- a step
 
@@ -170,31 +176,25 @@ class DeepSpeedAdapter:
                 " did: the gradients are not reduced. Call engine.backward(loss) on what the"
                 " engine's forward returned, outside engine.no_sync(), before the step."
             )
-        skipping = not outcome.applied and not self._store.skips_by_itself
         self._store.before_step()
         self._stepping = True
         try:
-            with self._store.skipped_step() if skipping else contextlib.nullcontext():
+            with contextlib.nullcontext() if outcome.applied else self._store.skipped_step():
                 take_model_step(*args, **kwargs)
-        except BaseException:
-            # a learning rate scheduler, say, failed after the parameters had their step
-            self._settle(outcome)
-            raise
         finally:
+            # Also where a learning rate scheduler, say, failed after the parameters had
+            # their step.
             self._stepping = False
+            if outcome.applied and self._engine._step_applied:
+                self.reducer.commit()
+            else:
+                self.reducer.rollback()
         if self._engine._step_applied and not outcome.applied:
             raise LowRankCommError(
                 f"lowrank_comm: DeepSpeed {deepspeed.__version__} applied a step whose"
                 " gradients were NaN; the parameters are lost. Resume from the last"
                 " checkpoint, and report the configuration."
             )
-        self._settle(outcome)
-
-    def _settle(self, outcome: Outcome) -> None:
-        if outcome.applied and self._engine._step_applied:
-            self.reducer.commit()
-        else:
-            self.reducer.rollback()
 
     def _zero_grad(self, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Around `zero_grad`: outside of a step, also drop the pass that waits."""
@@ -231,4 +231,4 @@ class DeepSpeedAdapter:
         """
         self._drop()
         if path is not None:
-            checkpoints.restore(self.reducer, self._levels.everyone, path, name)
+            checkpoints.restore(self.reducer, self._everyone, path, name)

@@ -31,8 +31,7 @@ def save(
     Ours comes first: DeepSpeed ends with the file `latest`, which makes a checkpoint
     one to resume from.
     """
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
+    bound = _bound(original, *args, **kwargs)
     given = bound.arguments
     client_state = given["client_state"] or {}
     if SECTION in client_state:
@@ -47,6 +46,13 @@ def save(
     return original(*bound.args, **bound.kwargs)
 
 
+def _bound(call: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    """The arguments of a call by name, with the defaults."""
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound
+
+
 def observe_load(engine: Any, loaded: Callable[[Path | None, str | None], None]) -> None:
     """Let `engine.load_checkpoint` call `loaded(path, name)` when it is done.
 
@@ -54,15 +60,12 @@ def observe_load(engine: Any, loaded: Callable[[Path | None, str | None], None])
     reducer's state, None where the checkpoint was saved without compression.
     """
     original = engine.load_checkpoint
-    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         path, client_state = original(*args, **kwargs)
         name = client_state.pop(SECTION, None) if client_state else None
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+        given = _bound(original, *args, **kwargs).arguments
         restores = given["load_optimizer_states"] and not given["load_module_only"]
         loaded(Path(path) if path is not None and restores else None, name)
         return path, client_state
@@ -81,16 +84,14 @@ def restore(reducer: Reducer, everyone: Group, path: Path, name: str | None) -> 
     """
     folder = path if path.is_dir() else path.parent
     check_same({f"client_state[{SECTION!r}] of the checkpoint": name}, everyone, reducer.device)
-    there = (folder / checkpoint.FILE_NAME).is_file()
+    file = folder / checkpoint.FILE_NAME
     if name is not None:
         # ds_to_universal writes `<tag>_universal`, and leaves our file in `<tag>`
         original = folder.with_name(folder.name.removesuffix("_universal"))
-        checkpoint.load(reducer, folder if there else original, name)
+        checkpoint.load(reducer, folder if file.is_file() else original, name)
         return
-    if there:
-        _log.warning(
-            "%s was left there by another run, and is ignored", folder / checkpoint.FILE_NAME
-        )
+    if file.is_file():
+        _log.warning("%s was left there by another run, and is ignored", file)
     memory = reducer.assignment.error_feedback.memory
     _log.warning("%s was saved without compression: the %s starts from zero", folder, memory)
     reducer.reset()

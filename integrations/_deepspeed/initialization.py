@@ -20,6 +20,7 @@ from lowrank_comm import CompressedOptimizer
 from lowrank_comm.communication import Group, check_same
 from lowrank_comm.config import SECTION, Section
 from lowrank_comm.errors import ConfigError, UnsupportedError
+from lowrank_comm.integrations._compression_argument import is_disabled
 from lowrank_comm.integrations._deepspeed.adapter import DeepSpeedAdapter
 from lowrank_comm.integrations._deepspeed.checkpoints import observe_load, warn_of_lost_memory
 from lowrank_comm.integrations._deepspeed.internals import (
@@ -28,8 +29,6 @@ from lowrank_comm.integrations._deepspeed.internals import (
     TESTED,
     GradientStore,
     check,
-    data_parallel_group,
-    does_not_train,
 )
 from lowrank_comm.integrations._deepspeed.topology import node_size
 from lowrank_comm.integrations._deepspeed.unsupported import refuse_engine, refuse_settings
@@ -40,8 +39,7 @@ from lowrank_comm.integrations._deepspeed.zero import PartitionedGradients, Part
 def asks_for_compression(engine: Any) -> bool:
     """Whether the configuration of an engine has a section that is enabled."""
     section = getattr(engine.__dict__.get("_config"), "_param_dict", {}).get(SECTION)
-    disabled = isinstance(section, Mapping) and section.get("enabled") is False
-    return section is not None and not disabled
+    return section is not None and not is_disabled(section)
 
 
 def section_of(given: Mapping[str, Any]) -> Section | None:
@@ -106,12 +104,10 @@ def _device() -> torch.device:
 
 
 def leave_alone(engine: Any, section: Section | None) -> None:
-    """Say that an engine without an enabled section compresses nothing, if it trains,
-    and let it warn when it loads a checkpoint whose error memory is lost.
+    """Say that an engine without an enabled section compresses nothing, and let it warn
+    when it loads a checkpoint whose error memory is lost.
     """
-    if does_not_train(engine):
-        return
-    if Group(data_parallel_group(engine)).rank == 0:
+    if Group(engine.seq_data_parallel_group).rank == 0:
         has = f'no section "{SECTION}"' if section is None else f'"enabled": false in "{SECTION}"'
         print(
             f"lowrank_comm: {has} in the DeepSpeed configuration, nothing is compressed",
@@ -120,11 +116,9 @@ def leave_alone(engine: Any, section: Section | None) -> None:
     observe_load(engine, warn_of_lost_memory)
 
 
-def attach(engine: Any, section: Section) -> DeepSpeedAdapter | None:
-    """Connect a finished engine and print the plan; None if it does not train."""
+def attach(engine: Any, section: Section) -> DeepSpeedAdapter:
+    """Connect a finished engine, which trains, and print the plan."""
     store = _store_of(engine)
-    if store is None:
-        return None
     _refuse_compressed(engine.basic_optimizer)
     refuse_engine(engine)
     adapter = DeepSpeedAdapter(engine, store, section)
@@ -133,15 +127,13 @@ def attach(engine: Any, section: Section) -> DeepSpeedAdapter | None:
     return adapter
 
 
-def _store_of(engine: Any) -> GradientStore | None:
-    """Where the gradients of a live engine wait; None without an optimizer.
+def _store_of(engine: Any) -> GradientStore:
+    """Where the gradients of a live engine wait.
 
     What the optimizer's wrapper can do decides, not the stage's number: ZeRO-1 in
     bfloat16 with fp32 accumulation is no ZeRO optimizer, for example.
     """
     optimizer = engine.optimizer
-    if does_not_train(engine):
-        return None
     check(engine, (*ENGINE, *ENGINE_STATE), "the engine")
     # Before this function existed, ZeRO in fp32 and stage 3 in any dtype applied steps
     # whose gradients were NaN.

@@ -22,13 +22,13 @@ touched in these three files only, and by `adapter` and `initialization` on the 
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
@@ -85,18 +85,8 @@ def does_not_train(engine: Any) -> bool:
     )
 
 
-def data_parallel_group(engine: Any) -> dist.ProcessGroup | None:
-    """The ranks whose gradients DeepSpeed averages."""
-    return engine.seq_data_parallel_group  # type: ignore[no-any-return]
-
-
-def numel(parameter: Tensor) -> int:
-    """Elements of the whole parameter; under ZeRO-3 the tensor itself may be empty."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
 def shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter."""
+    """Shape of the whole parameter; under ZeRO-3 the tensor itself may be empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -115,36 +105,28 @@ class GradientStore(ABC):
     ones are handed over.
 
     Attributes:
-        names, parameters: of everything that is trained, in the same order on all
-            ranks.
+        named, parameters: everything that is trained, with names and without, in the
+            same order on all ranks.
         needs: names that the optimizer must have.
-        skips_by_itself: DeepSpeed's own step finds NaN in the gradients and skips.
+        groups: the one of them that holds the groups of parameters whose gradients
+            DeepSpeed would average; None for all that require a gradient.
     """
 
     needs: tuple[str, ...] = ()
-    skips_by_itself = True
+    groups: str | None = None
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
         check(self.optimizer, self.needs, type(self.optimizer).__name__)
-        trained = self._trained()
-        named = [
+        self.named: list[tuple[str, Tensor]] = [
             (name, p)
             for name, p in engine.module.named_parameters()
-            if p.requires_grad and numel(p) > 0
+            if p.requires_grad and math.prod(shape(p)) > 0
         ]
-        if trained is not None:
-            named = [(name, p) for name, p in named if id(p) in trained]
-        self.names = [name for name, _ in named]
-        self.parameters: list[Tensor] = [p for _, p in named]
-
-    @property
-    def description(self) -> str:
-        """For the report at the start."""
-        return (
-            f"ZeRO stage {int(self.engine.zero_optimization_stage())}"
-            f" ({type(self.optimizer).__name__})"
-        )
+        if self.groups is not None:
+            trained = {id(p) for group in getattr(self.optimizer, self.groups) for p in group}
+            self.named = [(name, p) for name, p in self.named if id(p) in trained]
+        self.parameters = [p for _, p in self.named]
 
     @property
     def device(self) -> torch.device:
@@ -187,12 +169,6 @@ class GradientStore(ABC):
     def hand_over(self, gradients: Gradients) -> None:
         """Give the averaged gradients to DeepSpeed; None where no worker had one."""
 
-    @abstractmethod
-    def _trained(self) -> set[int] | None:
-        """Ids of the parameters whose gradients DeepSpeed would average; None for all
-        that require a gradient.
-        """
-
     def drop(self) -> None:  # noqa: B027 - gradients on the parameters only are dropped there
         """The user has dropped the gradients: forget what was collected of them."""
 
@@ -200,7 +176,7 @@ class GradientStore(ABC):
         """Before each step of the engine."""
 
     def skipped_step(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, `_take_model_step` leaves the parameters as they are and counts a
-        skipped step.
+        """Inside, after a veto, `_take_model_step` leaves the parameters as they are
+        and counts a skipped step; most wrappers find the NaN and do that by themselves.
         """
         return contextlib.nullcontext()

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_comm.communication import Group, IntraNodeGroup
@@ -32,15 +31,14 @@ class Levels:
     """Averages the whole gradients of an engine, on one level or on two.
 
     Args:
-        process_group: all ranks that share the engine.
+        everyone: all ranks that share the engine.
         size: F, from `node_size`.
         scope: "shard" or "matrix".
-        shapes: of the trained parameters, in the same order on all ranks: name, shape
-            of the whole parameter, dtype of its gradient.
+        whole: the trained parameters, in the same order on all ranks, with the dtypes
+            of their gradients.
         device: of the computation.
 
     Attributes:
-        everyone: all ranks of the engine.
         group: the workers: everyone, or the ranks of this rank's place in the other
             nodes.
         intra_node: the ranks of this node.
@@ -49,19 +47,17 @@ class Levels:
 
     def __init__(
         self,
-        process_group: dist.ProcessGroup | None,
+        everyone: Group,
         size: int,
         scope: str,
-        shapes: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
+        whole: Sequence[ParamInfo],
         device: torch.device,
     ) -> None:
-        self.everyone = self.group = Group(process_group)
-        self.intra_node = IntraNodeGroup(scope=scope)
+        self.group, self.intra_node = everyone, IntraNodeGroup(scope=scope)
         if size > 1:
-            between, inside = groups(self.everyone, size, device)
+            between, inside = groups(everyone, size, device)
             self.group, self.intra_node = Group(between), IntraNodeGroup(inside, scope)
-        self._whole = [ParamInfo(name, shape, dtype, device) for name, shape, dtype in shapes]
-        self._rows = RowScatter(self._whole, self.intra_node)
+        self._whole, self._rows = whole, RowScatter(whole, self.intra_node)
         self.slots = self._rows.slots
 
     def reduce(self, reducer: Reducer, gradients: Sequence[Tensor | None], scale: float) -> Outcome:
@@ -92,16 +88,6 @@ class Levels:
             else torch.full(info.shape, torch.nan, dtype=info.dtype, device=info.device)
             for g, info in zip(gradients, self._whole, strict=True)
         ]
-
-    def error_memory(self, reducer: Reducer) -> dict[str, Tensor]:
-        """Return parameter name -> this rank's block of its error, a live view; empty
-        where it holds no row. Dense parameters are absent.
-        """
-        return {
-            slot.name: shaped["error"]
-            for slot, _, shaped in reducer.state.blocks()
-            if "error" in shaped
-        }
 
     def notes(self) -> list[str]:
         """Lines of the plan: what every rank holds until the boundary, and what goes

@@ -131,15 +131,13 @@ def groups(everyone: Group, size: int, device: torch.device) -> Pair:
         of_the_world = len(members) == dist.get_world_size()
         if not of_the_world:
             _check_alone(everyone, device)
-        mine: list[dist.ProcessGroup] = []
+        mine = []
         for kind in (between, _runs(members, size)):
             for ranks in kind:
                 # All ranks of the world make all groups in one order: what NCCL needs
                 # to split a communicator.
-                if of_the_world:
-                    made = dist.new_group(list(ranks))
-                elif dist.get_rank() in ranks:
-                    made = dist.new_group(list(ranks), use_local_synchronization=True)
+                if of_the_world or dist.get_rank() in ranks:
+                    made = dist.new_group(list(ranks), use_local_synchronization=not of_the_world)
                 if dist.get_rank() in ranks:
                     mine.append(made)
         known[key] = (mine[0], mine[1])

@@ -54,19 +54,19 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
 
     stage = int(setting("zero_config.stage", 0))
     sharded_gradients = stage in (1, 2)
-    fp16, bf16 = setting("float16_config.enabled", False), setting("bfloat16_config.enabled", False)
+    fp16, bf16 = setting("float16_config.enabled"), setting("bfloat16_config.enabled")
 
-    if setting("zero_config.zero_quantized_gradients", False):
+    if setting("zero_config.zero_quantized_gradients"):
         why = "it compresses gradients by itself, without error feedback"
         yield "zero_optimization.zero_quantized_gradients", True, why, "Set it to false"
     if setting("zero_config.zenflow") is not None:
         why = "it selects and transposes gradients on its own schedule"
         yield "zero_optimization.zenflow", "{...}", why, "Remove the section"
-    if setting("zero_config.offload_optimizer.super_offload", False):
+    if setting("zero_config.offload_optimizer.super_offload"):
         key = "zero_optimization.offload_optimizer.super_offload"
         why = "its optimizer takes gradients from DeepSpeed's own reduction"
         yield key, True, why, "Set it to false; plain offload_optimizer works"
-    if setting("compile_config.deepcompile", False):
+    if setting("compile_config.deepcompile"):
         why = "compiled graphs reduce the gradients themselves"
         yield "compile.deepcompile", True, why, "Set it to false"
     if sharded_gradients and not setting("zero_config.contiguous_gradients", True):
@@ -89,14 +89,14 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
         why = "error feedback is defined for the mean of the workers' gradients"
         fix = 'Use "mean", and multiply the learning rate where needed'
         yield "gradient_allreduce_op", operation, why, fix
-    autocast = setting("torch_autocast_enabled", False)
+    autocast = setting("torch_autocast_enabled")
     if autocast and setting("torch_autocast_dtype") == torch.float16:
         why = "its loss scaler is torch's, and the error memory must be kept free of the scale"
         fix = 'Use "bfloat16", or the section "fp16" instead'
         yield "torch_autocast.dtype", "float16", why, fix
-    if setting("hybrid_engine.enabled", False):
+    if setting("hybrid_engine.enabled"):
         yield "hybrid_engine.enabled", True, "it has never been run with it", "Set it to false"
-    if setting("expert_parallel_config.enabled", False):
+    if setting("expert_parallel_config.enabled"):
         yield "expert_parallel.enabled", True, _EXPERTS, "Remove the section"
     if setting("tensor_parallel_config.autotp_size", 0) > 1:
         size = config.tensor_parallel_config.autotp_size
@@ -106,7 +106,7 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
         yield "sequence_parallel_size", sequence, _SEQUENCE, "Set it to 1"
     if str(setting("optimizer_name", "")).lower() == "muon":
         yield "optimizer.type", config.optimizer_name, _MUON, _OTHER_OPTIMIZER
-    if setting("use_node_local_storage", False):
+    if setting("use_node_local_storage"):
         why = "rank 0 alone writes the compressor's state, and the other nodes would not find it"
         fix = "Save to a folder that all nodes share"
         yield "checkpoint.use_node_local_storage", True, why, fix

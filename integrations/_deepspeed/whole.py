@@ -23,14 +23,11 @@ class PlainGradients(GradientStore):
         # The engine asks its optimizer for `overflow` after each step. A torch
         # optimizer has none, so an fp32 engine would never skip; with it, the engine
         # does the bookkeeping of a skipped step as at other stages.
-        self.skips_by_itself = not isinstance(self.optimizer, torch.optim.Optimizer)
+        self._skips_by_itself = not isinstance(self.optimizer, torch.optim.Optimizer)
         self.before_step()
 
-    def _trained(self) -> None:
-        return None
-
     def before_step(self) -> None:
-        if not self.skips_by_itself:
+        if not self._skips_by_itself:
             self.optimizer.overflow = False
 
     def gradients(self) -> Gradients:
@@ -54,6 +51,9 @@ class PlainGradients(GradientStore):
 
     @contextlib.contextmanager
     def skipped_step(self) -> Iterator[None]:
+        if self._skips_by_itself:
+            yield
+            return
         # a scheduler of torch sets it on the instance
         step, own = self.optimizer.step, "step" in vars(self.optimizer)
         self.optimizer.overflow, self.optimizer.step = True, lambda *args, **kwargs: None
@@ -80,6 +80,7 @@ class BF16Gradients(GradientStore):
         "fp32_groups_has_gradients",
         "set_gradient_accumulation_boundary",
     )
+    groups = "bf16_groups"
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -89,9 +90,6 @@ class BF16Gradients(GradientStore):
             for j, p in enumerate(group)
         }
         self._places = [place[id(p)] for p in self.parameters]
-
-    def _trained(self) -> set[int]:
-        return {id(p) for group in self.optimizer.bf16_groups for p in group}
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
         return self.optimizer.fp32_groups_gradients[0][0].dtype

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank_comm.integrations._deepspeed.internals import (
     Gradients,
     GradientStore,
-    numel,
+    shape,
     unreduced,
 )
 
@@ -39,15 +39,12 @@ class ZeroGradients(GradientStore):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        wide = self.optimizer.gradient_accumulation_dtype
         # DeepSpeed adds reduced micro-step gradients in this dtype. Here they are added
         # before the reduction, and p.grad has the parameter's dtype, so a wider sum
         # needs a place of its own.
-        self._wide = (
-            wide
-            if wide == torch.float32 and any(p.dtype != wide for p in self.parameters)
-            else None
-        )
+        wide = self.optimizer.gradient_accumulation_dtype
+        needed = wide == torch.float32 and any(p.dtype != wide for p in self.parameters)
+        self._wide = wide if needed else None
         self._sums: dict[int, Tensor] = {}
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
@@ -106,6 +103,7 @@ class PartitionedGradients(ZeroGradients):
         "use_grad_accum_attribute",
         "zero_grad",
     )
+    groups = "bit16_groups"
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -116,15 +114,9 @@ class PartitionedGradients(ZeroGradients):
         self._reduced: dict[int, Tensor] = {}
         self._handing_over = False
 
-    def _trained(self) -> set[int]:
-        return {id(p) for group in self.optimizer.bit16_groups for p in group}
-
     def dtype(self, parameter: Tensor) -> torch.dtype:
-        return (
-            self.optimizer.gradient_accumulation_dtype
-            if self._own_attribute
-            else super().dtype(parameter)
-        )
+        own = self.optimizer.gradient_accumulation_dtype if self._own_attribute else None
+        return own or super().dtype(parameter)
 
     def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
         self._flush = self.engine._flush_coalesced_reduction_zero12
@@ -201,9 +193,7 @@ class PartitionedParameters(ZeroGradients):
         "_get_param_partition_rank",
         "_get_param_partition_world_size",
     )
-
-    def _trained(self) -> set[int]:
-        return {id(p) for group in self.optimizer.fp16_groups for p in group}
+    groups = "fp16_groups"
 
     def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
         super().install(end_of_backward, reduce)
@@ -235,9 +225,10 @@ class PartitionedParameters(ZeroGradients):
         is what stages 0 to 2 use.
         """
         world = self.optimizer._get_param_partition_world_size(parameter)
-        size = math.ceil(numel(parameter) / world)
-        start = min(self.optimizer._get_param_partition_rank(parameter) * size, numel(parameter))
-        stop = min(start + size, numel(parameter))
+        numel = math.prod(shape(parameter))
+        size = math.ceil(numel / world)
+        start = min(self.optimizer._get_param_partition_rank(parameter) * size, numel)
+        stop = min(start + size, numel)
         if gradient is None:
             return torch.zeros(stop - start, dtype=self.dtype(parameter), device=self.device)
         return gradient.reshape(-1)[start:stop]

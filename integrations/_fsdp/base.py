@@ -5,7 +5,7 @@ which this rank holds a shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -58,6 +58,8 @@ class FSDPEngine(Engine):
     def __init__(self, model: nn.Module, group: Group, intra_node: IntraNodeGroup) -> None:
         self.group, self.intra_node = group, intra_node
         self._model, self._groups = model, internals.param_groups(model)
+        # what undoes our changes to FSDP
+        self._give_back: list[Callable[[], None]] = []
 
     @property
     @override
@@ -90,6 +92,11 @@ class FSDPEngine(Engine):
         for parameter in parameters:
             if parameter.grad is not None:
                 local(parameter.grad).fill_(float("nan"))
+
+    @override
+    def release(self) -> None:
+        for give_back in self._give_back:
+            give_back()
 
     @override
     def local(self, tensor: Tensor) -> Tensor:

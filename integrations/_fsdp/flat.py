@@ -120,14 +120,14 @@ class FlatEngine(FSDPEngine):
     def release(self) -> None:
         self._model.__dict__.pop("set_requires_gradient_sync", None)
         self._class_method(True)
-        for give_back in self._give_back:
-            give_back()
+        super().release()
 
     @override
     def notes(self) -> list[str]:
-        whole = 0
-        for p in self._by_id.values():
-            whole += p.sharded_param.numel() * internals.gradient_dtype(p).itemsize
+        whole = sum(
+            p.sharded_param.numel() * internals.gradient_dtype(p).itemsize
+            for p in self._by_id.values()
+        )
         replaced = (
             "FSDP2, flat: the reduce-scatter is replaced by a compressed all-reduce, of which"
             " each rank keeps its rows"
@@ -178,16 +178,9 @@ class _GroupWatch(BackwardWatch):
         at_end: Callable[[], None] | None,
     ) -> None:
         super().__init__(parameters, on_gradient, at_end)
-        me = weakref.ref(self)
-
-        def group_is_done(group: Any) -> None:
-            watch = me()
-            if watch is not None:
-                watch._group_is_done(group)
-
         self._giving_back = [
             weakref.finalize(self, undo)
-            for undo in internals.after_each_group(model, group_is_done)
+            for undo in internals.after_each_group(model, self._group_is_done)
         ]
         for finalizer in self._giving_back:
             finalizer.atexit = False

@@ -7,8 +7,7 @@ which torch.distributed.checkpoint can reshard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,8 +32,8 @@ class HSDPEngine(FSDPEngine):
         model: after fully_shard.
         group: between nodes.
         intra_node: inside a node.
-        taken_over: (parameter group of FSDP, its former description) where FSDP's own
-            all-reduce between nodes was switched off.
+        give_back: functions that switch FSDP's own all-reduce between nodes on again,
+            where it was switched off.
     """
 
     name = "FSDP2, HSDP"
@@ -50,11 +49,10 @@ class HSDPEngine(FSDPEngine):
         model: nn.Module,
         group: Group,
         intra_node: IntraNodeGroup,
-        taken_over: list[tuple[Any, Any]],
+        give_back: list[Callable[[], None]],
     ) -> None:
         super().__init__(model, group, intra_node)
-        self._taken_over = taken_over
-        self._mesh_is_2d = self._groups[0].mesh_info.mesh.ndim == 2
+        self._give_back = give_back
         self._mesh: DeviceMesh | None = None
         self._named: list[tuple[str, Tensor]] = []
 
@@ -74,11 +72,6 @@ class HSDPEngine(FSDPEngine):
         return slots
 
     @override
-    def release(self) -> None:
-        for group, info in self._taken_over:
-            internals.give_back_replicas(group, info)
-
-    @override
     def is_last_backward(self) -> bool:
         return super().is_last_backward() and internals.wants_all_reduce(self._groups)
 
@@ -93,14 +86,11 @@ class HSDPEngine(FSDPEngine):
         result: dict[str, dict[str, Tensor]] = {}
         for slot, largest, shaped in reducer.state.blocks():
             parameter = named[slot.name]
-            copies = {
-                symbol: tensor if symbol == "error" else tensor.clone()
-                for symbol, tensor in shaped.items()
-            }
-            result[slot.name] = {
-                symbol: self.error_view(slot, parameter, tensor)
-                for symbol, tensor in copies.items()
-            } | self._bases(reducer, slot, largest, parameter)
+            views = {}
+            for symbol, tensor in shaped.items():
+                kept = tensor if symbol == "error" else tensor.clone()
+                views[symbol] = self.error_view(slot, parameter, kept)
+            result[slot.name] = views | self._bases(reducer, slot, largest, parameter)
         return result
 
     def _bases(
@@ -124,12 +114,8 @@ class HSDPEngine(FSDPEngine):
     def _shard_mesh(self, parameter: Tensor) -> DeviceMesh:
         assert isinstance(parameter, DTensor)
         if self._mesh is None:
-            if self.intra_node.process_group is None:
-                self._mesh = parameter.device_mesh
-            else:
-                self._mesh = DeviceMesh.from_group(
-                    self.intra_node.process_group, parameter.device_mesh.device_type
-                )
+            inside, mesh = self.intra_node.process_group, parameter.device_mesh
+            self._mesh = mesh if inside is None else DeviceMesh.from_group(inside, mesh.device_type)
         return self._mesh
 
     @override
@@ -152,7 +138,7 @@ class HSDPEngine(FSDPEngine):
         trained = [p for p in self._model.parameters() if p.requires_grad]
         held = human_bytes(sum(padded(p, self.intra_node.size) for p in trained))
         how = "fully_shard works inside the node only"
-        if self._mesh_is_2d:
+        if self._groups[0].mesh_info.mesh.ndim == 2:
             how = "fully_shard's all-reduce between nodes is off"
         carried = f"its exact reduce-scatter in a node carries {held} a backward pass"
         return [f"FSDP2, HSDP: {how}; {carried}", "error memory is that of this rank's shards"]

@@ -14,6 +14,7 @@ name.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -93,26 +94,19 @@ def kind(group: Any) -> str:
     return kinds.get(name, name)
 
 
-def take_over_replicas(group: Any) -> Any:
-    """Let FSDP average this group over its shards only, and no more over its replicas.
+def take_over_replicas(group: Any) -> Callable[[], None]:
+    """Let FSDP average this group over its shards only, and no more over its replicas;
+    return a function that undoes it.
 
     The group is given the description of a mesh without replicas; the parameters keep
     theirs, with both dimensions, so clipping and checkpoints see what they saw.
-
-    Returns:
-        The description that it had.
     """
     info = group.mesh_info
     parent = next(base for base in type(info).__mro__ if base.__name__ == "FSDPMeshInfo")
     alone = parent(mesh=info.mesh, shard_mesh_dim=info.shard_mesh_dim)
     alone.reduce_scatter_process_group = getattr(info, "reduce_scatter_process_group", None)
     group.mesh_info = alone
-    return info
-
-
-def give_back_replicas(group: Any, info: Any) -> None:
-    """Undo `take_over_replicas`, which returned `info`."""
-    group.mesh_info = info
+    return functools.partial(setattr, group, "mesh_info", info)
 
 
 def is_data_parallel(parameter: DTensor) -> bool:
@@ -178,9 +172,10 @@ def replace_reduce_scatter(group: Any, stands_in: Any) -> Callable[[], None]:
 
 
 def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[Callable[[], None]]:
-    """Call `call(group)` whenever a group of parameters has its gradients; yield
-    functions that undo it.
+    """Call `call(group)`, a method that is held weakly, whenever a group of parameters
+    has its gradients; yield functions that undo it.
     """
+    weak = weakref.WeakMethod(call)
     for group in param_groups(model):
         original = group.post_backward
 
@@ -188,7 +183,9 @@ def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[
             *args: Any, group: Any = group, original: Callable[..., None] = original
         ) -> None:
             original(*args)
-            call(group)
+            method = weak()
+            if method is not None:
+                method(group)
 
         group.post_backward = post_backward
         yield functools.partial(group.__dict__.pop, "post_backward", None)
