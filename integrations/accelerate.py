@@ -49,12 +49,10 @@ from lowrank_comm.reduction.monitoring import Compressing
 __all__ = ["connect", "get", "prepare"]
 
 _OURS = "_lowrank_comm"
-_told: weakref.WeakKeyDictionary[
-    CompressedOptimizer, tuple[weakref.ref[AcceleratedOptimizer], Any]
-] = weakref.WeakKeyDictionary()
-"""Optimizer -> the `AcceleratedOptimizer` around it that is told of its steps, and the
-hook by which it is told.
-"""
+_told: weakref.WeakKeyDictionary[CompressedOptimizer, weakref.ref[AcceleratedOptimizer]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Optimizer -> the `AcceleratedOptimizer` around it that is told of its steps."""
 _WHO = "lowrank_comm.integrations.accelerate.prepare"
 
 
@@ -113,22 +111,22 @@ def prepare(
             f"{_WHO}: the optimizer is a CompressedOptimizer already; leave"
             f" compression={compression!r} out."
         )
-    plain = [k for k, one in enumerate(objects) if isinstance(one, Optimizer) and one not in mine]
+    optimizers = mine or [one for one in objects if isinstance(one, Optimizer)]
     if not mine and compression is None:
         raise ConfigError(
             f"{_WHO}: there is nothing to compress with: give compression=PowerSGDPlus(rank=4) or a"
             " section, or make the optimizer a CompressedOptimizer."
         )
-    if not any(isinstance(one, nn.Module) for one in objects) or len(mine or plain) != 1:
+    if not any(isinstance(one, nn.Module) for one in objects) or len(optimizers) != 1:
         raise ConfigError(
             f"{_WHO}: one model and its optimizer belong into one call, got"
             f" {[type(one).__name__ for one in objects]}; prepare further optimizers by"
             " accelerator.prepare."
         )
-    given = list(objects)
     if compression is not None:
-        given[plain[0]] = around(given[plain[0]], compression)
-    result = accelerator.prepare(*given, **keywords)
+        outer = around(optimizers[0], compression)
+        objects = tuple(outer if one is optimizers[0] else one for one in objects)
+    result = accelerator.prepare(*objects, **keywords)
     connect(accelerator, result)
     return result
 
@@ -160,7 +158,7 @@ def connect(
                     "no prepared model holds the parameters of the CompressedOptimizer; build it"
                     " from this model, and prepare both in one call."
                 )
-            told = _told[optimizer][0]() if optimizer in _told else None
+            told = _told[optimizer]() if optimizer in _told else None
             # another accelerator's, or none yet
             if told is not one or not optimizer.is_attached_to(fitting[0]):
                 _connect(accelerator, one, optimizer, fitting[0], is_training)
@@ -186,18 +184,21 @@ def _connect(
 
     optimizer.attach(model, scaler=accelerator.scaler, is_last_backward=is_last_backward)
 
-    def after_step(*_: Any) -> None:
-        # What AcceleratedOptimizer.step looks at afterwards, with a scaler and without.
-        told = wrapper()
-        if told is not None:
-            told._is_overflow = optimizer.step_was_skipped
-            told._accelerate_step_called = not optimizer.step_was_skipped
-
-    if optimizer in _told:
-        _told[optimizer][1].remove()
-    _told[optimizer] = (wrapper, optimizer.register_step_post_hook(after_step))
+    if optimizer not in _told:
+        optimizer.register_step_post_hook(_tell)
+    _told[optimizer] = wrapper
     if not hasattr(accelerator.save_state, _OURS):
         accelerator.save_state = _consolidating(accelerator)  # type: ignore[method-assign]
+
+
+def _tell(optimizer: CompressedOptimizer, *_: Any) -> None:
+    """After a step: what AcceleratedOptimizer.step looks at next, with a scaler and
+    without.
+    """
+    told = _told[optimizer]()
+    if told is not None:
+        told._is_overflow = optimizer.step_was_skipped
+        told._accelerate_step_called = not optimizer.step_was_skipped
 
 
 def _consolidating(accelerator: Accelerator) -> Callable[..., Any]:

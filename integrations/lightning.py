@@ -79,7 +79,6 @@ class CompressionCallback(Callback):
         self._log_figures = log_figures
         self._optimizer: CompressedOptimizer | None = None
         self._figures: Figures | None = None
-        self._logged_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before the strategy wraps the model."""
@@ -137,7 +136,7 @@ class CompressionCallback(Callback):
             )
         self._optimizer = optimizer
         optimizer.attach(model, scaler=_scaler_of(trainer))
-        self._figures, self._logged_step = Figures(optimizer), 0
+        self._figures = Figures(optimizer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -153,11 +152,9 @@ class CompressionCallback(Callback):
     ) -> None:
         """Log the figures since the last time."""
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._figures is None or not self._log_figures or interval == 0:
+        if self._figures is None or not self._log_figures or interval == 0 or step % interval:
             return
-        if step == self._logged_step or step % interval:
-            return
-        self._logged_step = step
+        # empty between the micro-batches of a step
         pl_module.log_dict(
             self._figures.since_last(), on_step=True, on_epoch=False, rank_zero_only=True
         )

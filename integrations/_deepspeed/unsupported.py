@@ -56,19 +56,12 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
     sharded_gradients = stage in (1, 2)
     fp16, bf16 = setting("float16_config.enabled"), setting("bfloat16_config.enabled")
 
-    if setting("zero_config.zero_quantized_gradients"):
-        why = "it compresses gradients by itself, without error feedback"
-        yield "zero_optimization.zero_quantized_gradients", True, why, "Set it to false"
+    for path, key, why, fix in _MUST_BE_OFF:
+        if setting(path):
+            yield key, True, why, fix
     if setting("zero_config.zenflow") is not None:
         why = "it selects and transposes gradients on its own schedule"
         yield "zero_optimization.zenflow", "{...}", why, "Remove the section"
-    if setting("zero_config.offload_optimizer.super_offload"):
-        key = "zero_optimization.offload_optimizer.super_offload"
-        why = "its optimizer takes gradients from DeepSpeed's own reduction"
-        yield key, True, why, "Set it to false; plain offload_optimizer works"
-    if setting("compile_config.deepcompile"):
-        why = "compiled graphs reduce the gradients themselves"
-        yield "compile.deepcompile", True, why, "Set it to false"
     if sharded_gradients and not setting("zero_config.contiguous_gradients", True):
         why = (
             f"ZeRO stage {stage} then averages through a path without a place for the reduced"
@@ -94,10 +87,6 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
         why = "its loss scaler is torch's, and the error memory must be kept free of the scale"
         fix = 'Use "bfloat16", or the section "fp16" instead'
         yield "torch_autocast.dtype", "float16", why, fix
-    if setting("hybrid_engine.enabled"):
-        yield "hybrid_engine.enabled", True, "it has never been run with it", "Set it to false"
-    if setting("expert_parallel_config.enabled"):
-        yield "expert_parallel.enabled", True, _EXPERTS, "Remove the section"
     if setting("tensor_parallel_config.autotp_size", 0) > 1:
         size = config.tensor_parallel_config.autotp_size
         yield "tensor_parallel.autotp_size", size, _SHARDS, "Set it to 1 or remove the section"
@@ -106,10 +95,6 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
         yield "sequence_parallel_size", sequence, _SEQUENCE, "Set it to 1"
     if str(setting("optimizer_name", "")).lower() == "muon":
         yield "optimizer.type", config.optimizer_name, _MUON, _OTHER_OPTIMIZER
-    if setting("use_node_local_storage"):
-        why = "rank 0 alone writes the compressor's state, and the other nodes would not find it"
-        fix = "Save to a folder that all nodes share"
-        yield "checkpoint.use_node_local_storage", True, why, fix
     model = type(given.get("model")).__name__
     if model in ("PipelineModule", "DualPipeVModule"):
         why = "pipeline engines reduce gradients between stages at their own time"
@@ -143,3 +128,43 @@ _SEQUENCE = "ranks that share a sequence are not workers with gradients of their
 _MUON = "DeepSpeed's Muon takes part in the reduction of the gradients"
 _TRUE = "Set it to true, or leave it out"
 _OTHER_OPTIMIZER = "Use another optimizer"
+
+_MUST_BE_OFF = (
+    (
+        "zero_config.zero_quantized_gradients",
+        "zero_optimization.zero_quantized_gradients",
+        "it compresses gradients by itself, without error feedback",
+        "Set it to false",
+    ),
+    (
+        "zero_config.offload_optimizer.super_offload",
+        "zero_optimization.offload_optimizer.super_offload",
+        "its optimizer takes gradients from DeepSpeed's own reduction",
+        "Set it to false; plain offload_optimizer works",
+    ),
+    (
+        "compile_config.deepcompile",
+        "compile.deepcompile",
+        "compiled graphs reduce the gradients themselves",
+        "Set it to false",
+    ),
+    (
+        "hybrid_engine.enabled",
+        "hybrid_engine.enabled",
+        "it has never been run with it",
+        "Set it to false",
+    ),
+    (
+        "expert_parallel_config.enabled",
+        "expert_parallel.enabled",
+        _EXPERTS,
+        "Remove the section",
+    ),
+    (
+        "use_node_local_storage",
+        "checkpoint.use_node_local_storage",
+        "rank 0 alone writes the compressor's state, and the other nodes would not find it",
+        "Save to a folder that all nodes share",
+    ),
+)
+"""Switches of DeepSpeed: path in the parsed configuration, key, why, what to do."""

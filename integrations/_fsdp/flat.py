@@ -49,7 +49,6 @@ class FlatEngine(FSDPEngine):
         self._by_id = {
             id(internals.of_the_model(p)): p for group in self._groups for p in group.fsdp_params
         }
-        self._mine: list[Any] = []
         self._give_back = [
             internals.replace_reduce_scatter(group, _Unreduced()) for group in self._groups
         ]
@@ -65,14 +64,13 @@ class FlatEngine(FSDPEngine):
     @override
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamInfo]:
         slots = []
-        self._mine = [self._by_id[id(p)] for _, p in named]
-        for (name, p), parameter in zip(named, self._mine, strict=True):
+        for name, p in named:
             if shard_dim(p) != 0:
                 raise UnsupportedError(
                     f"attach: {name} is sharded along dimension {shard_dim(p)}; the flat FSDP2"
                     " engine needs Shard(0)."
                 )
-            dtype = internals.gradient_dtype(parameter)
+            dtype = internals.gradient_dtype(self._by_id[id(p)])
             slots.append(ParamInfo(name, tuple(p.shape), dtype, local(p).device))
         return slots
 
@@ -100,7 +98,7 @@ class FlatEngine(FSDPEngine):
 
     @override
     def drop(self) -> None:
-        for parameter in self._mine:
+        for parameter in self._by_id.values():
             internals.take_unsharded_gradient(parameter)
 
     @override
@@ -178,12 +176,9 @@ class _GroupWatch(BackwardWatch):
         at_end: Callable[[], None] | None,
     ) -> None:
         super().__init__(parameters, on_gradient, at_end)
-        self._giving_back = [
-            weakref.finalize(self, undo)
-            for undo in internals.after_each_group(model, self._group_is_done)
-        ]
-        for finalizer in self._giving_back:
-            finalizer.atexit = False
+        undo = internals.after_each_group(model, self._group_is_done)
+        self._give_back = weakref.finalize(self, undo)
+        self._give_back.atexit = False
 
     def _group_is_done(self, group: Any) -> None:
         for parameter in group.fsdp_params:
@@ -195,5 +190,4 @@ class _GroupWatch(BackwardWatch):
     @override
     def remove(self) -> None:
         super().remove()
-        for finalizer in self._giving_back:
-            finalizer()
+        self._give_back()

@@ -54,11 +54,11 @@ class HSDPEngine(FSDPEngine):
         super().__init__(model, group, intra_node)
         self._give_back = give_back
         self._mesh: DeviceMesh | None = None
-        self._named: list[tuple[str, Tensor]] = []
+        self._named: dict[str, Tensor] = {}
 
     @override
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamInfo]:
-        self._named = list(named)
+        self._named = dict(named)
         slots = []
         for name, p in named:
             held, dim = local(p), shard_dim(p)
@@ -82,10 +82,9 @@ class HSDPEngine(FSDPEngine):
         """DTensors, which torch.distributed.checkpoint reshards: errors, and what else
         has a parameter's shape, like their parameters; bases of blocks as blocks.
         """
-        named = dict(self._named)
         result: dict[str, dict[str, Tensor]] = {}
         for slot, largest, shaped in reducer.state.blocks():
-            parameter = named[slot.name]
+            parameter = self._named[slot.name]
             views = {}
             for symbol, tensor in shaped.items():
                 kept = tensor if symbol == "error" else tensor.clone()

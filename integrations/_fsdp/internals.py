@@ -13,9 +13,10 @@ name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -171,11 +172,11 @@ def replace_reduce_scatter(group: Any, stands_in: Any) -> Callable[[], None]:
     return functools.partial(setattr, group, "_reduce_scatter_comm", before)
 
 
-def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[Callable[[], None]]:
+def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Callable[[], None]:
     """Call `call(group)`, a method that is held weakly, whenever a group of parameters
-    has its gradients; yield functions that undo it.
+    has its gradients; return a function that undoes it.
     """
-    weak = weakref.WeakMethod(call)
+    undo, weak = contextlib.ExitStack(), weakref.WeakMethod(call)
     for group in param_groups(model):
         original = group.post_backward
 
@@ -188,4 +189,5 @@ def after_each_group(model: nn.Module, call: Callable[[Any], None]) -> Iterator[
                 method(group)
 
         group.post_backward = post_backward
-        yield functools.partial(group.__dict__.pop, "post_backward", None)
+        undo.callback(group.__dict__.pop, "post_backward", None)
+    return undo.close
