@@ -3,7 +3,7 @@ each wire dtype and device.
 
 A buffer holds the tensors to be averaged first, then those that are only summed
 (results that one worker computed and the others padded with zeros; control numbers). It
-is summed over the workers in place by the driver of the pass; then `answers` cuts it
+is summed over the workers in place by the driver of the pass; then `unpack` cuts it
 into pieces again. For float16 wires the division by the number of workers comes before
 the sum, which would overflow otherwise.
 
@@ -14,14 +14,16 @@ comes after it, if anything.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.communication.collectives import AllGather, Exchange
+from lowrank_comm.communication.ledger import PassStats
 from lowrank_comm.communication.quantized_mean import Noise, QuantizedMean
 from lowrank_comm.numerics.quantization import Format
 from lowrank_comm.options import check
@@ -58,23 +60,29 @@ LARGEST = {dtype: _largest(dtype) for dtype in WIRE_DTYPES.values()}
 
 
 @dataclass
-class _Entry:
-    """One tensor of a packet, and where it lies in a sealed buffer.
+class Entry:
+    """One tensor of a packet, and what came back for it.
 
     Attributes:
-        wire: dtype on the wire.
-        format: in which it is sent quantized, or None.
-        buffer, start: the buffer that is summed, and the place in it.
+        tensor: of any shape.
+        kind: the ledger's.
+        averaged: whether the sum over the workers is divided by their number.
+        gathered: whether all workers are to have the tensors of all instead.
+        format: in which it is averaged quantized, or None.
+        sent: its place in the buffer that is summed, 1-D.
+        mean: once unpacked, the mean or the sum; or the tensors of all workers,
+            stacked.
+        own: once unpacked, the tensor as it was sent.
     """
 
     tensor: Tensor
     kind: str
-    averaged: bool
-    wire: torch.dtype
+    averaged: bool = True
     gathered: bool = False
     format: Format | None = None
-    buffer: Tensor | None = None
-    start: int = 0
+    sent: Tensor = field(init=False)
+    mean: Tensor = field(init=False)
+    own: Tensor = field(init=False)
 
 
 @dataclass
@@ -83,13 +91,13 @@ class _Sum:
 
     Attributes:
         buffer: the averaged entries, then those that are only summed.
-        entries: their numbers.
+        entries: in this order.
         averaged_length: elements of the averaged entries.
         own: this worker's numbers as they went on the wire, where that rounds.
     """
 
     buffer: Tensor
-    entries: list[int]
+    entries: list[Entry]
     averaged_length: int
     own: Tensor | None
 
@@ -98,140 +106,95 @@ class FlatBuffers:
     """Packs tensors into flat buffers, and unpacks what came back.
 
     Args:
+        entries: the tensors.
         workers: number of workers.
         wire_dtype: dtype on the wire, or None for each tensor's own.
         rank: this worker's number.
         noise: for stochastic rounding; see `quantized_mean`.
+        stats: to which the payload is added.
 
     Attributes:
-        exchanges: once sealed, what is to be carried out between the workers: sums,
-            gathers, and the first leg of what is sent quantized.
-        bytes: payload by the ledger's kinds.
-        surplus, spared: see `ledger`.
+        exchanges: what is to be carried out between the workers: sums, gathers, and
+            the first leg of what is sent quantized.
     """
 
     def __init__(
         self,
+        entries: Sequence[Entry],
         workers: int,
         wire_dtype: torch.dtype | None,
-        rank: int = 0,
-        noise: Noise | None = None,
+        rank: int,
+        noise: Noise | None,
+        stats: PassStats,
     ) -> None:
-        self._workers, self._wire_dtype, self._rank, self._noise = workers, wire_dtype, rank, noise
-        self._entries: list[_Entry] = []
+        self._workers, self._stats = workers, stats
         self._sums: list[_Sum] = []
-        self._gathers: list[tuple[AllGather, list[int]]] = []
-        self._quantized: list[tuple[QuantizedMean, list[int]]] = []
-        self._to_check: list[Tensor] = []
-        self.exchanges: list[Exchange] = []
-        self.bytes: Counter[str] = Counter()
-        self.surplus = 0.0
-        self.spared = 0
-
-    def add(
-        self,
-        tensor: Tensor,
-        kind: str,
-        averaged: bool = True,
-        format: Format | None = None,
-        gathered: bool = False,
-    ) -> int:
-        """Put a tensor in; return its number.
-
-        Args:
-            tensor: of any shape.
-            kind: the ledger's.
-            averaged: whether the sum over the workers is divided by their number.
-            format: in which it is averaged quantized, or None.
-            gathered: whether everyone is to have everyone's instead.
-        """
-        wire = tensor.dtype
-        if self._wire_dtype is not None and tensor.is_floating_point():
-            wire = self._wire_dtype
-        self._entries.append(_Entry(tensor, kind, averaged, wire, gathered, format))
-        return len(self._entries) - 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the tensor added first that is summed: control numbers that take it need
-        no buffer of their own.
-        """
-        for entry in self._entries:
-            if not entry.gathered and entry.format is None:
-                return entry.tensor.dtype
-        return torch.float32
-
-    def seal(self) -> None:
-        """Build the buffers; afterwards `exchanges` may be carried out."""
-        quantized: dict[tuple[Format, torch.dtype, torch.device], list[int]] = {}
-        gathered: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        summed: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for k, entry in enumerate(self._entries):
-            tensor, wire = entry.tensor, entry.wire
+        self._gathers: list[tuple[AllGather, list[Entry]]] = []
+        self._quantized: list[tuple[QuantizedMean, list[Entry]]] = []
+        quantized: dict[tuple[Format, torch.dtype, torch.device], list[Entry]] = {}
+        gathered: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
+        summed: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
+        for entry in entries:
+            tensor = entry.tensor
+            wire = tensor.dtype
+            if wire_dtype is not None and tensor.is_floating_point():
+                wire = wire_dtype
+            payload = tensor.numel() * wire.itemsize
             if entry.format is not None:
-                quantized.setdefault((entry.format, tensor.dtype, tensor.device), []).append(k)
+                quantized.setdefault((entry.format, tensor.dtype, tensor.device), []).append(entry)
+                stats.spared += payload
                 continue
             groups = gathered if entry.gathered else summed
-            groups.setdefault((wire, tensor.device), []).append(k)
-            self.bytes[entry.kind] += tensor.numel() * wire.itemsize
+            groups.setdefault((wire, tensor.device), []).append(entry)
+            stats.bytes[entry.kind] += payload
         for (format, _, _), members in quantized.items():
-            self._seal_quantized(format, members)
+            tensors = [entry.tensor for entry in members]
+            mean = QuantizedMean(format, tensors, workers, rank, noise)
+            self._add_quantized(mean, members)
         for (wire, _), members in gathered.items():
-            self._seal_gather(wire, members)
+            self._add_gather(wire, members)
         for (wire, _), members in summed.items():
-            self._seal_sum(wire, members)
+            self._add_sum(wire, members)
+        self._to_check = [mean.numbers for mean, _ in self._quantized]
+        self._to_check += [gather.own for gather, _ in self._gathers]
+        self._to_check += [one.buffer for one in self._sums]
+        self.exchanges: list[Exchange] = [one.buffer for one in self._sums]
         self.exchanges += [gather for gather, _ in self._gathers]
         self.exchanges += [mean.scatter() for mean, _ in self._quantized]
 
-    def _seal_quantized(self, format: Format, members: list[int]) -> None:
-        tensors = [self._entries[k].tensor for k in members]
-        mean = QuantizedMean(format, tensors, self._workers, self._rank, self._noise)
+    def _add_quantized(self, mean: QuantizedMean, members: list[Entry]) -> None:
         self._quantized.append((mean, members))
-        self._to_check.append(mean.numbers)
-        self.surplus += mean.filling
-        self.spared -= mean.filling
-        for k, sent in zip(members, mean.bytes, strict=True):
-            entry = self._entries[k]
-            self.bytes[entry.kind] += sent
-            self.spared += entry.tensor.numel() * entry.wire.itemsize - sent
+        self._stats.surplus += mean.filling
+        self._stats.spared -= mean.filling
+        for entry, sent in zip(members, mean.bytes, strict=True):
+            self._stats.bytes[entry.kind] += sent
+            self._stats.spared -= sent
 
-    def _seal_gather(self, wire: torch.dtype, members: list[int]) -> None:
-        own = torch.cat([self._entries[k].tensor.reshape(-1).to(wire) for k in members])
-        gather = AllGather(own, own.new_empty(self._workers, own.numel()))
-        self._gathers.append((gather, members))
-        self._to_check.append(own)
-        self.surplus += own.nbytes * (self._workers / 2 - 1) if self._workers > 1 else 0.0
+    def _add_gather(self, wire: torch.dtype, members: list[Entry]) -> None:
+        own = torch.cat([entry.tensor.reshape(-1).to(wire) for entry in members])
+        self._gathers.append((AllGather(own, own.new_empty(self._workers, own.numel())), members))
+        if self._workers > 1:
+            self._stats.surplus += own.nbytes * (self._workers / 2 - 1)
 
-    def _seal_sum(self, wire: torch.dtype, members: list[int]) -> None:
-        """The averaged entries come first, each group in the order of `add`."""
-        averaged = [k for k in members if self._entries[k].averaged]
-        members = averaged + [k for k in members if not self._entries[k].averaged]
-        pieces, start, averaged_length, rounds = [], 0, 0, False
-        for k in members:
-            entry = self._entries[k]
+    def _add_sum(self, wire: torch.dtype, members: list[Entry]) -> None:
+        """The averaged entries come first, each group in the order given."""
+        members = sorted(members, key=attrgetter("averaged"), reverse=True)
+        pieces, lengths, averaged_length, rounds = [], [], 0, False
+        for entry in members:
             flat = entry.tensor.reshape(-1)
-            entry.start, start = start, start + flat.numel()
+            lengths.append(flat.numel())
             if entry.averaged:
-                averaged_length = start
+                averaged_length += flat.numel()
                 rounds |= flat.dtype != wire
                 if wire == torch.float16 and self._workers > 1:
                     # before the cast: 8e4 / 4 fits float16, 8e4 does not
                     flat = flat / self._workers
             pieces.append(flat.to(wire))
         buffer = torch.cat(pieces)
-        for k in members:
-            self._entries[k].buffer = buffer
+        for entry, sent in zip(members, buffer.split(lengths), strict=True):
+            entry.sent = sent
         own = buffer.clone() if rounds else None
         self._sums.append(_Sum(buffer, members, averaged_length, own))
-        self._to_check.append(buffer)
-        self.exchanges.append(buffer)
-
-    def write(self, number: int, values: Tensor) -> None:
-        """Overwrite the first numbers of an entry in the sealed buffers."""
-        entry = self._entries[number]
-        assert entry.buffer is not None
-        flat = values.reshape(-1).to(entry.buffer.dtype)
-        entry.buffer[entry.start : entry.start + flat.numel()] = flat
 
     def second_leg(self) -> list[Exchange]:
         """Return what comes after `exchanges`, which must have been carried out; empty
@@ -256,42 +219,37 @@ class FlatBuffers:
                 flags.append((ends <= LARGEST[buffer.dtype]).all().to(home))
         return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=home)
 
-    def arrived(self) -> None:
-        """Look at what has come back: to be called when everything has been carried
-        out, before `all_sound` and `answers`.
+    def unpack(self) -> Tensor:
+        """Fill in `mean` and `own` of all entries, once everything was exchanged; return
+        whether all that has arrived is sound, as `all_sound` does.
         """
         self._to_check = [one.buffer for one in self._sums]
         if self._gathers or self._quantized:
             self._to_check += [gather.everyone for gather, _ in self._gathers]
             self._to_check += [mean.decode() for mean, _ in self._quantized]
-
-    def answers(self) -> list[tuple[Tensor, Tensor]]:
-        """For every entry in the order in which they were put in: (mean or sum, own as
-        sent), or (everyone's, own).
-        """
-        result: dict[int, tuple[Tensor, Tensor]] = {}
-        for mean_of, members in self._quantized:
-            result.update(zip(members, mean_of.answers(), strict=True))
+        sound = self.all_sound()
+        for quantized, members in self._quantized:
+            for entry, answer in zip(members, quantized.answers(), strict=True):
+                entry.mean, entry.own = answer
         for gather, members in self._gathers:
-            lengths = [self._entries[k].tensor.numel() for k in members]
-            for k, everyone in zip(members, gather.everyone.split(lengths, dim=1), strict=True):
-                tensor = self._entries[k].tensor
-                shape = (self._workers, *tensor.shape)
-                result[k] = (everyone.reshape(shape).to(tensor.dtype), tensor)
+            lengths = [entry.tensor.numel() for entry in members]
+            for entry, everyone in zip(members, gather.everyone.split(lengths, dim=1), strict=True):
+                tensor = entry.own = entry.tensor
+                entry.mean = everyone.reshape(self._workers, *tensor.shape).to(tensor.dtype)
         for one in self._sums:
             divided = one.buffer.dtype == torch.float16 and self._workers > 1
             if not divided and one.own is None:
                 one.buffer[: one.averaged_length].div_(self._workers)
-            for k in one.entries:
-                entry = self._entries[k]
-                mine = entry.tensor
-                piece = slice(entry.start, entry.start + mine.numel())
-                mean = one.buffer[piece].view(mine.shape).to(mine.dtype)
+            start = 0
+            for entry in one.entries:
+                like = entry.own = entry.tensor
+                entry.mean = entry.sent.view(like.shape).to(like.dtype)
+                stop = start + like.numel()
                 if one.own is not None and entry.averaged:
-                    mine = one.own[piece].view(mine.shape).to(mine.dtype)
+                    entry.own = one.own[start:stop].view(like.shape).to(like.dtype)
                     if divided:
-                        mine = mine * self._workers
+                        entry.own = entry.own * self._workers
                     else:  # in the computation's dtype: a 16-bit quotient would round once more
-                        mean = mean / self._workers
-                result[k] = (mean, mine)
-        return [result[k] for k in range(len(self._entries))]
+                        entry.mean = entry.mean / self._workers
+                start = stop
+        return sound

@@ -13,13 +13,13 @@ them on the way in and put together on the way back (`intra_node_requests`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.communication.collectives import Exchange
-from lowrank_comm.communication.flat_buffers import FlatBuffers
+from lowrank_comm.communication.flat_buffers import Entry, FlatBuffers
 from lowrank_comm.compressors.requests import ComputeOnce, Gather, Mean
 from lowrank_comm.numerics.device import numbers_on
 from lowrank_comm.numerics.quantization import FORMATS
@@ -47,34 +47,34 @@ class Packet:
         wire = one.wire
         self._in_the_node = wire.in_the_node
         noise = one.noise(phase) if one.noise else None
-        buffers = self._buffers = FlatBuffers(one.size, wire.dtype, one.rank, noise)
         self._asking = asking
         self._shares = wire.in_the_node.shares(asking)
-        self._numbers: dict[int, int] = {}
+        self._entries: dict[int, Entry] = {}
         for k, request in asking.items():
             if isinstance(request, Mean):
                 format = FORMATS[request.codes] if request.codes else wire.formats.get(request.kind)
                 tensor = self._shares[k].tensor if k in self._shares else request.tensor
-                self._numbers[k] = buffers.add(tensor, request.kind, format=format)
+                self._entries[k] = Entry(tensor, request.kind, format=format)
             elif isinstance(request, Gather):
-                self._numbers[k] = buffers.add(request.tensor, request.kind, gathered=True)
+                self._entries[k] = Entry(request.tensor, request.kind, gathered=True)
             else:
-                self._numbers[k] = buffers.add(self._shares[k].tensor, request.kind, averaged=False)
-        self._dense_numbers: list[int] = []
+                self._entries[k] = Entry(self._shares[k].tensor, request.kind, averaged=False)
+        entries = list(self._entries.values())
+        self._dense: list[Entry] = []
+        self._control: Entry | None = None
+        if phase == 0:
+            self._dense = [Entry(tensor, "dense") for tensor in one.dense]
+            entries += self._dense
+            numbers = [0.0, *map(float, one.has_gradient)]
+            control = numbers_on(wire.workers.device, numbers, _dtype_of_sums(entries))
+            self._control = Entry(control, "control", averaged=False)
+            entries.append(self._control)
+        buffers = FlatBuffers(entries, one.size, wire.dtype, one.rank, noise, one.stats)
+        if self._control is not None:
+            self._control.sent[:1] = ~buffers.all_sound()
+        self._buffers, self.first_leg = buffers, buffers.exchanges
         self.control: Tensor | None = None
         self.dense: list[Tensor] = []
-        if phase == 0:
-            self._dense_numbers = [buffers.add(tensor, "dense") for tensor in one.dense]
-            numbers = [0.0, *map(float, one.has_gradient)]
-            self.control = numbers_on(wire.workers.device, numbers, buffers.dtype)
-            self._control_number = buffers.add(self.control, "control", averaged=False)
-        buffers.seal()
-        if self.control is not None:
-            buffers.write(self._control_number, ~buffers.all_sound())
-        self.first_leg: list[Exchange] = buffers.exchanges
-        one.stats.bytes.update(buffers.bytes)
-        one.stats.surplus += buffers.surplus
-        one.stats.spared += buffers.spared
 
     def second_leg(self) -> list[Exchange]:
         """Return what comes after the first leg; empty where nothing is sent quantized."""
@@ -82,19 +82,26 @@ class Packet:
 
     def unpack(self) -> dict[int, object]:
         """Return the compressors' answers, by generator, once everything was exchanged."""
-        self._buffers.arrived()
-        self.unsound = (~self._buffers.all_sound()).to(torch.float32)
-        pieces = self._buffers.answers()
-        if self.control is not None:
-            self.dense = [pieces[number][0] for number in self._dense_numbers]
-            self.control = pieces[self._control_number][0]
+        self.unsound = (~self._buffers.unpack()).to(torch.float32)
+        self.dense = [entry.mean for entry in self._dense]
+        if self._control is not None:
+            self.control = self._control.mean
         answers: dict[int, object] = {}
-        for k, number in self._numbers.items():
-            mean, own = pieces[number]
+        for k, entry in self._entries.items():
             if isinstance(self._asking[k], ComputeOnce | Gather):
-                answers[k] = mean
+                answers[k] = entry.mean
             elif k in self._shares:
-                answers[k] = self._in_the_node.put_together(self._shares[k], mean, own)
+                answers[k] = self._in_the_node.put_together(self._shares[k], entry.mean, entry.own)
             else:
-                answers[k] = (mean, own)
+                answers[k] = (entry.mean, entry.own)
         return answers
+
+
+def _dtype_of_sums(entries: Sequence[Entry]) -> torch.dtype:
+    """Of the tensor that comes first in a sum: control numbers that take it need no
+    buffer of their own.
+    """
+    for entry in entries:
+        if not entry.gathered and entry.format is None:
+            return entry.tensor.dtype
+    return torch.float32
