@@ -73,7 +73,7 @@ class Tag:
 def tag_of(reducer: Reducer) -> Tag:
     """Return the tag of the reducer's present state."""
     state = reducer.state
-    rank, world = state.worker
+    rank, world = state.worker or (reducer.workers.global_rank, reducer.workers.world_size)
     # before the first step all errors are zero
     shared = state.consolidated or world == 1 or state.step == 0
     kind = "mean" if shared or not state.keeps_private_state else "own"

@@ -38,10 +38,8 @@ Exchange = Tensor | AllGather | AllToAll
 
 def alone(exchange: Exchange) -> None:
     """Carry out an exchange of one worker with itself."""
-    if isinstance(exchange, AllGather):
-        exchange.everyone.copy_(exchange.own.unsqueeze(0))
-    elif isinstance(exchange, AllToAll):
-        exchange.received.copy_(exchange.given)
+    if not isinstance(exchange, Tensor):
+        among([exchange])
 
 
 def among(workers: Sequence[Exchange]) -> None:

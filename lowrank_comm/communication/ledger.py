@@ -22,9 +22,9 @@ collectives.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 
 @dataclass
@@ -32,10 +32,13 @@ class PassStats:
     """What one pass sent and took; filled while it runs, vetoed or not.
 
     Attributes:
-        bytes: kind -> bytes handed to collectives.
-        inside: kind -> bytes between the ranks of a node.
+        bytes: kind -> bytes handed to collectives by this worker.
+        inside: kind -> bytes that this rank handed to collectives between the ranks of
+            its node.
         collectives: number of collectives.
-        surplus, spared: see `Ledger`.
+        surplus: bytes that gathers carry beyond an all-reduce of the same payload, and
+            the filling of coded shares.
+        spared: bytes that the same packets would have had more without codes.
         seconds: phase -> host seconds; see `reduction.report.StepReport`.
     """
 
@@ -44,10 +47,10 @@ class PassStats:
     collectives: int = 0
     surplus: float = 0.0
     spared: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"compress": 0.0, "communicate": 0.0})
+    seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
 
     def add(self, other: PassStats) -> None:
-        """Add those of another bucket of the same step."""
+        """Add those of another pass."""
         self.bytes.update(other.bytes)
         self.inside.update(other.inside)
         self.collectives += other.collectives
@@ -58,53 +61,28 @@ class PassStats:
 
 
 @dataclass
-class Ledger:
-    """Totals over a run.
+class Ledger(PassStats):
+    """Totals over a run: the stats of all its passes, and
 
     Attributes:
-        bytes: kind -> bytes handed to collectives by this worker.
-        collectives: number of collectives of the gradient reduction and of
-            consolidations.
         uncompressed_bytes: what the same steps would have carried uncompressed, in the
             gradients' own dtypes.
         steps: compressed passes, vetoed ones included.
         vetoed: passes that some worker vetoed.
         restarts: matrices restarted, in steps that were committed.
-        inside: kind -> bytes that this rank handed to collectives between the ranks of
-            its node.
-        surplus: bytes that gathers carry beyond an all-reduce of the same payload, and
-            the filling of coded shares.
-        spared: bytes that the same packets would have had more without codes.
-        seconds: phase -> host seconds; see `reduction.report.StepReport`.
     """
 
-    bytes: Counter[str] = field(default_factory=Counter)
-    collectives: int = 0
     uncompressed_bytes: int = 0
     steps: int = 0
     vetoed: int = 0
     restarts: int = 0
-    inside: Counter[str] = field(default_factory=Counter)
-    surplus: float = 0.0
-    spared: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def enter(self, stats: PassStats, uncompressed_bytes: int, applied: bool) -> None:
         """Add one pass, what it sent inside the node and its host seconds included."""
-        self.bytes.update(stats.bytes)
-        self.inside.update(stats.inside)
-        self.collectives += stats.collectives
+        self.add(stats)
         self.uncompressed_bytes += uncompressed_bytes
-        self.surplus += stats.surplus
-        self.spared += stats.spared
         self.steps += 1
         self.vetoed += not applied
-        self.clock(stats.seconds)
-
-    def clock(self, seconds: Mapping[str, float]) -> None:
-        """Add host seconds, by phase."""
-        for phase, spent in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
     @property
     def total_bytes(self) -> int:

@@ -92,7 +92,7 @@ class Attachment:
                 optimizer, or the engine does not fit.
             UnsupportedError: the engine cannot work with this model.
         """
-        if reducer is not None and reducer.state.has_passed:
+        if reducer is not None and reducer.state.last_pass is not None:
             raise ConfigError(
                 "attach: the optimizer has made steps already; call attach(model) before the first"
                 " one."

@@ -128,7 +128,7 @@ class BackwardReduction:
         self.double_averaging.gradient()
         if self.reduces_at == "step":
             self.verdict = None
-        elif self._overlap and self._lazy.made is not None and self._lazy.made.state.has_passed:
+        elif self._overlap and self._lazy.made is not None and self._lazy.made.state.last_pass:
             self._begin_early(self._lazy.made, parameter)
 
     def _begin_early(self, reducer: Reducer, parameter: Tensor) -> None:

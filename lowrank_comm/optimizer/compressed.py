@@ -422,7 +422,7 @@ class CompressedOptimizer(OptimizerWrapper):
         parameters = self._lazy.parameters
         if self._overlap:
             self._backward.begins(reducer)
-        is_first = not reducer.state.has_passed
+        is_first = reducer.state.last_pass is None
         # before anything whose sizes follow from what is compared
         reducer.ensure_agreed()
         # other engines are known not to average over these workers any more

@@ -143,7 +143,7 @@ class LazyReducer:
         # blocks differ
         comparable = engine.compares_values and not (in_the_node and not engine.saves_whole)
         # Later, unlike processors may have rounded the values apart by a last bit.
-        if comparable and self.made is not None and not self.made.state.has_passed:
+        if comparable and self.made is not None and self.made.state.last_pass is None:
             values = fingerprint([engine.local(p) for p in self.parameters])
             settings[
                 "values of the parameters (seed all workers alike, or broadcast the parameters from"

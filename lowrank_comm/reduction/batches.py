@@ -49,7 +49,7 @@ class Batch:
     Attributes:
         slots: places in the list of gradients.
         names: of the parameters.
-        m, n, rank: of each matrix, of which `m` are the rows that this rank holds.
+        m, n: of each matrix, of which `m` are the rows that this rank holds.
         dtype, device: of the computation.
         memory: errors, (B, m, n).
         compressor: the scheme, with its rounds and EF21 around it.
@@ -66,13 +66,12 @@ class Batch:
     names: tuple[str, ...]
     m: int
     n: int
-    rank: int
     dtype: torch.dtype
     device: torch.device
     memory: ErrorMemory
     compressor: Compressor
     initial_state: Callable[[], State]
-    context: Context = field(kw_only=True)
+    context: Context
     state: State = field(init=False)
     tracks: bool = field(init=False)
     projects: bool = field(init=False)
@@ -284,13 +283,12 @@ def build_batches(
                     names,
                     rows,
                     n,
-                    rank,
                     dtype,
                     slot.device,
                     memory,
                     compressor,
                     state,
-                    context=context,
+                    context,
                 )
             )
     return batches

@@ -17,7 +17,7 @@ from lowrank_comm.compressors.base import Context, Delta, LowRank, Result
 from lowrank_comm.errors import LowRankCommError
 from lowrank_comm.reduction.batches import Batch
 from lowrank_comm.reduction.lockstep import lockstep
-from lowrank_comm.reduction.passes import Agreed, Pass, Presence, Steps, Wire
+from lowrank_comm.reduction.passes import Pass, Presence, Steps, Wire
 from lowrank_comm.reduction.report import PassRecord
 from lowrank_comm.reduction.state import Bucket, CompressionState, DenseGroup
 
@@ -99,7 +99,7 @@ class BucketPass:
     Attributes:
         jobs: its batches.
         one: what the protocol averages.
-        flight: the pass on its way, once `launch` was called.
+        flight: the pass on its way; its first phase is started, a collective.
 
     Raises:
         LowRankCommError: a gradient cannot be averaged.
@@ -134,12 +134,8 @@ class BucketPass:
             size,
             state.assignment.noise(number, state.step, rank),
         )
-        self.flight: Flight[Agreed | None]
         self.one.stats.seconds["compress"] += time.perf_counter() - clock
-
-    def launch(self) -> None:
-        """Start the first phase; a collective."""
-        self.flight = Flight(lockstep(self.one), self._wire.workers.group.start)
+        self.flight = Flight(lockstep(self.one), group.start)
 
     @property
     def present(self) -> dict[int, bool]:

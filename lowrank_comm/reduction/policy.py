@@ -17,7 +17,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, cast
 
 from lowrank_comm.compressors.base import Compressor
@@ -126,49 +126,44 @@ class Policy:
 
         def dense(reason: str) -> Treatment:
             if self.codes is None or not numel:
-                return Treatment("dense", numel, 1, 0, numel, reason)
+                return _dense(numel, reason)
             # a block is longer than these few numbers in float32
             if FORMATS[self.codes].bytes(numel) >= 4 * numel:
-                return Treatment(
-                    "dense", numel, 1, 0, numel, f"{reason}, shorter than as {self.codes}"
-                )
-            return coded(self.codes, f"{reason}, as {self.codes}")
-
-        def coded(codes: str, reason: str) -> Treatment:
-            m = shape[0] if len(shape) > 1 else 1
-            return Treatment(codes, m, numel // m, 0, numel, reason)
+                return _dense(numel, f"{reason}, shorter than as {self.codes}")
+            return _by_rows(self.codes, shape, f"{reason}, as {self.codes}")
 
         if numel == 0:
             return dense("empty")
         if asked == "dense":
-            return Treatment("dense", numel, 1, 0, numel, because)
-        if asked in FORMATS:
-            return coded(asked, f"{because}: {asked}")
+            return _dense(numel, because)
         if asked == "row_sparse" and len(shape) != 2:
             raise ConfigError(
                 f"{because} asks for row_sparse, but {name} has the shape {tuple(shape)} and no"
                 " rows; match matrices only."
             )
-        if asked == "row_sparse":
-            return Treatment("row_sparse", shape[0], shape[1], 0, numel, f"{because}: row_sparse")
+        if asked is not None and asked != "low_rank":
+            return _by_rows(asked, shape, f"{because}: {asked}")
         if not self.compressor.low_rank:
             return dense(f"{self.compressor.json_name} compresses nothing")
         if len(shape) < 2:
             return dense(f"{len(shape)}-D")
-        m, n = shape[0], numel // shape[0]
         wanted = rule.rank if rule and rule.rank is not None else self.compressor.rank
-        r = min(wanted, m, n)
-        elements = self.compressor.elements(m, n, r)
+        found = self._low_rank(shape, wanted, "")
         rate = self.min_compression_rate
         if rule and rule.min_compression_rate is not None:
             rate = rule.min_compression_rate
-        if asked != "low_rank" and not numel / elements > rate:
+        if asked != "low_rank" and not numel / found.elements > rate:
             return dense(
-                f"rate {numel / elements:.2f} is not above {rate:g}"
+                f"rate {numel / found.elements:.2f} is not above {rate:g}"
                 + (f" ({because})" if rule else "")
             )
-        cut = f"rank {wanted} cut to {r}" if r < wanted else ""
-        return Treatment("low_rank", m, n, r, elements, ", ".join(filter(None, (because, cut))))
+        cut = f"rank {wanted} cut to {found.rank}" if found.rank < wanted else ""
+        return replace(found, reason=", ".join(filter(None, (because, cut))))
+
+    def _low_rank(self, shape: Sequence[int], rank: int, reason: str) -> Treatment:
+        m, n = shape[0], math.prod(shape) // shape[0]
+        r = min(rank, m, n)
+        return Treatment("low_rank", m, n, r, self.compressor.elements(m, n, r), reason)
 
     def treat_block(self, name: str, shape: Sequence[int], largest: Sequence[int]) -> Treatment:
         """Return the treatment of one of several blocks of a parameter, each of which
@@ -180,15 +175,12 @@ class Policy:
         decided = self.treat(name, largest)
         numel = math.prod(shape)
         if numel == 0:
-            return Treatment("dense", 0, 1, 0, 0, "no rows of it on this rank")
+            return _dense(0, "no rows of it on this rank")
         if not decided.batched:
-            return Treatment("dense", numel, 1, 0, numel, decided.reason)
+            return _dense(numel, decided.reason)
         if not decided.low_rank:
-            m = shape[0] if len(shape) > 1 else 1
-            return Treatment(decided.scheme, m, numel // m, 0, numel, decided.reason)
-        m, n = shape[0], numel // shape[0]
-        r = min(decided.rank, m, n)
-        return Treatment("low_rank", m, n, r, self.compressor.elements(m, n, r), decided.reason)
+            return _by_rows(decided.scheme, shape, decided.reason)
+        return self._low_rank(shape, decided.rank, decided.reason)
 
     def idle_rules(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the patterns of rules that match none of the names."""
@@ -213,3 +205,13 @@ class Policy:
         if treatment.scheme == "row_sparse":
             return RowSparse()
         return Quantized(codes=cast(FormatName, treatment.scheme))
+
+
+def _dense(numel: int, reason: str) -> Treatment:
+    return Treatment("dense", numel, 1, 0, numel, reason)
+
+
+def _by_rows(scheme: str, shape: Sequence[int], reason: str) -> Treatment:
+    """Sent quantized or row by row: a matrix as it is, everything else as one row."""
+    m, numel = shape[0] if len(shape) > 1 else 1, math.prod(shape)
+    return Treatment(scheme, m, numel // m, 0, numel, reason)

@@ -244,9 +244,7 @@ class Reducer:
                 f"got {len(grads)} gradients for {len(self.slots)} parameters; give one for each"
                 " slot."
             )
-        one = BucketPass(self.state, number, self._wire, grads, scale)
-        one.launch()
-        return one
+        return BucketPass(self.state, number, self._wire, grads, scale)
 
     def finish(self, grads: Sequence[Tensor | None], passes: Sequence[BucketPass]) -> Outcome:
         """Decode what all buckets have agreed on, or find out that some worker vetoed
@@ -254,7 +252,7 @@ class Reducer:
         """
         workers, state = self.workers, self.state
         node, first = workers.intra_node, passes[0].one
-        state.belongs_to(first.rank * node.size + node.rank, first.size * node.size)
+        state.worker = (first.rank * node.size + node.rank, first.size * node.size)
         applied = None not in [one.flight.result for one in passes]
         # where the ranks of a node compute whole matrices, all have seen it
         if node.size > 1 and not node.whole_matrices:
@@ -304,7 +302,7 @@ class Reducer:
         state.step += 1
         self.ledger.restarts += last.restarts
         last.stats.seconds["commit"] = spent = time.perf_counter() - clock
-        self.ledger.clock({"commit": spent})
+        self.ledger.seconds["commit"] += spent
 
     def rollback(self) -> None:
         """Forget the pending pass: error memory, bases and step counter stay as they

@@ -78,8 +78,10 @@ class CompressionState:
         buckets: parameters whose pass may start together.
         batches: of all buckets.
         restarts: which matrices restart in a step.
-        last_pass: the record of the last pass, whose norms are of the error memory as
-            that pass left it.
+        last_pass: the record of the last pass, vetoed or not, whose norms are of the
+            error memory as that pass left it; None before the first.
+        worker: (global rank, world size) at the last pass, whose error memory this is,
+            also when the process group is gone by now; None before the first.
         consolidation: another object after each consolidation.
 
     Raises:
@@ -119,7 +121,7 @@ class CompressionState:
         self.last_pass: PassRecord | None = None
         self.consolidation = object()
         self._consolidated_at: int | None = None
-        self._worker: tuple[int, int] | None = None
+        self.worker: tuple[int, int] | None = None
 
     def _cut(self, bucket_bytes: int | None) -> list[list[int]]:
         """Slots in buckets, each of which may start on its way when its last gradient
@@ -304,7 +306,7 @@ class CompressionState:
         for name, state in old.bases().items():
             self.set_state(name, memory.get(name), state)
         old.settle_last_report()
-        self._worker, self.last_pass = old._worker, old.last_pass
+        self.worker, self.last_pass = old.worker, old.last_pass
         if old.consolidated:
             self.mark_consolidated()
 
@@ -344,22 +346,6 @@ class CompressionState:
         the compressor's state.
         """
         return any(batch.memory.kept or batch.compressor.private for batch in self.batches)
-
-    @property
-    def has_passed(self) -> bool:
-        """Whether a pass has been made, vetoed or not."""
-        return self._worker is not None
-
-    @property
-    def worker(self) -> tuple[int, int]:
-        """(global rank, world size) at the last pass, whose error memory this is, also
-        when the process group is gone by now.
-        """
-        return self._worker or (self._workers.global_rank, self._workers.world_size)
-
-    def belongs_to(self, rank: int, world: int) -> None:
-        """From a pass on, the error memory is that of this rank."""
-        self._worker = rank, world
 
     def describe(self) -> dict[str, Any]:
         """Everything of the state that must be equal on all workers."""

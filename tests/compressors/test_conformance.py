@@ -479,7 +479,7 @@ def test_resume_of_the_same_run_is_bit_equal(section: Given) -> None:
             name: {k: v.clone() for k, v in parts.items()}
             for name, parts in tensors_of(one).items()
         }
-        other.state.belongs_to(other.workers.global_rank, other.workers.world_size)
+        other.state.worker = (other.workers.global_rank, other.workers.world_size)
         restore(other, tag_of(one), tensors)
     for t in range(4, 9):
         gradients = [drawn(t, k, dtype=torch.float32) for k in range(2)]

@@ -400,7 +400,7 @@ def test_resume_is_bit_equal_with_restarts_owed_and_turns_apart(section: Given) 
             name: {k: v.clone() for k, v in parts.items()}
             for name, parts in tensors_of(one).items()
         }
-        other.state.belongs_to(other.workers.global_rank, other.workers.world_size)
+        other.state.worker = (other.workers.global_rank, other.workers.world_size)
         restore(other, tag_of(one), tensors)
     for t in range(TAU + 1, 3 * TAU):
         gradients = [given(t, k, dtype=torch.float32) for k in range(2)]
