@@ -56,7 +56,7 @@ class DDPEngine(Engine):
     def __init__(self, ddp: DistributedDataParallel, process_group: Any, shard_scope: str) -> None:
         super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
         self._ddp, self._syncs = ddp, True
-        self._on_join: weakref.WeakMethod[Callable[[], None]] | None = None
+        self._on_join: Callable[[], Callable[[], None] | None] = lambda: None
         # A strong reference would let the model keep this engine alive, and DDP would
         # never reduce again.
         me = weakref.ref(self)
@@ -96,7 +96,7 @@ class DDPEngine(Engine):
         self._on_join = take_part
 
     def _take_part(self) -> None:
-        take_part = self._on_join() if self._on_join is not None else None
+        take_part = self._on_join()
         if take_part is not None:
             take_part()
 

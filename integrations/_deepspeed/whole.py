@@ -43,11 +43,8 @@ class PlainGradients(GradientStore):
 
     def hand_over(self, gradients: Gradients) -> None:
         for p, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is None:
-                # as DeepSpeed does: the optimizer's step counts for this parameter too
-                p.grad = torch.zeros_like(p)
-            elif gradient is not p.grad:
-                p.grad = gradient
+            # Zero, as with DeepSpeed: the step counts for a parameter without one, too.
+            p.grad = torch.zeros_like(p) if gradient is None else gradient
 
     @contextlib.contextmanager
     def skipped_step(self) -> Iterator[None]:

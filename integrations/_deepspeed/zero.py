@@ -147,7 +147,7 @@ class PartitionedGradients(ZeroGradients):
                 p.grad_accum = gradient  # type: ignore[attr-defined]
             elif self._wide is not None:
                 self._reduced[id(p)], p.grad = gradient, gradient.to(p.dtype)
-            elif gradient is not p.grad:
+            else:
                 p.grad = gradient
         self._sums.clear()
         # Overwrite also what is left of gradients that were dropped: the micro-steps

@@ -88,12 +88,6 @@ class FSDPEngine(Engine):
         pass
 
     @override
-    def fill_nan(self, parameters: Sequence[Tensor]) -> None:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                local(parameter.grad).fill_(float("nan"))
-
-    @override
     def release(self) -> None:
         for give_back in self._give_back:
             give_back()
