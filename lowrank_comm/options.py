@@ -113,11 +113,12 @@ def complaint(name: str, value: Any, hint: Any, default: Any = None) -> str:
     """Return what is wrong with a value that is not of the type `hint`: the name, the
     value, what would be possible, and advice, the nearest word or an example.
     """
-    none = "None" if ": " in name else "null"
+    # of the JSON section, or of an argument in Python
+    none, quoted = ("None", repr) if ": " in name else ("null", json.dumps)
     words = choices(hint)
     if words and isinstance(value, str):
         others = [expected(part) for part in _parts(hint) if not _is_literal(part)]
-        allowed = ", ".join([*map(repr, words), *(none if o == "None" else o for o in others)])
+        allowed = ", ".join([*map(quoted, words), *(none if o == "None" else o for o in others)])
         text = f"{name}={value!r} is unknown; choose one of {allowed}"
     else:
         possible = expected(hint).replace("None", none)

@@ -60,7 +60,7 @@ class Special(Example):
         (0, Share, "above 0 and at most 1"),
         (float("nan"), Rate, "x=nan"),
         (float("inf"), Rate, "x=inf"),
-        ("ab", Literal["abc", "d"] | None, r"one of 'abc', 'd', null; did you mean 'abc'\?"),
+        ("ab", Literal["abc", "d"] | None, r"one of \"abc\", \"d\", null; did you mean 'abc'\?"),
         (0, PositiveInt | Literal["full"], "an integer of at least 1 or 'full'"),
         (1, bool, "True or False"),
         (None, Annotated[str, Advice("write {value}")], "write null"),

@@ -5,7 +5,7 @@ back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -38,70 +38,62 @@ def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
 def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     """The same of whole parameters, on the CPU; where ranks of a node hold blocks of
     them, a collective of these ranks.
-
-    Where each block has a basis of its own, they are kept together, (F, n, r), by a
-    symbol that tells F.
     """
-    intra_node = reducer.workers.intra_node
-    if intra_node.size == 1:
-        return {
-            name: {k: t.detach().cpu() for k, t in parts.items()}
-            for name, parts in tensors_of(reducer).items()
-        }
-    result: dict[str, dict[str, Tensor]] = {}
-    for slot, largest, shaped in reducer.state.blocks():
-        entry = {
-            symbol: intra_node.whole(
-                tensor.to(slot.device), slot.whole or slot.shape, slot.dim, "checkpoint"
-            )
-            for symbol, tensor in shaped.items()
-        }
-        bases = block_bases(reducer, slot, largest)
-        if not intra_node.whole_matrices:
-            gathered = {
-                symbol: intra_node.gather(basis.reshape(-1), "checkpoint")
-                for symbol, basis in bases.items()
-            }
-            stacked = {symbol: gathered[symbol].view(-1, *bases[symbol].shape) for symbol in bases}
-            bases = _by_blocks(
-                stacked, reducer.assignment.compressor_for(largest)[0].replicated_state
-            )
-        result[slot.name] = {k: t.detach().cpu() for k, t in (entry | bases).items()}
-    return result
+    node = reducer.workers.intra_node
+
+    def whole(slot: ParamInfo, tensor: Tensor) -> Tensor:
+        shape = slot.whole or slot.shape
+        return node.whole(tensor.to(slot.device), shape, slot.dim, "checkpoint")
+
+    def of_all_blocks(basis: Tensor) -> Tensor:
+        return node.gather(basis.reshape(-1), "checkpoint").view(-1, *basis.shape)
+
+    live = tensors_of(reducer).items() if node.size == 1 else _whole(reducer, whole, of_all_blocks)
+    return {name: {k: t.detach().cpu() for k, t in parts.items()} for name, parts in live}
 
 
 def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
     """`whole_tensors_of` before the first step, without communication: zero errors, and
-    bases that nobody has used.
+    bases that no step has used.
     """
-    intra_node = reducer.workers.intra_node
-    result: dict[str, dict[str, Tensor]] = {}
+    count = reducer.workers.intra_node.size
+
+    def zeros(slot: ParamInfo, tensor: Tensor) -> Tensor:
+        return torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)
+
+    # copies, since DCP loads in place
+    return dict(_whole(reducer, zeros, lambda basis: torch.stack([basis] * count)))
+
+
+def _whole(
+    reducer: Reducer,
+    whole: Callable[[ParamInfo, Tensor], Tensor],
+    of_all_blocks: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The state of each whole parameter.
+
+    Where each block has a basis of its own, they are kept together, (F, n, r), by a
+    symbol that tells F; of what is equal for all blocks, that of the first.
+
+    Args:
+        reducer: whose ranks hold blocks.
+        whole: makes a tensor in the parameter's shape from this rank's block of it.
+        of_all_blocks: (F, n, r), from this rank's basis.
+    """
     for slot, largest, shaped in reducer.state.blocks():
+        parts = {symbol: whole(slot, tensor) for symbol, tensor in shaped.items()}
         bases = block_bases(reducer, slot, largest)
-        # copies, since DCP loads in place
-        if not intra_node.whole_matrices:
-            stacked = {
-                symbol: torch.stack([basis] * intra_node.size) for symbol, basis in bases.items()
-            }
-            bases = _by_blocks(
-                stacked, reducer.assignment.compressor_for(largest)[0].replicated_state
-            )
-        zeros = {
-            symbol: torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)
-            for symbol in shaped
-        }
-        result[slot.name] = zeros | bases
-    return result
-
-
-def _by_blocks(stacked: Mapping[str, Tensor], replicated_state: Sequence[str]) -> dict[str, Tensor]:
-    """Of the bases of all blocks, (F, ...): by a symbol that tells F, and of the first
-    block what is equal for all.
-    """
-    return {
-        k if k in replicated_state else of_blocks(k, len(t)): t[0] if k in replicated_state else t
-        for k, t in stacked.items()
-    }
+        replicated = reducer.assignment.compressor_for(largest)[0].replicated_state
+        for symbol, basis in bases.items():
+            if reducer.workers.intra_node.whole_matrices:
+                parts[symbol] = basis
+                continue
+            stacked = of_all_blocks(basis)
+            if symbol in replicated:
+                parts[symbol] = stacked[0]
+            else:
+                parts[of_blocks(symbol, len(stacked))] = stacked
+        yield slot.name, parts
 
 
 def of_blocks(symbol: str, count: int) -> str:
@@ -124,7 +116,7 @@ def block_bases(reducer: Reducer, slot: ParamInfo, largest: Treatment) -> dict[s
     }
     held = reducer.state.bases_of(slot.name)
     for symbol in rooms.keys() & held.keys():
-        rooms[symbol][tuple(slice(0, size) for size in held[symbol].shape)] = held[symbol]
+        rooms[symbol][tuple(map(slice, held[symbol].shape))] = held[symbol]
     return rooms
 
 
@@ -145,38 +137,31 @@ def _cut_to(
     """What this rank holds of saved tensors: its block of a whole error or the like,
     its basis of those of all blocks.
     """
+    node, state = reducer.workers.intra_node, reducer.state
     slots = {slot.name: slot for slot in reducer.slots}
-    own_basis = f"{_OF}{reducer.workers.intra_node.size}"
+    own_basis = f"{_OF}{node.size}"
     result: dict[str, dict[str, Tensor]] = {}
     for name, saved in tensors.items():
-        slot = slots.get(name)
+        slot, held, memory = slots.get(name), state.bases_of(name), _in_memory(reducer, name)
         parts: dict[str, Tensor] = {}
-        memory = _in_memory(reducer, name)
         for symbol, given in saved.items():
             tensor = given.to_local() if isinstance(given, DTensor) else given
-            if (
-                symbol in memory
-                and slot is not None
-                and slot.whole is not None
-                and tensor.shape == slot.whole
-            ):
-                tensor = reducer.workers.intra_node.own(tensor, slot.dim)
-            elif symbol.endswith(own_basis) and reducer.workers.intra_node.size > 1:
+            if slot is not None and symbol in memory and tensor.shape == slot.whole:
+                tensor = node.own(tensor, slot.dim)
+            elif symbol.endswith(own_basis) and node.size > 1:
                 symbol = symbol.removesuffix(own_basis)
-                tensor = tensor[reducer.workers.intra_node.rank] if tensor.dim() == 3 else tensor
-                kept = reducer.state.bases_of(name).get(symbol)
-                tensor = (
-                    tensor[tuple(slice(0, size) for size in kept.shape)]
-                    if kept is not None
-                    else tensor
-                )
+                tensor = tensor[node.rank] if tensor.dim() == 3 else tensor
+                if symbol in held:
+                    tensor = tensor[tuple(map(slice, held[symbol].shape))]
             parts[symbol] = tensor
-        if slot is None or slot.numel > 0 or reducer.state.bases_of(name):
+        if slot is None or slot.numel > 0 or held:
             result[name] = parts
     return result
 
 
-def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def check_fits(
+    reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
     """Refuse a saved state that does not fit, before anything is changed.
 
     Args:
@@ -184,13 +169,16 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
         tag: of the saved state.
         tensors: parameter name -> {"error": ..., "Q": ...}.
 
+    Returns:
+        What this rank holds of these tensors.
+
     Raises:
         StateMismatchError: the state belongs to another worker, or error memory would
             be lost: a saved parameter is not compressed now, or has another shape.
     """
     tag.check_usable_by(reducer)
-    known = tensors_of(reducer)
-    for name, saved in _cut_to(reducer, tensors).items():
+    known, own = tensors_of(reducer), _cut_to(reducer, tensors)
+    for name, saved in own.items():
         here = known.get(name, {})
         if (
             "error" in saved
@@ -211,6 +199,7 @@ def check_fits(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Te
                     f"{name!r}: the saved {what} is {tuple(saved[symbol].shape)}, the parameter "
                     f"{tuple(here[symbol].shape)}; resume with the same model."
                 )
+    return own
 
 
 def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -223,9 +212,8 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     Raises:
         StateMismatchError: see `check_fits`; then nothing is changed.
     """
-    check_fits(reducer, tag, tensors)
     unsaved = {slot.name for slot in reducer.slots} - tensors.keys()
-    known, tensors = tensors_of(reducer), _cut_to(reducer, tensors)
+    known, tensors = tensors_of(reducer), check_fits(reducer, tag, tensors)
     empty = sorted(name for name, parts in known.items() if parts and name not in tensors)
     # and no others: the saved tensors may be this reducer's own, as in
     # load_state_dict(state_dict())

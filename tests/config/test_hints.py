@@ -34,7 +34,7 @@ from lowrank_comm.config import Section
         ({"rules": {"match": "a"}}, ["write a list of rules"]),
         ({"restart_every": 0}, ["restart_every=0", 'use the compressor "powersgd"']),
         ({"compressor": "acp", "restart_every": 0}, ["leave it out for no restarts"]),
-        ({"restart": "svdd"}, ["one of 'svd', 'randomized'", "did you mean 'svd'?"]),
+        ({"restart": "svdd"}, ['one of "svd", "randomized"', "did you mean 'svd'?"]),
         ({"enabled": "no"}, ["enabled='no'", "True or False"]),
         ({"rank": 0, "seed": "a", "rnk": 1}, ["rank=0", "seed='a'", "did you mean 'rank'?"]),
     ],
