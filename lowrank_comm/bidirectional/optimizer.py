@@ -219,7 +219,6 @@ class BidirectionalOptimizer(OptimizerWrapper):
         """
         return run_step(
             self,
-            self.param_groups,
             closure,
             self._scaling,
             initialise=self.base.step,

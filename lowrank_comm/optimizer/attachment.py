@@ -12,7 +12,7 @@ from lowrank_comm.errors import ConfigError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.engine import Engine, connect
 from lowrank_comm.optimizer.grad_scaler import LossScaling
-from lowrank_comm.optimizer.wrapper import OptimizerWrapper
+from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of
 from lowrank_comm.reduction.reducer import Reducer
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = (
@@ -24,6 +24,11 @@ AVERAGES = "_lowrank_comm_averages"
 backward. So the base keeps that optimizer alive: some engines hold the base alone, and
 without averaging the workers would drift apart silently. When neither is held, both go.
 """
+
+
+def _attachment_of(model: nn.Module) -> Attachment | None:
+    there = _attached.get(model)
+    return there() if there is not None else None
 
 
 class Attachment:
@@ -45,9 +50,11 @@ class Attachment:
         self.engine = Engine(process_group, shard_scope)
         self.scaling = LossScaling(id(owner))
         self.detached = False
-        self._model: weakref.ref[nn.Module] | None = None
+        # the model that was connected last, while it exists
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        # gives it back to its engine; once
+        self._release: Callable[[], object] = lambda: None
         self._watch: BackwardWatch | None = None
-        self._finalizer: weakref.finalize[..., Any] | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -56,7 +63,7 @@ class Attachment:
 
     def is_of(self, model: nn.Module) -> bool:
         """Return whether this very model was connected, and not given back since."""
-        return not self.detached and self._model is not None and self._model() is model
+        return not self.detached and self._model() is model
 
     # ---------------------------------------------------------------- engines
 
@@ -103,8 +110,7 @@ class Attachment:
                 " be lost; load the state dict after attach (with Accelerate and Trainer, after"
                 " prepare: load_state, resume_from_checkpoint)."
             )
-        other = _attached[model]() if model in _attached else None
-        if other is not None and other is not self:
+        if _attachment_of(model) not in (None, self):
             raise ConfigError(
                 "attach: this model is attached to another CompressedOptimizer already, and would"
                 " be given back when one of them is detached. Use parameter groups of one"
@@ -121,35 +127,30 @@ class Attachment:
         _attached[model] = weakref.ref(self)
         engine.on_join(weakref.WeakMethod(take_part))
         # an optimizer that is gone leaves the model to its engine
-        self._finalizer = weakref.finalize(self, engine.release)
-        self._finalizer.atexit = False
+        self._release = release = weakref.finalize(self, engine.release)
+        release.atexit = False
 
     def detach(self) -> None:
         """Take the hooks off the parameters, and give the model back to its engine."""
         self._stop_watching()
-        if self._finalizer is not None:
-            self._finalizer()
-            self._finalizer = None
-        model = self._model() if self._model is not None else None
-        if model is not None and model in _attached and _attached[model]() is self:
+        self._release()
+        model = self._model()
+        if model is not None and _attachment_of(model) is self:
             del _attached[model]
         self.detached = True
 
     # ---------------------------------------------------------------- backward passes
 
     def watch(
-        self,
-        parameters: Sequence[Tensor],
-        on_gradient: Callable[[Tensor], None],
-        at_end: Callable[[], None] | None,
+        self, on_gradient: Callable[[Tensor], None], at_end: Callable[[], None] | None
     ) -> None:
-        """Watch the backward passes of these parameters; those that are watched already
-        stay as they are.
+        """Watch the backward passes of the optimizer's trainable parameters; those that
+        are watched already stay as they are.
 
         Args:
-            parameters: trainable ones.
             on_gradient, at_end: see `BackwardWatch`; methods.
         """
+        parameters = [p for p in parameters_of(self._owner) if p.requires_grad]
         if self._watch is not None:
             self._watch.add(parameters)
             return
@@ -175,7 +176,7 @@ class Attachment:
                 ones of the model are missing in the optimizer.
         """
         held = {id(p) for p in model.parameters()}
-        everything = [p for group in self._owner.param_groups for p in group["params"]]
+        everything = parameters_of(self._owner)
         foreign = [p for p in everything if id(p) not in held]
         if len(foreign) == len(everything) or (wrapper is not None and foreign):
             of_them = "none" if len(foreign) == len(everything) else f"all but {len(foreign)}"
@@ -203,7 +204,7 @@ class Attachment:
         Raises:
             ConfigError: it is not one of the model's.
         """
-        model = self._model() if self._model is not None else None
+        model = self._model()
         if model is None or self.is_plain:
             return
         held = {id(p) for p in model.parameters()}

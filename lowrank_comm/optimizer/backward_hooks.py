@@ -14,9 +14,9 @@ the outer pass's end cannot be seen from there, so it is refused.
 from __future__ import annotations
 
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -62,9 +62,7 @@ class BackwardWatch:
     def add(self, parameters: Iterable[Tensor]) -> None:
         """Watch further parameters; those that are watched already stay as they are."""
         fresh = [p for p in parameters if p.requires_grad and not self._watches(p)]
-        if self._at_end is not None and any(
-            getattr(parameter, _WATCHED, False) for parameter in fresh
-        ):
+        if self._at_end is not None and any(getattr(p, _WATCHED, False) for p in fresh):
             raise ConfigError(
                 'reduce_at="backward": another optimizer with reduce_at="backward" holds the same'
                 " parameters, and both would average their gradients. Call detach() on the other"
@@ -102,13 +100,10 @@ class BackwardWatch:
         this_pass = torch._C._current_graph_task_id()
         if self._at_end is not None and self._queued_in != this_pass:
             self._queued_in = this_pass
-            queue = torch.autograd.Variable._execution_engine.queue_callback
-            queue(lambda: queue(self._finish))
+            after_engines(self._finish)
 
     def _finish(self) -> None:
         self._queued_in = None
-        if self._at_end is None:
-            return
         if _within_another_pass():
             raise UnsupportedError(
                 'reduce_at="backward" with reentrant activation checkpointing: each checkpointed'
@@ -116,7 +111,7 @@ class BackwardWatch:
                 " of each. Use checkpoint(..., use_reentrant=False) (Trainer:"
                 ' gradient_checkpointing_kwargs={"use_reentrant": False}), or reduce_at="step".'
             )
-        at_end = self._at_end()
+        at_end = self._at_end() if self._at_end is not None else None
         if at_end is not None:
             at_end()
 
@@ -134,9 +129,13 @@ def _within_another_pass() -> bool:
     """Whether this backward pass was started by the backward of a custom function,
     hence inside another pass.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _BACKWARD_OF_A_FUNCTION:
-            return True
-        frame = frame.f_back
-    return False
+    callers = traceback.walk_stack(sys._getframe())
+    return any(frame.f_code is _BACKWARD_OF_A_FUNCTION for frame, _ in callers)
+
+
+def after_engines(run: Callable[[], None]) -> None:
+    """Call `run` at the end of the present backward pass, after the callbacks that
+    engines such as DDP queue for themselves.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(run))

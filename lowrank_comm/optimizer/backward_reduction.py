@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class BackwardReduction:
         overlap: whether buckets start during the backward pass.
 
     Attributes:
+        asked, overlap: `reduce_at` and `overlap` as they were given.
         verdict: on the gradients in `p.grad`: None while they are as backward has left
             them, True when they were averaged, False when that was vetoed.
         is_last: says whether the backward pass that ends is the last one of its step;
@@ -48,7 +49,7 @@ class BackwardReduction:
         overlap: bool,
     ) -> None:
         self._attachment, self._lazy, self._reduce = attachment, lazy, reduce
-        self._asked, self._overlap = reduce_at, overlap
+        self.asked, self.overlap = reduce_at, overlap
         self.verdict: bool | None = None
         self.is_last: Callable[[], bool] | None = None
         self.double_averaging = DoubleAveragingGuard()
@@ -64,16 +65,17 @@ class BackwardReduction:
         """When gradients are averaged: at "step" or "backward"."""
         if self._attachment.detached:
             return "step"
-        if self._asked is not None:
-            return self._asked
-        at_backward = self._overlap or self.is_last is not None
+        if self.asked is not None:
+            return self.asked
+        at_backward = self.overlap or self.is_last is not None
         return "backward" if at_backward else self._attachment.engine.reduces_at
 
-    def watch(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
-        """Notice the gradients of these parameters, and the ends of backward passes."""
-        trainable = [p for group in param_groups for p in group["params"] if p.requires_grad]
+    def watch(self) -> None:
+        """Notice gradients, also of parameters that are new, and the ends of backward
+        passes.
+        """
         at_end = self._pass_has_ended if self.reduces_at == "backward" else None
-        self._attachment.watch(trainable, self._gradient_has_arrived, at_end)
+        self._attachment.watch(self._gradient_has_arrived, at_end)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -102,11 +104,9 @@ class BackwardReduction:
         parameters = self._lazy.parameters
         self._averaged = [weakref.ref(p.grad) for p in parameters if p.grad is not None]
 
-    def were_dropped(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+    def were_dropped(self) -> bool:
         """Return whether averaged gradients were set to None since."""
-        return bool(self._averaged) and all(
-            p.grad is None for group in param_groups for p in group["params"]
-        )
+        return bool(self._averaged) and all(p.grad is None for p in self._lazy.parameters)
 
     def _waits_for_step(self) -> bool:
         """Whether gradients wait in `p.grad` that were averaged for a step which has
@@ -128,7 +128,7 @@ class BackwardReduction:
         self.double_averaging.gradient()
         if self.reduces_at == "step":
             self.verdict = None
-        elif self._overlap and self._lazy.made is not None and self._lazy.made.state.last_pass:
+        elif self.overlap and self._lazy.made is not None and self._lazy.made.state.last_pass:
             self._begin_early(self._lazy.made, parameter)
 
     def _begin_early(self, reducer: Reducer, parameter: Tensor) -> None:
@@ -195,14 +195,12 @@ class BucketScheduler:
     def __init__(self, reducer: Reducer, parameters: Sequence[Tensor], scale: float) -> None:
         self.scale, self.blocked = scale, False
         self._pass, self._reducer = torch._C._current_graph_task_id(), reducer
-        self._bucket_of = {
-            id(parameters[k]): number
-            for number, bucket in enumerate(reducer.state.buckets)
-            for k in bucket.slots
-        }
-        self._missing = [len(bucket.slots) for bucket in reducer.state.buckets]
+        # ids of parameters, bucket by bucket
+        self._missing = [
+            {id(parameters[k]) for k in bucket.slots} for bucket in reducer.state.buckets
+        ]
+        self._bucket_of = {one: missing for missing in self._missing for one in missing}
         self._next = 0
-        self._seen: set[int] = set()
 
     def is_of_another_pass(self, reducer: Reducer) -> bool:
         """Return whether another backward pass, or another reducer, is in use now."""
@@ -210,12 +208,9 @@ class BucketScheduler:
 
     def complete_with(self, parameter: Tensor) -> list[int]:
         """Return the buckets that may start now that this gradient is there."""
-        if id(parameter) not in self._bucket_of or id(parameter) in self._seen:
-            return []
-        self._seen.add(id(parameter))
-        self._missing[self._bucket_of[id(parameter)]] -= 1
+        self._bucket_of.get(id(parameter), set()).discard(id(parameter))
         ready = []
-        while self._next < len(self._missing) and self._missing[self._next] == 0:
+        while self._next < len(self._missing) and not self._missing[self._next]:
             ready.append(self._next)
             self._next += 1
         return ready

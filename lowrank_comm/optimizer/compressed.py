@@ -18,6 +18,7 @@ steps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_comm.communication import Ledger
+from lowrank_comm.communication.agreement import fingerprint
 from lowrank_comm.communication.topology import grid
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
@@ -46,7 +48,7 @@ from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.saved_state import SavedState
 from lowrank_comm.optimizer.step import StepLog, run_step
-from lowrank_comm.optimizer.wrapper import OptimizerWrapper
+from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of
 from lowrank_comm.options import Positive, check
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.policy import Rule
@@ -153,30 +155,30 @@ class CompressedOptimizer(OptimizerWrapper):
             raise ConfigError(
                 'overlap=True works at the end of backward only; leave reduce_at="step" out.'
             )
-        options: dict[str, Any] = {
-            "min_compression_rate": min_compression_rate,
-            "rules": tuple(rules),
-            "error_feedback": error_feedback,
-            "quantization": quantization,
-            "wire_dtype": wire_dtype,
-            "seed": seed,
-            "initial_basis": initial_basis,
-            "bucket_bytes": int(bucket_cap_mb * 1e6) if overlap else None,
-        }
+        make = functools.partial(
+            Reducer,
+            compressor=compressor,
+            min_compression_rate=min_compression_rate,
+            rules=tuple(rules),
+            error_feedback=error_feedback,
+            quantization=quantization,
+            wire_dtype=wire_dtype,
+            seed=seed,
+            initial_basis=initial_basis,
+            bucket_bytes=int(bucket_cap_mb * 1e6) if overlap else None,
+        )
         self.compressor, self.max_grad_norm = compressor, max_grad_norm
-        self._reduce_at, self._overlap = reduce_at, bool(overlap)
         self._attachment = Attachment(self, process_group, shard_scope)
         self._lazy = LazyReducer(
             optimizer,
-            compressor,
+            make,
             self._attachment,
             Namer(named_parameters),
-            options,
             settings=self._settings,
-            on_rebuild=self._watch_backward,
+            on_rebuild=lambda: self._backward.watch(),
         )
         self._backward = BackwardReduction(
-            self._attachment, self._lazy, self._reduce, reduce_at, self._overlap
+            self._attachment, self._lazy, self._reduce, reduce_at, bool(overlap)
         )
         self._saved = SavedState(optimizer, self._lazy, self._attachment)
         self._step_log = StepLog(
@@ -185,7 +187,7 @@ class CompressedOptimizer(OptimizerWrapper):
             empty=": was the optimizer built, or attached, before fully_shard replaced the"
             " parameters, or was every backward pass told not to be the last?",
         )
-        self._watch_backward()
+        self._backward.watch()
 
     @classmethod
     def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> Any:
@@ -266,7 +268,7 @@ class CompressedOptimizer(OptimizerWrapper):
             ConfigError: the optimizer and the model do not hold the same parameters, or
                 groups do not fit.
         """
-        if is_last_backward is not None and self._reduce_at == "step":
+        if is_last_backward is not None and self._backward.asked == "step":
             raise ConfigError(
                 'attach: reduce_at="step" averages gradients after whoever clips them before'
                 " step(), as Accelerate and Trainer do; leave reduce_at out. (is_last_backward says"
@@ -278,10 +280,10 @@ class CompressedOptimizer(OptimizerWrapper):
         if wrapper is None:
             attachment.to_plain(model)
         else:
-            take_part = self._take_part_without_gradients
-            attachment.to_wrapped(wrapper, model, self._lazy.made, take_part, self._overlap)
+            take_part, overlap = self._take_part_without_gradients, self._backward.overlap
+            attachment.to_wrapped(wrapper, model, self._lazy.made, take_part, overlap)
             self._lazy.forget()
-        self._watch_backward()
+        self._backward.watch()
         self._lazy.learn(model.named_parameters())
         attachment.scaling.attach(scaler)
         plan = self.plan
@@ -302,12 +304,26 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         self._attachment.detach()
 
-    def _watch_backward(self) -> None:
-        self._backward.watch(self.base.param_groups)
-
-    def _settings(self) -> dict[str, Any]:
-        """What must be equal on all workers beside what the reducer knows."""
-        return {"max_grad_norm": self.max_grad_norm, "reduce_at": self._backward.reduces_at}
+    def _settings(self, in_the_node: bool) -> dict[str, Any]:
+        """What must be equal on all workers, or on all ranks of a node, beside the
+        reducer's own settings.
+        """
+        engine, lazy = self._attachment.engine, self._lazy
+        settings = {
+            "max_grad_norm": self.max_grad_norm,
+            "reduce_at": self._backward.reduces_at,
+            "optimizer": type(self.base).__name__,
+            "engine": engine.name,
+        }
+        # blocks differ
+        comparable = engine.compares_values and not (in_the_node and not engine.saves_whole)
+        # Later, unlike processors may have rounded the values apart by a last bit.
+        if comparable and lazy.made is not None and lazy.made.state.last_pass is None:
+            settings[
+                "values of the parameters (seed all workers alike, or broadcast the parameters from"
+                " rank 0)"
+            ] = fingerprint([engine.local(p) for p in lazy.parameters])
+        return settings
 
     # ---------------------------------------------------------------- a step
 
@@ -329,7 +345,6 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         return run_step(
             self,
-            self.base.param_groups,
             closure,
             self._attachment.scaling,
             initialise=self._initialise,
@@ -357,10 +372,7 @@ class CompressedOptimizer(OptimizerWrapper):
     def _update(self, _: bool) -> None:
         """Clip, and step the base."""
         if self.max_grad_norm is not None:
-            everything = [p for group in self.base.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in everything if p.grad is not None], self.max_grad_norm
-            )
+            torch.nn.utils.clip_grad_norm_(parameters_of(self.base), self.max_grad_norm)
         self.base.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -387,9 +399,9 @@ class CompressedOptimizer(OptimizerWrapper):
             ConfigMismatchError: at the first pass, on every worker, if their settings
                 or parameters differ.
         """
-        self._watch_backward()
+        self._backward.watch()
         verdict = self._backward.verdict
-        if verdict is not None and not self._backward.were_dropped(self.base.param_groups):
+        if verdict is not None and not self._backward.were_dropped():
             return verdict
         return self._reduce(self._attachment.scaling.scale_of_gradients())
 
@@ -420,7 +432,7 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         reducer, engine = self._lazy.prepare(), self._attachment.engine
         parameters = self._lazy.parameters
-        if self._overlap:
+        if self._backward.overlap:
             self._backward.begins(reducer)
         is_first = reducer.state.last_pass is None
         # before anything whose sizes follow from what is compared
@@ -481,11 +493,8 @@ class CompressedOptimizer(OptimizerWrapper):
             feedback is "ef14".
         """
         reducer, engine = self._lazy.prepare(), self._attachment.engine
-        of_name = dict(
-            zip((slot.name for slot in reducer.slots), self._lazy.parameters, strict=True)
-        )
         return {
-            slot.name: engine.error_view(slot, of_name[slot.name], shaped["error"])
+            slot.name: engine.error_view(slot, self._lazy.named[slot.name], shaped["error"])
             for slot, _, shaped in reducer.state.blocks()
             if "error" in shaped
         }

@@ -20,6 +20,7 @@ from lowrank_comm.communication.agreement import fingerprint
 from lowrank_comm.communication.group import LENGTH_BYTES, collectives_so_far
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.errors import LowRankCommError
+from lowrank_comm.optimizer.backward_hooks import after_engines
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -55,7 +56,6 @@ class DoubleAveragingGuard:
             return
         self._pass = torch._C._current_graph_task_id()
         before = collectives_so_far()
-        queue = torch.autograd.Variable._execution_engine.queue_callback
         me = weakref.ref(self)
 
         def at_end() -> None:
@@ -63,8 +63,7 @@ class DoubleAveragingGuard:
             if guard is not None:
                 guard._collectives_happened |= collectives_so_far() > before
 
-        # behind the callbacks of engines such as DDP
-        queue(lambda: queue(at_end))
+        after_engines(at_end)
 
     def check(self, grads: Sequence[Tensor | None], workers: Workers) -> int:
         """Refuse gradients that were averaged already; a collective.

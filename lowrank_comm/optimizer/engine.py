@@ -141,11 +141,11 @@ class Engine:
             whole: the state of whole parameters, if ranks hold blocks and it was
                 gathered since the last step.
         """
-        if self.intra_node.size == 1:
-            return tensors_of(reducer)
-        if whole is None and reducer.step == 0:
+        if whole is not None:
+            return whole
+        if self.intra_node.size > 1 and reducer.step == 0:
             return untouched(reducer)
-        return tensors_of(reducer) if whole is None else whole
+        return tensors_of(reducer)
 
     def is_last_backward(self) -> bool:
         """Whether the backward pass that ends (or goes on) is the last of its step."""

@@ -14,13 +14,12 @@ at the end of backward) must make the scaler known by `attach`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowrank_comm.errors import LowRankCommError
+from lowrank_comm.optimizer.wrapper import parameters_of
 
 
 class LossScaling:
@@ -46,14 +45,13 @@ class LossScaling:
             return 1.0
         return float(self.scaler.get_scale()) if self._filed("stage").name == "READY" else 1.0
 
-    def unscale(self, optimizer: Any, parameters: Sequence[Tensor], reduced: bool) -> None:
+    def unscale(self, optimizer: Any, reduced: bool) -> None:
         """Inside a `step()` that a scaler calls: take the scale out of the gradients,
         if it is still in them.
 
         Args:
-            optimizer: on which the scaler has left `grad_scale` (None after
-                `scaler.unscale_`).
-            parameters: whose gradients to unscale.
+            optimizer: whose gradients to unscale, and on which the scaler has left
+                `grad_scale` (None after `scaler.unscale_`).
             reduced: whether they were averaged before.
 
         Raises:
@@ -66,6 +64,7 @@ class LossScaling:
                 " of it: the error memory may have got the loss scale. Call optimizer.attach(model,"
                 " scaler=scaler) at the start."
             )
+        parameters = parameters_of(optimizer)
         if self.scaler is not None:
             found = self._filed("found_inf_per_device")
             # this worker has no gradients, others may; the scaler wants to have looked

@@ -40,7 +40,7 @@ class SavedState:
         self._base, self._lazy, self._attachment = base, lazy, attachment
         self._warned_own = False
         # the state of whole parameters, and the consolidation that it is of
-        self._whole: tuple[object, dict[str, dict[str, Tensor]]] | None = None
+        self._whole: tuple[object, dict[str, dict[str, Tensor]]] = (None, {})
 
     @property
     def _holds_blocks(self) -> bool:
@@ -93,10 +93,8 @@ class SavedState:
         """The state of whole parameters, if it was gathered at the last consolidation
         and no step was made since.
         """
-        if self._whole is None or not reducer.state.consolidated:
-            return None
-        consolidation, tensors = self._whole
-        return tensors if consolidation is reducer.state.consolidation else None
+        state, (consolidation, tensors) = reducer.state, self._whole
+        return tensors if state.consolidated and consolidation is state.consolidation else None
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """Restore the base and the reducer.
@@ -118,9 +116,8 @@ class SavedState:
         reducer = self._lazy.prepare()
         restore(reducer, tag, tensors)
         # what was given is whole, and right until the next step
-        if self._holds_blocks:
-            is_mean = tag.kind == "mean"
-            self._whole = (reducer.state.consolidation, copy.deepcopy(tensors)) if is_mean else None
+        if self._holds_blocks and tag.kind == "mean":
+            self._whole = (reducer.state.consolidation, copy.deepcopy(tensors))
 
     def _start_from_zero(self, is_empty: bool) -> None:
         reducer = self._lazy.made

@@ -11,10 +11,11 @@ update               the parameters, or tell the scaler of the veto
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FrameType
+import traceback
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +30,6 @@ Averaged = TypeVar("Averaged")
 
 def run_step(
     optimizer: Optimizer,
-    param_groups: Sequence[Mapping[str, Any]],
     closure: Callable[[], Any] | None,
     scaling: LossScaling,
     *,
@@ -43,7 +43,6 @@ def run_step(
     Args:
         optimizer: on which a `GradScaler` that calls its step leaves `found_inf` and
             `grad_scale`.
-        param_groups: of the optimizer.
         closure: of `step()`.
         scaling: what is known of a scaler.
         initialise: makes the optimizer's state without a step; no communication.
@@ -58,13 +57,12 @@ def run_step(
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    if _only_initialises_state(param_groups):
+    if _only_initialises_state(optimizer):
         initialise()
         return loss
     # only a GradScaler that is switched on leaves it here
     if hasattr(optimizer, "found_inf"):
-        parameters = [p for group in param_groups for p in group["params"]]
-        scaling.unscale(optimizer, parameters, reduced=averaged_before())
+        scaling.unscale(optimizer, reduced=averaged_before())
     averaged = average()
     if averaged is None:
         scaling.overflowed()
@@ -73,7 +71,7 @@ def run_step(
     return loss
 
 
-def _only_initialises_state(param_groups: Sequence[Mapping[str, Any]]) -> bool:
+def _only_initialises_state(optimizer: Optimizer) -> bool:
     """Whether torch.distributed.checkpoint is making an optimizer create its state.
 
     It does so by a step with lr 0 and zero gradients, perhaps on one rank alone. That
@@ -81,17 +79,10 @@ def _only_initialises_state(param_groups: Sequence[Mapping[str, Any]]) -> bool:
     The caller is looked up in the stack, since a worker's gradients may be zero in a
     real step too, and then it must take part.
     """
-    for group in param_groups:
-        if float(group.get("lr", 1.0)) != 0.0:
-            return False
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(9):
-        if frame is None:
-            return False
-        if frame.f_code.co_name == "_init_optim_state":
-            return True
-        frame = frame.f_back
-    return False
+    if any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
+        return False
+    callers = itertools.islice(traceback.walk_stack(sys._getframe(1)), 9)
+    return any(frame.f_code.co_name == "_init_optim_state" for frame, _ in callers)
 
 
 class StepLog:

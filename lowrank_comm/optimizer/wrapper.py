@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_comm.errors import ConfigError
@@ -19,6 +20,18 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups, in their order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _of_the_base(name: str) -> Any:
+    """A property that reads and sets the base's attribute of this name."""
+    return property(
+        lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value)
+    )
 
 
 class OptimizerWrapper(Optimizer):
@@ -36,6 +49,10 @@ class OptimizerWrapper(Optimizer):
         ConfigError: it is none, a wrapper itself, or LBFGS.
     """
 
+    param_groups: list[dict[str, Any]] = _of_the_base("param_groups")
+    state: Any = _of_the_base("state")
+    defaults: dict[str, Any] = _of_the_base("defaults")
+
     # Optimizer.__init__ would make groups and state of its own
     def __init__(self, base: Optimizer, argument: str) -> None:
         if not isinstance(base, Optimizer) or isinstance(base, OptimizerWrapper):
@@ -51,33 +68,6 @@ class OptimizerWrapper(Optimizer):
         for hooks in _HOOKS:
             setattr(self, hooks, OrderedDict())
         self._patch_step_function()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base's."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base.param_groups = value
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base's."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its parameters take part from the next step on, on

@@ -267,7 +267,6 @@ class ProjectedOptimizer(Optimizer):
         """
         return run_step(
             self,
-            self.param_groups,
             closure,
             self._scaling,
             initialise=self._initialise,
