@@ -98,12 +98,10 @@ def split(
     base_state: dict[Any, Any] = {}
     ours: dict[Any, dict[str, Tensor]] = {}
     for number, entries in state_dict["state"].items():
-        ours[number] = {
-            key[len(PREFIX) :]: value
-            for key, value in entries.items()
-            if str(key).startswith(PREFIX)
-        }
         kept = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
+        ours[number] = {
+            key.removeprefix(PREFIX): value for key, value in entries.items() if key not in kept
+        }
         # SGD without momentum has no state at all
         if kept:
             base_state[number] = kept
@@ -111,13 +109,13 @@ def split(
     tensors: dict[str, dict[str, Tensor]] = {}
     unsteady: dict[str, tuple[int, int, bool]] = {}
     for name, number in numbered:
-        found = dict(ours.get(number, {}))
+        found = ours.get(number, {})
         numbers = found.pop("tag", None)
         if found:
             tensors[name] = found
         if numbers is None:
             continue
-        layout, kind, rank, world, step, seed, *further = (int(value) for value in numbers.tolist())
+        layout, kind, rank, world, step, seed, *further = map(int, numbers.tolist())
         # neither in what earlier versions saved
         counted, history = further[:1], further[1:]
         if history and history != list(_STEADY):

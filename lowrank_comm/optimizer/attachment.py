@@ -178,8 +178,9 @@ class Attachment:
         held = {id(p) for p in model.parameters()}
         everything = parameters_of(self._owner)
         foreign = [p for p in everything if id(p) not in held]
-        if len(foreign) == len(everything) or (wrapper is not None and foreign):
-            of_them = "none" if len(foreign) == len(everything) else f"all but {len(foreign)}"
+        has_none = len(foreign) == len(everything)
+        if has_none or (wrapper is not None and foreign):
+            of_them = "none" if has_none else f"all but {len(foreign)}"
             raise ConfigError(
                 f"attach: the optimizer holds {of_them} of this model's parameters: of"
                 f" {len(everything)} parameters of the optimizer {len(foreign)} are not the"

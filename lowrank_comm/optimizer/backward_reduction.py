@@ -93,9 +93,7 @@ class BackwardReduction:
         that has failed.
         """
         self._stream = current_stream(reducer.device)
-        if reducer.begun and (
-            self._scheduler is None or self._scheduler.is_of_another_pass(reducer)
-        ):
+        if reducer.begun and self._scheduler_of(reducer) is None:
             reducer.abandon()
 
     def ended(self, verdict: bool) -> None:
@@ -112,7 +110,7 @@ class BackwardReduction:
         """Whether gradients wait in `p.grad` that were averaged for a step which has
         not been made.
         """
-        averaged = {id(grad) for ref in self._averaged if (grad := ref()) is not None}
+        averaged = {id(ref()) for ref in self._averaged}
         return self.verdict is not None and any(
             id(p.grad) in averaged for p in self._lazy.parameters if p.grad is not None
         )
@@ -128,29 +126,36 @@ class BackwardReduction:
         self.double_averaging.gradient()
         if self.reduces_at == "step":
             self.verdict = None
-        elif self.overlap and self._lazy.made is not None and self._lazy.made.state.last_pass:
-            self._begin_early(self._lazy.made, parameter)
+        elif self.overlap and (reducer := self._lazy.made) is not None and reducer.state.last_pass:
+            self._begin_early(reducer, parameter)
 
     def _begin_early(self, reducer: Reducer, parameter: Tensor) -> None:
         """Start the buckets that are complete with this parameter's gradient."""
         if not self._is_last_backward() or not self._attachment.engine.begins_early:
             return
-        if self._scheduler is None or self._scheduler.is_of_another_pass(reducer):
+        scheduler = self._scheduler_of(reducer)
+        if scheduler is None:
             # once a pass, as is the scale, for which the host waits
             reducer = self._lazy.prepare()
             reducer.abandon()
             scale = self._attachment.scaling.scale_of_gradients()
-            self._scheduler = BucketScheduler(reducer, self._lazy.parameters, scale)
-            self._scheduler.blocked = self._waits_for_step()
-        if self._scheduler.blocked:
+            scheduler = BucketScheduler(reducer, self._lazy.parameters, scale)
+            scheduler.blocked = self._waits_for_step()
+            self._scheduler = scheduler
+        if scheduler.blocked:
             return
         if current_stream(reducer.device) != self._stream:
             # of what is made on one stream and freed on another, the allocator may give
             # the memory away too early
             return
-        for bucket in self._scheduler.complete_with(parameter):
+        for bucket in scheduler.complete_with(parameter):
             gradients = [p.grad for p in self._lazy.parameters]
-            reducer.begin(bucket, gradients, scale=self._scheduler.scale)
+            reducer.begin(bucket, gradients, scale=scheduler.scale)
+
+    def _scheduler_of(self, reducer: Reducer) -> BucketScheduler | None:
+        """That of this backward pass, if it has begun buckets of this reducer."""
+        there = self._scheduler
+        return there if there is not None and there.is_of_this_pass(reducer) else None
 
     def _pass_has_ended(self) -> None:
         """Average, if it was the last backward pass of its step. A veto leaves NaN in
@@ -202,9 +207,9 @@ class BucketScheduler:
         self._bucket_of = {one: missing for missing in self._missing for one in missing}
         self._next = 0
 
-    def is_of_another_pass(self, reducer: Reducer) -> bool:
-        """Return whether another backward pass, or another reducer, is in use now."""
-        return reducer is not self._reducer or self._pass != torch._C._current_graph_task_id()
+    def is_of_this_pass(self, reducer: Reducer) -> bool:
+        """Return whether this backward pass, and this reducer, are in use now."""
+        return reducer is self._reducer and self._pass == torch._C._current_graph_task_id()
 
     def complete_with(self, parameter: Tensor) -> list[int]:
         """Return the buckets that may start now that this gradient is there."""

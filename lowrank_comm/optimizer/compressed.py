@@ -434,11 +434,10 @@ class CompressedOptimizer(OptimizerWrapper):
         parameters = self._lazy.parameters
         if self._backward.overlap:
             self._backward.begins(reducer)
-        is_first = reducer.state.last_pass is None
         # before anything whose sizes follow from what is compared
         reducer.ensure_agreed()
         # other engines are known not to average over these workers any more
-        if is_first and self._attachment.is_plain:
+        if self._attachment.is_plain and reducer.state.last_pass is None:
             gradients = [p.grad for p in parameters]
             sent = self._backward.double_averaging.check(gradients, reducer.workers)
             reducer.ledger.bytes["fingerprint"] += sent

@@ -41,9 +41,9 @@ class LossScaling:
         """The loss scale that gradients carry outside `step()`: the attached scaler's
         while nobody has unscaled them.
         """
-        if self.scaler is None:
+        if self.scaler is None or self._filed("stage").name != "READY":
             return 1.0
-        return float(self.scaler.get_scale()) if self._filed("stage").name == "READY" else 1.0
+        return float(self.scaler.get_scale())
 
     def unscale(self, optimizer: Any, reduced: bool) -> None:
         """Inside a `step()` that a scaler calls: take the scale out of the gradients,
@@ -70,12 +70,8 @@ class LossScaling:
             # this worker has no gradients, others may; the scaler wants to have looked
             # at some
             if not found:
-                found.update(
-                    {
-                        device: torch.zeros((), device=device)
-                        for device in {p.device for p in parameters}
-                    }
-                )
+                for device in {p.device for p in parameters}:
+                    found[device] = torch.zeros((), device=device)
         grads = [p.grad for p in parameters if p.grad is not None]
         if optimizer.grad_scale is not None and grads:
             torch._foreach_div_(grads, float(optimizer.grad_scale))

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_comm.checkpointing import state_dict as entries
@@ -39,8 +38,6 @@ class SavedState:
     def __init__(self, base: Optimizer, lazy: LazyReducer, attachment: Attachment) -> None:
         self._base, self._lazy, self._attachment = base, lazy, attachment
         self._warned_own = False
-        # the state of whole parameters, and the consolidation that it is of
-        self._whole: tuple[object, dict[str, dict[str, Tensor]]] = (None, {})
 
     @property
     def _holds_blocks(self) -> bool:
@@ -57,7 +54,7 @@ class SavedState:
         reducer = self._lazy.prepare()
         reducer.consolidate_error_memory()
         if self._holds_blocks:
-            self._whole = (reducer.state.consolidation, whole_tensors_of(reducer))
+            reducer.state.whole = whole_tensors_of(reducer)
 
     def save(self) -> dict[str, Any]:
         """Return the base's state dict with the reducer's state; no communication."""
@@ -65,7 +62,7 @@ class SavedState:
         reducer, engine = self._lazy.made, self._attachment.engine
         if reducer is None:
             return result
-        whole = self._gathered(reducer)
+        whole = reducer.state.whole if reducer.state.consolidated else None
         tag = self._tag(reducer, gathered=whole is not None)
         if tag.kind == "own" and tag.step > 0 and not self._warned_own:
             self._warned_own = True
@@ -89,13 +86,6 @@ class SavedState:
             tag = replace(tag, rank=NOBODY)
         return tag
 
-    def _gathered(self, reducer: Reducer) -> dict[str, dict[str, Tensor]] | None:
-        """The state of whole parameters, if it was gathered at the last consolidation
-        and no step was made since.
-        """
-        state, (consolidation, tensors) = reducer.state, self._whole
-        return tensors if state.consolidated and consolidation is state.consolidation else None
-
     def load(self, state_dict: dict[str, Any]) -> None:
         """Restore the base and the reducer.
 
@@ -117,7 +107,7 @@ class SavedState:
         restore(reducer, tag, tensors)
         # what was given is whole, and right until the next step
         if self._holds_blocks and tag.kind == "mean":
-            self._whole = (reducer.state.consolidation, copy.deepcopy(tensors))
+            reducer.state.whole = copy.deepcopy(tensors)
 
     def _start_from_zero(self, is_empty: bool) -> None:
         reducer = self._lazy.made

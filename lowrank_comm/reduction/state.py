@@ -82,7 +82,8 @@ class CompressionState:
             error memory as that pass left it; None before the first.
         worker: (global rank, world size) at the last pass, whose error memory this is,
             also when the process group is gone by now; None before the first.
-        consolidation: another object after each consolidation.
+        whole: the tensors of whole parameters, if they were gathered at the last
+            consolidation; right as long as `consolidated` is.
 
     Raises:
         ConfigError: an initial basis does not fit.
@@ -119,7 +120,7 @@ class CompressionState:
         }
         self.restarts = self._restarts()
         self.last_pass: PassRecord | None = None
-        self.consolidation = object()
+        self.whole: dict[str, dict[str, Tensor]] | None = None
         self._consolidated_at: int | None = None
         self.worker: tuple[int, int] | None = None
 
@@ -296,7 +297,7 @@ class CompressionState:
         """The error memory is the mean of all workers' errors, as that of a checkpoint
         which holds the mean.
         """
-        self._consolidated_at, self.consolidation = self.step, object()
+        self._consolidated_at, self.whole = self.step, None
 
     def take_over(self, old: CompressionState) -> None:
         """Go on with the state of a reducer of fewer parameters, on all workers alike."""
