@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -248,7 +248,7 @@ class Method(abc.ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return plain settings by name, which the workers compare at first."""
-        return {"compressor": self.json_name} | {key: getattr(self, key) for key in self.options()}
+        return {"compressor": self.json_name} | asdict(self)
 
     @classmethod
     def options(cls) -> list[str]:

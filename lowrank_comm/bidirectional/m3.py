@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class M3(MarinaUplink):
 
     model_weight: Annotated[Share, Advice("at 0 no worker would ever move")] = 0.5
 
-    json_name: ClassVar[str] = "m3"
+    json_name = "m3"
 
     def start(self, x: Tensor, context: Context) -> State:
         """z_i = w_i = x."""

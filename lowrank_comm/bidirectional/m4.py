@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -72,8 +72,8 @@ class M4(MarinaUplink):
 
     gradient_weight: Annotated[Share, Advice("at 0 no gradient would ever count")] = 0.3
 
-    json_name: ClassVar[str] = "m4"
-    server_state: ClassVar[tuple[str, ...]] = ("x", "y_bar")
+    json_name = "m4"
+    server_state = ("x", "y_bar")
 
     def estimate(
         self, state: State, gradients: Tensor, context: Context

@@ -25,7 +25,7 @@ refused: P is kept from step to step, and a checkpoint would hold one block of i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
@@ -80,7 +80,7 @@ class Acp(Compressor):
     ] = None
     restart: Literal["randomized", "svd"] = "randomized"
 
-    json_name: ClassVar[str] = "acp"
+    json_name = "acp"
 
     def __post_init__(self) -> None:
         super().__post_init__()

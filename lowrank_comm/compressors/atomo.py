@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ from lowrank_comm.compressors.base import (
     Steps,
 )
 from lowrank_comm.compressors.requests import Gather, Read, Request
-from lowrank_comm.numerics.linalg import thin_svd
+from lowrank_comm.numerics.linalg import columns_of, or_one, thin_svd
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Atomo(Compressor):
     sampling: Literal["systematic", "bernoulli"] = "systematic"
     contractive: bool = False  # type: ignore[misc]
 
-    json_name: ClassVar[str] = "atomo"
-    linear: ClassVar[bool] = False
-    gathers: ClassVar[bool] = True
+    json_name = "atomo"
+    linear = False
+    gathers = True
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
@@ -101,14 +101,11 @@ class Atomo(Compressor):
         """
         return r * (m + n)
 
-    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        return {}
-
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         matrices = delta.tensor
         u, s, v = thin_svd(matrices, min(matrices.shape[-2:]))
         p = probabilities(s, context.rank)
-        weights = s.double() / torch.where(p > 0, p, torch.ones_like(p))
+        weights = s.double() / or_one(p)
         if self.contractive:
             weights = weights * _shrinkage(s, p)
         if self.sampling == "systematic":
@@ -126,9 +123,9 @@ class Atomo(Compressor):
         kept = torch.where(chosen, weights, torch.zeros_like(weights)).gather(
             1, first
         ).sqrt() + 0 * s.sum(-1, keepdim=True)
-        atoms = torch.cat([_columns(u, first), _columns(v, first)], dim=1) * kept[:, None, :].to(
-            matrices.dtype
-        )
+        atoms = torch.cat([columns_of(u, first), columns_of(v, first)], dim=1) * kept[
+            :, None, :
+        ].to(matrices.dtype)
         everyone = yield from _gathered(atoms, counts)
         own, m = everyone[context.worker], matrices.shape[1]
         together = everyone.permute(1, 2, 0, 3).flatten(2)
@@ -154,14 +151,14 @@ def probabilities(s: Tensor, r: int) -> Tensor:
         (B, k) float64; positive exactly where s is (but for underflow).
     """
     s = s.double()
-    s = s / torch.where(s[:, :1] > 0, s[:, :1], torch.ones_like(s[:, :1]))
+    s = s / or_one(s[:, :1])
     places = torch.arange(s.shape[-1], device=s.device)
     left = (r - places).clamp_min(0).double()
     rest = s.flip(-1).cumsum(-1).flip(-1)
     # the first; there is one below r
     full = (left * s <= rest).to(torch.uint8).argmax(dim=-1, keepdim=True)
     shared, over = left.expand_as(s).gather(1, full), rest.gather(1, full)
-    p = shared * s / torch.where(over > 0, over, torch.ones_like(over))
+    p = shared * s / or_one(over)
     return torch.where(places < full, torch.ones_like(p), p.clamp_max(1.0))
 
 
@@ -190,13 +187,8 @@ def systematic(p: Tensor, s: Tensor, u: Tensor) -> Tensor:
 def _shrinkage(s: Tensor, p: Tensor) -> Tensor:
     """1 / (1 + omega) = sum s^2 / sum (s^2 / p) of each matrix, (B, 1)."""
     squares = s.double().square()
-    grown = (squares / torch.where(p > 0, p, torch.ones_like(p))).sum(-1, keepdim=True)
-    return squares.sum(-1, keepdim=True) / torch.where(grown > 0, grown, torch.ones_like(grown))
-
-
-def _columns(a: Tensor, which: Tensor) -> Tensor:
-    """Some columns of each matrix. a: (B, m, k), which: (B, j)."""
-    return a.gather(2, which[:, None, :].expand(-1, a.shape[1], -1))
+    grown = (squares / or_one(p)).sum(-1, keepdim=True)
+    return squares.sum(-1, keepdim=True) / or_one(grown)
 
 
 def _gathered(atoms: Tensor, counts: list[int]) -> Generator[Request, Any, Tensor]:

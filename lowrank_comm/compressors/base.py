@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -186,33 +186,19 @@ class Context:
         """Draw a Gaussian (B, *shape) from (seed, name, t, purpose), equal on all
         workers, in dtype and device of `like`; `private`: another on each worker.
         """
-        return gaussian(
-            self.seed,
-            self.names,
-            self.t,
-            self._whose(purpose, private),
-            shape,
-            like.dtype,
-            like.device,
-        )
+        return gaussian(*self._key(purpose, private), shape, like.dtype, like.device)
 
     def uniform(
         self, purpose: str, shape: tuple[int, ...], like: Tensor, private: bool = False
     ) -> Tensor:
         """Draw the same, uniform in [0, 1)."""
-        return uniform(
-            self.seed,
-            self.names,
-            self.t,
-            self._whose(purpose, private),
-            shape,
-            like.dtype,
-            like.device,
-        )
+        return uniform(*self._key(purpose, private), shape, like.dtype, like.device)
 
-    def _whose(self, purpose: str, private: bool) -> str:
+    def _key(self, purpose: str, private: bool) -> tuple[int, tuple[str, ...], int, str]:
+        """Return (seed, names, t, purpose) of a draw."""
         purpose = f"{purpose} of round {self.round}" if self.round else purpose
-        return f"{purpose} of worker {self.worker}" if private else purpose
+        purpose = f"{purpose} of worker {self.worker}" if private else purpose
+        return self.seed, self.names, self.t, purpose
 
 
 @dataclass(frozen=True)
@@ -279,16 +265,16 @@ class Compressor(abc.ABC):
         """
 
     @abc.abstractmethod
-    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        """Return the state before the first step: tensors of leading dimension B, in
-        dtype and device of `like`.
-        """
-
-    @abc.abstractmethod
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         """Return the generator of one step of a batch; the module's docstring tells its
         protocol.
         """
+
+    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
+        """Return the state before the first step: tensors of leading dimension B, in
+        dtype and device of `like`; none unless a scheme has a state.
+        """
+        return {}
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         """Count the elements of a step with a restart; their mean, where restarts
@@ -322,7 +308,7 @@ class Compressor(abc.ABC):
         """Return plain settings by name, compared between workers at the first step
         and written into checkpoints.
         """
-        return {"compressor": self.json_name} | {key: getattr(self, key) for key in self.options()}
+        return {"compressor": self.json_name} | asdict(self)
 
     @classmethod
     def options(cls) -> list[str]:

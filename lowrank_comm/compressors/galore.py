@@ -49,7 +49,8 @@ from lowrank_comm.compressors.base import (
 from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.compressors.restart_schedule import RestartSchedule
 from lowrank_comm.compressors.subspaces import (
-    basis_on_rows,
+    basis_rows,
+    basis_side,
     project,
     projected_here,
     random_basis,
@@ -58,14 +59,6 @@ from lowrank_comm.compressors.subspaces import (
 from lowrank_comm.options import PositiveInt
 
 Side = Literal["short", "long"]
-
-
-def basis_side(delta: Delta, context: Context, side: str) -> tuple[bool, int]:
-    """Return (whether the basis of these matrices is on the side of their rows, s)."""
-    # delta may be a block of the rows
-    m, n = context.m or delta.shape[-2], delta.shape[-1]
-    on_rows = basis_on_rows(m, n, side)
-    return on_rows, m if on_rows else n
 
 
 @dataclass(frozen=True)
@@ -100,15 +93,15 @@ class GaLore(Compressor):
     side: Side = "short"
     apply_full: bool = False
 
-    json_name: ClassVar[str] = "galore"
+    json_name = "galore"
     feedback: ClassVar[Form] = "none"
-    averages_restarts: ClassVar[bool] = True
+    averages_restarts = True
 
     def elements(self, m: int, n: int, r: int) -> int:
         return projected_elements(m, n, r, self.side)
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        return m * n + r * (m if basis_on_rows(m, n, self.side) else n)
+        return m * n + r * basis_rows(m, n, self.side)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
         return RestartSchedule(self.restart_every)
@@ -116,7 +109,7 @@ class GaLore(Compressor):
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         # Random, and not zero: a parameter that is added between two refreshes has no
         # other until the next.
-        s = m if basis_on_rows(m, n, self.side) else n
+        s = basis_rows(m, n, self.side)
         return {"P": random_basis(context, "initial P", s, context.rank, like)}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
@@ -128,7 +121,7 @@ class GaLore(Compressor):
 
 def projected_elements(m: int, n: int, r: int, side: str) -> int:
     """Count the elements of R, l r: l is the length of the side without the basis."""
-    return r * (n if basis_on_rows(m, n, side) else m)
+    return r * (m + n - basis_rows(m, n, side))
 
 
 def projected(

@@ -26,18 +26,13 @@ scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
 from lowrank_comm.compressors.base import Context, Delta, State, Steps
-from lowrank_comm.compressors.galore import (
-    GaLore,
-    basis_side,
-    projected,
-    refreshed,
-)
-from lowrank_comm.compressors.subspaces import random_basis
+from lowrank_comm.compressors.galore import GaLore, projected, refreshed
+from lowrank_comm.compressors.subspaces import basis_side, random_basis
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.options import Advice
 
@@ -76,7 +71,7 @@ class GoLore(GaLore):
     ] = 0
     scaled: bool = False
 
-    json_name: ClassVar[str] = "golore"
+    json_name = "golore"
 
     def __post_init__(self) -> None:
         super().__post_init__()

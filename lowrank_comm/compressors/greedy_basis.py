@@ -43,7 +43,11 @@ from lowrank_comm.compressors.base import (
 from lowrank_comm.compressors.requests import ComputeOnce, Mean, Request
 from lowrank_comm.compressors.subspaces import basis_on_rows, orthonormal
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.numerics.linalg import leading_left_singular_vectors, orthonormal_rank_revealing
+from lowrank_comm.numerics.linalg import (
+    columns_of,
+    leading_left_singular_vectors,
+    orthonormal_rank_revealing,
+)
 from lowrank_comm.options import Advice, PositiveInt
 
 CAP = 32
@@ -119,11 +123,6 @@ def _range_finder(a: Tensor, columns: int, context: Context) -> Tensor:
     return basis @ leading_left_singular_vectors(basis.mT @ a, columns)
 
 
-def times_basis(delta: Delta, u: Tensor) -> Tensor:
-    """Return Delta U, or Delta^T U where U is on the side of the rows: (B, l, c)."""
-    return delta.transposed_times(u) if basis_on_rows(*delta.shape[-2:]) else delta.times(u)
-
-
 def score_elements(columns: int, r: int, probes: int) -> int:
     """Count the elements of one matrix's scores; 0 where there is nothing to choose."""
     return probes * columns if columns > r else 0
@@ -146,7 +145,7 @@ def greedy_choice(
     r, columns = context.rank, u.shape[-1]
     if columns == r:
         return u
-    y = times_basis(delta, u)
+    y = delta.transposed_times(u) if basis_on_rows(*delta.shape[-2:]) else delta.times(u)
     own = [
         (y * context.draw(f"probe {k}", tuple(y.shape[1:]), y)).sum(dim=-2) for k in range(probes)
     ]
@@ -154,4 +153,4 @@ def greedy_choice(
     # a square may leave float32's range
     energy = scores.double().square().sum(dim=1)
     best = torch.sort(energy, dim=-1, descending=True, stable=True).indices[:, :r]
-    return torch.gather(u, 2, best[:, None, :].expand(-1, u.shape[1], -1))
+    return columns_of(u, best)

@@ -36,7 +36,7 @@ goes out sooner if it is large.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -108,9 +108,9 @@ class GreedyLore(Compressor):
     explore: Annotated[int, Field(ge=0)] = 0
     stagger: bool = False
 
-    json_name: ClassVar[str] = "greedylore"
-    averages_restarts: ClassVar[bool] = True
-    whole_restarts: ClassVar[bool] = True
+    json_name = "greedylore"
+    averages_restarts = True
+    whole_restarts = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,9 +135,7 @@ class GreedyLore(Compressor):
         return m * n + min(m, n) * self._kept_columns(min(m, n), r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        if self.stagger:
-            return staggered(self.restart_every, costs)
-        return RestartSchedule(self.restart_every)
+        return staggered(self.restart_every, costs if self.stagger else {})
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         s = min(m, n)

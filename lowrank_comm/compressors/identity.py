@@ -5,9 +5,6 @@ fused buffer; the baseline of every comparison.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
 from lowrank_comm.compressors.requests import Mean
@@ -29,15 +26,12 @@ class Identity(Compressor):
         50
     """
 
-    json_name: ClassVar[str] = "identity"
-    low_rank: ClassVar[bool] = False
-    row_blocks: ClassVar[bool] = True
+    json_name = "identity"
+    low_rank = False
+    row_blocks = True
 
     def elements(self, m: int, n: int, r: int) -> int:
         return m * n
-
-    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        return {}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         mean, own = yield Mean(delta.tensor, "dense")

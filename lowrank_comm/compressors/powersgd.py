@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -77,9 +77,9 @@ class PowerSGD(Compressor):
 
     power_iterations: PositiveInt = field(default=1, kw_only=True)
 
-    json_name: ClassVar[str] = "powersgd"
-    row_blocks: ClassVar[bool] = True
-    projects: ClassVar[bool] = True
+    json_name = "powersgd"
+    row_blocks = True
+    projects = True
 
     def elements(self, m: int, n: int, r: int) -> int:
         return self.power_iterations * r * (m + n)

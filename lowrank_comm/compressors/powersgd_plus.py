@@ -41,8 +41,8 @@ which drift apart when their data differ, meet again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, get_args
 
 from torch import Tensor
 
@@ -69,6 +69,7 @@ from lowrank_comm.compressors.requests import Mean, SumOverRows
 from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered
 from lowrank_comm.compressors.subspaces import (
     basis_on_rows,
+    basis_side,
     project,
     projected_here,
     random_basis,
@@ -135,8 +136,8 @@ class PowerSGDPlus(PowerSGD):
     basis: Columns = None
     probes: PositiveInt | None = None
 
-    json_name: ClassVar[str] = "powersgd_plus"
-    averages_restarts: ClassVar[bool] = True
+    json_name = "powersgd_plus"
+    averages_restarts = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,9 +198,7 @@ class PowerSGDPlus(PowerSGD):
         return self._chosen(m, n, r) if variant else self._found(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        if self.stagger:
-            return staggered(self.restart_every, costs)
-        return RestartSchedule(self.restart_every)
+        return staggered(self.restart_every, costs if self.stagger else {})
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         state = super().initial_state(context, m, n, like)
@@ -245,12 +244,11 @@ class PowerSGDPlus(PowerSGD):
             result = Result(applied, sent, {"Q": (yield from next_q(applied.q, context))})
         else:
             v = yield from greedy_choice(delta, u, context, self.probes or PROBES)
+            turned = _Transposed(delta) if on_rows else delta
+            result = yield from ssp_comp(turned, v, context, "restart", iterations)
             if on_rows:
-                flipped = yield from ssp_comp(_Transposed(delta), v, context, "restart", iterations)
-                result = _transposed(flipped)
-            else:
-                result = yield from ssp_comp(delta, v, context, "restart", iterations)
-        return Result(result.applied, result.sent, {"Q": result.state["Q"], "U": u})
+                result = _transposed(result)
+        return replace(result, state=result.state | {"U": u})
 
 
 def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: bool = False) -> Steps:
@@ -270,11 +268,9 @@ def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: boo
     if exact:
         return Result(applied=d, sent=own, state={"Q": q_next})
     sent = LowRank(p, (yield SumOverRows(transposed_product(own, p))))
-    if consensus:
-        # what the wire's rounding took from this worker stays with it
-        rounded_off = delta.tensor - own
-        return Result(applied, sent, {"Q": q_next}, kept=rounded_off + (d - applied.dense()))
-    return Result(applied, sent, {"Q": q_next})
+    # what the wire's rounding took from this worker stays with it
+    kept = (delta.tensor - own) + (d - applied.dense()) if consensus else None
+    return Result(applied, sent, {"Q": q_next}, kept)
 
 
 def randomized_comp(delta: Delta, context: Context, iterations: int = 1) -> Steps:
@@ -289,9 +285,8 @@ def _random_projection_comp(delta: Delta, context: Context) -> Steps:
     """Projection on a random subspace of the short side, which is the next step's. r
     max(m, n) elements a matrix.
     """
-    m, n = context.m or delta.shape[-2], delta.shape[-1]
-    v = random_basis(context, "restart V", min(m, n), context.rank, delta.tensor)
-    on_rows = basis_on_rows(m, n)
+    on_rows, s = basis_side(delta, context)
+    v = random_basis(context, "restart V", s, context.rank, delta.tensor)
     applied, sent = yield from project(delta, v, on_rows, context.rows, "restart")
     q = (yield from next_q(applied.q, context)) if on_rows else v
     return Result(applied, sent, {"Q": q})

@@ -11,9 +11,6 @@ low-rank would set the ceiling of the whole model's compression ratio.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
 from lowrank_comm.compressors.requests import Mean
@@ -33,14 +30,11 @@ class Quantized(Compressor):
 
     codes: FormatName = "int8"
 
-    json_name: ClassVar[str] = "quantized"
-    linear: ClassVar[bool] = False
+    json_name = "quantized"
+    linear = False
 
     def elements(self, m: int, n: int, r: int) -> int:
         return m * n
-
-    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        return {}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         mean, own = yield Mean(delta.tensor, "dense", codes=self.codes)

@@ -19,18 +19,11 @@ Divided by 1 + omega = s / r it is the contractive one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import Literal
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Form, State, Steps
-from lowrank_comm.compressors.galore import (
-    Side,
-    basis_side,
-    projected,
-    projected_elements,
-)
-from lowrank_comm.compressors.subspaces import random_basis
+from lowrank_comm.compressors.galore import Side, projected, projected_elements
+from lowrank_comm.compressors.subspaces import basis_side, random_basis
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,8 @@ class RandomProjection(Compressor):
     form: Literal["contractive", "unbiased"] = "contractive"
     side: Side = "short"
 
-    json_name: ClassVar[str] = "random_projection"
-    row_blocks: ClassVar[bool] = True
+    json_name = "random_projection"
+    row_blocks = True
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
@@ -81,9 +74,6 @@ class RandomProjection(Compressor):
 
     def elements(self, m: int, n: int, r: int) -> int:
         return projected_elements(m, n, r, self.side)
-
-    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        return {}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         on_rows, s = basis_side(delta, context, self.side)

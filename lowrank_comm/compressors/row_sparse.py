@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Form, Result, State, Steps
 from lowrank_comm.compressors.requests import Gather, Mean, Read
@@ -36,16 +35,13 @@ class RowSparse(Compressor):
         rank: has no effect.
     """
 
-    json_name: ClassVar[str] = "row_sparse"
+    json_name = "row_sparse"
     feedback: ClassVar[Form] = "none"
-    unbiased: ClassVar[bool] = True
+    unbiased = True
 
     def elements(self, m: int, n: int, r: int) -> int:
         """At most: what is sent depends on the rows that were touched."""
         return m * n + 1
-
-    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        return {}
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         matrices = delta.tensor

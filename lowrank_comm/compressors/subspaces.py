@@ -35,6 +35,18 @@ def basis_on_rows(m: int, n: int, side: str = "short") -> bool:
     return m < n if side == "short" else m > n
 
 
+def basis_rows(m: int, n: int, side: str = "short") -> int:
+    """Return s, the rows of the basis of an m x n matrix."""
+    return m if basis_on_rows(m, n, side) else n
+
+
+def basis_side(delta: Delta, context: Context, side: str = "short") -> tuple[bool, int]:
+    """Return (whether the basis of these matrices is on the side of their rows, s)."""
+    # delta may be a block of the rows
+    m, n = context.m or delta.shape[-2], delta.shape[-1]
+    return basis_on_rows(m, n, side), basis_rows(m, n, side)
+
+
 def random_basis(context: Context, purpose: str, rows: int, r: int, like: Tensor) -> Tensor:
     """Return orth of a Gaussian matrix from (seed, name, t, purpose): its range is
     uniformly distributed, E P P^T = (r / rows) I.

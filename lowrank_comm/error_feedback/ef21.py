@@ -80,7 +80,7 @@ class EF21(_Around):
     momentum: float | None
     shared: bool
     symbols: ClassVar[tuple[str, ...]] = ("y", "y_mean", "v", "v_started")
-    replicated_state: ClassVar[tuple[str, ...]] = ("v_started",)
+    replicated_state = ("v_started",)
 
     @property
     def private(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -66,7 +66,7 @@ class ErrorFeedback:
 
     def describe(self) -> dict[str, Any]:
         """Return plain settings by name."""
-        return {option.name: getattr(self, option.name) for option in fields(self)}
+        return asdict(self)
 
     def for_compressor(self, compressor: Compressor) -> ErrorFeedback:
         """Return the same options with the form resolved, if it suits the compressor.

@@ -34,6 +34,11 @@ _SVD_ELEMENTS = 1 << 20
 _PIVOT_FLOOR = 1e-7
 
 
+def or_one(x: Tensor) -> Tensor:
+    """Return x with 1 in the place of what is not positive, as a divisor."""
+    return torch.where(x > 0, x, torch.ones_like(x))
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Form products in their tensors' own dtypes inside: without autocast, and without
@@ -133,7 +138,7 @@ def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:
     """
     tolerance = dead_tolerance(a.dtype)
     norms = torch.linalg.vector_norm(a, dim=-2, keepdim=True, dtype=torch.float64)
-    scaled = a.double() / torch.where(norms > 0, norms, torch.ones_like(norms))
+    scaled = a.double() / or_one(norms)
     alive = norms > tolerance * norms.amax(dim=-1, keepdim=True)
     basis = torch.zeros_like(scaled)
     for k in range(a.shape[-1]):
@@ -191,6 +196,11 @@ def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
     """Return U[:, :r] of d = U S V^T, (B, m, r); see `thin_svd`."""
     return thin_svd(d, r)[0]
+
+
+def columns_of(a: Tensor, which: Tensor) -> Tensor:
+    """Return some columns of each matrix. a: (B, m, k), which: (B, j)."""
+    return a.gather(2, which[:, None, :].expand(-1, a.shape[1], -1))
 
 
 def all_finite(gradients: Iterable[Tensor | None]) -> bool:

@@ -26,13 +26,14 @@ what all apply.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import or_one
 from lowrank_comm.options import check_options
 
 _SCALE_BYTES = 4
@@ -87,8 +88,7 @@ class Format:
             codes = _packed((x >= 0).to(torch.uint8), 1)
         else:
             scale = (size.amax(dim=1) / self.top).to(torch.float32)
-            step = torch.where(scale > 0, scale, torch.ones_like(scale)).to(x.dtype)
-            steps = x / step.unsqueeze(1)
+            steps = x / or_one(scale).to(x.dtype).unsqueeze(1)
             if noise is None:
                 rounded = torch.round(steps)
             else:
@@ -181,4 +181,4 @@ class Quantization:
 
     def describe(self) -> dict[str, Any]:
         """Return plain settings by name."""
-        return {key: getattr(self, key) for key in ("factors", "restart", "dense", "rounding")}
+        return asdict(self)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowrank_comm.compressors.base import Context
 from lowrank_comm.compressors.galore import GaLore, Side
 from lowrank_comm.compressors.golore import GoLore
-from lowrank_comm.compressors.subspaces import basis_on_rows
+from lowrank_comm.compressors.subspaces import basis_on_rows, basis_rows
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.options import Seed, check
 
@@ -52,7 +52,7 @@ class Projection:
     def length(self, parameter: Tensor) -> int:
         """s, the rows of P."""
         m, n = parameter.shape
-        return m if self.on_rows(parameter) else n
+        return basis_rows(m, n, self.side)
 
     def project(self, gradient: Tensor, basis: Tensor) -> Tensor:
         """R (l, r), the coordinates of a gradient (m, n) in the basis P (s, r)."""
