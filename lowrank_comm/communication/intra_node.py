@@ -79,10 +79,6 @@ class IntraNodeGroup:
         """
         return block_of(m, self.size, self.rank if rank is None else rank)
 
-    def longest(self, m: int) -> int:
-        """Rows of the first block, which is the longest."""
-        return -(-m // self.size)
-
     def sum_(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Sum each tensor over the node, in place."""
         if self.size == 1:
@@ -118,7 +114,7 @@ class IntraNodeGroup:
         """(B, m, k): the matrices whose rows `block` (B, own rows, k) this rank holds."""
         if self.size == 1:
             return block
-        longest = self.longest(m)
+        longest = self.block(m, 0).stop
         padded = block.new_zeros(block.shape[0], longest, block.shape[2])
         padded[:, : block.shape[1]] = block
         parts = self.gather(padded.reshape(-1), kind).view(

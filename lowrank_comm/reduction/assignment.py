@@ -5,20 +5,18 @@ rows that a node's ranks hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.communication import IntraNodeGroup
-from lowrank_comm.communication.quantized_mean import Noise
 from lowrank_comm.compressors.base import Compressor, Context
 from lowrank_comm.error_feedback.ef21 import with_feedback
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError, UnsupportedError
 from lowrank_comm.numerics.quantization import Quantization
-from lowrank_comm.numerics.randomness import uniform
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Policy, Rule, Treatment
 
@@ -55,22 +53,18 @@ class CompressorAssignment:
         intra_node: IntraNodeGroup,
         seed: int,
     ) -> None:
+        example = 'Rule("lm_head.*", treatment="dense")'
         for rule in rules:
-            if not isinstance(rule, Rule):
-                raise ConfigError(
-                    'rules must hold Rule objects such as Rule("lm_head.*", treatment="dense"),'
-                    f" got {rule!r}."
-                )
-        if error_feedback is not None and not isinstance(error_feedback, ErrorFeedback):
-            raise ConfigError(
-                "error_feedback must be None or such as"
-                f' ErrorFeedback(form="{_word_or(error_feedback, "ef14")}"), got'
-                f" {error_feedback!r}."
+            _check_kind(rule, Rule, f"rules must hold Rule objects such as {example}")
+        if error_feedback is not None:
+            example = f'ErrorFeedback(form="{_word_or(error_feedback, "ef14")}")'
+            _check_kind(
+                error_feedback, ErrorFeedback, f"error_feedback must be None or such as {example}"
             )
-        if quantization is not None and not isinstance(quantization, Quantization):
-            raise ConfigError(
-                "quantization must be None or such as"
-                f' Quantization(dense="{_word_or(quantization, "int8")}"), got {quantization!r}.'
+        if quantization is not None:
+            example = f'Quantization(dense="{_word_or(quantization, "int8")}")'
+            _check_kind(
+                quantization, Quantization, f"quantization must be None or such as {example}"
             )
         self.quantization = quantization or Quantization()
         self.error_feedback = (error_feedback or ErrorFeedback()).for_compressor(compressor)
@@ -198,24 +192,6 @@ class CompressorAssignment:
         )
         return {symbol: tensor[0] for symbol, tensor in state.items()}
 
-    def noise(self, bucket: int, t: int, worker: int) -> Callable[[int], Noise] | None:
-        """Number of a packet -> its draws for stochastic rounding to codes; None for
-        the nearest codes.
-        """
-        if self.quantization.rounding == "nearest":
-            return None
-
-        def of_packet(number: int) -> Noise:
-            def draw(purpose: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-                whose = f"{purpose} of packet {number} of worker {worker}"
-                return uniform(
-                    self._seed, (f"bucket {bucket}",), t, whose, shape, torch.float32, device
-                )[0]
-
-            return draw
-
-        return of_packet
-
     def describe(self) -> dict[str, Any]:
         """Plain settings by name, which must be equal on all workers."""
         return {
@@ -227,3 +203,8 @@ class CompressorAssignment:
 
 def _word_or(given: object, example: str) -> str:
     return given if isinstance(given, str) else example
+
+
+def _check_kind(given: object, kind: type, expected: str) -> None:
+    if not isinstance(given, kind):
+        raise ConfigError(f"{expected}, got {given!r}.")

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.communication.driver import Flight
+from lowrank_comm.communication.quantized_mean import Noise
 from lowrank_comm.compressors.base import Context, Delta, LowRank, Result
 from lowrank_comm.errors import LowRankCommError
+from lowrank_comm.numerics.randomness import uniform
 from lowrank_comm.reduction.batches import Batch
 from lowrank_comm.reduction.lockstep import lockstep
 from lowrank_comm.reduction.passes import Pass, Presence, Steps, Wire
@@ -119,6 +121,7 @@ class BucketPass:
         self._state, self._wire, self._scale = state, wire, scale
         self._check(grads)
         rank, size = group.rank, group.size
+        nearest = state.assignment.quantization.rounding == "nearest"
         self.jobs = [job for batch in bucket.batches for job in self._jobs(batch, rank, size)]
         self.one = Pass(
             [
@@ -132,7 +135,7 @@ class BucketPass:
             wire,
             rank,
             size,
-            state.assignment.noise(number, state.step, rank),
+            None if nearest else _noise(state, number, rank),
         )
         self.one.stats.seconds["compress"] += time.perf_counter() - clock
         self.flight = Flight(lockstep(self.one), group.start)
@@ -209,6 +212,20 @@ class BucketPass:
                     pieces.append(piece.view(grad.shape))
             if means:
                 torch._foreach_copy_(means, pieces)
+
+
+def _noise(state: CompressionState, bucket: int, worker: int) -> Callable[[int], Noise]:
+    """Number of a packet -> its draws for stochastic rounding of what is sent quantized."""
+    seed, t = state.seed, state.step
+
+    def of_packet(number: int) -> Noise:
+        def draw(purpose: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+            whose = f"{purpose} of packet {number} of worker {worker}"
+            return uniform(seed, (f"bucket {bucket}",), t, whose, shape, torch.float32, device)[0]
+
+        return draw
+
+    return of_packet
 
 
 def _flat(dense: DenseGroup, grads: Sequence[Tensor | None], scale: float) -> Tensor:

@@ -98,7 +98,7 @@ class Plan:
     @property
     def step_bytes(self) -> float:
         """Payload of an ordinary step."""
-        return sum(row.bytes for row in self.rows)
+        return _sent(self.rows)
 
     @property
     def average_bytes(self) -> float:
@@ -113,27 +113,23 @@ class Plan:
         """What an uncompressed all-reduce of the gradients carries, in their own
         dtypes.
         """
-        return sum(row.numel * row.bytes_per_element for row in self.rows)
+        return _uncompressed(self.rows)
 
     def __str__(self) -> str:
         low, many = [row for row in self.rows if row.low_rank], self.ranks_in_a_node > 1
         dense = [row for row in self.rows if row.scheme == "dense"]
         other = [row for row in self.rows if row.scheme not in ("low_rank", "dense")]
-        sent_low = sum(row.bytes for row in low)
-        full_low = sum(row.numel * row.bytes_per_element for row in low)
-        sent_dense = sum(row.bytes for row in dense)
+        sent_low, full_low = _sent(low), _uncompressed(low)
+        sent_dense, full = _sent(dense), self.uncompressed_bytes
         plain = sum(row.plain_bytes for row in self.rows)
         coded = ""
         if plain > self.step_bytes:
-            coded = (
-                f"; without codes it would be {human_bytes(plain)}"
-                f" ({self.uncompressed_bytes / plain:.1f}x)"
-            )
+            coded = f"; without codes it would be {human_bytes(plain)}{_times(full, plain)}"
         restarts = ""
         if self.restart_every and self.average_bytes:
             restarts = (
                 f"; {human_bytes(self.average_bytes)} on average with restarts every"
-                f" {self.restart_every} steps ({self.uncompressed_bytes / self.average_bytes:.1f}x)"
+                f" {self.restart_every} steps{_times(full, self.average_bytes)}"
             )
         peak = ""
         if self.restart_workspace_bytes > self.workspace_bytes:
@@ -145,15 +141,11 @@ class Plan:
             f"lowrank_comm: {self.compressor} over {self._who()}"
             + (f", {self.engine}" if self.engine else ""),
             f"  low-rank: {counted(len(low), 'matrix', 'matrices')}, {human_bytes(full_low)} of"
-            f" gradients -> {human_bytes(sent_low)} a step"
-            + (f" ({full_low / sent_low:.1f}x)" if sent_low else ""),
+            f" gradients -> {human_bytes(sent_low)} a step{_times(full_low, sent_low)}",
             f"  dense:    {counted(len(dense), 'parameter')}, {human_bytes(sent_dense)} a step",
             *self._of_other_schemes(other),
-            f"  whole model: {human_bytes(self.uncompressed_bytes)} ->"
-            f" {human_bytes(self.step_bytes)} an ordinary step"
-            + (f" ({self.uncompressed_bytes / self.step_bytes:.1f}x)" if self.step_bytes else "")
-            + restarts
-            + coded,
+            f"  whole model: {human_bytes(full)} -> {human_bytes(self.step_bytes)} an ordinary"
+            f" step{_times(full, self.step_bytes)}{restarts}{coded}",
             (
                 f"  memory on this {'rank' if many else 'worker'}: error memory"
                 f" {human_bytes(self.error_bytes)}, and {human_bytes(self.workspace_bytes)} while a"
@@ -164,7 +156,7 @@ class Plan:
         cut = sum("cut to" in row.reason for row in low)
         if cut:
             lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
-        if self.ranks_in_a_node > 1:
+        if many:
             what = (
                 "each block of rows is compressed alone"
                 if self.shard_scope == "shard"
@@ -188,8 +180,7 @@ class Plan:
         lines = []
         for scheme in dict.fromkeys(row.scheme for row in rows):
             own = [row for row in rows if row.scheme == scheme]
-            full = human_bytes(sum(row.numel * row.bytes_per_element for row in own))
-            sent = human_bytes(sum(row.bytes for row in own))
+            full, sent = human_bytes(_uncompressed(own)), human_bytes(_sent(own))
             at_most = "at most " if scheme == "row_sparse" else ""
             lines.append(
                 f"  {scheme}: {counted(len(own), 'parameter')}, {full} of gradients ->"
@@ -218,6 +209,18 @@ class Plan:
             f"  the ratio is capped by what stays dense, {sent_dense / self.step_bytes:.0%} of the"
             f" bytes: {names}"
         ]
+
+
+def _sent(rows: Sequence[PlanRow]) -> float:
+    return sum(row.bytes for row in rows)
+
+
+def _uncompressed(rows: Sequence[PlanRow]) -> int:
+    return sum(row.numel * row.bytes_per_element for row in rows)
+
+
+def _times(full: float, sent: float) -> str:
+    return f" ({full / sent:.1f}x)" if sent else ""
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
