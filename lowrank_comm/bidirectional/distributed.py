@@ -43,11 +43,8 @@ class ProcessGroupTransport(Transport):
     @property
     def _server(self) -> int:
         """Global rank of the server."""
-        return (
-            dist.get_global_rank(self.group.process_group, 0)
-            if self.group.process_group is not None
-            else 0
-        )
+        parent = self.group.process_group
+        return 0 if parent is None else dist.get_global_rank(parent, 0)
 
     def up(self, request: Up, context: Context, finite: bool) -> Sent | None:
         d, compressor, n = context.d, request.compressor, context.n
@@ -62,12 +59,8 @@ class ProcessGroupTransport(Transport):
         if messages is not None:
             everyones = compressor.indices(context.seed, context.t, n, range(n), d)
             mean = compressor.mean(messages[:, :-1], everyones, d)
-            verdict = (
-                (messages[:, -1] > 0)
-                .all()
-                .logical_and(torch.isfinite(mean).all())
-                .to(values.dtype)[None]
-            )
+            sound = (messages[:, -1] > 0).all() & torch.isfinite(mean).all()
+            verdict = sound.to(values.dtype)[None]
         self.ledger.bytes["control"] += 2 * values.itemsize
         if not bool(self._from_server(verdict) > 0):
             return None
@@ -79,7 +72,7 @@ class ProcessGroupTransport(Transport):
         group = int(blocks.group[worker])
         own = blocks.coordinates(group).to(like.device)
         received = like.new_zeros(blocks.length())
-        if not self.group.initialised or context.n == 1:
+        if context.n == 1:
             assert change is not None
             received[: len(own)] = change[own]
         elif self._has_process_groups(context.n, blocks.count):
@@ -112,13 +105,13 @@ class ProcessGroupTransport(Transport):
         return self._from_server(tensor.clone())
 
     def _from_server(self, tensor: Tensor) -> Tensor:
-        if self.group.initialised and self.group.size > 1:
+        if self.group.size > 1:
             dist.broadcast(tensor, self._server, group=self.group.process_group)
         return tensor
 
     def _gather(self, message: Tensor) -> Tensor | None:
         """All ranks' messages in rank order on the server, None elsewhere."""
-        if not self.group.initialised or self.group.size == 1:
+        if self.group.size == 1:
             return message[None]
         serves = self.group.rank == 0
         messages = [torch.empty_like(message) for _ in range(self.group.size)] if serves else None

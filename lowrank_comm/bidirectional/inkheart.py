@@ -35,10 +35,11 @@ omega ||grad f||^2/n into a gamma/4. Sum over t.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -47,45 +48,22 @@ from lowrank_comm.bidirectional.problem import Problem
 from lowrank_comm.bidirectional.randk import Fraction, Mask, RandK
 
 
-@dataclass(frozen=True)
-class InkheartSGD(Method):
-    """Inkheart SGD (our reconstruction): RandK uplink, grouped PermK downlink, no
-    memory but each worker's point.
+class OneUplink(Method):
+    """A method whose server steps along the mean of C_i(gradient_i at w_i), with the
+    step sizes of this file's theorem.
 
-    g = (1/n) sum RandK_i(gradient_i at w_i);  x+ = x - gamma g
-    w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
-
-    Args:
-        uplink_fraction: K/d in (0, 1]; omega = d/K - 1.
-        mask: how RandK draws its coordinates, "window" or "independent"; see `randk`.
-
-    `downlink_groups` and `sync_probability` are as in `Method`.
-
-    Raises:
-        ConfigError: a value that cannot work.
-
-    Example:
-        >>> InkheartSGD(downlink_groups=4, uplink_fraction=0.5).probability(n=8)
-        0.25
-
-    Source: reconstructed from the abstract of the paper named in this file's text;
-    theorem and proof there.
+    Attributes:
+        uplink: C.
     """
 
-    uplink_fraction: Fraction = 0.25
-    mask: Mask = "window"
-
-    json_name: ClassVar[str] = "inkheart"
-
     @property
-    def uplink(self) -> RandK:
-        """The compressor of the uplink."""
-        return RandK(self.uplink_fraction, self.mask)
+    @abc.abstractmethod
+    def uplink(self) -> RandK: ...
 
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
-        """The mean of what RandK lets through."""
+        """The mean of what the uplink lets through."""
         sent: Sent = yield Up(gradients, self.uplink)
         return sent.mean, {}
 
@@ -128,6 +106,42 @@ class InkheartSGD(Method):
         """
         noise = (self.uplink.omega(d) + 1) * problem.variance / (n * batch)
         return 4 * problem.gap / (gamma * steps) + 6 * problem.smoothness * gamma * noise
+
+
+@dataclass(frozen=True)
+class InkheartSGD(OneUplink):
+    """Inkheart SGD (our reconstruction): RandK uplink, grouped PermK downlink, no
+    memory but each worker's point.
+
+    g = (1/n) sum RandK_i(gradient_i at w_i);  x+ = x - gamma g
+    w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
+
+    Args:
+        uplink_fraction: K/d in (0, 1]; omega = d/K - 1.
+        mask: how RandK draws its coordinates, "window" or "independent"; see `randk`.
+
+    `downlink_groups` and `sync_probability` are as in `Method`.
+
+    Raises:
+        ConfigError: a value that cannot work.
+
+    Example:
+        >>> InkheartSGD(downlink_groups=4, uplink_fraction=0.5).probability(n=8)
+        0.25
+
+    Source: reconstructed from the abstract of the paper named in this file's text;
+    theorem and proof there.
+    """
+
+    uplink_fraction: Fraction = 0.25
+    mask: Mask = "window"
+
+    json_name = "inkheart"
+
+    @property
+    def uplink(self) -> RandK:
+        """The compressor of the uplink."""
+        return RandK(self.uplink_fraction, self.mask)
 
 
 def _largest(problem: Problem, n: int, omega: float, down: float, p: float) -> float:

@@ -48,16 +48,12 @@ class Blocks:
         """Of the longest block: what the busiest link carries."""
         return -(-len(self.permutation) // self.count)
 
-    def _limits(self, group: int) -> tuple[int, int]:
-        number = (group + self.shift) % self.count
-        (size, longer) = divmod(len(self.permutation), self.count)
-        start = number * size + min(number, longer)
-        return start, start + size + (number < longer)
-
     def coordinates(self, group: int) -> Tensor:
         """Of a group's block."""
-        start, end = self._limits(group)
-        return self.permutation[start:end]
+        number = (group + self.shift) % self.count
+        size, longer = divmod(len(self.permutation), self.count)
+        start = number * size + min(number, longer)
+        return self.permutation[start : start + size + (number < longer)]
 
     def place(self, values: Tensor, worker: int) -> Tensor:
         """Q_i(v), (d,), from v on the block of worker i's group."""

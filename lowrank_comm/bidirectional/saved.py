@@ -47,7 +47,7 @@ class Saved:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for torch.save with weights_only."""
-        return {**{key: getattr(self, key) for key in self.__dataclass_fields__}, "format": _FORMAT}
+        return {**vars(self), "format": _FORMAT}
 
 
 @dataclass(frozen=True)

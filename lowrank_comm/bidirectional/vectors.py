@@ -79,11 +79,8 @@ class FlatParameters:
                 raise UnsupportedError(
                     f"the gradient of {name!r} is sparse; build the embedding with sparse=False."
                 )
-            parts.append(
-                p.new_zeros(p.numel(), dtype=self.dtype)
-                if p.grad is None
-                else p.grad.reshape(-1).to(self.dtype)
-            )
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            parts.append(gradient.reshape(-1).to(self.dtype))
         return torch.cat(parts)
 
     def shaped(self, vector: Tensor) -> dict[str, Tensor]:

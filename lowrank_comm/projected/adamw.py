@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.options import check_options
-from lowrank_comm.projected.checks import check_number
+from lowrank_comm.projected.checks import BelowOne, NonNegative, check_number
 from lowrank_comm.projected.optimizer import ProjectedOptimizer, SharedOptions
 
 SecondMoment = Literal["rotate", "keep", "reset"]
@@ -127,9 +127,6 @@ class AdamWRule:
     def __post_init__(self) -> None:
         check_options(self, "ProjectedAdamW: ")
 
-    def settings(self) -> dict[str, Any]:
-        return {"second_moment": self.second_moment}
-
     def check_group(self, group: dict[str, Any]) -> None:
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -137,8 +134,8 @@ class AdamWRule:
                 f"ProjectedAdamW: betas must be two numbers such as (0.9, 0.999), got {betas!r}."
             )
         for beta in betas:
-            check_number("ProjectedAdamW", "betas", beta, below=1.0)
-        check_number("ProjectedAdamW", "eps", group["eps"])
+            check_number("ProjectedAdamW: betas", beta, BelowOne)
+        check_number("ProjectedAdamW: eps", group["eps"], NonNegative)
 
     def initial_state(self, like: Tensor) -> dict[str, Tensor]:
         return {

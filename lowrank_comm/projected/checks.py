@@ -4,34 +4,28 @@ be equal on all workers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AllowInfNan, Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lowrank_comm.communication.agreement import fingerprint
 from lowrank_comm.errors import ConfigError, StateMismatchError, UnsupportedError
+from lowrank_comm.options import check
 from lowrank_comm.projected.averaging import Entry
 from lowrank_comm.projected.projection import Projection, rank_of
 
+NonNegative = Annotated[float, Field(ge=0), AllowInfNan(False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
-def check_number(
-    owner: str, key: str, value: Any, below: float = math.inf, above: float | None = None
-) -> None:
-    """ConfigError unless value is a number in [0, below), and above `above` if that is
-    given.
+
+def check_number(name: str, value: Any, hint: Any) -> None:
+    """ConfigError that names `name` unless a number, or a tensor of one, is of the type
+    `hint`.
     """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | Tensor)
-        or not 0.0 <= float(value) < below
-    ):
-        bound = "" if below == math.inf else f" and below {below:g}"
-        raise ConfigError(f"{owner}: {key} must be a number of at least 0{bound}, got {value!r}.")
-    if above is not None and not float(value) > above:
-        raise ConfigError(f"{owner}: {key} must be above {above:g}, got {value!r}.")
+    check(name, float(value) if isinstance(value, Tensor) else value, hint)
 
 
 def check_parameter(owner: str, parameter: Tensor) -> None:

@@ -45,9 +45,15 @@ from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.step import StepLog, run_step
-from lowrank_comm.options import PositiveInt, check
+from lowrank_comm.options import Positive, PositiveInt, check
 from lowrank_comm.projected.averaging import Averaged, Averaging, Entry
-from lowrank_comm.projected.checks import check_number, check_parameter, check_saved, describe
+from lowrank_comm.projected.checks import (
+    NonNegative,
+    check_number,
+    check_parameter,
+    check_saved,
+    describe,
+)
 from lowrank_comm.projected.projection import make_projection, rank_of
 from lowrank_comm.projected.update import (
     UpdateRule,
@@ -116,7 +122,7 @@ class ProjectedOptimizer(Optimizer):
             owner, projection, restart_every, galore_until, side, seed
         )
         if max_grad_norm is not None:
-            check_number(owner, "max_grad_norm", max_grad_norm, above=0.0)
+            check_number(f"{owner}: max_grad_norm", max_grad_norm, Positive)
         check(f"{owner}: free_gradients", free_gradients, bool)
         self.rule = rule
         self.max_grad_norm = max_grad_norm
@@ -155,7 +161,7 @@ class ProjectedOptimizer(Optimizer):
             "seed": self._projection.seed,
             "wire_dtype": self._averaging.wire_name,
             "max_grad_norm": self.max_grad_norm,
-            **self.rule.settings(),
+            **vars(self.rule),
         }
 
     # ---------------------------------------------------------------- parameters
@@ -182,9 +188,12 @@ class ProjectedOptimizer(Optimizer):
         owner = type(self).__name__
         if group["rank"] is not None:
             check(f"{owner}: rank", group["rank"], PositiveInt)
-        check_number(owner, "lr", group["lr"])
-        check_number(owner, "weight_decay", group["weight_decay"])
-        check_number(owner, "scale", group["scale"], above=0.0)
+        for key, hint in {
+            "lr": NonNegative,
+            "weight_decay": NonNegative,
+            "scale": Positive,
+        }.items():
+            check_number(f"{owner}: {key}", group[key], hint)
         self.rule.check_group(group)
 
     @property
@@ -233,13 +242,7 @@ class ProjectedOptimizer(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state on this worker: moments and projectors."""
-        tensors = [
-            value
-            for state in self.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for state in self.state.values() for tensor in state.values())
 
     # ---------------------------------------------------------------- a step
 

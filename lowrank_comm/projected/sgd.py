@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from lowrank_comm.projected.checks import check_number
+from lowrank_comm.projected.checks import BelowOne, check_number
 from lowrank_comm.projected.optimizer import ProjectedOptimizer, SharedOptions
 
 
@@ -68,11 +68,8 @@ class ProjectedSGD(ProjectedOptimizer):
 class SGDRule:
     """SGD with momentum on gradients or their coordinates."""
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def check_group(self, group: dict[str, Any]) -> None:
-        check_number("ProjectedSGD", "momentum", group["momentum"], below=1.0)
+        check_number("ProjectedSGD: momentum", group["momentum"], BelowOne)
 
     def initial_state(self, like: Tensor) -> dict[str, Tensor]:
         return {

@@ -21,10 +21,9 @@ from lowrank_comm.projected.projection import Projection, computation_dtype
 
 
 class UpdateRule(Protocol):
-    """An update such as AdamW's, on gradients or their coordinates alike."""
-
-    def settings(self) -> dict[str, Any]:
-        """What must be equal on all workers beside the parameter groups."""
+    """An update such as AdamW's, on gradients or their coordinates alike. Its
+    attributes must be equal on all workers, as the parameter groups must.
+    """
 
     def check_group(self, group: dict[str, Any]) -> None:
         """ConfigError for a bad value of the rule's own keys in a parameter group."""
