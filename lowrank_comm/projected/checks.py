@@ -18,7 +18,8 @@ from lowrank_comm.projected.averaging import Entry
 from lowrank_comm.projected.projection import Projection, rank_of
 
 NonNegative = Annotated[float, Field(ge=0), AllowInfNan(False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
+AboveZero = Annotated[float, Field(gt=0), AllowInfNan(False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1), AllowInfNan(False)]
 
 
 def check_number(name: str, value: Any, hint: Any) -> None:

@@ -45,9 +45,10 @@ from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.step import StepLog, run_step
-from lowrank_comm.options import Positive, PositiveInt, check
+from lowrank_comm.options import PositiveInt, check
 from lowrank_comm.projected.averaging import Averaged, Averaging, Entry
 from lowrank_comm.projected.checks import (
+    AboveZero,
     NonNegative,
     check_number,
     check_parameter,
@@ -122,7 +123,7 @@ class ProjectedOptimizer(Optimizer):
             owner, projection, restart_every, galore_until, side, seed
         )
         if max_grad_norm is not None:
-            check_number(f"{owner}: max_grad_norm", max_grad_norm, Positive)
+            check_number(f"{owner}: max_grad_norm", max_grad_norm, AboveZero)
         check(f"{owner}: free_gradients", free_gradients, bool)
         self.rule = rule
         self.max_grad_norm = max_grad_norm
@@ -191,7 +192,7 @@ class ProjectedOptimizer(Optimizer):
         for key, hint in {
             "lr": NonNegative,
             "weight_decay": NonNegative,
-            "scale": Positive,
+            "scale": AboveZero,
         }.items():
             check_number(f"{owner}: {key}", group[key], hint)
         self.rule.check_group(group)
