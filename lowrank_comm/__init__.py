@@ -76,22 +76,24 @@ __all__ = [
     "UnsupportedError",
 ]
 
-# Extensions are loaded when one of these names is asked for.
-_EXTENSIONS = {
+# Modules that are loaded when one of these names is asked for.
+_LAZY = {
     "ProjectedAdamW": "lowrank_comm.projected:ProjectedAdamW",
     "ProjectedSGD": "lowrank_comm.projected:ProjectedSGD",
     "bidirectional": "lowrank_comm.bidirectional:",
+    "checkpoint": "lowrank_comm.checkpoint:",
     "projected": "lowrank_comm.projected:",
+    "simulation": "lowrank_comm.simulation:",
 }
 
 # Type checkers see the imports above; a `__getattr__` would allow them any name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name not in _EXTENSIONS:
+        if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = pkgutil.resolve_name(_EXTENSIONS[name])
+        globals()[name] = pkgutil.resolve_name(_LAZY[name])
         return globals()[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_EXTENSIONS})
+        return sorted({*globals(), *_LAZY})

@@ -200,3 +200,15 @@ def test_the_wheels_deepspeed_adapter_can_be_imported(wheel: Path, tmp_path: Pat
     assert out.strip().splitlines()[-1] == str(
         site / "lowrank_comm" / "integrations" / "deepspeed.py"
     )
+
+
+def test_doors_are_attributes_of_the_package(tmp_path: Path) -> None:
+    """`import lowrank_comm` is enough for `lowrank_comm.checkpoint.save`."""
+    names = (
+        "checkpoint.save",
+        "simulation.Simulation",
+        "projected.ProjectedSGD",
+        "bidirectional.M4",
+    )
+    code = "import lowrank_comm\n" + "\n".join(f"print(lowrank_comm.{name})" for name in names)
+    assert len(python(code, tmp_path, ROOT).splitlines()) == len(names)

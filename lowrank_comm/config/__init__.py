@@ -7,7 +7,7 @@ for every engine.
     schema     the JSON Schema for editors, and
     table      the table of settings in the docs, both derived from the options
 
-`python -m lowrank_comm.config schema` and `... table FILE...` write the last two.
+`python -m lowrank_comm.config schema` and `... tables FILE...` write the last two.
 """
 
 from __future__ import annotations
