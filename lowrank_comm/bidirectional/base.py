@@ -50,8 +50,11 @@ workers: (W, d).
 
 @dataclass(frozen=True)
 class Up:
-    """Request: workers send C_i(vectors_i) to the server. vectors: (W, d). Answer:
-    `Sent`.
+    """Request: workers send C_i(vectors_i) to the server. The answer is `Sent`.
+
+    Attributes:
+        vectors: (W, d).
+        compressor: C.
     """
 
     vectors: Tensor
@@ -73,8 +76,11 @@ class Sent:
 
 @dataclass(frozen=True)
 class Descend:
-    """Request: the server's optimizer steps from x along the estimate of the gradient,
-    (d,). Answer: x+, None without.
+    """Request: the server's optimizer steps from x along the estimate of the gradient.
+    The answer is x+, or None on a party without the server.
+
+    Attributes:
+        estimate: (d,); None without the server.
     """
 
     estimate: Tensor | None
@@ -82,8 +88,12 @@ class Descend:
 
 @dataclass(frozen=True)
 class Down:
-    """Request: the server sends Q_i(change) to worker i. change: (d,), None without
-    server. Answer: (W, d).
+    """Request: the server sends Q_i(change) to worker i. The answer is Q_i(change) of
+    this party's workers, (W, d).
+
+    Attributes:
+        change: (d,); None on a party without the server.
+        blocks: the draw that defines Q_i.
     """
 
     change: Tensor | None
@@ -92,8 +102,11 @@ class Down:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Request: the server sends a vector whole to all workers. vector: (d,), None
-    without server. Answer: (d,).
+    """Request: the server sends a vector whole to all workers. The answer is that
+    vector.
+
+    Attributes:
+        vector: (d,); None on a party without the server.
     """
 
     vector: Tensor | None
@@ -127,7 +140,7 @@ class Context:
     device: torch.device
 
     def coin(self, purpose: str, p: float) -> bool:
-        """True with probability p; the same on all parties."""
+        """Return True with probability p; the same on all parties."""
         if p >= 1.0:
             return True
         drawn = stream(self.seed, "bidirectional", self.t, purpose)
@@ -165,7 +178,7 @@ class Method(abc.ABC):
         check_options(self, f"{type(self).__name__}: ")
 
     def groups(self, n: int) -> int:
-        """G for n workers.
+        """Return G for n workers.
 
         Raises:
             ConfigError: G is larger than n.
@@ -181,21 +194,21 @@ class Method(abc.ABC):
         return self.downlink_groups
 
     def probability(self, n: int) -> float:
-        """p for n workers."""
+        """Return p for n workers."""
         return 1.0 / self.groups(n) if self.sync_probability is None else self.sync_probability
 
     def downlink_omega(self, n: int) -> float:
-        """omega of Q_i: G - 1 where G divides n."""
+        """Return omega of Q_i, which is G - 1 where G divides n."""
         return PermK(self.groups(n)).omega(n)
 
     def start(self, x: Tensor, context: Context) -> State:
-        """State before the first step: every worker at x, (d,)."""
+        """Return the state before the first step, with every worker at x, (d,)."""
         state = {"w": x.expand(len(context.workers), -1).clone()}
         return {"x": x.clone(), **state} if context.serves else state
 
     def rejoin(self, server: State, context: Context) -> State:
-        """A valid state from what the server holds, for any number of workers: every
-        worker at x.
+        """Return a valid state from what the server holds, for any number of workers:
+        every worker is at x.
 
         Args:
             server: the tensors named by `server_state`, on every party.
@@ -204,23 +217,25 @@ class Method(abc.ABC):
         return self.start(server["x"], context)
 
     def points(self, state: State) -> Tensor:
-        """Where the workers of this party compute their next gradients, (W, d)."""
+        """Return where this party's workers compute their next gradients, (W, d)."""
         return state["w"]
 
     @abc.abstractmethod
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
-        """The uplink: return, for gradients at `points`, (W, d), the server's estimate
-        (d,) and the part of the state that changes by it.
+        """Run the uplink for gradients at `points`, (W, d); return the server's
+        estimate, (d,), and the part of the state that changes by it.
         """
 
     def moved(self, state: State) -> State:
-        """Return the state with what follows from new w_i."""
+        """Return the state with everything that depends on w_i updated, after w_i has
+        changed.
+        """
         return state
 
     def step(self, state: State, gradients: Tensor, context: Context) -> Steps:
-        """One step; see the module's text.
+        """Make one step; see the module's text.
 
         Args:
             state: of this party.
@@ -285,7 +300,7 @@ def drive(
     """Carry out one step of this party.
 
     Args:
-        method: whose step.
+        method: the method whose step it is.
         state: of this party.
         gradients: at `method.points(state)`, (W, d).
         context: of the step.

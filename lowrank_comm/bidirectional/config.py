@@ -1,9 +1,14 @@
 """The `lowrank_comm` section of a bidirectional method.
 
 Example:
-    {"compressor": "inkheart", "uplink_fraction": 0.25, "downlink_groups": 8,
-    "sync_probability": null, "mask": "window",
-     "seed": 0}
+    {
+        "compressor": "inkheart",
+        "uplink_fraction": 0.25,
+        "downlink_groups": 8,
+        "sync_probability": null,
+        "mask": "window",
+        "seed": 0
+    }
 
 Every key but "compressor" and "seed" is an option of the method's constructor, whose
 defaults hold for what is absent.
@@ -27,7 +32,7 @@ METHODS: dict[str, type[Method]] = {cls.json_name: cls for cls in (InkheartSGD, 
 
 
 def parse(section: Mapping[str, Any]) -> tuple[Method, int]:
-    """The method and the seed of a section.
+    """Return the method and the seed of a section.
 
     Args:
         section: see the module's text.

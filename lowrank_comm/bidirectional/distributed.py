@@ -28,7 +28,7 @@ from lowrank_comm.communication.group import Group
 
 
 class ProcessGroupTransport(Transport):
-    """The messages of one rank.
+    """Carries the messages of one rank.
 
     Args:
         group: the workers; without a process group, this process is the only one and
@@ -100,7 +100,9 @@ class ProcessGroupTransport(Transport):
         return self._from_server(torch.empty_like(like) if vector is None else vector.clone())
 
     def from_server(self, tensor: Tensor, kind: str) -> Tensor:
-        """Rank 0's tensor on all ranks, outside of steps; `kind` is the ledger's."""
+        """Return rank 0's tensor on all ranks, outside of steps; `kind` is the
+        ledger's.
+        """
         self.ledger.bytes[kind] += tensor.numel() * tensor.itemsize
         return self._from_server(tensor.clone())
 
@@ -110,7 +112,7 @@ class ProcessGroupTransport(Transport):
         return tensor
 
     def _gather(self, message: Tensor) -> Tensor | None:
-        """All ranks' messages in rank order on the server, None elsewhere."""
+        """Return all ranks' messages in rank order on the server, None elsewhere."""
         if self.group.size == 1:
             return message[None]
         serves = self.group.rank == 0
@@ -119,15 +121,17 @@ class ProcessGroupTransport(Transport):
         return torch.stack(messages) if messages is not None else None
 
     def _has_process_groups(self, n: int, count: int) -> bool:
-        """Whether the groups' members are fixed, and can be made process groups of: all
-        ranks of the default group must take part in that. (use_local_synchronization
-        hangs on gloo where groups overlap, as they do in rank 0; torch 2.13.)
+        """Return whether the groups have fixed members and can be process groups, in
+        whose making all ranks of the default group must take part.
+
+        (use_local_synchronization hangs on gloo where groups overlap, as they do in
+        rank 0; torch 2.13.)
         """
         return count < n and n % count == 0 and dist.get_world_size() == n
 
     def _process_groups(self, n: int, count: int) -> list[Any]:
-        """Rank 0 with the members of each of the groups; a collective of all ranks,
-        once.
+        """Return a process group for each group of workers: its members and rank 0.
+        The first call is a collective of all ranks.
         """
         if (n, count) not in self._parts:
             parent = self.group.process_group

@@ -14,22 +14,42 @@ term of the time to an eps-stationary point fall with n, under a structural assu
 
 The mean of w_i is x at all times.
 
-Theorem (derived here; homogeneous data, f_i = f; omega of RandK, G - 1 of the downlink,
-p of the coin, V = mean ||w_i - x||^2). If gamma <= min { 1/(2L), n/(12 L omega),
-sqrt(p/(8 (G-1)))/L_A, L p/(2 (G-1) L_A^2), sqrt(n p/(8 omega (G-1)))/L }, where terms
-with a zero in the denominator drop, then
+Theorem (derived here; homogeneous data, f_i = f). Let omega be RandK's, G - 1 the
+downlink's, p the coin's probability, and V = mean ||w_i - x||^2. If gamma is at most
+each of these, where those with a zero in the denominator drop,
+
+    (1)  1/(2L)
+    (2)  n/(12 L omega)
+    (3)  sqrt(p/(8 (G-1)))/L_A
+    (4)  L p/(2 (G-1) L_A^2)
+    (5)  sqrt(n p/(8 omega (G-1)))/L
+
+then
 
     mean over t < T of E ||grad f(x_t)||^2
         <=  4 D/(gamma T) + 6 L gamma (omega + 1) sigma^2/(n B)
 
-Proof. E g = q, the mean of grad f(w_i), and Var g <= (1/n) (omega mean ||grad
-f(w_i)||^2 + (omega + 1) sigma^2/B) with ||grad f(w_i)||^2 <= 2 ||grad f(x)||^2 + 2 L^2
-||w_i - x||^2. Smoothness with gamma <= 1/(2L) gives f+ <= f - (gamma/2) ||grad f||^2 -
-(gamma/4) ||q||^2 + (gamma/2) ||q - grad f||^2 + (L gamma^2/2) Var g, and ||q - grad
-f||^2 <= L_A^2 V since the mean of w_i is x. E V+ = (1-p) (V + (G-1) gamma^2 E ||g||^2),
-as Q_i is unbiased and independent of the rest. Add c V with c = gamma L_A^2/p + 2 L^3
-gamma^2 omega/(n p): conditions 3 to 5 close the terms in V, keep c (G-1) gamma <= 1/4,
-which absorbs ||q||^2, and the factor of Var below (3/2) L gamma^2; condition 2 absorbs
+Proof. E g = q, the mean of grad f(w_i), and
+
+    Var g <= (1/n) (omega mean ||grad f(w_i)||^2 + (omega + 1) sigma^2/B)
+    ||grad f(w_i)||^2 <= 2 ||grad f(x)||^2 + 2 L^2 ||w_i - x||^2
+
+Smoothness with condition (1) gives
+
+    f+ <= f - (gamma/2) ||grad f||^2 - (gamma/4) ||q||^2
+          + (gamma/2) ||q - grad f||^2 + (L gamma^2/2) Var g
+
+Since the mean of w_i is x, and since Q_i is unbiased and independent of the rest,
+
+    ||q - grad f||^2 <= L_A^2 V
+    E V+ = (1-p) (V + (G-1) gamma^2 E ||g||^2)
+
+Add c V with
+
+    c = gamma L_A^2/p + 2 L^3 gamma^2 omega/(n p)
+
+Conditions (3) to (5) close the terms in V. They also keep c (G-1) gamma <= 1/4, which
+absorbs ||q||^2, and the factor of Var g below (3/2) L gamma^2. Condition (2) absorbs
 omega ||grad f||^2/n into a gamma/4. Sum over t.
 """
 
@@ -63,12 +83,12 @@ class OneUplink(Method):
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
-        """The mean of what the uplink lets through."""
+        """Send C_i(gradient_i); the estimate is the mean over all workers."""
         sent: Sent = yield Up(gradients, self.uplink)
         return sent.mean, {}
 
     def largest_step_size(self, problem: Problem, n: int, d: int) -> float:
-        """The largest gamma that the theorem allows.
+        """Return the largest gamma that the theorem allows.
 
         Args:
             problem: constants of the objective.
@@ -80,7 +100,7 @@ class OneUplink(Method):
         )
 
     def step_size(self, problem: Problem, n: int, d: int, batch: int, steps: int) -> float:
-        """gamma that makes the theorem's bound smallest.
+        """Return the gamma that makes the theorem's bound smallest.
 
         gamma = min { largest_step_size, sqrt(2 D n B/(3 L (omega+1) sigma^2 T)) }
 
@@ -101,8 +121,10 @@ class OneUplink(Method):
     def bound(
         self, problem: Problem, n: int, d: int, batch: int, steps: int, gamma: float
     ) -> float:
-        """4 D/(gamma T) + 6 L gamma (omega+1) sigma^2/(n B), which bounds the mean over
-        t < T of E ||grad f(x_t)||^2 for gamma <= largest_step_size.
+        """Return the theorem's bound of the mean over t < T of E ||grad f(x_t)||^2, for
+        gamma <= largest_step_size.
+
+        4 D/(gamma T) + 6 L gamma (omega+1) sigma^2/(n B)
         """
         noise = (self.uplink.omega(d) + 1) * problem.variance / (n * batch)
         return 4 * problem.gap / (gamma * steps) + 6 * problem.smoothness * gamma * noise
@@ -185,10 +207,13 @@ def plan(problem: Problem, n: int, d: int, h: float, kappa: float, eps: float) -
     B = ceil(sigma^2 (1+omega)/(n eps))
     G = the divisor of n with the fewest seconds;  p = 1/G;  gamma and T from the bound
 
-    With L_A = 0 the order of the time is (L D/eps) (h + 2 sqrt(h sigma^2 kappa d/(n
-    eps)) + 2 kappa d/G): the noise and the communication fall with n. With a large L_A
-    the bound of gamma falls faster with G than the downlink gets cheaper, and G = 1 is
-    left. In practice larger G and gamma are faster; tune them upwards from here.
+    With L_A = 0 the order of the time is
+
+    (L D/eps) (h + 2 sqrt(h sigma^2 kappa d/(n eps)) + 2 kappa d/G)
+
+    so that the noise and the communication fall with n. With a large L_A the bound of
+    gamma falls faster with G than the downlink gets cheaper, and G = 1 is left. In
+    practice larger G and gamma are faster; tune them upwards from here.
 
     Args:
         problem: constants of the objective.

@@ -37,23 +37,23 @@ class LinkLedger:
         self.bytes[kind] += numbers * itemsize
 
     def close(self, applied: bool) -> None:
-        """A step has ended."""
+        """Count a step that has ended, as applied or as vetoed."""
         self.steps += applied
         self.vetoed += not applied
 
     @property
     def up(self) -> int:
-        """K_up, summed over the steps."""
+        """Numbers sent up by the busiest link, K_up summed over the steps."""
         return self.coordinates["uplink"] + self.coordinates["uplink_dense"]
 
     @property
     def down(self) -> int:
-        """K_down, summed over the steps."""
+        """Numbers sent down the busiest link, K_down summed over the steps."""
         return self.coordinates["downlink"] + self.coordinates["downlink_dense"]
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all kinds."""
+        """Sum of the bytes of all kinds."""
         return sum(self.bytes.values())
 
 

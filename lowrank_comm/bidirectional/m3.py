@@ -7,8 +7,8 @@ told to be and where they compute.
     uplink     with probability q: grad f_i(z_i+) is sent whole, g_i+ = grad f_i(z_i+)
                else: RandK_i(grad f_i(z_i+) - grad f_i(z_i)) is sent and added to g_i
 
-The server keeps only g_bar, the mean of g_i. M3 is made for exact gradients: grad
-f_i(z_i) is the one of the last step. With stochastic ones, RandK multiplies the noise
+The server keeps only g_bar, the mean of g_i. M3 is made for exact gradients:
+grad f_i(z_i) is that of the last step. With stochastic ones, RandK multiplies the noise
 of both by omega and nothing damps it; use `m4` there. No step-size rule is given: the
 original's constants are its authors', and those are not quoted here.
 """
@@ -53,21 +53,21 @@ class M3(MarinaUplink):
     json_name = "m3"
 
     def start(self, x: Tensor, context: Context) -> State:
-        """z_i = w_i = x."""
+        """Return the state before the first step: z_i = w_i = x."""
         state = super().start(x, context)
         return {**state, "z": state["w"].clone()}
 
     def points(self, state: State) -> Tensor:
-        """z_i."""
+        """Return z_i, where the workers compute their next gradients, (W, d)."""
         return state["z"]
 
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
-        """MARINA. The first step sends everything."""
+        """Send the gradients by MARINA's uplink; the first step sends them whole."""
         _, g_bar = yield from self.send(gradients, state.get("last"), state.get("g_bar"), context)
         return g_bar, {"last": gradients.clone(), **({} if g_bar is None else {"g_bar": g_bar})}
 
     def moved(self, state: State) -> State:
-        """z_i follows w_i."""
+        """Return the state with z_i moved towards the new w_i."""
         return {**state, "z": (1 - self.model_weight) * state["z"] + self.model_weight * state["w"]}

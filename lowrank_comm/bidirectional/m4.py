@@ -11,23 +11,36 @@ abstract of its paper alone (see `inkheart`), whose full text was not available.
     uplink     with probability q: v_i+ is sent whole, y_i+ = v_i+
                else: RandK_i(v_i+ - v_i) is sent, y_i+ = y_i + RandK_i(v_i+ - v_i)
 
-Theorem (derived here; L_m = max_i L_i; omega of RandK). With gamma = 1/(2L + 2
-sqrt(X)), X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n), and Phi_0 =
-D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0):
+Theorem (derived here; L_m = max_i L_i; omega is RandK's). With
+
+    gamma = 1/(2L + 2 sqrt(X))
+    X     = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n)
+    Phi_0 = D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0)
+
+it holds that
 
     mean over t < T of E ||grad f(x_t)||^2
         <=  2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q)
 
 Proof (sketch). y_bar - grad f(x) is the compression error U plus the momentum error P
-plus mean grad f_i(w_i) - grad f(x), whose squares weigh 3 each. P+ <= (1-a) P + (1/a)
-||change of the mean gradient||^2 + a^2 sigma^2/(n B), and S, the mean of the workers'
-own momentum errors, likewise with L_m and sigma^2/B. U+ <= (1-q) (U + (omega/n) a^2 (2
-S + 2 L_m^2 mean ||w_i+ - w_i||^2 + sigma^2/B)); V = mean ||w_i - x||^2 as in
-`inkheart`; E mean ||w_i+ - w_i||^2 <= (G + 2p) gamma^2 ||y_bar||^2 + 2 p V. Lyapunov
-weights: U 3 gamma/(2q), P 3 gamma/(2a), S 3 gamma omega a/(q n), V (gamma/p) (1.5 +
-9/a^2) L_A^2 + 12 gamma omega L_m^2/(q n). The terms in ||y_bar||^2 sum to at most
-gamma^3 X <= gamma/4. Nothing is assumed of how much the f_i differ, and the noise of
-the compression is damped by a^2. With sigma = 0 and a = 1 it is MARINA-P with MARINA.
+plus mean grad f_i(w_i) - grad f(x), whose squares weigh 3 each. S is the mean of the
+workers' own momentum errors, and V = mean ||w_i - x||^2 as in `inkheart`. Then
+
+    P+ <= (1-a) P + (1/a) ||change of the mean gradient||^2 + a^2 sigma^2/(n B)
+    S+ <= the same with L_m and sigma^2/B
+    U+ <= (1-q) (U + (omega/n) a^2 (2 S + 2 L_m^2 mean ||w_i+ - w_i||^2 + sigma^2/B))
+    E mean ||w_i+ - w_i||^2 <= (G + 2p) gamma^2 ||y_bar||^2 + 2 p V
+
+The Lyapunov function weighs
+
+    U by 3 gamma/(2q)
+    P by 3 gamma/(2a)
+    S by 3 gamma omega a/(q n)
+    V by (gamma/p) (1.5 + 9/a^2) L_A^2 + 12 gamma omega L_m^2/(q n)
+
+and the terms in ||y_bar||^2 sum to at most gamma^3 X <= gamma/4. Nothing is assumed of
+how much the f_i differ, and the noise of the compression is damped by a^2. With
+sigma = 0 and a = 1 it is MARINA-P with MARINA.
 """
 
 from __future__ import annotations
@@ -78,8 +91,8 @@ class M4(MarinaUplink):
     def estimate(
         self, state: State, gradients: Tensor, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
-        """Momentum, and MARINA's uplink of its differences. The first step sends
-        everything.
+        """Update the momentum and send it by MARINA's uplink; the first step sends it
+        whole.
         """
         a = self.gradient_weight
         last = state.get("v")
@@ -89,8 +102,8 @@ class M4(MarinaUplink):
         return y_bar, {"v": v, "y": y, **({} if y_bar is None else {"y_bar": y_bar})}
 
     def rejoin(self, server: State, context: Context) -> State:
-        """Every worker at x with v_i = y_i = y_bar: a valid start, though not what the
-        run would have gone on with.
+        """Return a state with every worker at x and v_i = y_i = y_bar: a valid start,
+        though not what the run would have gone on with.
         """
         state = super().rejoin(server, context)
         # before the first step
@@ -105,8 +118,10 @@ class M4(MarinaUplink):
         }
 
     def step_size(self, problem: Problem, n: int, d: int) -> float:
-        """gamma = 1/(2L + 2 sqrt(X)), X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18
-        omega G L_m^2/(q n).
+        """Return the theorem's gamma.
+
+        gamma = 1/(2L + 2 sqrt(X))
+        X = 4.5 L^2/a^2 + 15 (G-1) L_A^2/(p a^2) + 18 omega G L_m^2/(q n)
 
         Args:
             problem: constants of the objective.
@@ -126,8 +141,13 @@ class M4(MarinaUplink):
         return 1 / (2 * problem.smoothness + 2 * math.sqrt(x))
 
     def initial_potential(self, problem: Problem, n: int, d: int, first_batch: int) -> float:
-        """Phi_0 = D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0);
-        first_batch: B0.
+        """Return the theorem's Phi_0.
+
+        Phi_0 = D + (1.5 gamma/a) sigma^2/(n B0) + 3 gamma omega a sigma^2/(q n B0)
+
+        Args:
+            problem, n, d: see `step_size`.
+            first_batch: B0.
         """
         a = self.gradient_weight
         gamma = self.step_size(problem, n, d)
@@ -139,8 +159,10 @@ class M4(MarinaUplink):
     def bound(
         self, problem: Problem, n: int, d: int, batch: int, first_batch: int, steps: int
     ) -> float:
-        """2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q), which bounds the
-        mean over t < T of E ||grad f(x_t)||^2 with gamma = step_size.
+        """Return the theorem's bound of the mean over t < T of E ||grad f(x_t)||^2,
+        with gamma = step_size.
+
+        2 Phi_0/(gamma T) + (sigma^2/(n B)) (3 a + 9 omega a^2/q)
 
         Args:
             problem, n, d: see `step_size`.
@@ -160,8 +182,13 @@ class M4(MarinaUplink):
 
 @dataclass(frozen=True)
 class M4Plan:
-    """What `plan` chose: the method with its a, B0, gamma, and T after which the bound
-    is eps.
+    """What `plan` chose.
+
+    Attributes:
+        method: with its a.
+        first_batch: B0.
+        gamma: step size.
+        steps: T after which the bound is eps.
     """
 
     method: M4

@@ -24,7 +24,11 @@ class MarinaP(OneUplink):
     x+ = x - gamma (1/n) sum of gradient_i at w_i
     w_i+ = x+ with probability p, else w_i + Q_i(x+ - x)
 
-    `downlink_groups` and `sync_probability` are as in `Method`.
+    Args:
+        downlink_groups: G, 1 for a dense downlink; null for the largest divisor of n
+            that is at most 8.
+        sync_probability: p in (0, 1]; null for 1/G, with which a step sends at most 2
+            d/G coordinates in the mean.
 
     Raises:
         ConfigError: a value that cannot work.

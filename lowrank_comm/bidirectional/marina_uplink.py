@@ -49,7 +49,7 @@ class MarinaUplink(Method):
         return RandK(self.uplink_fraction, self.mask)
 
     def uplink_probability(self, d: int) -> float:
-        """q for d coordinates."""
+        """Return q for d coordinates."""
         return (
             self.uplink.kept(d) / d
             if self.uplink_sync_probability is None
@@ -59,7 +59,7 @@ class MarinaUplink(Method):
     def send(
         self, vectors: Tensor, last: Tensor | None, mean: Tensor | None, context: Context
     ) -> Generator[Request, Any, tuple[Tensor | None, Tensor | None]]:
-        """One step of the uplink.
+        """Make one step of the uplink.
 
         Args:
             vectors: x_i+ of the workers here.

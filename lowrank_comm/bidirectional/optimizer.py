@@ -3,9 +3,8 @@ around any torch optimizer.
 
 Every rank is a worker and trains the plain model; its parameters are this worker's own
 point w_i, and differ from rank to rank. Rank 0 is the server too: it holds x, and the
-base optimizer steps there only, on x, with the method's estimate as the
-gradient. The theory covers plain SGD only; Adam and others are offered because they
-work in practice.
+base optimizer steps there only, on x, with the method's estimate as the gradient. The
+theory covers plain SGD only; Adam and others are offered because they work in practice.
 
     loss.backward()      gradients at w_i; passes add up as usual
     optimizer.step()     uplink, the base's step on x, downlink; the parameters become
@@ -111,7 +110,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
     def from_config(
         cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any
     ) -> BidirectionalOptimizer | Optimizer:
-        """From a `lowrank_comm` section, as in a JSON file.
+        """Build the optimizer from a `lowrank_comm` section, as in a JSON file.
 
         Args:
             base: the base optimizer.
@@ -181,7 +180,6 @@ class BidirectionalOptimizer(OptimizerWrapper):
         return f"BidirectionalOptimizer({self.method!r}, {self.base!r})"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
         self.base.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -200,8 +198,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
     # ---------------------------------------------------------------- a step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Uplink, the base's step on x, downlink. A collective, to be called by every
-        worker.
+        """Make one step: uplink, the base's step on x, downlink. A collective, to be
+        called by every worker.
 
         Args:
             closure: computes the loss and the gradients; it runs first.
@@ -227,7 +225,9 @@ class BidirectionalOptimizer(OptimizerWrapper):
         )
 
     def _exchange(self) -> State | None:
-        """Uplink, the base's step on x, downlink; None if the step is vetoed."""
+        """Run uplink, the base's step on x, and downlink; return the next state, None
+        if the step is vetoed.
+        """
         party = self._prepared()
         gradients = party.flat.gradients()
         if not self._workers.agreed:
@@ -239,15 +239,14 @@ class BidirectionalOptimizer(OptimizerWrapper):
         return state
 
     def _move_to(self, state: State) -> None:
-        """Take the next state over."""
         self._prepared().move_to(state)
 
     def _new_gradient(self, parameter: Tensor) -> None:
         self._double_averaging.gradient()
 
     def _descend(self, estimate: Tensor) -> Tensor:
-        """The base's step from x. It is made in the parameters, which get w_0 at the
-        end of the step.
+        """Let the base step from x, and return x+. The step is made in the parameters,
+        which get w_0 at the end of it.
         """
         party = self._prepared()
         flat, local = party.flat, [p.grad for p in party.flat.parameters]
@@ -262,8 +261,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _prepared(self) -> Party:
-        """This rank's party; made at the first call, with w_i = x = the parameters'
-        values.
+        """Return this rank's party. The first call makes it, with w_i = x = the
+        parameters' values.
         """
         if self._party is None:
             named = self._namer.name_all(self.param_groups)
@@ -291,8 +290,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
 
     @contextlib.contextmanager
     def at_server_parameters(self) -> Iterator[None]:
-        """Inside, the model's parameters are x on all workers, for evaluation and for
-        saving it; a collective on entry.
+        """Put x into the model's parameters on all workers inside the block, for
+        evaluation and for saving; a collective on entry.
 
         Raises:
             ConfigError: see `step`.
@@ -307,8 +306,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
             flat.write(own)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's state dict with this worker's state (and on rank 0 the server's);
-        never communicates.
+        """Return the base's state dict with this worker's state (and on rank 0 the
+        server's); no communication.
 
         Every rank saves its own, for instance by `torch.save(...,
         f"optimizer_{rank}.pt")`. With rank 0's alone, or at another number of workers,
@@ -344,7 +343,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         agreed = party.agree_on_saved(state_dict)
         plain = {key: value for key, value in state_dict.items() if key != KEY}
         if agreed.saved is not None and not self.is_server:
-            # the base steps on rank 0 only; its state would be dead weight elsewhere
+            # the base steps on rank 0 only; its state is not used elsewhere
             plain["state"] = {}
         self.base.load_state_dict(plain)
         party.restore(agreed)

@@ -87,7 +87,7 @@ class Party:
         self.ledger.bytes["start"] += self.workers.agree(description)
 
     def exchange(self, gradients: Tensor, descend: Callable[[Tensor], Tensor]) -> State | None:
-        """Uplink, the server's step, downlink; a collective.
+        """Run uplink, the server's step, and downlink; a collective.
 
         Args:
             gradients: at w_i, (d,).
@@ -117,7 +117,7 @@ class Party:
         self.flat.write(self.method.points(self.state)[0])
 
     def server_vector(self) -> Tensor:
-        """x, (d,), on every rank; a collective."""
+        """Return x, (d,), on every rank; a collective."""
         own = self.state["w"][0]
         if self.workers.group.size == 1 or self.t == 0:
             return self.state.get("x", own)
@@ -125,14 +125,14 @@ class Party:
         return self._transport.from_server(x.to(self.flat.device), "asked")
 
     def saved(self) -> Saved:
-        """What a state dict holds of this party."""
+        """Return what a state dict holds of this party."""
         rank, n = self.workers.group.rank, self.workers.group.size
         return Saved(
             self.method.json_name, self.seed, self.t, rank, n, self.flat.shapes, dict(self.state)
         )
 
     def agree_on_saved(self, state_dict: Mapping[str, Any]) -> Agreed:
-        """Look at what is to be loaded, with the other workers; a collective.
+        """Check what is to be loaded, with the other workers; a collective.
 
         Raises:
             StateMismatchError: on all workers, if it does not fit some of them.

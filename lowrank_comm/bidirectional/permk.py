@@ -45,25 +45,27 @@ class Blocks:
     count: int
 
     def length(self) -> int:
-        """Of the longest block: what the busiest link carries."""
+        """Return the length of the longest block, which is what the busiest link
+        carries.
+        """
         return -(-len(self.permutation) // self.count)
 
     def coordinates(self, group: int) -> Tensor:
-        """Of a group's block."""
+        """Return the coordinates of a group's block, int64 on the CPU."""
         number = (group + self.shift) % self.count
         size, longer = divmod(len(self.permutation), self.count)
         start = number * size + min(number, longer)
         return self.permutation[start : start + size + (number < longer)]
 
     def place(self, values: Tensor, worker: int) -> Tensor:
-        """Q_i(v), (d,), from v on the block of worker i's group."""
+        """Return Q_i(v), (d,), from v on the block of worker i's group."""
         there = self.coordinates(int(self.group[worker])).to(values.device)
         return values.new_zeros(len(self.permutation)).index_copy_(
             0, there, values * float(self.scale[worker])
         )
 
     def restrict(self, vector: Tensor, workers: Sequence[int]) -> Tensor:
-        """Q_i(vector) of several workers at once: (d,) -> (W, d)."""
+        """Return Q_i(vector) of several workers at once: (d,) -> (W, d)."""
         size, longer = divmod(len(self.permutation), self.count)
         lengths = torch.full((self.count,), size, device="cpu")
         lengths[:longer] += 1
@@ -102,19 +104,19 @@ class PermK:
     groups: int
 
     def sizes(self, n: int) -> list[int]:
-        """c_b: how many workers are in each group."""
+        """Return c_b, the number of workers in each group."""
         return [len(range(b, n, self.groups)) for b in range(self.groups)]
 
     def omega(self, n: int) -> float:
-        """Variance of Q_i relative to ||v||^2."""
+        """Return the variance of Q_i relative to ||v||^2."""
         return sum(n / c for c in self.sizes(n)) / self.groups - 1.0
 
     def fixed(self, n: int) -> bool:
-        """Whether groups have the same members at all steps."""
+        """Return whether groups have the same members at all steps."""
         return n % self.groups == 0
 
     def draw(self, seed: int, t: int, n: int, d: int) -> Blocks:
-        """The blocks of step t, for n workers and d coordinates."""
+        """Draw the blocks of step t, for n workers and d coordinates."""
         permutation = torch.randperm(
             d, generator=stream(seed, "bidirectional", t, "PermK coordinates"), device="cpu"
         )

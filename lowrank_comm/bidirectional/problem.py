@@ -46,10 +46,10 @@ class Problem:
 
     @property
     def l_max(self) -> float:
-        """max_i L_i."""
+        """The largest smoothness constant of a worker's objective, max_i L_i."""
         return self.smoothness if self.worst_smoothness is None else self.worst_smoothness
 
     @property
     def l_a(self) -> float:
-        """L_A."""
+        """The structure constant L_A; the largest L_i where none is given."""
         return self.l_max if self.structure is None else self.structure

@@ -59,15 +59,15 @@ class RandK:
         check_options(self, "RandK: ")
 
     def kept(self, d: int) -> int:
-        """K."""
+        """Return K, the number of coordinates that are sent of d."""
         return max(1, min(d, round(self.fraction * d)))
 
     def omega(self, d: int) -> float:
-        """d/K - 1."""
+        """Return omega = d/K - 1, the variance of C relative to ||v||^2."""
         return d / self.kept(d) - 1.0
 
     def indices(self, seed: int, t: int, n: int, workers: Sequence[int], d: int) -> Tensor | None:
-        """Coordinates that these of n workers keep at step t.
+        """Draw the coordinates that these of n workers keep at step t.
 
         Returns:
             (W, K) int64 on the CPU; None where all are kept.
@@ -99,13 +99,13 @@ class RandK:
         return vectors.gather(1, indices.to(vectors.device)) * (vectors.shape[1] / indices.shape[1])
 
     def decompress(self, values: Tensor, indices: Tensor | None, d: int) -> Tensor:
-        """C_i(v_i): (W, K) -> (W, d)."""
+        """Return C_i(v_i) from the messages: (W, K) -> (W, d)."""
         if indices is None:
             return values
         return values.new_zeros(len(values), d).scatter_(1, indices.to(values.device), values)
 
     def mean(self, values: Tensor, indices: Tensor | None, d: int) -> Tensor:
-        """(1/n) sum of C_i(v_i) from the messages of all n workers: (n, K) -> (d,)."""
+        """Return the mean of C_i(v_i) from all n workers' messages: (n, K) -> (d,)."""
         if indices is None:
             return values.mean(dim=0)
         total = values.new_zeros(d).index_add_(

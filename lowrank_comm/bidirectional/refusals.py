@@ -26,8 +26,8 @@ _WHY = (
 
 
 def refuse_deepspeed() -> None:
-    """UnsupportedError where Trainer or Accelerate is about to use DeepSpeed in this
-    process.
+    """Raise UnsupportedError where Trainer or Accelerate is about to use DeepSpeed in
+    this process.
     """
     if transformers_uses_deepspeed():
         raise UnsupportedError(
@@ -36,14 +36,14 @@ def refuse_deepspeed() -> None:
 
 
 def refuse_model(model: nn.Module) -> None:
-    """UnsupportedError for a model that is wrapped by an engine."""
+    """Raise UnsupportedError for a model that is wrapped by an engine."""
     wrapper = wrapper_of(model)
     if wrapper is not None:
         raise UnsupportedError(f"the model is wrapped by {wrapper}. {_WHY.format(engine=wrapper)}")
 
 
 def refuse_parameter(name: str, parameter: Tensor) -> None:
-    """UnsupportedError for a parameter of which this rank has a shard only."""
+    """Raise UnsupportedError for a parameter of which this rank has a shard only."""
     engine = None
     if isinstance(parameter, DTensor):
         engine = "FSDP2 (fully_shard), as tensor parallelism,"

@@ -31,7 +31,7 @@ class Saved:
     Attributes:
         method: its JSON name.
         seed, t: of the run.
-        rank, n: whose state it is, of how many.
+        rank, n: the rank that saved it, and the number of workers.
         shapes: of the parameters.
         tensors: w (1, d), and v, y, z, ... of the method; on rank 0 also x (d,), and
             y_bar, g_bar.
@@ -87,7 +87,7 @@ def agree_on_saved(
     workers: Workers,
     ledger: LinkLedger,
 ) -> Agreed:
-    """Look at a state dict, and tell the other workers; a collective.
+    """Check a state dict, and tell the other workers the outcome; a collective.
 
     Raises:
         StateMismatchError: on all workers, if it does not fit some of them.

@@ -13,7 +13,7 @@ from lowrank_comm.errors import ConfigError
 
 
 class _InProcess(Transport):
-    """All workers and the server are here."""
+    """Carries messages within this process, where all workers and the server are."""
 
     def __init__(self, ledger: LinkLedger) -> None:
         self.ledger = ledger
@@ -101,7 +101,7 @@ class BidirectionalSimulation:
         return self.method.points(self.state)
 
     def step(self, gradients: Tensor, batch: int = 1) -> bool:
-        """One step.
+        """Make one step of all workers and the server.
 
         Args:
             gradients: (n, d), worker i's at `points[i]`.

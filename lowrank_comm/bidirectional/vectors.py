@@ -20,8 +20,8 @@ class FlatParameters:
         named: (name, parameter), float32 or float64, on one device.
 
     Raises:
-        ConfigError: no parameter, a narrower dtype, several devices, or a name that
-            stands twice.
+        ConfigError: no parameter, a narrower dtype, several devices, or two parameters
+            of one name.
         UnsupportedError: a parameter that an engine has cut into shards.
     """
 
@@ -64,11 +64,11 @@ class FlatParameters:
         return {name: list(p.shape) for name, p in pairs}
 
     def read(self) -> Tensor:
-        """The parameters, (d,), a copy."""
+        """Return a copy of the parameters, (d,)."""
         return torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.parameters])
 
     def gradients(self) -> Tensor:
-        """Their gradients, (d,), a copy; zero for a parameter that has none.
+        """Return a copy of the gradients, (d,); zero for a parameter that has none.
 
         Raises:
             UnsupportedError: a sparse gradient.
@@ -84,17 +84,17 @@ class FlatParameters:
         return torch.cat(parts)
 
     def shaped(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector as tensors by name, in the parameters' shapes and dtypes."""
+        """Return a vector as tensors by name, in the parameters' shapes and dtypes."""
         pieces = zip(self.names, self.parameters, vector.split(self.sizes), strict=True)
         return {name: piece.view_as(p).to(p.dtype) for name, p, piece in pieces}
 
     @torch.no_grad()
     def write(self, vector: Tensor) -> None:
-        """Parameters <- vector."""
+        """Copy a vector, (d,), into the parameters."""
         for p, piece in zip(self.parameters, vector.split(self.sizes), strict=True):
             p.copy_(piece.view_as(p))
 
     def write_gradients(self, vector: Tensor) -> None:
-        """p.grad <- vector, in tensors of their own."""
+        """Set the parameters' `.grad` to a vector, (d,), in tensors of their own."""
         for p, piece in zip(self.parameters, vector.split(self.sizes), strict=True):
             p.grad = piece.view_as(p).to(p.dtype).clone()

@@ -1,5 +1,5 @@
-"""Optimizers whose state lives in the projected space of GaLore or GoLore; `optimizer`
-tells how a step goes.
+"""Optimizers whose state lives in the projected space of GaLore or GoLore. The module
+`optimizer` describes a step.
 """
 
 from __future__ import annotations

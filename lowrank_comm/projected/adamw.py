@@ -11,7 +11,7 @@ Source: GaLore (Zhao et al.; arXiv 2403.03507), GoLore (He, Li, Hu et al.; arXiv
     W  <- W - lr alpha [ M^ / (sqrt(S^) + eps) ] P^T - lr wd W
 
 M are coordinates of a matrix in the full space, M P_old^T, and M T are those of the
-nearest matrix that the new subspace has. The variances S do not transform like that.
+nearest matrix in the new subspace. The variances S do not transform like that.
 `second_moment` says what becomes of them at a refresh:
 
     "rotate"  S_j <- sum_i S_i T_ij^2 + (1 - sum_i T_ij^2) mean_i S_i. This is exact if
@@ -45,8 +45,9 @@ class ProjectedAdamW(ProjectedOptimizer):
     """AdamW with state in the projected space, data-parallel by averaging projected
     gradients.
 
-    W <- W - lr scale [ M^ / (sqrt(S^) + eps) ] P^T - lr weight_decay W, M and S of size
-    l x r
+    W <- W - lr scale [ M^ / (sqrt(S^) + eps) ] P^T - lr weight_decay W
+
+    M and S are of size l x r.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of them; a group may have

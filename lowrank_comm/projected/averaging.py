@@ -34,8 +34,8 @@ class Entry:
     """One parameter in a step.
 
     Attributes:
-        name: in the model.
-        parameter: itself.
+        name: the parameter's name in the model.
+        parameter: the parameter.
         group: its parameter group.
         rank: r of the projection, or None where the gradient is not projected.
         basis: P (s, r) so far; None without projection, and before the first refresh.
@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether this worker has a gradient for it."""
+        """Whether this worker has a gradient for the parameter."""
         return self.parameter.grad is not None or self.coordinates is not None
 
 
@@ -83,7 +83,7 @@ class Averaging:
         wire_dtype: on the wire, or None for the wider of float32 and the parameter's.
 
     Attributes:
-        workers: who takes part.
+        workers: the workers that take part.
         ledger: bytes handed to collectives.
 
     Raises:
@@ -145,8 +145,8 @@ class Averaging:
         return [averaged.get(entry.name) for entry in entries]
 
     def _steps(self, number: int, entry: Entry, context: Context) -> Steps:
-        """The compressor's generator. One with a deferred refresh first waits for the
-        packet that tells which gradients exist.
+        """Run the compressor's generator for an entry. Where a refresh is deferred,
+        first wait for the packet that tells which gradients exist.
         """
         if self.projection.deferred(entry.refreshed_at, context.t):
             present = yield Presence()
@@ -170,7 +170,9 @@ class Averaging:
         )
 
     def _basis(self, entry: Entry, context: Context) -> Tensor:
-        """P (1, s, r) for the generator, which ignores it where it makes a new one."""
+        """Return P, (1, s, r), for the generator, which ignores it where it makes a new
+        one.
+        """
         if entry.basis is not None:
             return entry.basis.unsqueeze(0)
         parameter, rank = entry.parameter, context.rank

@@ -23,14 +23,14 @@ BelowOne = Annotated[float, Field(ge=0, lt=1), AllowInfNan(False)]
 
 
 def check_number(name: str, value: Any, hint: Any) -> None:
-    """ConfigError that names `name` unless a number, or a tensor of one, is of the type
-    `hint`.
+    """Raise a ConfigError that names `name` unless a number, or a tensor of one, is of
+    the type `hint`.
     """
     check(name, float(value) if isinstance(value, Tensor) else value, hint)
 
 
 def check_parameter(owner: str, parameter: Tensor) -> None:
-    """UnsupportedError or ConfigError for a parameter that cannot be projected or
+    """Raise UnsupportedError or ConfigError for a parameter that cannot be projected or
     averaged here.
     """
     if isinstance(parameter, DTensor) or hasattr(parameter, "_is_flat_param"):

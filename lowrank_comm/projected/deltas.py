@@ -23,7 +23,7 @@ class Gradient(Delta):
 
     @property
     def tensor(self) -> Tensor:
-        """The matrix, widened."""
+        """The gradient, (m, n), in the dtype of the computation."""
         return self._tensor.to(self._dtype)
 
 
@@ -42,13 +42,13 @@ class Coordinates(Delta):
 
     @property
     def tensor(self) -> Tensor:
-        """The whole gradient, which was not kept."""
+        """Not available: the whole gradient was not kept."""
         raise AssertionError("a step that needs whole gradients was given coordinates")
 
     def times(self, q: Tensor) -> Tensor:
-        """R itself: q is the basis that it was made with."""
+        """Return R itself: q is the basis that R was made with."""
         return self._r
 
     def transposed_times(self, p: Tensor) -> Tensor:
-        """R itself, as in `times`."""
+        """Return R itself, as in `times`."""
         return self._r

@@ -199,8 +199,8 @@ class ProjectedOptimizer(Optimizer):
 
     @property
     def t(self) -> int:
-        """Steps made so far; t of the next one. Kept in the groups, which every way of
-        saving an optimizer keeps.
+        """Number of steps made so far, which is t of the next one. It is kept in the
+        parameter groups, since every way of saving an optimizer keeps those.
         """
         return max((int(group["t"]) for group in self.param_groups if "t" in group), default=0)
 
@@ -209,7 +209,7 @@ class ProjectedOptimizer(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _entries(self) -> list[Entry]:
-        """The trainable parameters, in order."""
+        """Return an entry for each trainable parameter, in order."""
         groups = [group for group in self.param_groups for _ in group["params"]]
         named = self._namer.name_all(self.param_groups)
         self._names = {parameter: name for name, parameter in named}
@@ -242,7 +242,9 @@ class ProjectedOptimizer(Optimizer):
         return self._step_log.skipped_in_a_row > 0
 
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's state on this worker: moments and projectors."""
+        """Return the bytes of the optimizer's state on this worker: moments and
+        projectors.
+        """
         return sum(tensor.nbytes for state in self.state.values() for tensor in state.values())
 
     # ---------------------------------------------------------------- a step
@@ -279,13 +281,13 @@ class ProjectedOptimizer(Optimizer):
         )
 
     def _initialise(self) -> None:
-        """Make all state without a step; no communication."""
+        """Make the state of all parameters without a step; no communication."""
         for entry in self._entries():
             if not self.state[entry.parameter]:
                 self.state[entry.parameter] = initial_state(entry, self.rule, self._projection)
 
     def _average(self) -> list[tuple[Entry, Averaged | None]] | None:
-        """Average over the workers; None if the step is vetoed."""
+        """Average the gradients over the workers; return None if the step is vetoed."""
         entries = self._entries()
         if not entries:
             return []
@@ -304,8 +306,8 @@ class ProjectedOptimizer(Optimizer):
         return list(zip(entries, averaged, strict=True))
 
     def _check(self, entries: list[Entry]) -> None:
-        """Before anything whose sizes depend on it: do the workers have the same
-        parameters, state and settings?
+        """Compare parameters, state and settings with the other workers, before any
+        collective whose sizes depend on them.
         """
         workers = self._averaging.workers
         workers.device = entries[0].parameter.device

@@ -41,40 +41,42 @@ class Projection:
 
     @property
     def side(self) -> Side:
-        """The side of the bases, "short" or "long"."""
+        """Side of the matrix on which P is, "short" or "long"."""
         return self.compressor.side
 
     def on_rows(self, parameter: Tensor) -> bool:
-        """Whether P is on the side of the rows; the update is then P R^T, or R P^T."""
+        """Return whether P is on the side of the rows. The update is P R^T then, and
+        R P^T otherwise.
+        """
         m, n = parameter.shape
         return basis_on_rows(m, n, self.side)
 
     def length(self, parameter: Tensor) -> int:
-        """s, the rows of P."""
+        """Return s, the number of rows of P."""
         m, n = parameter.shape
         return basis_rows(m, n, self.side)
 
     def project(self, gradient: Tensor, basis: Tensor) -> Tensor:
-        """R (l, r), the coordinates of a gradient (m, n) in the basis P (s, r)."""
+        """Return R (l, r), the coordinates of a gradient (m, n) in the basis P (s, r)."""
         return (gradient.mT if self.on_rows(gradient) else gradient) @ basis
 
     def initial_basis(self, name: str, parameter: Tensor, rank: int) -> Tensor:
-        """A random P (s, r), for use until the first refresh."""
+        """Draw a random P (s, r), for use until the first refresh."""
         m, n = parameter.shape
         like = torch.empty(0, dtype=computation_dtype(parameter), device=parameter.device)
         context = Context((name,), -1, self.seed, rank, m=m)
         return self.compressor.initial_state(context, m, n, like)["P"][0]
 
     def deferred(self, refreshed_at: int | None, t: int) -> bool:
-        """Whether a refresh before step t fell on a step in which no worker had a
-        gradient, and waits for one.
+        """Return whether a refresh that was due before step t still waits for a
+        gradient, since no worker had one in that step.
         """
         scheduled = t - t % self.compressor.restart_every
         return refreshed_at is not None and refreshed_at < scheduled < t
 
     def refreshes(self, name: str, refreshed_at: int | None, t: int) -> bool:
-        """Whether a parameter's P is refreshed at step t, if any worker has a gradient
-        for it.
+        """Return whether a parameter's P is refreshed at step t, if any worker has a
+        gradient for it.
         """
         return self._schedule.due(name, t) or self.deferred(refreshed_at, t)
 
@@ -109,5 +111,5 @@ def rank_of(parameter: Tensor, group: Mapping[str, Any]) -> int | None:
 
 
 def computation_dtype(parameter: Tensor) -> torch.dtype:
-    """The wider of float32 and the parameter's dtype."""
+    """Return the wider of float32 and the parameter's dtype."""
     return torch.promote_types(parameter.dtype, torch.float32)

@@ -26,10 +26,12 @@ class UpdateRule(Protocol):
     """
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """ConfigError for a bad value of the rule's own keys in a parameter group."""
+        """Raise ConfigError for a bad value of the rule's own keys in a group."""
 
     def initial_state(self, like: Tensor) -> dict[str, Tensor]:
-        """The state before the first step, for gradients like that one."""
+        """Return the state before the first step, for gradients of that shape and
+        dtype.
+        """
 
     def move(self, state: dict[str, Tensor], overlap: Tensor) -> None:
         """Carry the state over to a new subspace by T = P_old^T P_new, (r, r)."""
@@ -97,7 +99,7 @@ def update(
 
 
 def initial_state(entry: Entry, rule: UpdateRule, projection: Projection) -> dict[str, Tensor]:
-    """A parameter's whole state, made without a step; no communication."""
+    """Make a parameter's whole state without a step; no communication."""
     parameter, dtype = entry.parameter, computation_dtype(entry.parameter)
     if entry.rank is None:
         return rule.initial_state(torch.zeros_like(parameter, dtype=dtype))
@@ -111,8 +113,8 @@ def initial_state(entry: Entry, rule: UpdateRule, projection: Projection) -> dic
 
 
 def last_refresh(state: dict[str, Tensor]) -> int | None:
-    """The step of a parameter's last refresh: -1 before the first, None in states saved
-    without it.
+    """Return the step of a parameter's last refresh: -1 before the first, None in
+    states that were saved without it.
     """
     if not state:
         return -1
