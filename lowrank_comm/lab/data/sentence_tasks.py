@@ -37,7 +37,7 @@ from lowrank_comm.numerics.randomness import stream
 
 @dataclass(frozen=True)
 class Example:
-    """A sentence, or two, and its label: a class, or a number."""
+    """One sentence or two with a label, which is a class or a number."""
 
     first: str
     second: str | None
@@ -46,7 +46,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """A task with its examples.
 
     Attributes:
         name: of the task.
@@ -64,7 +64,9 @@ class Task:
 
 @dataclass(frozen=True)
 class _GlueTask:
-    """Fields on the hub, number of labels, metrics, and the part to evaluate on."""
+    """A task of GLUE: its fields on the hub, number of labels, metrics, and the part to
+    evaluate on.
+    """
 
     fields: tuple[str, ...]
     labels: int

@@ -101,7 +101,7 @@ def _digest(file: str) -> str:
 
 
 class Text(Protocol):
-    """Blocks of `sequence_length` tokens."""
+    """A text as blocks of `sequence_length` tokens."""
 
     vocabulary: int
     token: int | None
@@ -127,7 +127,6 @@ class BlockText:
         )
 
     def batches(self, worker: int, workers: int, batch: int, seed: int) -> Iterator[Tensor]:
-        """See `Text`."""
         per_step = batch * workers
         if per_step > len(self._training):
             raise ConfigError(
@@ -142,7 +141,6 @@ class BlockText:
                 yield _stacked(self._training, order[start : start + batch])
 
     def held_out(self, part: int) -> list[Tensor]:
-        """See `Text`."""
         half = len(self._held_out) // 2
         return [
             self._held_out[index]["input_ids"] for index in range(part * half, (part + 1) * half)
@@ -160,8 +158,8 @@ class DocumentText:
         self._training = self._documents("train")
 
     def batches(self, worker: int, workers: int, batch: int, seed: int) -> Iterator[Tensor]:
-        """See `Text`. The documents come in the order of the files; the seed changes
-        nothing.
+        """Yield one worker's batches. The documents come in the order of the files; the
+        seed changes nothing.
         """
 
         def documents() -> Iterator[str]:
@@ -180,7 +178,6 @@ class DocumentText:
             yield torch.stack(list(itertools.islice(blocks, batch)))
 
     def held_out(self, part: int) -> list[Tensor]:
-        """See `Text`."""
         count = self._settings.held_out_tokens // self._settings.sequence_length // 2
         blocks = list(
             itertools.islice(

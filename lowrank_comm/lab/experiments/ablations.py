@@ -31,7 +31,11 @@ _TRAINED: dict[str, dict[str, Any]] = {}
 
 
 class Variant(SectionOf):
-    """momentum: of the base optimizer, if not the problem's."""
+    """A variant of a group.
+
+    Attributes:
+        momentum: of the base optimizer, if not the problem's.
+    """
 
     momentum: float | None = None
 
@@ -51,13 +55,21 @@ class Group(LabSettings):
 
 
 class Memory(SectionOf):
-    """averaged: use the control that keeps the averaged residual."""
+    """A form of the error memory.
+
+    Attributes:
+        averaged: use the control that keeps the averaged residual.
+    """
 
     averaged: bool = False
 
 
 class Drift(LabSettings):
-    """gradients: (heterogeneity, noise). Others: see `drift`."""
+    """How the drift of error memories is measured; see `drift`.
+
+    Attributes:
+        gradients: (heterogeneity, noise) of each kind.
+    """
 
     memories: list[Memory]
     gradients: tuple[tuple[float, float], ...] = ((0.0, 0.5), (0.2, 0.5), (0.2, 0.05))
@@ -87,14 +99,12 @@ class AblationSettings(LabSettings):
 
 
 class Ablations(Experiment):
-    """See the top of this file."""
-
     name: ClassVar[str] = "ablations"
     title: ClassVar[str] = "Ablations: one setting at a time"
     Settings: ClassVar[type[AblationSettings]] = AblationSettings
 
     def cases(self, settings: AblationSettings) -> list[Case]:
-        """One for each variant, and one for each memory."""
+        """Return one case for each variant, and one for each memory."""
         cases = [
             Case(f"{group.name}/{variant.name}", {"group": group.name, "variant": variant.name})
             for group in settings.groups
@@ -106,7 +116,7 @@ class Ablations(Experiment):
         ]
 
     def depends_on(self, settings: AblationSettings, case: Case) -> Any:
-        """The problem and the case's own section."""
+        """Return the problem and the case's own section."""
         if "memory" in case.params:
             common = settings.drift.model_dump(mode="json", exclude={"memories"})
             return common | {"memory": _memory(settings, case).model_dump(mode="json")}
@@ -114,7 +124,7 @@ class Ablations(Experiment):
         return common | {"variant": _variant(settings, case).model_dump(mode="json")}
 
     def run(self, settings: AblationSettings, case: Case, progress: Progress) -> dict[str, Any]:
-        """Losses by rate and seed, or how far memories have parted."""
+        """Return losses by rate and seed, or how far memories have drifted apart."""
         if "memory" in case.params:
             memory, kept = _memory(settings, case), settings.drift
             found = drift.measure(
@@ -131,11 +141,11 @@ class Ablations(Experiment):
         return _trained(settings, _variant(settings, case), progress)
 
     def figures(self, settings: AblationSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """Final losses by group, and the drift."""
+        """Draw the final losses by group, and the drift."""
         return pages.figures(settings, rows)
 
     def page(self, settings: AblationSettings, rows: Sequence[Row]) -> str:
-        """A table for each group, and the drift."""
+        """Write a table for each group, and the drift."""
         return pages.page(settings, rows)
 
 
@@ -151,7 +161,9 @@ def _memory(settings: AblationSettings, case: Case) -> Memory:
 
 
 def _trained(settings: AblationSettings, variant: Variant, progress: Progress) -> dict[str, Any]:
-    """Final loss by rate and seed, the tuned rate, and elements by step."""
+    """Train a variant; return its final loss by rate and seed, the tuned rate, and
+    elements by step.
+    """
     seeds = [settings.tuning_seed, *settings.seeds]
     pairs = [(seed, rate) for rate in settings.rates for seed in seeds]
     momentum = settings.problem.momentum if variant.momentum is None else variant.momentum
@@ -183,7 +195,7 @@ def _training(
     momentum: float,
     progress: Progress,
 ) -> dict[str, Any]:
-    """`teacher.train`, once for the same arguments: several groups have the same
+    """Call `teacher.train` once for the same arguments: several groups have the same
     reference.
     """
     key = json.dumps([problem.model_dump(), section, pairs, momentum], sort_keys=True)

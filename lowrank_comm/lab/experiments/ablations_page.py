@@ -49,7 +49,7 @@ def figures(settings: AblationSettings, rows: Sequence[Row]) -> dict[str, Figure
 
 
 def _finals(rows: Sequence[Row], group: str, variant: str) -> tuple[Row | None, dict[int, float]]:
-    """The row, and seed -> final loss of those that did not diverge."""
+    """Return the row, and seed -> final loss of those that did not diverge."""
     for row in rows:
         if row["params"].get("group") == group and row["params"]["variant"] == variant:
             return row, {
@@ -59,8 +59,8 @@ def _finals(rows: Sequence[Row], group: str, variant: str) -> tuple[Row | None, 
 
 
 def _twins(settings: AblationSettings) -> Iterator[tuple[Group, Variant, Variant]]:
-    """Variants that differ in `consensus_restart` alone: one algorithm in exact
-    arithmetic.
+    """Return the variants that differ in `consensus_restart` alone: they are one
+    algorithm in exact arithmetic.
     """
     for group in settings.groups:
         plain = [
@@ -72,7 +72,7 @@ def _twins(settings: AblationSettings) -> Iterator[tuple[Group, Variant, Variant
 
 
 def _floor(settings: AblationSettings, rows: Sequence[Row]) -> float:
-    """The largest relative difference of a seed between twins; 0 without any."""
+    """Return the largest relative difference of a seed between twins; 0 without any."""
     found = [0.0]
     for group, *pair in _twins(settings):
         (_, one), (_, other) = (_finals(rows, group.name, variant.name) for variant in pair)
@@ -122,8 +122,8 @@ def _group_text(settings: AblationSettings, group: Group, rows: Sequence[Row], f
 
 
 def _against(finals: dict[int, float], reference: dict[int, float], floor: float) -> str:
-    """The ratio to the reference with its verdict; floor: what round-off alone makes of
-    it.
+    """Return the ratio to the reference with its verdict. `floor` is the difference
+    that round-off alone makes.
     """
     if finals == reference:
         return "equal" if finals else ""
@@ -174,7 +174,7 @@ def _draw_losses(settings: AblationSettings, rows: Sequence[Row]) -> Figure:
 
 
 def _drift_of(rows: Sequence[Row], kind: int) -> dict[str, dict[str, Any]]:
-    """Memory -> what was measured with these gradients."""
+    """Return memory -> what was measured with these gradients."""
     return {
         row["params"]["memory"]: row["result"]["gradients"][kind]
         for row in rows

@@ -69,7 +69,7 @@ class Spread:
         return 0 if abs(self.mean) <= self.half_width else int(math.copysign(1, self.mean))
 
     def text(self, digits: int) -> str:
-        """Return mean ± standard deviation."""
+        """Return "mean ± standard deviation"."""
         spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
         return f"{self.mean:.{digits}f}{spread}"
 

@@ -32,8 +32,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Figure1(WithMethods):
-    """Theorem 1's problem with every entry repeated 2 x 2. *_rate: learning rates of
-    the two optimizers.
+    """Theorem 1's problem with every entry repeated 2 x 2. The fields `*_rate` are the
+    learning rates of the two optimizers.
     """
 
     msgd_rate: float = 3e-4
@@ -45,8 +45,10 @@ class Figure1(WithMethods):
 
 
 class Window(WithMethods):
-    """Theorem 1's problem, 2 x 2, by SGD. change: of D^T X D, from which it counts as
-    having moved.
+    """Theorem 1's problem, 2 x 2, trained by SGD.
+
+    Attributes:
+        change: of D^T X D, from which it counts as having moved.
     """
 
     rate: float = 0.02
@@ -59,8 +61,10 @@ class Window(WithMethods):
 
 
 class GaloreTrap(WithMethods):
-    """GaLore's trap, by SGD. sigmas: of the noise, where the gradient's singular values
-    are 0.5.
+    """GaLore's trap, trained by SGD.
+
+    Attributes:
+        sigmas: of the noise, where the gradient's singular values are 0.5.
     """
 
     sigmas: tuple[float, ...] = (1.0, 0.4)
@@ -72,7 +76,7 @@ class GaloreTrap(WithMethods):
 
 
 class CounterexampleSettings(LabSettings):
-    """The three parts."""
+    """The settings of the three parts."""
 
     figure1: Figure1
     window: Window
@@ -80,14 +84,12 @@ class CounterexampleSettings(LabSettings):
 
 
 class Counterexamples(Experiment):
-    """See the top of this file."""
-
     name: ClassVar[str] = "counterexamples"
     title: ClassVar[str] = "Counterexamples: two traps and two escapes"
     Settings: ClassVar[type[CounterexampleSettings]] = CounterexampleSettings
 
     def cases(self, settings: CounterexampleSettings) -> list[Case]:
-        """One for each curve, and one for each row of the window's table."""
+        """Return one case for each curve and one for each row of the window's table."""
         cases = [
             Case(
                 f"figure1/{optimizer}/{method.name}",
@@ -120,7 +122,7 @@ class Counterexamples(Experiment):
         ]
 
     def depends_on(self, settings: CounterexampleSettings, case: Case) -> Any:
-        """The case's part without its other methods."""
+        """Return the case's part without its other methods."""
         part = getattr(settings, case.params["part"])
         return part.model_dump(mode="json", exclude={"methods"}) | {
             "section": part.section(case.params["method"])
@@ -129,7 +131,7 @@ class Counterexamples(Experiment):
     def run(
         self, settings: CounterexampleSettings, case: Case, progress: Progress
     ) -> dict[str, Any]:
-        """A curve, or the steps at which the trap opens."""
+        """Return a curve, or the steps at which the trap opens."""
         match case.params["part"]:
             case "figure1":
                 return _figure1(settings.figure1, case)
@@ -138,11 +140,10 @@ class Counterexamples(Experiment):
         return _galore(settings.galore, case, progress)
 
     def figures(self, settings: CounterexampleSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """Loss curves of Figure 1, gradient norms of GaLore's trap."""
+        """Draw the loss curves of Figure 1 and the gradient norms of GaLore's trap."""
         return pages.figures(settings, rows)
 
     def page(self, settings: CounterexampleSettings, rows: Sequence[Row]) -> str:
-        """The three parts."""
         return pages.page(settings, rows)
 
 
@@ -172,7 +173,7 @@ def _figure1(part: Figure1, case: Case) -> dict[str, Any]:
 
 
 def _window(part: Window, case: Case) -> dict[str, Any]:
-    """workers -> first visible step, or None if the trap stayed shut."""
+    """Return number of workers -> first visible step, None if the trap stayed shut."""
     opened = {}
     for workers in part.workers:
         rotation = COORDINATES[case.params["coordinates"]]

@@ -38,14 +38,16 @@ def figures(settings: CounterexampleSettings, rows: Sequence[Row]) -> dict[str, 
 
 
 def _of(rows: Sequence[Row], **params: Any) -> list[Row]:
-    """Rows with these params."""
+    """Return the rows with these params."""
     return [
         row for row in rows if all(row["params"].get(key) == value for key, value in params.items())
     ]
 
 
 def _curves(axes: Axes, rows: Sequence[Row], curve: str) -> None:
-    """One line for each row; below the panel's lower end it leaves the panel."""
+    """Draw a line for each row. A line that falls below the panel's lower end leaves
+    the panel.
+    """
     for number, row in enumerate(rows):
         values = row["result"][curve]
         axes.semilogy(

@@ -65,7 +65,7 @@ class Plan(LabSettings):
 
 
 class FineTuningSettings(LabSettings):
-    """What is fine-tuned on what.
+    """Which encoder is fine-tuned on which tasks.
 
     Attributes:
         source: "bbc" (a package), or GLUE: a folder of files, or a name on a hub, see
@@ -106,14 +106,16 @@ class FineTuningSettings(LabSettings):
 
 
 class FineTuning(Experiment):
-    """Table 1's analogue."""
+    """Fine-tuning under every compressor, after Table 1 of the PowerSGD+ paper."""
 
     name: ClassVar[str] = "fine_tuning"
     title: ClassVar[str] = "Fine-tuning a pretrained encoder, under every compressor"
     Settings = FineTuningSettings
 
     def cases(self, settings: FineTuningSettings) -> list[Case]:
-        """Seeds outermost, so that a part of them has all tasks and methods."""
+        """Return the cases seed by seed, so that a part of them has all tasks and
+        methods.
+        """
         return [
             Case(f"{task}/{method}/seed{seed}", {"task": task, "method": method, "seed": seed})
             for seed in settings.seeds
@@ -122,7 +124,7 @@ class FineTuning(Experiment):
         ]
 
     def depends_on(self, settings: FineTuningSettings, case: Case) -> Any:
-        """All but the lists that say which other cases there are."""
+        """Return all settings but the lists that say which other cases there are."""
         lists = {"methods", "seeds", "tasks", "reference", "device"}
         return settings.model_dump(mode="json", exclude=lists) | {
             "plan": settings.tasks[case.params["task"]].model_dump(mode="json"),
@@ -130,7 +132,7 @@ class FineTuning(Experiment):
         }
 
     def run(self, settings: FineTuningSettings, case: Case, progress: Progress) -> dict[str, Any]:
-        """Fine-tune one model and judge it."""
+        """Fine-tune one model and score it on the held-out examples."""
         seed, plan = case.params["seed"], settings.tasks[case.params["task"]]
         method = with_tau(settings.methods[case.params["method"]], plan.restart_every)
         section = method.checked(settings.rank if method.has_rank else None, seed)
@@ -187,11 +189,11 @@ class FineTuning(Experiment):
         }
 
     def figures(self, settings: FineTuningSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """Scores of every task."""
+        """Draw the scores of every task."""
         return pages.figures(settings, rows)
 
     def page(self, settings: FineTuningSettings, rows: Sequence[Row]) -> str:
-        """Tables and sentences, from the rows."""
+        """Write tables and sentences from the rows."""
         return pages.page(settings, rows)
 
 

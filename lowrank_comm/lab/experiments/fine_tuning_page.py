@@ -226,7 +226,7 @@ def _paper_table(settings: Any) -> str:
 
 
 def figures(settings: Any, rows: Sequence[Row]) -> dict[str, Figure]:
-    """Return file stem -> figure."""
+    """Return file stem -> figure: the scores by task."""
     figure = Figure(figsize=(2.6 * len(settings.tasks) + 2.5, 3.6), layout="constrained")
     for axes, task in zip(
         figure.subplots(1, len(settings.tasks), squeeze=False)[0], settings.tasks, strict=True

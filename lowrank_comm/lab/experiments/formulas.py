@@ -26,7 +26,7 @@ def evaluate(formula: str, values: Mapping[str, int]) -> Fraction:
     """Return the exact value of a formula: whole numbers, names, + - * / //, min, max.
 
     Args:
-        formula: the text.
+        formula: what is evaluated.
         values: name -> number.
 
     Raises:

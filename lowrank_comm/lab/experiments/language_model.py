@@ -63,8 +63,10 @@ class Larger(LabSettings):
 
 
 class LanguageModelSettings(LabSettings):
-    """See the top of this file. `paper` names the column of the paper's table that is
-    shown beside the results.
+    """What is trained, and how; see the top of this file.
+
+    Attributes:
+        paper: names the column of the paper's table that is shown beside the results.
     """
 
     text: TextSettings = TextSettings()
@@ -104,7 +106,7 @@ class LanguageModelSettings(LabSettings):
 
 
 class LanguageModel(Experiment):
-    """Table 3's analogue."""
+    """Pre-training under every compressor, after Table 3 of the PowerSGD+ paper."""
 
     name: ClassVar[str] = "language_model"
     title: ClassVar[str] = "A language model from nothing, under every compressor"
@@ -127,11 +129,11 @@ class LanguageModel(Experiment):
         return cases
 
     def stage(self, settings: LanguageModelSettings, case: Case) -> int:
-        """Tuning comes first."""
+        """Return 0 for tuning, which comes first, and 1 for the other cases."""
         return int(case.params["part"] != "tune")
 
     def prepared(self, settings: LanguageModelSettings, case: Case, rows: Sequence[Row]) -> Case:
-        """A final case gets the learning rate that its method's tuning found.
+        """Give a final case the learning rate that its method's tuning found.
 
         Raises:
             ConfigError: a tuning case of the method has not been finished, or all of
@@ -156,7 +158,7 @@ class LanguageModel(Experiment):
         return Case(case.key, case.params | {"learning_rate": rate})
 
     def depends_on(self, settings: LanguageModelSettings, case: Case) -> Any:
-        """All but the lists that say which other cases there are."""
+        """Return all settings but the lists that say which other cases there are."""
         part, method = case.params["part"], settings.methods[case.params["method"]]
         common = {
             "text": settings.text.what_it_says(),
@@ -231,11 +233,11 @@ class LanguageModel(Experiment):
         }
 
     def figures(self, settings: LanguageModelSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """The gap to full precision, and the training losses."""
+        """Draw the gap to full precision, and the training losses."""
         return figures(settings, rows)
 
     def page(self, settings: LanguageModelSettings, rows: Sequence[Row]) -> str:
-        """Tables and sentences, from the rows."""
+        """Write tables and sentences from the rows."""
         return page(settings, rows)
 
 
@@ -250,7 +252,7 @@ def _grid(
     ranks: list[int],
     seeds: list[int],
 ) -> list[Case]:
-    """Seeds outermost; a method without a rank once."""
+    """Return the cases of a grid, seed by seed; a method without a rank comes once."""
     cases = []
     for seed in seeds:
         for name in methods:

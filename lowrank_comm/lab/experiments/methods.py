@@ -13,11 +13,11 @@ from lowrank_comm.lab.experiment import LabSettings
 
 
 class SectionOf(LabSettings):
-    """A named section.
+    """A section with a name.
 
     Attributes:
         name: in tables and case keys.
-        section: as of a configuration file; see `config.Section`.
+        section: as in a configuration file; see `config.Section`.
     """
 
     name: str

@@ -120,14 +120,12 @@ CONTENDERS: dict[str, Contender] = {
 
 
 class Scaling(Experiment):
-    """See the top of this file."""
-
     name: ClassVar[str] = "scaling"
     title: ClassVar[str] = "Scaling with the number of workers on the simulated clock"
     Settings: ClassVar[type[ScalingSettings]] = ScalingSettings
 
     def cases(self, settings: ScalingSettings) -> list[Case]:
-        """One for each problem, method and n."""
+        """Return one case for each problem, method and n."""
         return [
             Case(f"{problem}/{method}/{n}", {"problem": problem, "method": method, "n": n})
             for problem in settings.problems
@@ -138,12 +136,12 @@ class Scaling(Experiment):
         ]
 
     def depends_on(self, settings: ScalingSettings, case: Case) -> Any:
-        """All settings but which problems and n there are."""
+        """Return all settings but which problems and n there are."""
         return settings.model_dump(mode="json", exclude={"problems", "workers"})
 
     def run(self, settings: ScalingSettings, case: Case, progress: Progress) -> dict[str, Any]:
-        """The search, and the seconds of the choice that it found; of a synchronous
-        method also its floor.
+        """Search, and measure the seconds of the choice that was found; for a
+        synchronous method also its floor.
         """
         problem, name, n = case.params["problem"], case.params["method"], case.params["n"]
         tilt = settings.tilt if problem == "heterogeneous" else 0.0
@@ -171,11 +169,11 @@ class Scaling(Experiment):
         return result
 
     def figures(self, settings: ScalingSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """Seconds against n, one picture for each problem."""
+        """Draw seconds against n, one figure for each problem."""
         return {problem: pages.draw(problem, rows) for problem in settings.problems}
 
     def page(self, settings: ScalingSettings, rows: Sequence[Row]) -> str:
-        """Tables of seconds and of choices, and the ratios that were expected."""
+        """Write tables of seconds and of choices, and the ratios that were expected."""
         return pages.page(settings, rows)
 
 
@@ -219,14 +217,15 @@ def _search(
 def _starts(
     settings: ScalingSettings, grid: dict[str, Sequence[Any]], name: str, n: int
 ) -> list[Choice]:
-    """Near what the theory has, up to constants: gamma half of the largest stable one,
-    but 1/(n L) or so for the control.
+    """Return where the search starts: near what the theory has, up to constants.
 
-    B = sigma^2 (d/K)/(n eps); with momentum, where larger steps want less noise, sqrt(2
-    kappa d sigma^2/(h n eps)), at which h B balances the links. From gamma = 1/L the
-    search for M4 at n = 256 ended in a valley far above synchronous SGD with its step
-    size. For the same reason a method that compresses both ways has two starts: the
-    downlink alone, and both.
+    gamma is half of the largest stable one, but about 1/(n L) for the control.
+    B = sigma^2 (d/K)/(n eps) without momentum. With it larger steps want less noise:
+    B = sqrt(2 kappa d sigma^2/(h n eps)), at which h B balances the links.
+
+    From gamma = 1/L the search for M4 at n = 256 ended in a valley far above
+    synchronous SGD with its step size. For the same reason a method that compresses
+    both ways has two starts: the downlink alone, and both.
     """
     least = settings.variance / (n * settings.eps)
     a, balanced = 0.3, math.sqrt(2 * settings.kappa * settings.d * least / settings.h)

@@ -87,8 +87,10 @@ with the B that its own search chose.
 
 @dataclass(frozen=True)
 class Claim:
-    """An expected ratio, and what the rows say of it. ratio: infinite where the
-    numerator did not reach the target.
+    """An expected ratio, and what the rows say of it.
+
+    Attributes:
+        ratio: infinite where the numerator did not reach the target.
     """
 
     problem: str
@@ -144,7 +146,7 @@ def ends(settings: Any, row: Row) -> dict[str, bool]:
 
 
 def _never_compressed_up(rows: Sequence[Row]) -> str:
-    """State whose uplink no search compressed: the page cannot judge it."""
+    """State which methods' uplink no search compressed: the page cannot judge it."""
     shares: dict[str, set[float]] = {}
     for row in rows:
         chosen = row["result"]["chosen"]

@@ -39,13 +39,21 @@ WORKERS = {"simulation": "simulated workers", "gloo": "gloo processes"}
 
 
 class SpeedupMethod(SectionOf):
-    """shared_noise: all workers see the same noise, a control."""
+    """A method of the speed-up.
+
+    Attributes:
+        shared_noise: all workers see the same noise, as a control.
+    """
 
     shared_noise: bool = False
 
 
 class SpeedupSettings(WithMethods):
-    """tolerance: of the slope around -1/2. Others: see the top of this file."""
+    """The problem and the methods; see the top of this file.
+
+    Attributes:
+        tolerance: of the slope around -1/2.
+    """
 
     methods: list[SpeedupMethod] = Field(min_length=1)  # type: ignore[assignment]
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -62,14 +70,12 @@ class SpeedupSettings(WithMethods):
 
 
 class Speedup(Experiment):
-    """See the top of this file."""
-
     name: ClassVar[str] = "speedup"
     title: ClassVar[str] = "Linear speed-up (Theorem 2)"
     Settings: ClassVar[type[SpeedupSettings]] = SpeedupSettings
 
     def cases(self, settings: SpeedupSettings) -> list[Case]:
-        """One for each method and N."""
+        """Return one case for each method and N."""
         return [
             Case(f"{method.name}/N={workers}", {"method": method.name, "workers": workers})
             for method in settings.methods
@@ -77,12 +83,12 @@ class Speedup(Experiment):
         ]
 
     def depends_on(self, settings: SpeedupSettings, case: Case) -> Any:
-        """The problem and the method, without the other methods and sizes."""
+        """Return the problem and the method, without the other methods and sizes."""
         problem = settings.model_dump(mode="json", exclude={"methods", "workers", "tolerance"})
         return problem | {"method": settings.method(case.params["method"]).model_dump(mode="json")}
 
     def run(self, settings: SpeedupSettings, case: Case, progress: Progress) -> dict[str, Any]:
-        """Mean squared gradient norm over all steps, by seed."""
+        """Return the mean squared gradient norm over all steps, by seed."""
         # the progress bar cannot be passed to another process
         shown = progress if settings.backend == "simulation" else silent
         workers, method = case.params["workers"], settings.method(case.params["method"])
@@ -91,7 +97,7 @@ class Speedup(Experiment):
         return {"mean_squared_gradient": {str(seed): value for seed, value in values.items()}}
 
     def figures(self, settings: SpeedupSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """Mean squared gradient norm against N, with a line of slope -1/2."""
+        """Draw the mean squared gradient norm against N, with a line of slope -1/2."""
         figure = Figure(figsize=(6.4, 4.6), layout="constrained")
         axes = figure.subplots()
         for number, method in enumerate(settings.methods):
@@ -128,7 +134,7 @@ class Speedup(Experiment):
         return {"speedup": figure}
 
     def page(self, settings: SpeedupSettings, rows: Sequence[Row]) -> str:
-        """The table of means and slopes."""
+        """Write the table of means and slopes."""
         lines, outside = [], []
         for method in settings.methods:
             means, slopes = _means(rows, method.name), _slopes(rows, method.name)

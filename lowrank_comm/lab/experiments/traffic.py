@@ -49,8 +49,11 @@ class TrafficMethod(SectionOf):
 
 
 class TrafficSettings(WithMethods):
-    """shapes: of the matrix; rank, restart_every: r and tau of every method that has
-    them.
+    """The matrices and the methods.
+
+    Attributes:
+        shapes: of the matrix.
+        rank, restart_every: r and tau of every method that has them.
     """
 
     methods: list[TrafficMethod] = Field(min_length=1)  # type: ignore[assignment]
@@ -63,14 +66,12 @@ class TrafficSettings(WithMethods):
 
 
 class Traffic(Experiment):
-    """See the top of this file."""
-
     name: ClassVar[str] = "traffic"
     title: ClassVar[str] = "Traffic: elements sent per iteration (Table 2)"
     Settings: ClassVar[type[TrafficSettings]] = TrafficSettings
 
     def cases(self, settings: TrafficSettings) -> list[Case]:
-        """One for each method and shape."""
+        """Return one case for each method and shape."""
         return [
             Case(f"{method.name}/{m}x{n}", {"method": method.name, "m": m, "n": n})
             for method in settings.methods
@@ -78,12 +79,12 @@ class Traffic(Experiment):
         ]
 
     def depends_on(self, settings: TrafficSettings, case: Case) -> Any:
-        """The method and what is common, without the other methods and shapes."""
+        """Return the settings without the other methods and shapes."""
         common = settings.model_dump(mode="json", exclude={"methods", "shapes"})
         return common | {"method": settings.method(case.params["method"]).model_dump(mode="json")}
 
     def run(self, settings: TrafficSettings, case: Case, progress: Progress) -> dict[str, Any]:
-        """Elements by kind over whole periods."""
+        """Return elements by kind over whole periods."""
         method = settings.method(case.params["method"])
         m, n = case.params["m"], case.params["n"]
         section = _section(settings, method)
@@ -113,7 +114,7 @@ class Traffic(Experiment):
         }
 
     def figures(self, settings: TrafficSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """Measured elements and Table 2's, for the first shape, as shares of the
+        """Draw measured elements and Table 2's, for the first shape, as shares of the
         matrix.
         """
         m, n = settings.shapes[0]
@@ -146,7 +147,7 @@ class Traffic(Experiment):
         return {"traffic": figure}
 
     def page(self, settings: TrafficSettings, rows: Sequence[Row]) -> str:
-        """One table for each shape."""
+        """Write one table for each shape."""
         parts = [
             (
                 f"r = {settings.rank}, tau = {settings.restart_every}, N = {settings.workers}"

@@ -31,7 +31,7 @@ from lowrank_comm.numerics.randomness import stream
 
 @dataclass(frozen=True)
 class AveragedResidual(PowerSGD):
-    """PowerSGD whose workers keep Delta_i minus what all apply. A control."""
+    """The control: PowerSGD whose workers keep Delta_i minus the applied mean."""
 
     json_name: ClassVar[str] = "powersgd with the averaged residual"
 
@@ -67,7 +67,7 @@ def measure(
         shape: m, n.
         checkpoints: numbers of steps.
         seeds: of each kind of gradients.
-        progress: called now and then.
+        progress: called with the share that is done.
 
     Returns:
         For each kind of gradients, by checkpoint: "deviation" and "mean_error", root

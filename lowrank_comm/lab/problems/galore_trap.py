@@ -45,7 +45,7 @@ def train(
         steps: number of steps.
         seeds: one run for each, all in one batch.
         every: steps between two records.
-        progress: called now and then.
+        progress: called with the share that is done.
     """
     names = {seed: f"X of seed {seed}" for seed in seeds}
     seen = torch.zeros(size, 1, dtype=torch.float64)

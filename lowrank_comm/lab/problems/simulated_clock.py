@@ -35,7 +35,7 @@ coordinate.
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """The function f that is minimised, with its noise.
 
     Args:
         d: dimension.
@@ -58,13 +58,13 @@ class Objective:
         return quadratic + (NON_CONVEX if self.non_convex else 0.0)
 
     def b(self) -> Tensor:
-        """b, (d,)."""
+        """Draw b, (d,)."""
         return 0.15 * torch.randn(
             self.d, generator=stream(self.seed, "scaling", 0, "b"), dtype=torch.float64
         )
 
     def tilts(self, n: int) -> Tensor:
-        """c_i, (n, d); their sum is 0."""
+        """Draw c_i, (n, d), whose sum is 0."""
         drawn = torch.randn(
             n, self.d, generator=stream(self.seed, "scaling", 0, "tilts"), dtype=torch.float64
         )
@@ -83,8 +83,8 @@ class Objective:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run until eps: seconds on the clock (infinite, if a limit came first), the
-    last mean of ||grad f||^2, steps, and numbers carried on a link.
+    """Outcome of one run until eps: seconds on the clock (infinite, if a limit came
+    first), the last mean of ||grad f||^2, steps, and numbers carried on a link.
     """
 
     seconds: float

@@ -30,8 +30,10 @@ DIVERGED = 1e3
 
 
 class TeacherProblem(LabSettings):
-    """Sizes of the problem; see the top of this file. batch: samples of a worker and
-    step.
+    """Sizes of the problem; see the top of this file.
+
+    Attributes:
+        batch: samples of a worker and step.
     """
 
     inputs: int = 24
@@ -159,7 +161,7 @@ def train(
         section: the compressor, as in a configuration file.
         pairs: (seed, learning rate) of each copy.
         momentum: mu of the base optimizer.
-        progress: called now and then.
+        progress: called with the share that is done.
 
     Returns:
         "final": loss by copy over the last tenth of the steps; "curve": (step, losses

@@ -62,25 +62,27 @@ class Problem:
 
     @cached_property
     def d(self) -> Tensor:
-        """D, (2 block,)."""
+        """The vector D of f, (2 block,)."""
         return self._turned(
             torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(self.block)
         )
 
     @cached_property
     def a(self) -> Tensor:
-        """A = D D^T, the direction of every gradient."""
+        """The direction of every gradient, A = D D^T."""
         return torch.outer(self.d, self.d)
 
     @cached_property
     def b(self) -> Tensor:
-        """B, all ones before the rotation."""
+        """The noise matrix B, which is all ones before the rotation."""
         ones = self._turned(torch.ones(2 * self.block, dtype=torch.float64))
         return torch.outer(ones, ones)
 
     @property
     def start(self) -> Tensor:
-        """X_0, a multiple of A with D^T X_0 D = 2, so that f = 3 and psi' = 2."""
+        """The start X_0, a multiple of A with D^T X_0 D = 2, so that f = 3 and
+        psi' = 2.
+        """
         return 2 * self.a / self.a.numel()
 
     def _turned(self, vector: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class Problem:
         return vector.to(self.dtype)
 
     def functional(self, x: Tensor) -> float:
-        """D^T X D."""
+        """Return D^T X D, of which f is a function."""
         return float(self.d @ x @ self.d)
 
     def loss_and_slope(self, x: Tensor) -> tuple[float, float]:
@@ -157,7 +159,7 @@ def train(
     """Train for `steps` steps from X_0 by N simulated workers.
 
     Args:
-        problem: the problem.
+        problem: at one size.
         section: the compressor, as in a configuration file.
         optimizer_of: makes the base optimizer.
         seed: of the coins.

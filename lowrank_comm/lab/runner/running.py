@@ -33,8 +33,12 @@ from lowrank_comm.lab.runner.rows import Rows, code, made_for, plain
 
 @dataclass
 class Ended:
-    """Outcome of a call. finished: cases with a row now; failed: key -> traceback;
-    total: cases of the preset.
+    """Outcome of a call.
+
+    Attributes:
+        finished: cases with a row now.
+        failed: key -> traceback.
+        total: cases of the preset.
     """
 
     finished: int = 0
@@ -71,7 +75,7 @@ def run_preset(
         folder: of the rows.
         only: a pattern of case keys, as of file names.
         jobs: processes side by side; with 1, all runs in this process.
-        console: where progress is shown; nowhere if None.
+        console: where progress is shown; None shows none.
 
     Raises:
         ConfigError: the folder holds rows of other settings, no case fits `only`, jobs
@@ -162,8 +166,8 @@ def ordered_rows(preset: Preset, folder: Path) -> list[Row]:
 
 
 def one_case(name: str, settings: dict[str, Any], case: Case, progress: Any) -> Row | str:
-    """A row, or the traceback of what went wrong. Plain arguments, so that another
-    process can be handed them.
+    """Run a case; return its row, or the traceback of the error. The arguments are
+    plain, so that they can be passed to another process.
     """
     kind = experiment(name)
     start = time.perf_counter()
@@ -217,8 +221,8 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def _one_case_elsewhere(name: str, settings: dict[str, Any], case: Case, queue: Any) -> Row | str:
-    """In a process of its own, with one thread: processes side by side that each take
-    all cores hinder one another.
+    """Run a case in a process of its own, with one thread: processes side by side that
+    each take all cores hinder one another.
     """
     torch.set_num_threads(1)
     last = 0.0

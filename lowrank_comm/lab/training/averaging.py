@@ -122,7 +122,7 @@ class Crew:
 
     @property
     def local_workers(self) -> range:
-        """Numbers of the workers that this process plays."""
+        """Numbers of the workers that this process simulates."""
         return range(self.size) if self.rank is None else range(self.rank, self.rank + 1)
 
     def averager(

@@ -48,7 +48,7 @@ class Method(LabSettings):
     has_rank: bool = True
 
     def checked(self, rank: int | None, seed: int) -> Section:
-        """Return the section of a run.
+        """Return the section of a run, checked.
 
         Raises:
             ConfigError: the section cannot work, or its compressor is unknown.

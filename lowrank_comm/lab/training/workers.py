@@ -111,7 +111,7 @@ class SimulatedWorkers:
         return items
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums over the shares."""
+        """Return the sums of values over the shares."""
         return values
 
 
@@ -139,7 +139,7 @@ class ProcessWorkers:
         )
 
     def collect(self) -> None:
-        """The gradients stay in the parameters."""
+        """Do nothing: the gradients stay in the parameters."""
 
     def step(self) -> bool:
         """Average, clip, step. Return False if some worker's gradient was not finite
@@ -158,7 +158,7 @@ class ProcessWorkers:
         return items[self.local_workers[0] :: dist.get_world_size()]
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums over the shares."""
+        """Return the sums of values over the shares."""
         dist.all_reduce(values)
         return values
 
