@@ -46,8 +46,8 @@ def check(compression: Compression, who: str) -> None:
 
 
 def is_disabled(compression: Any) -> bool:
-    """Whether nothing is to be compressed: a section has "enabled": false, or a base
-    optimizer comes from `CompressedOptimizer.from_config` with such a section.
+    """Return whether nothing is to be compressed: a section has "enabled": false, or a
+    base optimizer comes from `CompressedOptimizer.from_config` with such a section.
     """
     if isinstance(compression, Mapping):
         return compression.get("enabled") is False
@@ -55,8 +55,8 @@ def is_disabled(compression: Any) -> bool:
 
 
 def around(base: Optimizer, compression: Compressor | Mapping[str, Any]) -> Any:
-    """A compressed optimizer around a plain one; the plain one for a section with
-    "enabled": false.
+    """Return a compressed optimizer around a plain one; the plain one for a section
+    with "enabled": false.
     """
     if isinstance(compression, Compressor):
         return CompressedOptimizer(base, compression)

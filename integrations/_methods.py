@@ -15,7 +15,7 @@ def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> None:
     once: a second call with the same method changes nothing.
 
     Args:
-        owner: a Trainer, an engine, an optimizer.
+        owner: a Trainer, an engine or an optimizer.
         name: of its method, whose signature is kept.
         around: a bound method of ours, held weakly. When its object is gone, the
             original is called by itself: `owner` may live longer, and does not keep our

@@ -192,8 +192,8 @@ def _connect(
 
 
 def _tell(optimizer: CompressedOptimizer, *_: Any) -> None:
-    """After a step: what AcceleratedOptimizer.step looks at next, with a scaler and
-    without.
+    """Tell Accelerate, after a step, whether it was skipped: set what
+    AcceleratedOptimizer.step reads next, with a scaler and without.
     """
     told = _told[optimizer]()
     if told is not None:
@@ -202,7 +202,9 @@ def _tell(optimizer: CompressedOptimizer, *_: Any) -> None:
 
 
 def _consolidating(accelerator: Accelerator) -> Callable[..., Any]:
-    """`accelerator.save_state`, which all ranks call."""
+    """Return an `accelerator.save_state` that first averages the error memory over the
+    workers; all ranks call it.
+    """
     save = accelerator.save_state
 
     @functools.wraps(save)

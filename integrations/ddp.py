@@ -77,7 +77,7 @@ class DDPEngine(Engine):
         _hook_of(ddp).engine = weakref.ref(self)
 
     def _match(self, match: Callable[[], None]) -> None:
-        """Around DDP's collective of the map of used parameters."""
+        """Run `match`, DDP's collective of the map of used parameters."""
         match()
         self._take_part()
 
@@ -101,8 +101,8 @@ class DDPEngine(Engine):
             take_part()
 
     def bucket(self, bucket: dist.GradBucket) -> None:
-        """Take note that DDP is done with a bucket; outside of a backward pass this is
-        a joined rank, which takes part in the reduction now.
+        """Note that DDP is done with a bucket. Outside of a backward pass this rank has
+        joined, and takes part in the reduction now.
         """
         if torch._C._current_graph_task_id() != -1 or not bucket.is_last() or self._after_the_map:
             return
@@ -116,7 +116,7 @@ class DDPEngine(Engine):
 
     @override
     def release(self) -> None:
-        """DDP reduces by itself again."""
+        """Let DDP reduce by itself again."""
         self._forward.remove()
         self._ddp.__dict__.pop(_MAP, None)
         _hook_of(self._ddp).engine = None
@@ -158,7 +158,7 @@ class _Hook:
 
 
 def _hook_of(ddp: DistributedDataParallel) -> _Hook:
-    """Return our hook on a DDP model; the first time it is registered."""
+    """Return our hook on a DDP model; the first call registers it."""
     hook = _hooks.get(ddp)
     if hook is None:
         hook = _Hook(ddp)
@@ -180,7 +180,7 @@ def _hook_of(ddp: DistributedDataParallel) -> _Hook:
 
 
 def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
-    """The engine of a model that is, or holds, a DistributedDataParallel.
+    """Return the engine of a model that is, or holds, a DistributedDataParallel.
 
     Raises:
         UnsupportedError: it holds several, or something of it that cannot go with

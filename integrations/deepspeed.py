@@ -34,7 +34,7 @@ The parts, in `_deepspeed`:
     adapter          the compressed step of one engine (points 1 to 4)
     internals        DeepSpeed's private names, checked; what a `GradientStore` is
     whole, zero      where gradients wait at stage 0, and at the ZeRO stages
-    topology         who the workers are: every rank, or the nodes
+    topology         what a worker is: every rank, or a node
     levels           the averaging of whole gradients, on one level or on two
     checkpoints      the reducer's state in the engine's checkpoints
     unsupported      settings that are refused, and why

@@ -40,7 +40,7 @@ from lowrank_comm.optimizer.engine import Engine
 
 
 def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
-    """The engine of a model to which fully_shard was applied.
+    """Return the engine of a model to which fully_shard was applied.
 
     Raises:
         UnsupportedError: FSDP1, or a placement other than that of data parallelism.
@@ -73,8 +73,8 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
 
 
 def _hsdp(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: str) -> Engine:
-    """A 2-D mesh: FSDP's all-reduce between nodes becomes ours (it may be already, from
-    an earlier optimizer).
+    """Return the engine for a 2-D mesh. FSDP's all-reduce between nodes is replaced by
+    ours, unless an earlier optimizer has done so already.
     """
     info = groups[0].mesh_info
     between = info.mesh.get_group(1 - info.shard_mesh_dim)
@@ -94,7 +94,9 @@ def _hsdp(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: 
 
 
 def _one_d(model: nn.Module, groups: list[Any], process_group: Any, shard_scope: str) -> Engine:
-    """A 1-D mesh: of one node, with a group between nodes given; or of all ranks."""
+    """Return the engine for a 1-D mesh: of one node, where a group between nodes is
+    given, or of all ranks.
+    """
     info = groups[0].mesh_info
     ours = covered_ranks(info.shard_process_group)
     if isinstance(process_group, DeviceMesh) and process_group.ndim == 2:

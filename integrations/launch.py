@@ -2,13 +2,12 @@
 switched on.
 
     deepspeed --module lowrank_comm.integrations.launch train.py --its-own-arguments
-    torchrun --nproc_per_node 2 -m lowrank_comm.integrations.launch train.py
-    --its-own-arguments
+    torchrun --nproc_per_node 2 -m lowrank_comm.integrations.launch train.py --arguments
 
 A script that is a module is started by `-m package.train` in the place of `train.py`.
-The script sees the arguments, the name `__main__` and the import path that it would see
-without the wrapper. On a machine without an accelerator DeepSpeed compiles an extension
-for a minute or two that serves inference only; that is skipped.
+The script gets the arguments, the name `__main__` and the import path that it would
+have without the wrapper. On a machine without an accelerator DeepSpeed compiles an
+extension for a minute or two that serves inference only; that is skipped.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from pathlib import Path
 
 
 def parse(arguments: Sequence[str]) -> tuple[bool, str, list[str]]:
-    """Whether the script is a module, the script, and what it is to see behind its
-    name.
+    """Return whether the script is a module, the script, and the arguments that it
+    gets.
 
     `deepspeed` puts `--local_rank=N` before the script; it moves behind it, where
     `deepspeed train.py` would put it. Words may not be abbreviated, since a script's
@@ -49,7 +48,7 @@ def parse(arguments: Sequence[str]) -> tuple[bool, str, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Switch the adapter on and become the script."""
+    """Switch the adapter on, and run the script in this process as `__main__`."""
     is_module, script, rest = parse(sys.argv[1:] if arguments is None else arguments)
     from lowrank_comm.communication import leave
     from lowrank_comm.integrations import deepspeed

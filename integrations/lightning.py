@@ -177,5 +177,5 @@ class CompressionCallback(Callback):
 
 
 def _scaler_of(trainer: Trainer) -> Any:
-    """The GradScaler of precision 16-mixed, or None."""
+    """Return the GradScaler of precision 16-mixed, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)

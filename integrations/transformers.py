@@ -109,7 +109,7 @@ class CompressionCallback(TrainerCallback):
 
     @property
     def _own_trainer(self) -> Trainer | None:
-        """The Trainer that it is connected to, while there is one."""
+        """The Trainer that the callback is connected to, while there is one."""
         return self._trainer() if self._trainer is not None else None
 
     @property
@@ -196,7 +196,7 @@ class CompressionCallback(TrainerCallback):
             say_disabled("Trainer's own engine averages the gradients")
 
     def _create_optimizer(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around `trainer.create_optimizer`, which Trainer calls at the start of
+        """Wrap `trainer.create_optimizer`, which Trainer calls at the start of
         `train()`, before anything is prepared.
         """
         made: Any = create(*args, **kwargs)
@@ -221,8 +221,8 @@ class CompressionCallback(TrainerCallback):
         return optimizer
 
     def _prepare(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around `trainer.accelerator.prepare`: attach the optimizer as soon as there
-        is a wrapped model, and before a checkpoint is loaded.
+        """Wrap `trainer.accelerator.prepare`: attach the optimizer as soon as there is
+        a wrapped model, and before a checkpoint is loaded.
         """
         result = prepare(*args, **kwargs)
         trainer = self._own_trainer
@@ -241,7 +241,7 @@ class CompressionCallback(TrainerCallback):
         return result
 
     def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around `trainer._save_optimizer_and_scheduler`."""
+        """Wrap `_save_optimizer_and_scheduler`: first average the error memory."""
         source = self.compressing
         if isinstance(source, CompressedOptimizer):
             source.consolidate_error_memory()
@@ -250,16 +250,21 @@ class CompressionCallback(TrainerCallback):
     def _log(
         self, log: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any
     ) -> Any:
-        """Around `trainer.log`, whose dict every other callback gets."""
+        """Wrap `trainer.log`: add the figures to its dict, which every other callback
+        gets.
+        """
         source, figures = self.compressing, self._figures if "loss" in logs else None
-        # Of one process only: the others' norms are their own, and are not looked at.
+        # the writing process alone logs: the other processes have norms of their own,
+        # which are not logged
         if figures is not None and source is not None and source.reducer.workers.is_writer:
             logs = {**logs, **figures.since_last()}
         return log(logs, *args, **kwargs)
 
 
 def _trainer_above(callback: TrainerCallback) -> Trainer:
-    """The Trainer that is calling this callback: no event is told who it is from."""
+    """Return the Trainer that is calling this callback: no event is told which Trainer
+    it comes from.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")

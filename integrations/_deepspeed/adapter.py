@@ -95,7 +95,7 @@ class DeepSpeedAdapter:
 
     @property
     def plan(self) -> Plan:
-        """What goes low-rank, bytes, memory."""
+        """The plan: which matrices are compressed, and the bytes and memory of it."""
         stage = int(self._engine.zero_optimization_stage())
         notes = ["one pass for each optimizer step, at every stage", *self._levels.notes()]
         wire = self._engine._config.communication_data_type
@@ -123,7 +123,7 @@ class DeepSpeedAdapter:
 
     @property
     def ledger(self) -> Ledger:
-        """Totals of the run."""
+        """Bytes that this rank has handed to collectives, by kind, over the run."""
         return self.reducer.ledger
 
     def error_memory(self) -> dict[str, Tensor]:
@@ -143,7 +143,9 @@ class DeepSpeedAdapter:
     # ---------------------------------------------------------------- a step
 
     def _end_of_backward(self, bucket_size: int | None = None) -> None:
-        """In place of `engine.allreduce_gradients`."""
+        """Take the place of `engine.allreduce_gradients`: collect the gradients, and
+        reduce them at the accumulation boundary.
+        """
         boundary = self._engine.is_gradient_accumulation_boundary()
         self._store.collect(boundary)
         self._accumulating = not boundary
@@ -168,7 +170,7 @@ class DeepSpeedAdapter:
             self._store.hand_over(self._outcome.grads)
 
     def _step(self, take_model_step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Around `engine._take_model_step`: then the pass counts or is forgotten."""
+        """Wrap `engine._take_model_step`: then commit the pass or roll it back."""
         outcome, self._outcome = self._outcome, None
         if outcome is None:
             raise UnsupportedError(
@@ -182,8 +184,8 @@ class DeepSpeedAdapter:
             with contextlib.nullcontext() if outcome.applied else self._store.skipped_step():
                 take_model_step(*args, **kwargs)
         finally:
-            # Also where a learning rate scheduler, say, failed after the parameters had
-            # their step.
+            # also where something failed after the parameters had their step, such as a
+            # learning rate scheduler
             self._stepping = False
             if outcome.applied and self._engine._step_applied:
                 self.reducer.commit()
@@ -197,7 +199,7 @@ class DeepSpeedAdapter:
             )
 
     def _zero_grad(self, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Around `zero_grad`: outside of a step, also drop the pass that waits."""
+        """Wrap `zero_grad`: outside of a step, also drop the pass that waits."""
         zero_grad(*args, **kwargs)
         if not self._stepping:
             self._drop()
@@ -218,7 +220,7 @@ class DeepSpeedAdapter:
     # ---------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around `engine.save_checkpoint`."""
+        """Wrap `engine.save_checkpoint`: save the reducer's state first."""
         if self._outcome is not None:
             raise LowRankCommError(
                 "lowrank_comm: save_checkpoint between backward and step; call engine.step() first."
@@ -226,8 +228,8 @@ class DeepSpeedAdapter:
         return checkpoints.save(self._engine, self.reducer, save, *args, **kwargs)
 
     def _loaded(self, path: Path | None, name: str | None) -> None:
-        """After `engine.load_checkpoint`: restore the reducer's state where the
-        optimizer's was.
+        """Restore the reducer's state after `engine.load_checkpoint`, where the
+        optimizer's was restored.
         """
         self._drop()
         if path is not None:

@@ -47,7 +47,7 @@ def save(
 
 
 def _bound(call: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-    """The arguments of a call by name, with the defaults."""
+    """Return the arguments of a call by name, with the defaults."""
     bound = inspect.signature(call).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound

@@ -37,7 +37,7 @@ from lowrank_comm.integrations._deepspeed.zero import PartitionedGradients, Part
 
 
 def asks_for_compression(engine: Any) -> bool:
-    """Whether the configuration of an engine has a section that is enabled."""
+    """Return whether the configuration of an engine has a section that is enabled."""
     section = getattr(engine.__dict__.get("_config"), "_param_dict", {}).get(SECTION)
     return section is not None and not is_disabled(section)
 
@@ -84,8 +84,8 @@ def section_of(given: Mapping[str, Any]) -> Section | None:
 
 
 def _group_of(given: Mapping[str, Any]) -> Group:
-    """The ranks with which DeepSpeed is going to share this engine, and no others:
-    engines may differ between groups.
+    """Return the ranks with which DeepSpeed is going to share this engine, and no
+    others: engines may differ between groups.
     """
     mpu, mesh = given.get("mpu"), given.get("mesh_device")
     if mpu:
@@ -94,8 +94,8 @@ def _group_of(given: Mapping[str, Any]) -> Group:
 
 
 def _device() -> torch.device:
-    """Where this rank's tensors are to be. DeepSpeed makes it the current device only
-    when it builds the engine.
+    """Return the device of this rank's tensors. DeepSpeed makes it the current device
+    only when it builds the engine.
     """
     accelerator, rank = get_accelerator(), os.environ.get("LOCAL_RANK")
     return torch.device(
@@ -128,7 +128,7 @@ def attach(engine: Any, section: Section) -> DeepSpeedAdapter:
 
 
 def _store_of(engine: Any) -> GradientStore:
-    """Where the gradients of a live engine wait.
+    """Return the store where the gradients of a live engine wait.
 
     What the optimizer's wrapper can do decides, not the stage's number: ZeRO-1 in
     bfloat16 with fp32 accumulation is no ZeRO optimizer, for example.
@@ -154,7 +154,7 @@ def _store_of(engine: Any) -> GradientStore:
 
 
 def _refuse_compressed(optimizer: Any) -> None:
-    """ConfigError for a CompressedOptimizer, which would average beside the engine."""
+    """Raise ConfigError for a CompressedOptimizer, which would average again."""
     if isinstance(optimizer, CompressedOptimizer):
         raise ConfigError(
             "lowrank_comm: a CompressedOptimizer cannot be handed to DeepSpeed, which averages"

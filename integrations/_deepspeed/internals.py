@@ -75,7 +75,7 @@ def check(owner: Any, names: Sequence[str], what: str) -> None:
 
 
 def does_not_train(engine: Any) -> bool:
-    """Whether an engine has no optimizer."""
+    """Return whether an engine has no optimizer."""
     optimizer = engine.optimizer
     without = ("DummyOptim", "DeepSpeedZeRoOffload")
     return (
@@ -86,12 +86,14 @@ def does_not_train(engine: Any) -> bool:
 
 
 def shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter; under ZeRO-3 the tensor itself may be empty."""
+    """Return the shape of the whole parameter; under ZeRO-3 the tensor itself may be
+    empty.
+    """
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def unreduced(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands where DeepSpeed would average gradients by itself."""
+    """Raise: this stands where DeepSpeed would average gradients by itself."""
     raise UnsupportedError(
         "lowrank_comm: DeepSpeed was about to average gradients by itself, past the compressed"
         " reduction, which runs at the end of the last backward before engine.step(). Use"
@@ -105,8 +107,8 @@ class GradientStore(ABC):
     ones are handed over.
 
     Attributes:
-        named, parameters: everything that is trained, with names and without, in the
-            same order on all ranks.
+        named, parameters: all trained parameters, with names and without, in the same
+            order on all ranks.
         needs: names that the optimizer must have.
         groups: the one of them that holds the groups of parameters whose gradients
             DeepSpeed would average; None for all that require a gradient.
@@ -135,13 +137,11 @@ class GradientStore(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """What the gradients are multiplied by at this moment; changes over time in
-        fp16.
-        """
+        """Factor that the gradients carry now; it changes over time in fp16."""
         return float(getattr(self.optimizer, "loss_scale", 1.0) or 1.0)
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
-        """Dtype in which this parameter's gradient is accumulated."""
+        """Return the dtype in which this parameter's gradient is accumulated."""
         return parameter.dtype
 
     def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
@@ -155,14 +155,14 @@ class GradientStore(ABC):
         self.engine.buffered_allreduce_fallback = unreduced
 
     def collect(self, boundary: bool) -> None:  # noqa: B027 - most have nothing to do here
-        """After each backward: take note of the boundary, and accumulate what DeepSpeed
-        leaves to its hooks.
+        """Note the boundary after each backward, and accumulate what DeepSpeed leaves
+        to its hooks.
         """
 
     @abstractmethod
     def gradients(self) -> Gradients:
-        """Local gradients, accumulated over the micro-steps, one for each parameter;
-        None where there is none.
+        """Return the local gradients, accumulated over the micro-steps, one for each
+        parameter; None where there is none.
         """
 
     @abstractmethod
@@ -170,13 +170,14 @@ class GradientStore(ABC):
         """Give the averaged gradients to DeepSpeed; None where no worker had one."""
 
     def drop(self) -> None:  # noqa: B027 - gradients on the parameters only are dropped there
-        """The user has dropped the gradients: forget what was collected of them."""
+        """Forget what was collected: the user has dropped the gradients."""
 
     def before_step(self) -> None:  # noqa: B027 - most have nothing to do here
-        """Before each step of the engine."""
+        """Prepare for a step of the engine; called before each."""
 
     def skipped_step(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, after a veto, `_take_model_step` leaves the parameters as they are
-        and counts a skipped step; most wrappers find the NaN and do that by themselves.
+        """Let `_take_model_step`, called inside the block after a veto, leave the
+        parameters as they are and count a skipped step. Most wrappers find the NaN and
+        do that by themselves.
         """
         return contextlib.nullcontext()

@@ -90,8 +90,8 @@ class Levels:
         ]
 
     def notes(self) -> list[str]:
-        """Lines of the plan: what every rank holds until the boundary, and what goes
-        inside a node.
+        """Return lines of the plan: what every rank holds until the boundary, and what
+        is sent inside a node.
         """
         local = sum(info.numel * info.dtype.itemsize for info in self._whole)
         held = f"until then every rank holds all of its local gradients ({human_bytes(local)})"

@@ -1,4 +1,4 @@
-"""Who is a worker of a DeepSpeed engine: every rank, or the node, whose ranks share its
+"""What a worker of a DeepSpeed engine is: every rank, or a node, whose ranks share its
 gradients and error memory.
 
 Nodes are runs of consecutive ranks of the engine's data-parallel group, as for
@@ -30,7 +30,7 @@ def node_size(topology: Topology, group: Group, device: torch.device) -> int:
     Args:
         topology: of the section, the same on all ranks.
         group: all ranks that are going to share the engine.
-        device: of the words that are compared.
+        device: of the tensors that are compared.
 
     Returns:
         F, the same on all ranks; 1 where every rank is a worker.
@@ -59,8 +59,8 @@ def _launched(group: Group, device: torch.device) -> int:
         mine = f"{ranks_in_a_node() or ''}"
     except ValueError:
         mine = ""
-    # The variable may be there on some ranks only, or differ between nodes: all must
-    # hear of it, or some would wait.
+    # The variable may be set on some ranks only, or differ between nodes: all ranks
+    # must know, or some would wait.
     told = [words.decode() for words in group.gather_bytes(mine.encode(), device)]
     fix = (
         "give the number of ranks in a node instead, for example 8, or 1 to make every rank a"
@@ -94,7 +94,7 @@ def _launched(group: Group, device: torch.device) -> int:
 
 
 def _members(group: Group) -> list[int]:
-    """Ranks in the world, in the order of the group."""
+    """Return the ranks in the world, in the order of the group."""
     return dist.get_process_group_ranks(group.process_group) if group.initialised else [0]
 
 
@@ -117,7 +117,7 @@ def groups(everyone: Group, size: int, device: torch.device) -> Pair:
     Args:
         everyone: all ranks of an engine.
         size: F, from `node_size`.
-        device: of the words that are compared.
+        device: of the tensors that are compared.
 
     Raises:
         ConfigError: they cannot be made without the ranks that are no part of the

@@ -46,7 +46,9 @@ def _raise_first(refusals: Iterator[Refusal]) -> None:
 
 def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
     def setting(path: str, default: Any = None) -> Any:
-        """A parsed setting; the default where this DeepSpeed or this file has none."""
+        """Return a parsed setting; the default where this DeepSpeed or this file has
+        none.
+        """
         value = config
         for part in path.split("."):
             value = getattr(value, part, None)

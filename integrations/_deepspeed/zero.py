@@ -163,8 +163,8 @@ class PartitionedGradients(ZeroGradients):
             self._reduced.clear()
 
     def _reduced_bucket(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
-        """In place of the all-reduce of a bucket. What is returned goes into the fp32
-        partition, if there is one.
+        """Take the place of the all-reduce of a bucket. What is returned goes into the
+        fp32 partition, if there is one.
         """
         if not self._handing_over:
             unreduced()
@@ -218,8 +218,8 @@ class PartitionedParameters(ZeroGradients):
         self._sums.clear()
 
     def _part(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
-        """This rank's part of a gradient: ceil(numel / world) elements, fewer or none
-        at the end.
+        """Return this rank's part of a gradient: ceil(numel / world) elements, fewer or
+        none at the end.
 
         DeepSpeed keeps the last step's part where a parameter has no gradient now; zero
         is what stages 0 to 2 use.

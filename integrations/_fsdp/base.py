@@ -17,7 +17,7 @@ from lowrank_comm.optimizer.engine import Engine
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds."""
+    """Return the part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -43,8 +43,8 @@ def shard_dim(parameter: Tensor) -> int:
 
 
 def padded(parameter: Tensor, ranks: int) -> int:
-    """Bytes of a gradient in a reduce-scatter, whose blocks are all as long as the
-    first.
+    """Return the bytes of a gradient in a reduce-scatter, whose blocks are all as long
+    as the first.
     """
     m, *rest = parameter.shape
     return -(-m // ranks) * ranks * math.prod(rest) * parameter.dtype.itemsize

@@ -141,8 +141,8 @@ class FlatEngine(FSDPEngine):
 def _remember(
     model: weakref.ref[nn.Module], requires_gradient_sync: bool, *, recurse: bool = True
 ) -> None:
-    """In place of the model's method: what it says tells the last backward pass of a
-    step from those before.
+    """Take the place of the model's `set_requires_gradient_sync`, which tells the last
+    backward pass of a step from those before.
     """
     there = model()
     if there is not None:
@@ -150,7 +150,7 @@ def _remember(
 
 
 class _Unreduced:
-    """Stands where FSDP would reduce by itself."""
+    """Raises where FSDP would reduce by itself."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)

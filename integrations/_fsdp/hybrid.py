@@ -79,8 +79,9 @@ class HSDPEngine(FSDPEngine):
     def saved(
         self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None
     ) -> dict[str, dict[str, Tensor]]:
-        """DTensors, which torch.distributed.checkpoint reshards: errors, and what else
-        has a parameter's shape, like their parameters; bases of blocks as blocks.
+        """Return DTensors, which torch.distributed.checkpoint can reshard: errors, and
+        all else that has a parameter's shape, are placed like their parameters; bases
+        of blocks stay blocks.
         """
         result: dict[str, dict[str, Tensor]] = {}
         for slot, largest, shaped in reducer.state.blocks():
@@ -95,7 +96,7 @@ class HSDPEngine(FSDPEngine):
     def _bases(
         self, reducer: Reducer, slot: ParamInfo, largest: Treatment, parameter: Tensor
     ) -> dict[str, Tensor]:
-        """The bases of one parameter, as DTensors where each rank has its own."""
+        """Return the bases of a parameter, as DTensors where each rank has its own."""
         bases, size = block_bases(reducer, slot, largest), self.intra_node.size
         if size == 1 or self.intra_node.whole_matrices:
             return bases

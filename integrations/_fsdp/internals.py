@@ -52,7 +52,7 @@ def _check(owner: Any, names: tuple[str, ...]) -> None:
 
 
 def modules(model: nn.Module) -> list[Any]:
-    """All modules to which fully_shard was applied, outermost first."""
+    """Return all modules to which fully_shard was applied, outermost first."""
     # By class: what torch.compile returns passes on names that it does not know.
     return [
         module
@@ -111,8 +111,8 @@ def take_over_replicas(group: Any) -> Callable[[], None]:
 
 
 def is_data_parallel(parameter: DTensor) -> bool:
-    """Whether a DTensor is placed as data parallelism alone places it, with at most one
-    replicated dimension in front.
+    """Return whether a DTensor is placed as data parallelism alone places it, with at
+    most one replicated dimension in front.
     """
     *before, last = parameter.placements
     return (
@@ -123,13 +123,17 @@ def is_data_parallel(parameter: DTensor) -> bool:
 
 
 def is_last_backward(model: nn.Module) -> bool:
-    """Whether the user has said so by `set_is_last_backward`, or nothing at all."""
+    """Return whether this is the last backward pass of a step: it is, unless the user
+    has said otherwise by `set_is_last_backward`.
+    """
     context = getattr(model._get_fsdp_state(), "_state_ctx", None)  # type: ignore[operator]
     return bool(getattr(context, "is_last_backward", True))
 
 
 def wants_all_reduce(groups: Sequence[Any]) -> bool:
-    """Whether the user has not turned it off by `set_requires_all_reduce`."""
+    """Return whether the groups want an all-reduce: they do, unless the user has turned
+    it off by `set_requires_all_reduce`.
+    """
     return all(group.all_reduce_grads for group in groups)
 
 
@@ -149,7 +153,7 @@ def take_unsharded_gradient(parameter: Any) -> Tensor | None:
 
 
 def has_unsharded_gradient(parameter: Any) -> bool:
-    """Whether such a gradient waits."""
+    """Return whether a whole local gradient waits, since FSDP does not reduce."""
     unsharded = getattr(parameter, "_unsharded_param", None)
     return parameter.unsharded_accumulated_grad is not None or (
         unsharded is not None and unsharded.grad is not None
@@ -157,7 +161,7 @@ def has_unsharded_gradient(parameter: Any) -> bool:
 
 
 def gradient_dtype(parameter: Any) -> torch.dtype:
-    """Dtype in which the gradients of a parameter are reduced."""
+    """Return the dtype in which the gradients of a parameter are reduced."""
     policy = parameter.mp_policy
     return policy.reduce_dtype or policy.param_dtype or parameter.sharded_param.dtype  # type: ignore[no-any-return]
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def page(settings: AblationSettings, rows: Sequence[Row]) -> str:
-    """Return the body of the page."""
     p = settings.problem
     comparisons = sum(len(group.variants) - 1 for group in settings.groups)
     about = (

@@ -224,7 +224,6 @@ def encoder_place(encoder: str | None) -> str:
 
 @lru_cache(maxsize=2)
 def load_tokenizer(encoder: str | None) -> PreTrainedTokenizerBase:
-    """Return the encoder's tokenizer."""
     return AutoTokenizer.from_pretrained(encoder_place(encoder))
 
 

@@ -73,7 +73,6 @@ def paper_average(method: str) -> float | None:
 
 
 def page(settings: Any, rows: Sequence[Row]) -> str:
-    """Return the body of the page."""
     parts = [
         _about(settings, rows),
         "![Scores of every task and method](scores.png)",

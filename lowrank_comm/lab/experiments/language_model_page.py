@@ -22,7 +22,6 @@ HEADS = (
 
 
 def page(settings: Any, rows: Sequence[Row]) -> str:
-    """Return the body of the page."""
     parts = [
         _about(settings, rows),
         "![Gap to full precision by method, and against the bytes sent](gap.png)",

@@ -45,7 +45,6 @@ class WithMethods(LabSettings):
         return methods
 
     def method(self, name: str) -> Any:
-        """Return the method with that name."""
         return next(method for method in self.methods if method.name == name)
 
     def section(self, name: str) -> dict[str, Any]:

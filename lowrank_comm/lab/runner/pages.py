@@ -202,7 +202,6 @@ def index_of(folder: Path) -> str:
 
 
 def write_index(folder: Path) -> Path:
-    """Write the folder's README.md."""
     path = folder / "README.md"
     path.write_text(index_of(folder), encoding="utf-8")
     return path
