@@ -37,8 +37,8 @@ class UnsupportedError(LowRankCommError, NotImplementedError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for messages about an unknown word, or a full stop where
-    nothing is near.
+    """Return '; did you mean X?' for messages about an unknown word, or a full stop
+    where nothing is near.
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else "."

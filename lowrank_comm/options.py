@@ -98,8 +98,8 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 @functools.cache
 def settings_of(options: type) -> tuple[tuple[str, Any, Any], ...]:
-    """(name, type, default) of each field of a dataclass; `dataclasses.MISSING` where
-    it has no default.
+    """Return (name, type, default) of each field of a dataclass; `dataclasses.MISSING`
+    where it has no default.
     """
     hints = get_type_hints(options, include_extras=True)
     return tuple((field.name, hints[field.name], field.default) for field in _fields(options))
@@ -171,7 +171,7 @@ def members(hint: Any) -> list[str]:
 
 
 def _limits(limits: list[Any]) -> str:
-    """The bounds among the metadata of a number's type, in words."""
+    """Return the bounds among the metadata of a number's type, in words."""
     words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = [bound for limit in limits if isinstance(limit, FieldInfo) for bound in limit.metadata]
     said = [
@@ -193,7 +193,7 @@ def _is_literal(hint: Any) -> bool:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, also of one with metadata around it; else the type
+    """Return the members of a union, also of one with metadata around it; else the type
     itself.
     """
     if get_origin(hint) is Annotated and len(_parts(get_args(hint)[0])) > 1:
@@ -202,7 +202,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 def _metadata(hint: Any) -> Iterator[Any]:
-    """All metadata of a type and of the members of its union."""
+    """Yield all metadata of a type and of the members of its union."""
     if get_origin(hint) is Annotated:
         inner, *metadata = get_args(hint)
         yield from metadata
@@ -225,7 +225,7 @@ def descriptions(options: type) -> dict[str, str]:
 
 
 def _described(docstring: str) -> Iterator[tuple[str, str]]:
-    """The entries under "Args:" of a docstring, each on one line."""
+    """Yield the entries under "Args:" of a docstring, each on one line."""
     _, _, behind = inspect.cleandoc(docstring).partition("\nArgs:\n")
     arguments = re.split(r"\n\S", behind, maxsplit=1)[0]
     for entry in re.split(r"\n(?= {4}\w)", f"\n{arguments}"):

@@ -34,7 +34,9 @@ class _Done:
 
 
 class _Table:
-    """Where simulated workers lay what they exchange; carried out once all have."""
+    """Holds what simulated workers exchange; it is carried out once all have laid
+    theirs down.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -86,7 +88,7 @@ class Simulation:
 
     Args:
         shapes: parameter name -> shape, or a tensor whose shape and dtype are taken.
-        compressor: the scheme.
+        compressor: of all workers.
         workers: N >= 1.
         dtype: of parameters given by shape.
         options: further keyword arguments of `Reducer`: min_compression_rate, rules,
@@ -96,9 +98,12 @@ class Simulation:
         >>> import torch
         >>> from lowrank_comm import PowerSGD
         >>> from lowrank_comm.simulation import Simulation
-        >>> simulation = Simulation({"w": (8, 6)}, PowerSGD(rank=2), workers=2, min_compression_rate=0)
-        >>> mean = simulation.reduce([{"w": torch.ones(8, 6)}, {"w": torch.zeros(8, 6)}])["w"]
-        >>> bool(torch.allclose(mean, torch.full((8, 6), 0.5)))
+        >>> simulation = Simulation(
+        ...     {"w": (8, 6)}, PowerSGD(rank=2), workers=2, min_compression_rate=0
+        ... )
+        >>> ones, zeros = torch.ones(8, 6), torch.zeros(8, 6)
+        >>> mean = simulation.reduce([{"w": ones}, {"w": zeros}])["w"]
+        >>> bool(torch.allclose(mean, (ones + zeros) / 2))
         True
     """
 
@@ -125,7 +130,8 @@ class Simulation:
         raise_if_different([reducer.describe() for reducer in self.reducers])
 
     def reduce(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
-        """One step: what every worker applies. Nothing given is changed.
+        """Make one step, and return what every worker applies. Nothing given is
+        changed.
 
         Args:
             gradients: one mapping for each worker; absent or None means that the worker
@@ -176,8 +182,8 @@ class Simulation:
             ]
             for reducer, given in zip(self.reducers, gradients, strict=True)
         ]
-        # The workers' passes side by side: each flight lays its exchanges on the table, and
-        # that of the last worker carries them out.
+        # The workers' passes run side by side: each flight lays its exchanges on the
+        # table, and that of the last worker carries them out.
         passes = [
             [
                 reducer.launch(number, grads, 1.0)
@@ -192,7 +198,7 @@ class Simulation:
         ]
 
     def error_memory(self, worker: int) -> dict[str, Tensor]:
-        """Parameter name -> error of one worker, live views."""
+        """Return parameter name -> error of one worker, live views."""
         return self.reducers[worker].state.error_memory()
 
     @property

@@ -77,7 +77,9 @@ def add(
 
 
 def _steps_of(base_state: Mapping[str, Any]) -> int:
-    """How many steps a parameter's state in the base counts; -1 if it counts none."""
+    """Return how many steps a parameter's state in the base counts; -1 if it counts
+    none.
+    """
     steps = base_state.get("step")
     return -1 if steps is None else int(steps)
 
@@ -139,8 +141,8 @@ def split(
 
 
 def refuse_other_kind(state_dict: Mapping[str, Any]) -> None:
-    """StateMismatchError for a bidirectional run's state where one of compressed
-    gradients is wanted.
+    """Raise a StateMismatchError for a bidirectional run's state where one of
+    compressed gradients is wanted.
     """
     if BIDIRECTIONAL_KEY in state_dict:
         method = state_dict[BIDIRECTIONAL_KEY].get("method")

@@ -32,8 +32,8 @@ class Tag:
         kind: "mean" or "own", see `checkpointing.file`.
         rank, world: the rank that has saved it, and how many there were.
         step: t of the next pass.
-        seed: of the random draws.
-        format: of the layout.
+        seed: seed of the random draws.
+        format: version of the layout.
         unsteady: parameter name -> (restarts, age, deferred), see `Restarts`; absent in
             what older versions saved, and then nothing is deferred.
     """

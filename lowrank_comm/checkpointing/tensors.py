@@ -25,8 +25,8 @@ _log = logging.getLogger("lowrank_comm")
 
 
 def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """Parameter name -> {"error": ..., "Q": ...}; live tensors, no copies. No "error"
-    where none is kept.
+    """Return parameter name -> {"error": ..., "Q": ...}, live tensors and no copies. No
+    "error" where none is kept.
     """
     memory = reducer.state.error_memory()
     return {
@@ -36,8 +36,8 @@ def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
 
 
 def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """The same of whole parameters, on the CPU; where ranks of a node hold blocks of
-    them, a collective of these ranks.
+    """Return the same of whole parameters, on the CPU; where ranks of a node hold
+    blocks of them, a collective of these ranks.
     """
     node = reducer.workers.intra_node
 
@@ -53,8 +53,8 @@ def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
 
 
 def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """`whole_tensors_of` before the first step, without communication: zero errors, and
-    bases that no step has used.
+    """Return `whole_tensors_of` as it is before the first step, without communication:
+    zero errors, and bases that no step has used.
     """
     count = reducer.workers.intra_node.size
 
@@ -70,7 +70,7 @@ def _whole(
     whole: Callable[[ParamInfo, Tensor], Tensor],
     of_all_blocks: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The state of each whole parameter.
+    """Yield the state of each whole parameter.
 
     Where each block has a basis of its own, they are kept together, (F, n, r), by a
     symbol that tells F; of what is equal for all blocks, that of the first.
@@ -97,15 +97,16 @@ def _whole(
 
 
 def of_blocks(symbol: str, count: int) -> str:
-    """The symbol under which the bases of `count` blocks of a parameter are kept, each
-    a matrix of its own.
+    """Return the symbol under which the bases of `count` blocks of a parameter are
+    kept, each a matrix of its own.
     """
     return f"{symbol}{_OF}{count}"
 
 
 def block_bases(reducer: Reducer, slot: ParamInfo, largest: Treatment) -> dict[str, Tensor]:
-    """symbol -> this rank's basis (n, r) in the room of that of the largest block; zero
-    where it has no column. Of all that is not in the shape of the block.
+    """Return symbol -> this rank's basis (n, r), of what is not in the shape of the
+    block. It is padded to the size of the largest block's basis; zero where it has no
+    column.
     """
     initial = reducer.assignment.initial_state(slot, largest)
     shaped = reducer.assignment.compressor_for(largest)[0].parameter_shaped_state
@@ -121,8 +122,8 @@ def block_bases(reducer: Reducer, slot: ParamInfo, largest: Treatment) -> dict[s
 
 
 def _in_memory(reducer: Reducer, name: str) -> tuple[str, ...]:
-    """Symbols of what is kept of one parameter's earlier gradients: right for any rank
-    and any blocks, unlike a basis.
+    """Return the symbols of what is kept of one parameter's earlier gradients: right
+    for any rank and any blocks, unlike a basis.
     """
     scheme = reducer.state.compressor_of(name)
     return (
@@ -134,8 +135,8 @@ def _in_memory(reducer: Reducer, name: str) -> tuple[str, ...]:
 def _cut_to(
     reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
-    """What this rank holds of saved tensors: its block of a whole error or the like,
-    its basis of those of all blocks.
+    """Return what this rank holds of saved tensors: its block of a whole error or the
+    like, its basis of those of all blocks.
     """
     node, state = reducer.workers.intra_node, reducer.state
     slots = {slot.name: slot for slot in reducer.slots}
@@ -200,7 +201,7 @@ def check_fits(
 
 def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Give a saved state to a reducer; what it held is replaced, and what is not in the
-    saved state starts anew.
+    saved state starts from scratch.
 
     Args:
         reducer, tag, tensors: see `check_fits`.
@@ -225,7 +226,7 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
             for k in here
             if k in saved and (k in memory or saved[k].shape == here[k].shape)
         }
-        # Each is kept or starts anew as one: y_mean would not be the mean of y's that
+        # They are kept or reset together: y_mean would not be the mean of y's that
         # started from zero.
         for group, those in ((memory, empty), (here.keys() - memory, anew)):
             if not group <= fits.keys():
@@ -264,7 +265,7 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
         )
     reducer.state.continue_at(tag.step, tag.unsteady)
     # A basis that is random again is not to wait for the next period. (A rank of a node
-    # may hold no row of a matrix, and could not tell that its basis starts anew; all of
+    # may hold no row of a matrix, and could not tell that its basis is new; all of
     # them must restart alike, so there it waits.)
     owing = unsaved | set(anew) if reducer.workers.intra_node.size == 1 else unsaved
     reducer.state.restarts.start_anew(owing, tag.step)

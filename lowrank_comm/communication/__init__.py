@@ -1,5 +1,5 @@
 """Process groups, the agreement between workers at the start, and the ledger of bytes.
-Knows nothing of compressors.
+Nothing here knows of compressors.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def check_same(description: Mapping[str, Any], group: Group, device: torch.devic
 
 
 def raise_if_different(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """ConfigMismatchError naming every key whose value differs between rank 0 and some
-    other worker.
+    """Raise a ConfigMismatchError that names every key whose value differs between rank
+    0 and some other worker.
     """
     first = _flat(descriptions[0])
     for rank, other in enumerate(map(_flat, descriptions[1:]), start=1):
@@ -70,7 +70,7 @@ def raise_if_different(descriptions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries and lists as one dictionary of dotted keys."""
+    """Return nested dictionaries and lists as one dictionary of dotted keys."""
     if isinstance(value, Mapping):
         items = [(f"{prefix}.{key}" if prefix else str(key), part) for key, part in value.items()]
     elif isinstance(value, list) and any(isinstance(part, Mapping | list) for part in value):
@@ -81,9 +81,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprint(parameters: Sequence[Tensor]) -> str:
-    """A short text that two workers share if their parameters are equal, whatever their
-    devices: the bits of each parameter are added up as integers, whose sum does not
-    depend on the order.
+    """Return a short text that two workers share if their parameters are equal, even on
+    different devices: the bits of each parameter are added up as integers, whose sum
+    does not depend on the order.
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [

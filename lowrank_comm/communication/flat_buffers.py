@@ -8,8 +8,8 @@ into pieces again. For float16 wires the division by the number of workers comes
 the sum, which would overflow otherwise.
 
 What is to be gathered has buffers of its own, and what is sent quantized
-(`quantized_mean`) takes two legs: `exchanges` is the first leg of all, `second_leg` what
-comes after it, if anything.
+(`quantized_mean`) takes two legs: `exchanges` is the first leg of all, `second_leg`
+what comes after it, if anything.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def wire_dtype_called(name: str | None) -> torch.dtype | None:
 
 
 def _largest(dtype: torch.dtype) -> float:
-    """Largest magnitude that may be sent: 2^24 below the end of the range, for sums over
-    rows and workers of what arrives. float16 has no room to spare, and what arrives in
-    it is computed with in float32.
+    """Return the largest magnitude that may be sent: 2^24 below the end of the range,
+    for sums over rows and workers of what arrives. float16 has no room to spare, and
+    what arrives in it is computed with in float32.
     """
     largest = torch.finfo(dtype).max
     return largest if dtype == torch.float16 else largest * 2.0**-24
@@ -65,7 +65,7 @@ class Entry:
 
     Attributes:
         tensor: of any shape.
-        kind: the ledger's.
+        kind: its kind in the ledger.
         averaged: whether the sum over the workers is divided by their number.
         gathered: whether all workers are to have the tensors of all instead.
         format: in which it is averaged quantized, or None.
@@ -177,7 +177,9 @@ class FlatBuffers:
             self._stats.surplus += own.nbytes * (self._workers / 2 - 1)
 
     def _add_sum(self, wire: torch.dtype, members: list[Entry]) -> None:
-        """The averaged entries come first, each group in the order given."""
+        """Add a buffer that is summed: the averaged entries first, each group in the
+        order given.
+        """
         members = sorted(members, key=attrgetter("averaged"), reverse=True)
         pieces, lengths, averaged_length, rounds = [], [], 0, False
         for entry in members:
@@ -203,13 +205,14 @@ class FlatBuffers:
         return [mean.gather() for mean, _ in self._quantized] if self._quantized else []
 
     def all_sound(self) -> Tensor:
-        """Return whether every number, of what is to be exchanged or has arrived, is
-        finite, and small enough that what is computed from it stays so: a 0-d bool on
-        the device of what is looked at first.
+        """Return whether every number that is to be exchanged or has arrived is finite,
+        and small enough that what is computed from it stays so: a 0-d bool on the
+        device of the first buffer that is looked at.
 
-        Read off the least and the largest: NaN passes through them, and no overflow
-        spoils them, as it would a sum. After the last collective of a step a worker
-        cannot tell the others of an overflow any more, hence the room above.
+        It is read off the least and the largest number: NaN passes through them, and no
+        overflow spoils them, as it would a sum. After the last collective of a step a
+        worker cannot tell the others of an overflow any more, hence the margin in
+        `_largest`.
         """
         home = self._to_check[0].device
         flags = []
@@ -220,8 +223,8 @@ class FlatBuffers:
         return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=home)
 
     def unpack(self) -> Tensor:
-        """Fill in `mean` and `own` of all entries, once everything was exchanged; return
-        whether all that has arrived is sound, as `all_sound` does.
+        """Fill in `mean` and `own` of all entries, once everything was exchanged;
+        return whether all that has arrived is sound, as `all_sound` does.
         """
         self._to_check = [one.buffer for one in self._sums]
         if self._gathers or self._quantized:

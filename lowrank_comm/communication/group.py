@@ -1,10 +1,10 @@
 """The workers that average their gradients: a process group, or this process alone.
 
 The only file that calls `torch.distributed`. Collectives of a phase are started
-together and then awaited, so several buffers (one for each wire dtype) travel side by
-side. On CUDA `wait()` makes the current stream wait and not the host; buffers are used
-on that one stream only, so no `record_stream` is needed. Never run on a GPU so far; see
-docs/gpu.md.
+together and then awaited, so several buffers (one for each wire dtype) are on the wire
+side by side. On CUDA `wait()` makes the current stream wait and not the host; buffers
+are used on that one stream only, so no `record_stream` is needed. This has never run on
+a GPU so far; see docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Group:
 
     @property
     def initialised(self) -> bool:
-        """Whether there is a process group; asked each time, since it may be made after
+        """Whether there is a process group. Asked each time, since it may be made after
         the optimizer.
         """
         return dist.is_available() and dist.is_initialized()
@@ -78,7 +78,7 @@ class Group:
         return dist.get_rank(self.process_group) if self.initialised else 0
 
     def sum_(self, buffers: Sequence[Tensor]) -> int:
-        """All-reduce every buffer in place, by sum. Returns how many collectives that
+        """All-reduce every buffer in place, by sum; return how many collectives that
         took.
         """
         works = self.start(buffers)
@@ -109,8 +109,8 @@ class Group:
         return works
 
     def gather_bytes(self, payload: bytes, device: torch.device) -> list[bytes]:
-        """Every worker's payload, in rank order; lengths may differ, so each travels
-        first, in LENGTH_BYTES.
+        """Return every worker's payload, in rank order. Lengths may differ, so they are
+        gathered first, in LENGTH_BYTES each.
         """
         if not self.initialised:
             return [payload]
@@ -131,8 +131,8 @@ class Group:
 
 
 def collectives_so_far() -> int:
-    """How many collectives this process has started over all its groups, whoever
-    started them.
+    """Return how many collectives this process has started over all its groups, those
+    of the engine included.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return 0

@@ -2,14 +2,14 @@
 of rows.
 
 Between nodes, each rank talks to the ranks that hold the same block (`group.Group`);
-inside a node the ranks of a `IntraNodeGroup` talk to one another, exactly and in full
+inside a node the ranks of an `IntraNodeGroup` talk to one another, exactly and in full
 width. Blocks are as `torch.chunk` makes them along the rows, as FSDP shards a
 parameter: ceil(m / F) rows each, the last ones fewer or none.
 
 With `scope="shard"` each block is a matrix of its own, and the ranks of a node only
 agree on whether a step counts. With `scope="matrix"` the algorithm is that of the whole
-matrix: whatever contracts over rows (the Gram matrix of P, Delta^T P) is summed over
-the node.
+matrix: each product that contracts over rows (the Gram matrix of P, Delta^T P) is
+summed over the node.
 
 Sums that decide how a basis looks are formed in rank order on every rank
 (`sum_in_order`), so that all nodes get the same bits from the same numbers; an
@@ -37,7 +37,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def block_of(m: int, size: int, rank: int) -> slice:
-    """Rows of an m-row matrix that rank `rank` of `size` holds: as torch.chunk cuts it."""
+    """Return the rows of an m-row matrix that rank `rank` of `size` holds, as
+    torch.chunk cuts it.
+    """
     length = -(-m // size)
     start = min(rank * length, m)
     return slice(start, min(start + length, m))
@@ -74,8 +76,8 @@ class IntraNodeGroup:
         return self.size > 1 and self.scope == "matrix"
 
     def block(self, m: int, rank: int | None = None) -> slice:
-        """Rows of an m-row matrix that are held by this rank, or by another one of the
-        node.
+        """Return the rows of an m-row matrix that this rank holds, or another one of
+        the node.
         """
         return block_of(m, self.size, self.rank if rank is None else rank)
 
@@ -91,7 +93,9 @@ class IntraNodeGroup:
             work.wait()
 
     def gather(self, flat: Tensor, kind: str) -> Tensor:
-        """(F, numel): a 1-D tensor of every rank of the node, of one length on all."""
+        """Gather a 1-D tensor of every rank of the node, of one length on all: (F,
+        numel).
+        """
         if self.size == 1:
             return flat.unsqueeze(0)
         self.bytes[kind] += flat.nbytes
@@ -100,8 +104,8 @@ class IntraNodeGroup:
         return everything.view(self.size, -1)
 
     def sum_in_order(self, tensors: Sequence[Tensor], kind: str) -> list[Tensor]:
-        """The sum of each tensor over the node, added up in rank order; the same bits
-        on every node.
+        """Return the sum of each tensor over the node, added up in rank order: the same
+        bits on every node.
         """
         if self.size == 1 or not tensors:
             return list(tensors)
@@ -111,7 +115,9 @@ class IntraNodeGroup:
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
     def whole_rows(self, block: Tensor, m: int, kind: str) -> Tensor:
-        """(B, m, k): the matrices whose rows `block` (B, own rows, k) this rank holds."""
+        """Return (B, m, k), the matrices whose rows `block` (B, own rows, k) this rank
+        holds.
+        """
         if self.size == 1:
             return block
         longest = self.block(m, 0).stop
@@ -125,7 +131,7 @@ class IntraNodeGroup:
         ]
 
     def whole(self, block: Tensor, shape: Sequence[int], dim: int, kind: str) -> Tensor:
-        """The whole tensor of `shape`, cut along `dim`, of which this rank holds
+        """Return the whole tensor of `shape`, cut along `dim`, of which this rank holds
         `block`.
         """
         if self.size == 1:
@@ -135,12 +141,12 @@ class IntraNodeGroup:
         return self.whole_rows(rows, shape[dim], kind).reshape(moved).movedim(0, dim)
 
     def own(self, whole: Tensor, dim: int) -> Tensor:
-        """This rank's block of a whole tensor that is cut along `dim`."""
+        """Return this rank's block of a whole tensor that is cut along `dim`."""
         held = self.block(whole.shape[dim])
         return whole.narrow(dim, held.start, held.stop - held.start)
 
     def scatter_mean(self, rows_by_rank: Tensor, kind: str) -> Tensor:
-        """(numel,): the mean over the node of row `rank` of (F, numel)."""
+        """Return (numel,), the mean over the node of row `rank` of (F, numel)."""
         if self.size == 1:
             return rows_by_rank[0]
         self.bytes[kind] += rows_by_rank.nbytes

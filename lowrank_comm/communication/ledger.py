@@ -1,21 +1,22 @@
 """The byte ledger: what a worker handed to the collectives, by kind, counted where the
 buffers are packed.
 
-Counted is the payload: elements times bytes of the wire dtype, or the bytes of codes. A
-ring all-reduce carries 2 (N - 1) / N times that over each worker's link, compressed or
-not, and so do the two legs of codes; so ratios are ratios of traffic too. A gather
-carries N - 1 times its payload, N / 2 times what an all-reduce does: its surplus, N / 2
-- 1 times its payload, is kept apart and counts in the ratios. So is what fills up the
-shares of codes, less than a block a worker.
+Counted is the payload: elements times bytes of the wire dtype, or the bytes of
+quantized blocks. A ring all-reduce carries 2 (N - 1) / N times that over each worker's
+link, compressed or not, and so do the two legs of a quantized mean; so ratios are
+ratios of traffic too. A gather carries N - 1 times its payload, N / 2 times what an
+all-reduce does: its surplus, (N / 2 - 1) times its payload, is kept apart and counts in
+the ratios. So is what fills up the shares of a quantized mean, less than a block a
+worker.
 
 Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the
 factors of a randomized one), "broadcast" (singular vectors computed on one worker),
 "scores" (by which GreedyLore chooses), "gather" (of ATOMO), "rows" (which rows of an
-embedding travel), "dense" (what is not compressed), "control" (one finite flag and the
-mask of missing gradients), "fingerprint" (once, at the start), "consolidation" (error
-memory averaged for a checkpoint). Where ranks of a node share a worker's matrices, what
-goes between them is counted apart, by its own kinds: "gradients" (the exact mean inside
-the node), "results" (the way back), "sums" (P^T P, Delta^T P), "rows", "shares",
+embedding are sent), "dense" (what is not compressed), "control" (one finite flag and
+the mask of missing gradients), "fingerprint" (once, at the start), "consolidation"
+(error memory averaged for a checkpoint). Where ranks of a node share a worker's
+matrices, what goes between them is counted apart, by its own kinds: "gradients" (the
+exact mean inside the node), "results" (the way back), "sums" (P^T P, Delta^T P), "rows", "shares",
 "control". A process without a process group counts what it would hand over, and no
 collectives.
 """
@@ -37,8 +38,8 @@ class PassStats:
             its node.
         collectives: number of collectives.
         surplus: bytes that gathers carry beyond an all-reduce of the same payload, and
-            the filling of coded shares.
-        spared: bytes that the same packets would have had more without codes.
+            the filling of quantized shares.
+        spared: bytes that the same packets would have had more without quantization.
         seconds: phase -> host seconds; see `reduction.report.StepReport`.
     """
 
@@ -50,7 +51,7 @@ class PassStats:
     seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
 
     def add(self, other: PassStats) -> None:
-        """Add those of another pass."""
+        """Add the counts of another pass."""
         self.bytes.update(other.bytes)
         self.inside.update(other.inside)
         self.collectives += other.collectives
@@ -62,7 +63,8 @@ class PassStats:
 
 @dataclass
 class Ledger(PassStats):
-    """Totals over a run: the stats of all its passes, and
+    """The totals over a run: the sums of the stats of all its passes, and the counts
+    below.
 
     Attributes:
         uncompressed_bytes: what the same steps would have carried uncompressed, in the
@@ -100,8 +102,8 @@ class Ledger(PassStats):
 
     @property
     def ratio_without_codes(self) -> float:
-        """What `ratio` would be if nothing travelled as codes: the whole model's before
-        quantization.
+        """What `ratio` would be if nothing were sent quantized: the whole model's
+        before quantization.
         """
         carried = self.total_bytes + self.surplus + self.spared
         return self.uncompressed_bytes / carried if self.total_bytes else 1.0

@@ -1,4 +1,4 @@
-"""Averages that travel as codes: the quantised part of a packet.
+"""Averages that are sent quantized: the quantized part of a packet.
 
     1. Every tensor is written in blocks (`quantization.Format`); all tensors of one
        format are one list of blocks, dealt out among the workers in equal shares of
@@ -57,18 +57,18 @@ class QuantizedMean:
 
     @property
     def bytes(self) -> list[int]:
-        """Of each tensor, as if its codes were summed by an all-reduce: the two legs
-        carry as much over each link.
+        """Bytes of each tensor, as if its codes were summed by an all-reduce: the two
+        legs carry as much over each link.
         """
         return [self._rows(t)[0] * self._format.bytes(self._rows(t)[1]) for t in self._tensors]
 
     @property
     def numbers(self) -> Tensor:
-        """What goes in, for a look at whether it is finite."""
+        """The numbers to be averaged, for a check that they are finite."""
         return self._blocks
 
     def scatter(self) -> Exchange:
-        """Step 2."""
+        """Quantize the tensors, and return the all-to-all of step 2."""
         codes = self._format.encode(self._blocks, self._counts, self._draw("codes", self._blocks))
         self._own = self._format.decode(codes, self._blocks.dtype)
         given = codes.view(self._workers, -1)
@@ -76,7 +76,7 @@ class QuantizedMean:
         return AllToAll(given, self._received)
 
     def gather(self) -> Exchange:
-        """Step 3."""
+        """Average this worker's share, and return the all-gather of step 3."""
         dtype = self._blocks.dtype
         mine = slice(self._rank * self._share, (self._rank + 1) * self._share)
         mean = torch.zeros(self._share, self._format.block, dtype=dtype, device=self._blocks.device)
@@ -96,14 +96,14 @@ class QuantizedMean:
         return AllGather(written.view(-1), self._everyone)
 
     def decode(self) -> Tensor:
-        """The mean of all blocks, after step 3."""
+        """Return the mean of all blocks, after step 3."""
         self._mean = self._format.decode(
             self._everyone.view(-1, self._format.block_bytes), self._blocks.dtype
         )
         return self._mean
 
     def answers(self) -> list[tuple[Tensor, Tensor]]:
-        """(mean, own as sent) of each tensor."""
+        """Return (mean, own as sent) of each tensor."""
         assert self._mean is not None
         result, start = [], 0
         for tensor in self._tensors:
@@ -118,13 +118,13 @@ class QuantizedMean:
         return result
 
     def _rows(self, tensor: Tensor) -> tuple[int, int]:
-        """Matrices, and numbers of each."""
+        """Return how many matrices a tensor holds, and the numbers of each."""
         if tensor.dim() < 2 or not tensor.numel():
             return 1, tensor.numel()
         return tensor.shape[0], tensor.numel() // tensor.shape[0]
 
     def _in_blocks(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """(k, block) numbers and (k,) how many are real."""
+        """Return (k, block) numbers, and (k,) how many of each block are real."""
         rows, numel = self._rows(tensor)
         blocks, size = self._format.blocks(numel), self._format.block
         padded = tensor.new_zeros(rows, blocks * size)

@@ -44,7 +44,7 @@ class Topology:
 
 
 def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, IntraNodeGroup]:
-    """The workers, and the ranks of this node.
+    """Return the workers, and the ranks of this node.
 
     Args:
         process_group: None, a `ProcessGroup`, a 1-D mesh, or a 2-D mesh (between nodes,
@@ -68,8 +68,8 @@ def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, Intra
 
 
 def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | None:
-    """A 2-D mesh of all ranks with `shard_size` ranks in a node; None where every rank
-    is a worker. A collective.
+    """Make a 2-D mesh of all ranks with `shard_size` ranks in a node; None where every
+    rank is a worker. A collective.
 
     Args:
         shard_size: F, or "node" for the number of ranks that the launcher started on
@@ -110,8 +110,8 @@ def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | 
 
 
 def covered_ranks(process_group: Any) -> list[int]:
-    """Global ranks of a process group or mesh, both of its dimensions included; of the
-    default group for None.
+    """Return the global ranks of a process group or mesh, both of its dimensions
+    included; those of the default group for None.
     """
     if isinstance(process_group, DeviceMesh):
         return [int(rank) for rank in process_group.mesh.flatten().tolist()]
@@ -121,7 +121,7 @@ def covered_ranks(process_group: Any) -> list[int]:
 
 
 def ranks_in_a_node() -> int | None:
-    """How many ranks the launcher started on this node, if it tells."""
+    """Return how many ranks the launcher started on this node, if it tells."""
     # of torchrun, or of deepspeed
     value = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return int(value) if value else None

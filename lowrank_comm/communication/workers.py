@@ -86,8 +86,8 @@ class Workers:
     def agree(
         self, description: Mapping[str, Any], in_the_node: Mapping[str, Any] | None = None
     ) -> int:
-        """Compare settings with the other workers, and between the ranks of this node; a
-        collective.
+        """Compare settings with the other workers, and between the ranks of this node;
+        a collective.
 
         A difference that one rank sees is told to the other ranks of its node, which
         would wait for it otherwise.

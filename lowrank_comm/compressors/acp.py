@@ -2,10 +2,10 @@
 
 Source: ACP-SGD (Zhang, Zhang, Shi, Chu, Li: "Evaluation and Optimization of Gradient
 Compression for Distributed Deep Learning", ICDCS 2023), whose text was not at hand; the
-scheme below is half a power iteration a step, with the error memory of PowerSGD+ (arXiv
-2509.11254). With k the number of steps in which some worker had a gradient for the
-matrix, counted from its last restart (k = 0), or from t = -1 in a run without restarts,
-whose first Q is Gaussian:
+algorithm below is half a power iteration a step, with the error memory of PowerSGD+
+(arXiv 2509.11254). With k the number of steps in which some worker had a gradient for
+the matrix, counted from its last restart (k = 0), or from t = -1 in a run without
+restarts, whose first Q is Gaussian:
 
     k odd:   P_i = Delta_i Q~               P = mean of P_i
              applied = P Q~^T               sent_i = P_i Q~^T         P~ <- orth(P)
@@ -18,7 +18,7 @@ is a projection (Lemma 1 of PowerSGD+, for either side). Lemma 2 needs restarts:
 t mod tau == 0 one of PowerSGD+'s restarts, "randomized" or "svd", gives both factors.
 
 Where r = min(m, n), every step projects on the short side, on which the basis is the
-whole space: exact, as every scheme is at full rank. Matrices in blocks of rows are
+whole space: exact, as every compressor is at full rank. Matrices in blocks of rows are
 refused: P is kept from step to step, and a checkpoint would hold one block of it.
 """
 
@@ -66,10 +66,10 @@ class Acp(Compressor):
 
     Example:
         >>> from lowrank_comm import Acp
-        >>> scheme = Acp(rank=2)
-        >>> scheme.elements(m=100, n=50, r=2)
+        >>> acp = Acp(rank=2)
+        >>> acp.elements(m=100, n=50, r=2)
         150
-        >>> scheme.elements_in(m=100, n=50, r=2, variant=0, restart=False)
+        >>> acp.elements_in(m=100, n=50, r=2, variant=0, restart=False)
         200
 
     Source: see the module's text; restarts of arXiv 2509.11254.
@@ -92,11 +92,11 @@ class Acp(Compressor):
 
     @property
     def averages_restarts(self) -> bool:  # type: ignore[override]
-        """Where there are restarts."""
+        """Whether there are restarts, each of which sends averages of its own."""
         return self.restart_every is not None
 
     def elements(self, m: int, n: int, r: int) -> int:
-        """The mean of two steps, rounded up; see `elements_in` for each."""
+        """Return the mean of two steps, rounded up; see `elements_in` for each."""
         return r * max(m, n) if r == min(m, n) else -(-r * (m + n) // 2)
 
     def variant(self, history: RestartHistory, restart: bool) -> int:
@@ -145,7 +145,7 @@ class Acp(Compressor):
 
 
 def _projects_on_q(m: int, n: int, r: int, variant: int) -> bool:
-    """Whether the step uses Q: the first one after a restart does; where r = min(m, n),
-    all or none do.
+    """Return whether the step uses Q: the first one after a restart does; where r =
+    min(m, n), all or none do.
     """
     return n <= m if r == min(m, n) else variant == 0

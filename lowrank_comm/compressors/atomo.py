@@ -22,7 +22,7 @@ draw, whose count varies: the workers gather their counts first, and every matri
 padded to the largest. Cutting a draw to r atoms instead would make it biased. The
 variance is the same for both, since atoms are orthogonal to one another.
 
-Half of the weight goes into u_k, half into v_k. The scheme is not linear: what a worker
+Half of the weight goes into u_k, half into v_k. ATOMO is not linear: what a worker
 sends depends on its own Delta_i. It is unbiased and needs no error feedback; with it,
 the residual of an omega above 1 would grow. `contractive=True` divides what a worker
 sends by its own 1 + omega, which makes
@@ -87,7 +87,7 @@ class Atomo(Compressor):
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
-        """Unless it is made contractive."""
+        """True unless the compressor is made contractive."""
         return not self.contractive
 
     @property
@@ -96,8 +96,8 @@ class Atomo(Compressor):
         return "ef14" if self.contractive else "none"
 
     def elements(self, m: int, n: int, r: int) -> int:
-        """Exact for systematic sampling; the expectation before padding for independent
-        draws.
+        """Return the exact count for systematic sampling; for independent draws, its
+        expectation before padding.
         """
         return r * (m + n)
 
@@ -185,7 +185,7 @@ def systematic(p: Tensor, s: Tensor, u: Tensor) -> Tensor:
 
 
 def _shrinkage(s: Tensor, p: Tensor) -> Tensor:
-    """1 / (1 + omega) = sum s^2 / sum (s^2 / p) of each matrix, (B, 1)."""
+    """Return 1 / (1 + omega) = sum s^2 / sum (s^2 / p) of each matrix, (B, 1)."""
     squares = s.double().square()
     grown = (squares / or_one(p)).sum(-1, keepdim=True)
     return squares.sum(-1, keepdim=True) / or_one(grown)
@@ -193,7 +193,7 @@ def _shrinkage(s: Tensor, p: Tensor) -> Tensor:
 
 def _gathered(atoms: Tensor, counts: list[int]) -> Generator[Request, Any, Tensor]:
     """Gather every worker's atoms, (N, B, m + n, K). Of each matrix its own count of
-    columns is sent, K is the largest.
+    columns is sent; K is the largest.
     """
     if min(counts) == atoms.shape[-1]:
         everyone: Tensor = yield Gather(atoms)

@@ -55,7 +55,7 @@ class LowRank:
     q: Tensor
 
     def dense(self) -> Tensor:
-        """P Q^T, (B, m, n)."""
+        """Return P Q^T, (B, m, n)."""
         return self.p @ self.q.mT
 
 
@@ -95,7 +95,7 @@ class Delta:
 
     @property
     def tensor(self) -> Tensor:
-        """The matrices themselves."""
+        """The matrices themselves, (B, m, n)."""
         return self._tensor
 
     @property
@@ -109,11 +109,11 @@ class Delta:
         return self._tensor.new_empty(0)
 
     def times(self, q: Tensor) -> Tensor:
-        """Delta Q, (B, m, r). q: (B, n, r)."""
+        """Return Delta Q, (B, m, r). q: (B, n, r)."""
         return self.tensor @ columns_in_memory(q)
 
     def transposed_times(self, p: Tensor) -> Tensor:
-        """Delta^T P, (B, n, r). p: (B, m, r)."""
+        """Return Delta^T P, (B, n, r). p: (B, m, r)."""
         return transposed_product(self.tensor, p)
 
 
@@ -203,8 +203,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Compressor(abc.ABC):
-    """A communication scheme for batches of matrices. Immutable: the driver holds the
-    state. Its options are its fields; their types are checked.
+    """Compresses batches of matrices on their way to their average. Immutable: the
+    driver holds the state. Its options are its fields; their types are checked.
 
     Args:
         rank: r of the factors; cut to min(m, n) matrix by matrix.
@@ -214,13 +214,13 @@ class Compressor(abc.ABC):
         linear: C(sum of Delta_i) = sum of C(Delta_i) at a shared state, so that only
             the mean error matters and a checkpoint of the mean resumes exactly at any
             world size.
-        low_rank: False for schemes that leave every matrix dense.
+        low_rank: False for compressors that leave every matrix dense.
         row_blocks: it may be given matrices in blocks of rows; see the module's text.
         contractive: E||C(Delta) - Delta||^2 <= (1 - delta) ||Delta||^2, delta > 0, at
             every step or at restarts, and with delta >= 0 in between: what error
             feedback needs.
-        unbiased: E C(Delta) = Delta: what does without error feedback.
-        feedback: form of error feedback unless another one is asked for; see
+        unbiased: E C(Delta) = Delta: such a compressor needs no error feedback.
+        feedback: the form of error feedback unless another one is asked for; see
             `error_feedback.ef21`.
         private: symbols of the state that differ between workers; all others have the
             same bits on all.
@@ -272,7 +272,7 @@ class Compressor(abc.ABC):
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         """Return the state before the first step: tensors of leading dimension B, in
-        dtype and device of `like`; none unless a scheme has a state.
+        dtype and device of `like`; none unless a compressor has a state.
         """
         return {}
 
@@ -297,7 +297,7 @@ class Compressor(abc.ABC):
         return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
 
     def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
-        """Return when each parameter restarts; None for schemes without restarts.
+        """Return when each parameter restarts; None for compressors without restarts.
 
         Args:
             costs: parameter name -> elements of its restart.

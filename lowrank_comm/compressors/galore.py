@@ -82,8 +82,8 @@ class GaLore(Compressor):
 
     Example:
         >>> from lowrank_comm import GaLore
-        >>> scheme = GaLore(rank=4, restart_every=200)
-        >>> scheme.elements(m=100, n=50, r=4), scheme.restart_elements(m=100, n=50, r=4)
+        >>> galore = GaLore(rank=4, restart_every=200)
+        >>> galore.elements(m=100, n=50, r=4), galore.restart_elements(m=100, n=50, r=4)
         (400, 5200)
 
     Source: arXiv 2403.03507; Table 2 of arXiv 2509.11254.

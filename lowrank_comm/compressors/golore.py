@@ -57,8 +57,8 @@ class GoLore(GaLore):
 
     Example:
         >>> from lowrank_comm import GoLore
-        >>> scheme = GoLore(rank=4, restart_every=200)
-        >>> scheme.elements(m=100, n=50, r=4), scheme.restart_elements(m=100, n=50, r=4)
+        >>> golore = GoLore(rank=4, restart_every=200)
+        >>> golore.elements(m=100, n=50, r=4), golore.restart_elements(m=100, n=50, r=4)
         (400, 400)
 
     Source: arXiv 2410.11289.
@@ -89,29 +89,33 @@ class GoLore(GaLore):
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
-        """Only the scaled form is."""
+        """True for the scaled form only."""
         return self.scaled
 
     @property
     def contractive(self) -> bool:  # type: ignore[override]
-        """The projection is, by 1 - r / s in expectation over P; scaled, it is not."""
+        """True for the projection, by 1 - r / s in expectation over P; scaled, it is
+        not.
+        """
         return not self.scaled
 
     @property
     def row_blocks(self) -> bool:  # type: ignore[override]
-        """A drawn basis needs no whole matrix, a decomposition does."""
+        """True where the basis is drawn, for which no whole matrix is needed; a
+        decomposition needs one.
+        """
         return self.galore_until == 0
 
     @property
     def averages_restarts(self) -> bool:  # type: ignore[override]
-        """GaLore's refreshes do; with a drawn subspace, a refresh is an ordinary step
-        on the wire.
+        """True where there are GaLore's refreshes; with a drawn subspace, a refresh is
+        an ordinary step on the wire.
         """
         return self.galore_until > 0
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
-        """Of GaLore's refreshes, where there are such; the others send what an ordinary
-        step sends.
+        """Count the elements of GaLore's refreshes, where there are such; the others
+        send what an ordinary step sends.
         """
         return super().restart_elements(m, n, r) if self.galore_until else self.elements(m, n, r)
 

@@ -93,10 +93,10 @@ class GreedyLore(Compressor):
 
     Example:
         >>> from lowrank_comm import GreedyLore
-        >>> scheme = GreedyLore(rank=4, restart_every=200)
-        >>> scheme.elements(m=1000, n=500, r=4)
+        >>> greedy = GreedyLore(rank=4, restart_every=200)
+        >>> greedy.elements(m=1000, n=500, r=4)
         4128
-        >>> scheme.restart_elements(m=1000, n=500, r=4)
+        >>> greedy.restart_elements(m=1000, n=500, r=4)
         564000
 
     Source: arXiv 2507.08784.
@@ -154,7 +154,7 @@ class GreedyLore(Compressor):
         return Result(applied, sent, {"U": u})
 
     def _kept_columns(self, s: int, r: int) -> int:
-        """Columns of the basis that come from the refresh."""
+        """Count the columns of the basis that come from the refresh."""
         columns = basis_columns(self.basis, s, r)
         return columns if columns == s else max(1, columns - self.explore)
 
@@ -164,7 +164,7 @@ def _with_complement(u: Tensor, context: Context, count: int) -> Tensor:
     if count == 0:
         return u
     more = context.draw("explore", (u.shape[1], count), u)
-    # once leaves round-off behind
+    # twice, since once leaves round-off behind
     for _ in range(2):
         more, _ = torch.linalg.qr(more - u @ (u.mT @ more))
     return torch.cat([u, more], dim=-1)

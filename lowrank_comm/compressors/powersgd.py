@@ -94,7 +94,7 @@ class PowerSGD(Compressor):
 def ssp_comp(
     delta: Delta, q: Tensor, context: Context, kind: str = "factors", iterations: int = 1
 ) -> Steps:
-    """SSP-Comp of Algorithm 1 on a batch, `iterations` times on the same Delta.
+    """Run SSP-Comp of Algorithm 1 on a batch, `iterations` times on the same Delta.
 
     Two averages and r (m + n) elements a matrix for each iteration.
 
@@ -115,7 +115,7 @@ def ssp_comp(
 
 
 def next_q(q_mean: Tensor, context: Context, purpose: str = "") -> Generator[Request, Any, Tensor]:
-    """Basis of range(mean Q) for the next power iteration, its dead columns redrawn
-    from (seed, name, t).
+    """Return a basis of range(mean Q) for the next power iteration, its dead columns
+    redrawn from (seed, name, t).
     """
     return orthonormal(q_mean, context, f"redraw Q{purpose}", passes=1, in_blocks=False)

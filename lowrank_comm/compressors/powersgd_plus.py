@@ -164,12 +164,12 @@ class PowerSGDPlus(PowerSGD):
 
     @property
     def row_blocks(self) -> bool:  # type: ignore[override]
-        """Not with restart="greedy", whose basis may lie along the rows."""
+        """False with restart="greedy", whose basis may lie along the rows."""
         return self.restart != "greedy"
 
     @property
     def projects(self) -> bool:  # type: ignore[override]
-        """Not where a restart's orthonormal factor is Q."""
+        """False where a restart's orthonormal factor is Q."""
         return self.restart in ("svd", "randomized")
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
@@ -221,17 +221,17 @@ class PowerSGDPlus(PowerSGD):
         return basis_columns(self.basis, min(m, n), r)
 
     def _found(self, m: int, n: int, r: int) -> int:
-        """Elements of a greedy restart that finds a basis."""
+        """Count the elements of a greedy restart that finds a basis."""
         return m * n + min(m, n) * self._columns(m, n, r)
 
     def _chosen(self, m: int, n: int, r: int) -> int:
-        """Elements of a greedy restart that chooses from the basis."""
+        """Count the elements of a greedy restart that chooses from the basis."""
         return self.elements(m, n, r) + score_elements(
             self._columns(m, n, r), r, self.probes or PROBES
         )
 
     def _with_basis(self, delta: Delta, state: State, context: Context) -> Steps:
-        """A step of restart="greedy"."""
+        """Make a step of restart="greedy"."""
         q, u, iterations = state["Q"], state["U"], self.power_iterations
         on_rows = basis_on_rows(*delta.shape[-2:])
         if not context.restart:
@@ -252,7 +252,7 @@ class PowerSGDPlus(PowerSGD):
 
 
 def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: bool = False) -> Steps:
-    """SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all
+    """Run SVD-Comp of Algorithm 1, with P~ from one worker and Q from the mean that all
     have: m n + m r elements a matrix.
 
     Args:
@@ -268,21 +268,21 @@ def svd_comp(delta: Delta, context: Context, exact: bool = False, consensus: boo
     if exact:
         return Result(applied=d, sent=own, state={"Q": q_next})
     sent = LowRank(p, (yield SumOverRows(transposed_product(own, p))))
-    # what the wire's rounding took from this worker stays with it
+    # What the wire's rounding took from this worker stays in its error.
     kept = (delta.tensor - own) + (d - applied.dense()) if consensus else None
     return Result(applied, sent, {"Q": q_next}, kept)
 
 
 def randomized_comp(delta: Delta, context: Context, iterations: int = 1) -> Steps:
-    """SSP-Comp from a fresh Gaussian Q, with one extra power iteration before it: (1 +
-    iterations) r (m + n) elements a matrix.
+    """Run SSP-Comp from a fresh Gaussian Q, with one extra power iteration before it:
+    (1 + iterations) r (m + n) elements a matrix.
     """
     fresh = context.draw("restart Q", (delta.tensor.shape[-1], context.rank), delta.tensor)
     return ssp_comp(delta, fresh, context, "restart", 1 + iterations)
 
 
 def _random_projection_comp(delta: Delta, context: Context) -> Steps:
-    """Projection on a random subspace of the short side, which is the next step's. r
+    """Project on a random subspace of the short side, which is the next step's. r
     max(m, n) elements a matrix.
     """
     on_rows, s = basis_side(delta, context)
@@ -307,8 +307,8 @@ class _Transposed(Delta):
 
 
 def _transposed(result: Result) -> Result:
-    """SSP-Comp's result for Delta from its result for Delta^T, whose orthonormal P~ is
-    the next basis Q.
+    """Return SSP-Comp's result for Delta from its result for Delta^T, whose orthonormal
+    P~ is the next basis Q.
     """
     applied, sent = result.applied, result.sent
     assert isinstance(applied, LowRank)

@@ -59,12 +59,12 @@ class RandomProjection(Compressor):
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
-        """Only that form is."""
+        """True for the unbiased form only."""
         return self.form == "unbiased"
 
     @property
     def contractive(self) -> bool:  # type: ignore[override]
-        """Only that form is."""
+        """True for the contractive form only."""
         return self.form == "contractive"
 
     @property

@@ -36,8 +36,8 @@ class RestartSchedule:
     offsets: Mapping[str, int] = field(default_factory=dict)
 
     def due(self, name: str, t: int) -> bool:
-        """Whether the parameter restarts at step t: t = 0, or (t + offset) mod tau ==
-        0.
+        """Return whether the parameter restarts at step t: t = 0, or (t + offset) mod
+        tau == 0.
         """
         return t == 0 or (t + self.offsets.get(name, 0)) % self.restart_every == 0
 
@@ -79,7 +79,7 @@ class RestartHistory:
     a gradient for it.
 
     Attributes:
-        restarts: so far.
+        restarts: how many it has made so far.
         age: steps since the last restart, or since the start where there was none.
         deferred: whether a restart fell on a step in which no worker had a gradient,
             and has not been made up for.

@@ -40,7 +40,7 @@ class RowSparse(Compressor):
     unbiased = True
 
     def elements(self, m: int, n: int, r: int) -> int:
-        """At most: what is sent depends on the rows that were touched."""
+        """Return the most that is sent: it depends on the rows that were touched."""
         return m * n + 1
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:

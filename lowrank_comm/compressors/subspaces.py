@@ -29,8 +29,8 @@ from lowrank_comm.numerics.linalg import (
 
 
 def basis_on_rows(m: int, n: int, side: str = "short") -> bool:
-    """Whether an m x n matrix has its basis on the side of its rows (P is m x r), and
-    not of its columns (n x r); a square one has it on the columns.
+    """Return whether an m x n matrix has its basis on the side of its rows (P is m x
+    r), and not of its columns (n x r); a square one has it on the columns.
     """
     return m < n if side == "short" else m > n
 
@@ -135,7 +135,9 @@ def orthonormal(
 def _cholesky_qr(
     a: Tensor, passes: int, in_blocks: bool
 ) -> Generator[Request, Any, tuple[Tensor, Tensor]]:
-    """Passes of Cholesky-QR with the Gram matrices of all rows: (basis, pivot)."""
+    """Run passes of Cholesky-QR with the Gram matrices of all rows; return (basis,
+    pivot).
+    """
     basis, pivot = a, None
     for _ in range(passes):
         gram = (basis.mT @ basis).double()

@@ -1,4 +1,4 @@
-"""`python -m lowrank_comm.config`: what is derived from the options.
+"""Writes what is derived from the options; run as `python -m lowrank_comm.config`.
 
 schema             the JSON Schema of the section, to standard output
 tables FILE...     the tables of settings in these pages, in place
@@ -15,7 +15,6 @@ from lowrank_comm.config.table import filled
 
 
 def main() -> None:
-    """Carry out the command."""
     parser = argparse.ArgumentParser("python -m lowrank_comm.config")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("schema", help="write the JSON Schema of the section to standard output")

@@ -1,4 +1,4 @@
-"""`"enabled": false` in a section: the engine is left alone."""
+"""What `"enabled": false` in a section means: the engine is left alone."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def leave_alone(base: Optimizer) -> Optimizer:
 
 
 def is_left_alone(optimizer: Any) -> bool:
-    """Whether `leave_alone` has returned this optimizer."""
+    """Return whether `leave_alone` has returned this optimizer."""
     return isinstance(optimizer, Optimizer) and _LEFT_ALONE in vars(optimizer)

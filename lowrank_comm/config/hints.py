@@ -1,4 +1,4 @@
-"""What to write in the place of a key or a word that is unknown."""
+"""Suggestions of what to write in the place of a key or a word that is unknown."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _OTHER_COMPRESSORS = {
 
 @functools.cache
 def all_options() -> frozenset[str]:
-    """Every option that some compressor has."""
+    """Return every option that some compressor has."""
     return frozenset(key for kind in REGISTRY.values() for key in kind.options())
 
 
 def nearest_compressor(word: str, known: Sequence[str]) -> str:
-    """As `errors.nearest`, for names of compressors as papers and classes write them:
-    "PowerSGD+", "powersgd+", "PowerSGDPlus", "marina-p".
+    """Do as `errors.nearest`, for names of compressors as papers and classes write
+    them: "PowerSGD+", "powersgd+", "PowerSGDPlus", "marina-p".
     """
     meant = _meant(word, known)
     return f"; did you mean {meant!r}?" if meant else nearest(word, known)
@@ -56,14 +56,14 @@ def _meant(word: str, known: Sequence[str]) -> str | None:
 
 
 def nearest_class(given: object) -> str:
-    """As `errors.nearest`, for a name or a class where a compressor is wanted."""
+    """Do as `errors.nearest`, for a name or a class where a compressor is wanted."""
     word = given if isinstance(given, str) else getattr(given, "__name__", "")
     meant = _meant(word, list(REGISTRY))
     return f"; did you mean {REGISTRY[meant].__name__}(rank=4)?" if meant else "."
 
 
 def unknown_key(path: str, value: Any, known: Sequence[str], kind: type[Compressor]) -> str:
-    """What to do about a key that an object of a section does not have.
+    """Say what to do about a key that an object of a section does not have.
 
     Args:
         path: of the key, "lowrank_comm.error_feedback.dtyp".

@@ -76,8 +76,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def _if_compressor(name: str, default: bool) -> dict[str, Any]:
-    """The keys that a section with this compressor has; of the default one, also where
-    no compressor is named.
+    """Return the keys that a section with this compressor has; of the default one, also
+    where no compressor is named.
     """
     named: dict[str, Any] = {"properties": {"compressor": {"const": name}}}
     if not default:
@@ -86,7 +86,7 @@ def _if_compressor(name: str, default: bool) -> dict[str, Any]:
 
 
 def _without_titles(made: Any) -> Any:
-    """A schema without the titles that pydantic makes of names."""
+    """Return a schema without the titles that pydantic makes of names."""
     if isinstance(made, dict):
         return {
             key: _without_titles(value)

@@ -57,7 +57,7 @@ OPTIMIZERS = dict.fromkeys(
 
 
 class Strict(BaseModel):
-    """No unknown keys, no conversions of one type into another."""
+    """Refuses unknown keys, and converts no type into another."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -74,7 +74,7 @@ class _Object:
 
 @functools.cache
 def model_of(options: type, base: type[BaseModel] = Strict) -> type[BaseModel]:
-    """The pydantic model whose fields are those of a dataclass of options."""
+    """Return the pydantic model whose fields are those of a dataclass of options."""
     said = descriptions(options)
     fields: dict[str, Any] = {
         key: (
@@ -177,18 +177,18 @@ class Section(Strict):
 
     @staticmethod
     def of(compressor: Compressor) -> dict[str, Any]:
-        """The section that says the same as a compressor; everything else of it has its
-        default.
+        """Return the section that says the same as a compressor; everything else in it
+        has its default.
         """
         return compressor.describe()
 
     def make_compressor(self) -> Compressor:
-        """The compressor that the section names, with its options."""
+        """Make the compressor that the section names, with its options."""
         kind = _compressor(self.compressor)
         return kind(**{key: getattr(self, key) for key in kind.options()})
 
     def reducer_options(self) -> dict[str, Any]:
-        """Keyword arguments of `Reducer` (and of `CompressedOptimizer`)."""
+        """Return the keyword arguments of `Reducer` (and of `CompressedOptimizer`)."""
         return {
             "min_compression_rate": self.min_compression_rate,
             "rules": tuple(self.rules),
@@ -200,7 +200,7 @@ class Section(Strict):
 
 
 def _compressor(name: Any) -> type[Compressor]:
-    """The class of a compressor by its name in configuration files."""
+    """Return the class of a compressor by its name in configuration files."""
     if not isinstance(name, str) or name not in REGISTRY:
         known = sorted([*REGISTRY, *OPTIMIZERS])
         meant = hints.nearest_compressor(name, known) if isinstance(name, str) else "."
@@ -221,8 +221,8 @@ def _unsupported(name: str) -> UnsupportedError:
 
 
 def _complaints(error: ValidationError, kind: type[Compressor]) -> Iterator[str]:
-    """pydantic's errors as sentences with the key, the value and the fix, one for each
-    key.
+    """Yield pydantic's errors as sentences with the key, the value and the fix, one for
+    each key.
     """
     told = set()
     for detail in error.errors():
@@ -249,8 +249,9 @@ def _name(path: tuple[int | str, ...]) -> str:
 def _found(
     path: tuple[int | str, ...], kind: type[Compressor]
 ) -> tuple[tuple[int | str, ...], tuple[Any, Any], dict[str, tuple[Any, Any]]]:
-    """The setting at a path of pydantic's: its own path, since a part of a union has a
-    name at the end; its type and default; and the keys that it has, if it is an object.
+    """Return the setting at a path of pydantic's: its own path, since a part of a union
+    has a name at the end; its type and default; and the keys that it has, if it is an
+    object.
     """
     keys = every_setting(kind)
     setting: tuple[Any, Any] = (Section, None)
@@ -269,14 +270,14 @@ def _found(
 
 
 def every_setting(kind: type[Compressor]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (type, default) of the section of a compressor."""
+    """Return key -> (type, default) of the section of a compressor."""
     types = get_type_hints(Section, include_extras=True)
     common = {key: (types[key], field.default) for key, field in Section.model_fields.items()}
     return common | {key: (hint, default) for key, hint, default in settings_of(kind)}
 
 
 def inner_type(hint: Any) -> Any:
-    """A type without its metadata, and of a list that of its members."""
+    """Return a type without its metadata, and of a list that of its members."""
     while get_origin(hint) in (Annotated, list):
         hint = get_args(hint)[0]
     return hint

@@ -1,4 +1,4 @@
-"""The tables of settings in the docs, between two markers of a page:
+"""Writes the tables of settings in the docs, between two markers of a page:
 
 <!-- settings: written by python -m lowrank_comm.config tables FILE... -->
 <!-- end of the settings -->
@@ -31,7 +31,9 @@ def _around(table: str) -> Callable[[re.Match[str]], str]:
 
 
 def _settings() -> Iterable[list[str]]:
-    """The keys of a section with the default compressor, and those of its objects."""
+    """Yield the keys of a section with the default compressor, and those of its
+    objects.
+    """
     yield from (["key", "default", "values", "meaning"], ["---"] * 4)
     default = REGISTRY[Section.model_fields["compressor"].default]
     said = descriptions(default) | descriptions(Section)
@@ -54,8 +56,8 @@ def _settings() -> Iterable[list[str]]:
 
 
 def _options() -> Iterable[list[str]]:
-    """The options that compressors have beside `rank`, one row for those that mean the
-    same.
+    """Yield the options that compressors have beside `rank`, one row for those that
+    mean the same.
     """
     yield from (["key", "default", "of", "values", "meaning"], ["---"] * 5)
     owners: dict[tuple[str, str, str, str], list[str]] = {}
@@ -69,7 +71,7 @@ def _options() -> Iterable[list[str]]:
 
 
 def _default(key: str, value: Any) -> str:
-    """The default of a common key; the objects' own keys say theirs."""
+    """Return the default of a common key; the objects' own keys say theirs."""
     if key in Section.model_fields and Section.model_fields[key].default_factory:
         return {"enabled": "true", "rules": "[]"}.get(key, "")
     return _written(value)
@@ -84,7 +86,7 @@ def _written(value: Any) -> str:
 
 
 def _values(hint: Any) -> str:
-    """The values of a type as JSON writes them."""
+    """Return the values of a type as JSON writes them."""
     return ", ".join(f"`{part}`" if part.startswith('"') else part for part in members(hint))
 
 

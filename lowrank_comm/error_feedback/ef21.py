@@ -41,10 +41,10 @@ def with_feedback(compressor: Compressor, feedback: ErrorFeedback, linear: bool)
     these are asked for.
 
     Args:
-        compressor: the scheme.
+        compressor: the compressor alone.
         feedback: with its form resolved.
-        linear: whether the scheme is linear with all that is around it (quantization
-            is not).
+        linear: whether the compressor is linear with all that is around it
+            (quantization is not).
     """
     scheme: Compressor = compressor
     if feedback.rounds > 1:

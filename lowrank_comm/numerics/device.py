@@ -1,5 +1,6 @@
 """Transfers of plain numbers to a device without waiting for it, and its current
-stream."""
+stream.
+"""
 
 from __future__ import annotations
 

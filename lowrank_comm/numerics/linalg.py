@@ -90,7 +90,7 @@ def least_pivot(dtype: torch.dtype) -> float:
 
 
 def cholesky_pass(a: Tensor, gram: Tensor, pivot: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One pass of Cholesky-QR in a's dtype; a second pass on its basis makes that
+    """Make one pass of Cholesky-QR in a's dtype; a second pass on its basis makes that
     orthonormal to round-off.
 
     G = a^T a = L L^T (after scaling a's columns to norm 1);  basis = a L^-T
@@ -204,8 +204,8 @@ def columns_of(a: Tensor, which: Tensor) -> Tensor:
 
 
 def all_finite(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether decoded gradients of a narrow dtype are finite; for float16, whose range
-    a sum may leave.
+    """Return whether decoded gradients of a narrow dtype are finite; for float16, whose
+    range a sum may leave.
     """
     flags = [torch.isfinite(gradient).all() for gradient in gradients if gradient is not None]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

@@ -10,18 +10,18 @@ no multiple of the block is filled up with zeros, which are sent and count.
     sign    1024              1 for x >= 0 or 0, a bit     mean|x|         132
 
 Rounding is to the nearest code, which is biased and needs error feedback; or stochastic
-(int8 and int4), which is right in expectation. sign is contractive with delta =
-||x||_1^2 / (d ||x||_2^2) in each block of d numbers, and needs error feedback. What is
-sent is what the codes decode to, so that the rounding error stays in the error memory:
-sent + kept = given, exactly.
+(int8 and int4), which is right in expectation. sign is contractive with
+delta = ||x||_1^2 / (d ||x||_2^2) in each block of d numbers, and needs error feedback.
+What is sent is what the codes decode to, so that the rounding error stays in the error
+memory: sent + kept = given, exactly.
 
 How the mean is formed (see `communication.quantized_mean`): the blocks are dealt out
 among the workers; each receives its share of every worker's codes (all-to-all),
-averages them, rounds the mean to codes again, and all receive those (all-gather). So 2
-(N - 1) / N times the codes go over each link, as in an all-reduce, where gathering them
-all would take N - 1 times. The second rounding is made by one worker for all, which
-books N times what it took off as its own: the mean of what the workers sent is then
-what all apply.
+averages them, rounds the mean to codes again, and all receive those (all-gather). So
+2 (N - 1) / N times the codes go over each link, as in an all-reduce, where gathering
+them all would take N - 1 times. The second rounding is made by one worker for all,
+which books N times what it took off as its own: the mean of what the workers sent is
+then what all apply.
 """
 
 from __future__ import annotations

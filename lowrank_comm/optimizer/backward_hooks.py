@@ -126,8 +126,8 @@ def _take_off(handles: dict[int, tuple[weakref.ref[Tensor], Any]], marked: bool)
 
 
 def _within_another_pass() -> bool:
-    """Whether this backward pass was started by the backward of a custom function,
-    hence inside another pass.
+    """Return whether this backward pass was started by the backward of a custom
+    function, hence inside another pass.
     """
     callers = traceback.walk_stack(sys._getframe())
     return any(frame.f_code is _BACKWARD_OF_A_FUNCTION for frame, _ in callers)

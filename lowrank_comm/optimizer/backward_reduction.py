@@ -1,5 +1,6 @@
-"""When the gradients of a backward pass are averaged: in `step()`, at the end of the
-last backward pass of a step, or, with overlap, bucket by bucket during that pass.
+"""Decides when the gradients of a backward pass are averaged: in `step()`, at the end
+of the last backward pass of a step, or, with overlap, bucket by bucket during that
+pass.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class BackwardReduction:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward passes only accumulate."""
+        """Let backward passes inside only accumulate."""
         before, self._only_accumulates = self._only_accumulates, True
         try:
             yield
@@ -89,15 +90,15 @@ class BackwardReduction:
     # ------------------------------------------------------------ gradients in p.grad
 
     def begins(self, reducer: Reducer) -> None:
-        """With overlap, before a pass of all buckets: drop those of a backward pass
-        that has failed.
+        """Drop the buckets of a backward pass that has failed; with overlap, called
+        before a pass of all buckets.
         """
         self._stream = current_stream(reducer.device)
         if reducer.begun and self._scheduler_of(reducer) is None:
             reducer.abandon()
 
     def ended(self, verdict: bool) -> None:
-        """After a pass: remember its verdict, and which gradients it is about."""
+        """Remember the verdict of a pass, and which gradients it is about."""
         self.verdict = verdict
         parameters = self._lazy.parameters
         self._averaged = [weakref.ref(p.grad) for p in parameters if p.grad is not None]
@@ -107,8 +108,8 @@ class BackwardReduction:
         return bool(self._averaged) and all(p.grad is None for p in self._lazy.parameters)
 
     def _waits_for_step(self) -> bool:
-        """Whether gradients wait in `p.grad` that were averaged for a step which has
-        not been made.
+        """Return whether gradients wait in `p.grad` that were averaged for a step which
+        has not been made.
         """
         averaged = {id(ref()) for ref in self._averaged}
         return self.verdict is not None and any(
@@ -153,7 +154,9 @@ class BackwardReduction:
             reducer.begin(bucket, gradients, scale=scheduler.scale)
 
     def _scheduler_of(self, reducer: Reducer) -> BucketScheduler | None:
-        """That of this backward pass, if it has begun buckets of this reducer."""
+        """Return the scheduler of this backward pass, if it has begun buckets of this
+        reducer.
+        """
         there = self._scheduler
         return there if there is not None and there.is_of_this_pass(reducer) else None
 

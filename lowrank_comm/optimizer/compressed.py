@@ -86,8 +86,8 @@ class CompressedOptimizer(OptimizerWrapper):
         max_grad_norm: clip the averaged gradient to this norm before the base's step.
         seed: of the random draws, equal on all workers.
         reduce_at: "step" reduces inside `step()`; "backward" at the end of the last
-            backward pass, so that whoever clips before `step()` clips the averaged
-            gradient. None: "backward" under DDP and FSDP2, else "step".
+            backward pass, so that a loop which clips before `step()` clips the
+            averaged gradient. None: "backward" under DDP and FSDP2, else "step".
         shard_scope: with two levels, "shard" compresses each rank's block of rows
             alone, "matrix" carries out the algorithm of the whole matrix together.
         overlap: start compressing a bucket of parameters while the backward pass goes
@@ -111,7 +111,7 @@ class CompressedOptimizer(OptimizerWrapper):
     Source: Algorithm 2 of arXiv 2509.11254, for any base optimizer.
     """
 
-    # GradScaler must call step() on every worker; see `loss_scaling`
+    # GradScaler must call step() on every worker; see `grad_scaler`
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -191,7 +191,7 @@ class CompressedOptimizer(OptimizerWrapper):
 
     @classmethod
     def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> Any:
-        """From a `lowrank_comm` section, as in a JSON file.
+        """Make an optimizer from a `lowrank_comm` section, as in a JSON file.
 
         Args:
             base: the base optimizer.
@@ -305,8 +305,8 @@ class CompressedOptimizer(OptimizerWrapper):
         self._attachment.detach()
 
     def _settings(self, in_the_node: bool) -> dict[str, Any]:
-        """What must be equal on all workers, or on all ranks of a node, beside the
-        reducer's own settings.
+        """Return what must be equal on all workers, or on all ranks of a node, beside
+        the reducer's own settings.
         """
         engine, lazy = self._attachment.engine, self._lazy
         settings = {
@@ -370,13 +370,13 @@ class CompressedOptimizer(OptimizerWrapper):
         return applied or None
 
     def _update(self, _: bool) -> None:
-        """Clip, and step the base."""
+        """Clip the gradients if asked to, and step the base."""
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters_of(self.base), self.max_grad_norm)
         self.base.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
+        """Clear the gradients, averaged ones included."""
         self._backward.verdict = None
         self._attachment.engine.drop()
         if self._lazy.made is not None:
@@ -406,8 +406,8 @@ class CompressedOptimizer(OptimizerWrapper):
         return self._reduce(self._attachment.scaling.scale_of_gradients())
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, backward passes only accumulate, also with reduce_at="backward"; as
-        DDP's method of this name.
+        """Let backward passes inside only accumulate, also with reduce_at="backward";
+        as DDP's method of this name does.
 
         Example:
             >>> import torch
@@ -457,8 +457,8 @@ class CompressedOptimizer(OptimizerWrapper):
         return applied
 
     def _take_part_without_gradients(self) -> None:
-        """A pass of the other workers, when this one's data are exhausted: it sends
-        what its error memory holds.
+        """Take part in a pass of the other workers when this one's data are exhausted:
+        send what the error memory holds.
         """
         self._lazy.prepare()
         for parameter in self._lazy.parameters:
@@ -561,8 +561,8 @@ class CompressedOptimizer(OptimizerWrapper):
 def _overflows_float16(
     means: Sequence[Tensor | None], parameters: Sequence[Tensor], workers: Workers
 ) -> bool:
-    """Whether an averaged gradient is too large for its float16 parameter on any rank
-    of the node; a collective of these ranks.
+    """Return whether an averaged gradient is too large for its float16 parameter on any
+    rank of the node; a collective of these ranks.
     """
     narrow = [mean for mean, p in zip(means, parameters, strict=True) if p.dtype == torch.float16]
     if not narrow:

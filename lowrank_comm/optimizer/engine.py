@@ -43,7 +43,7 @@ class Engine:
         shard_scope: "shard" or "matrix", for two levels.
 
     Attributes:
-        name: for the plan.
+        name: what the plan calls it.
         group, intra_node: the workers, and the ranks of this node.
         reduces_at: when gradients are averaged unless the user says otherwise, "step"
             or "backward".
@@ -68,8 +68,8 @@ class Engine:
 
     @property
     def can_overlap(self) -> bool:
-        """Two levels have a collective inside the node first, for which all gradients
-        must be there.
+        """Whether a bucket may start during backward: not with two levels, which have a
+        collective inside the node first, for which all gradients must be there.
         """
         return self.intra_node.size == 1
 
@@ -82,7 +82,7 @@ class Engine:
         return True
 
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamInfo]:
-        """What this rank holds of these parameters."""
+        """Return what this rank holds of these parameters."""
         sharded = [name for name, p in named if isinstance(p, DTensor)]
         if sharded:
             raise ConfigError(
@@ -108,11 +108,11 @@ class Engine:
                 parameter.grad = grad
 
     def forget(self) -> None:
-        """After a veto: nothing will be delivered."""
+        """Forget what was collected, after a veto: nothing will be delivered."""
         self._rows.forget()
 
     def fill_nan(self, parameters: Sequence[Tensor]) -> None:
-        """NaN into every gradient that is there."""
+        """Put NaN into every gradient that is there."""
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.fill_(float("nan"))
@@ -121,7 +121,7 @@ class Engine:
         """Forget what waits elsewhere than in `p.grad`; the user clears gradients."""
 
     def local(self, tensor: Tensor) -> Tensor:
-        """What this rank holds of a parameter or gradient."""
+        """Return what this rank holds of a parameter or gradient."""
         return tensor
 
     def error_view(self, slot: ParamInfo, parameter: Tensor, error: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ class Engine:
     def saved(
         self, reducer: Reducer, whole: dict[str, dict[str, Tensor]] | None
     ) -> dict[str, dict[str, Tensor]]:
-        """What goes into a state dict: parameter name -> {"error": ..., "Q": ...}; no
-        communication.
+        """Return what goes into a state dict: parameter name -> {"error": ..., "Q":
+        ...}; no communication.
 
         Args:
             reducer: whose state it is.
@@ -148,7 +148,9 @@ class Engine:
         return tensors_of(reducer)
 
     def is_last_backward(self) -> bool:
-        """Whether the backward pass that ends (or goes on) is the last of its step."""
+        """Return whether the backward pass that ends (or goes on) is the last of its
+        step.
+        """
         return True
 
     def watch(
@@ -157,7 +159,7 @@ class Engine:
         on_gradient: Callable[[Tensor], None],
         at_end: Callable[[], None] | None,
     ) -> BackwardWatch:
-        """Hooks that tell of gradients and of the end of a backward pass."""
+        """Place hooks that tell of gradients and of the end of a backward pass."""
         return BackwardWatch(parameters, on_gradient, at_end)
 
     def on_join(self, take_part: weakref.WeakMethod[Callable[[], None]]) -> None:
@@ -169,7 +171,7 @@ class Engine:
         """Give the model back to its engine."""
 
     def notes(self) -> list[str]:
-        """Further lines of the plan."""
+        """Return further lines of the plan."""
         return []
 
 
@@ -197,7 +199,7 @@ def wrapper_of(model: nn.Module) -> str | None:
 
 
 def connect(wrapper: str, model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
-    """The engine of a wrapped model, by the adapter that knows its wrapper.
+    """Return the engine of a wrapped model, by the adapter that knows its wrapper.
 
     Raises:
         UnsupportedError: there is none, or it cannot work with this model.

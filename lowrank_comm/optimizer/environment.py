@@ -9,8 +9,8 @@ import warnings
 
 
 def transformers_uses_deepspeed() -> bool:
-    """Whether `TrainingArguments(deepspeed=...)` or Accelerate's DeepSpeed plugin is
-    alive in this process.
+    """Return whether `TrainingArguments(deepspeed=...)` or Accelerate's DeepSpeed
+    plugin is alive in this process.
 
     Trainer then drops the optimizer that it is given, without a word, and makes one of
     its own.

@@ -8,8 +8,8 @@ worker and hands over `grad_scale` (None if the caller has unscaled). The veto o
 reduction decides.
 
 The error memory never holds the scale, which changes over time: gradients are unscaled
-before the reduction inside `step()`, and whoever reduces before that (own clipping, or
-at the end of backward) must make the scaler known by `attach`.
+before the reduction inside `step()`. A program that reduces before that (to clip, or at
+the end of backward) must make the scaler known by `attach`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class LossScaling:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
     def scale_of_gradients(self) -> float:
-        """The loss scale that gradients carry outside `step()`: the attached scaler's
-        while nobody has unscaled them.
+        """Return the loss scale that gradients carry outside `step()`: the attached
+        scaler's as long as they have not been unscaled.
         """
         if self.scaler is None or self._filed("stage").name != "READY":
             return 1.0
         return float(self.scaler.get_scale())
 
     def unscale(self, optimizer: Any, reduced: bool) -> None:
-        """Inside a `step()` that a scaler calls: take the scale out of the gradients,
-        if it is still in them.
+        """Take the scale out of the gradients, if it is still in them; called inside a
+        `step()` that a scaler calls.
 
         Args:
             optimizer: whose gradients to unscale, and on which the scaler has left
@@ -55,7 +55,7 @@ class LossScaling:
             reduced: whether they were averaged before.
 
         Raises:
-            LowRankCommError: they were averaged when nobody knew of the scaler, hence
+            LowRankCommError: they were averaged before the scaler was known, hence
                 perhaps with the scale in them.
         """
         if reduced and self.scaler is None:
@@ -77,13 +77,15 @@ class LossScaling:
             torch._foreach_div_(grads, float(optimizer.grad_scale))
 
     def overflowed(self) -> None:
-        """A veto is an overflow for the scaler of every worker, so that their scales
-        stay equal.
+        """Record a veto as an overflow for the scaler of every worker, so that their
+        scales stay equal.
         """
         if self.scaler is not None:
             for found in self._filed("found_inf_per_device").values():
                 found.fill_(1.0)
 
     def _filed(self, what: str) -> Any:
-        """What the attached scaler keeps of this optimizer since its last update."""
+        """Return what the attached scaler keeps of this optimizer since its last
+        update.
+        """
         return self.scaler._per_optimizer_states[self._key][what]

@@ -97,8 +97,8 @@ class LazyReducer:
         return named
 
     def _made_of(self, named: dict[str, Tensor]) -> Reducer:
-        """The reducer as it is, or a new one with its state if further parameters are
-        trainable now. Those that were frozen stay in it.
+        """Return the reducer as it is, or a new one with its state if further
+        parameters are trainable now. Those that were frozen stay in it.
         """
         old = self.made
         known = {slot.name for slot in old.slots} if old is not None else set()

@@ -1,5 +1,5 @@
-"""Names of parameters: the model's own, however it was wrapped, since all state is
-keyed by them.
+"""Finds the names of parameters: the model's own, however it was wrapped, since all
+state is keyed by them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _WRAPPERS = re.compile(
 
 
 def wrappers_in_front(names: Iterable[str]) -> int:
-    """How many `module.` of wrappers stand in front of all names (a part of the model
-    that is called so does not).
+    """Count how many `module.` of wrappers stand in front of all names (a part of the
+    model that is called so does not).
     """
     own = [_WRAPPERS.sub("", name) for name in names]
     depth = 0
@@ -29,8 +29,8 @@ def wrappers_in_front(names: Iterable[str]) -> int:
 
 
 def own_name(name: str, depth: int) -> str:
-    """The model's own name of a parameter: without `_orig_mod.` and the like anywhere,
-    and without `depth` wrappers.
+    """Return the model's own name of a parameter: without `_orig_mod.` and the like
+    anywhere, and without `depth` wrappers.
 
     Example:
         >>> names = ["module._orig_mod.layers.0.weight", "module._orig_mod.head.weight"]
@@ -66,7 +66,7 @@ class Namer:
         self._known.update({id(parameter): own_name(name, depth) for name, parameter in named})
 
     def name_all(self, param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
-        """(name, parameter) in the order of the groups."""
+        """Return (name, parameter) in the order of the groups."""
         named: list[tuple[str, Tensor]] = []
         unnamed = 0
         # once: parameters that are added later must not rename the others

@@ -120,8 +120,8 @@ class SavedState:
             reducer.reset()
 
     def _numbered(self, saved_groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-        """(parameter name, key in the state dict) for all parameters, by their order in
-        the groups.
+        """Return (parameter name, key in the state dict) for all parameters, by their
+        order in the groups.
         """
         keys = [key for group in saved_groups for key in group["params"]]
         # the base complains about another number of parameters

@@ -72,7 +72,8 @@ def run_step(
 
 
 def _only_initialises_state(optimizer: Optimizer) -> bool:
-    """Whether torch.distributed.checkpoint is making an optimizer create its state.
+    """Return whether torch.distributed.checkpoint is making an optimizer create its
+    state.
 
     It does so by a step with lr 0 and zero gradients, perhaps on one rank alone. That
     is no step of the compressor: it would take the error memory and apply it with lr 0.

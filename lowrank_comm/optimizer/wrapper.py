@@ -28,7 +28,7 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _of_the_base(name: str) -> Any:
-    """A property that reads and sets the base's attribute of this name."""
+    """Return a property that reads and sets the base's attribute of this name."""
     return property(
         lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value)
     )

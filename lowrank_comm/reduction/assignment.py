@@ -1,6 +1,6 @@
-"""Which compressor serves which parameter, with what around it: the policy's decision,
-put together with the form of error feedback, the codes on the wire, and the blocks of
-rows that a node's ranks hold.
+"""Which compressor serves which parameter, with what is put around it: the policy's
+decision, together with the form of error feedback, the formats of quantization, and the
+blocks of rows that a node's ranks hold.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class CompressorAssignment:
         compressor: of the low-rank parameters.
         min_compression_rate, rules: see `policy`.
         error_feedback: its form, and how errors are kept.
-        quantization: what travels as codes.
+        quantization: what is sent quantized.
         intra_node: the ranks of this node.
         seed: of the draws.
 
     Attributes:
         linear: whether only the mean error of low-rank parameters matters: the
-            compressor is linear, and nothing that it averages has codes.
+            compressor is linear, and nothing that it averages is quantized.
         low_rank_compressor: the compressor, with its rounds and EF21 around it.
 
     Raises:
@@ -81,8 +81,8 @@ class CompressorAssignment:
             self._check_whole_matrices()
 
     def _check_effect(self) -> None:
-        """ConfigError for an option of the compressor to which the form of error
-        feedback leaves nothing to do.
+        """Refuse an option of the compressor to which the form of error feedback leaves
+        nothing to do.
         """
         form = self.error_feedback.form
         rounds = self.error_feedback.rounds
@@ -102,7 +102,7 @@ class CompressorAssignment:
                 )
 
     def _check_codes(self) -> None:
-        """ConfigError for codes that would have no effect, or a bias that nothing takes
+        """Refuse quantization that would have no effect, or a bias that nothing takes
         back.
         """
         codes, name = self.quantization, self.compressor.json_name
@@ -152,21 +152,23 @@ class CompressorAssignment:
             )
 
     def treat(self, slot: ParamInfo, rank: int) -> Treatment:
-        """Treatment of the block of a parameter that rank `rank` of the node holds."""
+        """Return the treatment of the block of a parameter that rank `rank` of the node
+        holds.
+        """
         if slot.whole is None:
             return self.policy.treat(slot.name, slot.shape)
         if self._intra_node.whole_matrices:
             whole = self.policy.treat(slot.name, slot.whole)
             if whole.low_rank or not whole.batched:
-                # codes are of blocks, whatever the scope
+                # with either scope, quantization is of blocks
                 return whole
         return self.policy.treat_block(
             slot.name, slot.block(self._intra_node, rank), slot.block(self._intra_node, 0)
         )
 
     def of_the_node(self, slot: ParamInfo) -> list[Treatment]:
-        """Of all blocks of a parameter in this node; one of the whole parameter, where
-        the node computes it together.
+        """Return the treatments of all blocks of a parameter in this node; that of the
+        whole parameter alone, where the node computes it together.
         """
         ranks = (
             1 if slot.whole is None or self._intra_node.whole_matrices else self._intra_node.size
@@ -184,7 +186,7 @@ class CompressorAssignment:
         return compressor, self.error_feedback if keeps else ErrorFeedback(form=compressor.feedback)
 
     def initial_state(self, slot: ParamInfo, treatment: Treatment) -> dict[str, Tensor]:
-        """Symbol -> the state of a parameter before the first step."""
+        """Return symbol -> the state of a parameter before the first step."""
         context = Context((slot.name,), 0, self._seed, treatment.rank, m=treatment.m)
         like = torch.empty(0, dtype=slot.compute_dtype, device=slot.device)
         state = self.compressor_for(treatment)[0].initial_state(
@@ -193,7 +195,7 @@ class CompressorAssignment:
         return {symbol: tensor[0] for symbol, tensor in state.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Plain settings by name, which must be equal on all workers."""
+        """Return plain settings by name, which must be equal on all workers."""
         return {
             **self.policy.describe(),
             "error_feedback": self.error_feedback.describe(),

@@ -52,7 +52,7 @@ class Batch:
         m, n: of each matrix, of which `m` are the rows that this rank holds.
         dtype, device: of the computation.
         memory: errors, (B, m, n).
-        compressor: the scheme, with its rounds and EF21 around it.
+        compressor: with its rounds and EF21 around it.
         initial_state: makes the compressor's state before the first step.
         context: what a compressor may know, but for the step.
         state: the compressor's state, symbol -> (B, ...).
@@ -84,8 +84,8 @@ class Batch:
     def delta(
         self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None
     ) -> Delta:
-        """Delta = g / scale + e of all matrices, or of `rows`; zero in place of a
-        missing g. Valid until the next step.
+        """Return Delta = g / scale + e of all matrices, or of `rows`; zero in place of
+        a missing g. Valid until the next step.
         """
         work, error = self._workspace(), self.memory.on(self.device)
         slots = self.slots
@@ -109,9 +109,9 @@ class Batch:
         return Delta(torch.add(error, work, alpha=1.0 / scale, out=work))
 
     def _workspace(self) -> Tensor:
-        """Room for Delta. Kept between steps on a CPU only, where fresh pages cost as
-        much as a pass over memory; a GPU's allocator hands them out for nothing, and
-        the room is of use to the backward pass.
+        """Return room for Delta. Kept between steps on a CPU only, where fresh pages
+        cost as much as a pass over memory; a GPU's allocator hands them out for
+        nothing, and the room is of use to the backward pass.
         """
         if self._work is None:
             work = torch.empty(
@@ -224,8 +224,8 @@ def build_batches(
     initial_basis: Mapping[str, Tensor],
     indices: Sequence[int],
 ) -> list[Batch]:
-    """Group the parameters that are given to a compressor by scheme, shape, rank, dtype
-    and device, in slot order.
+    """Group the parameters that are given to a compressor by compressor, shape, rank,
+    dtype and device, in slot order.
 
     Args:
         slots, treatments: the parameters and what the policy decided.
@@ -302,8 +302,8 @@ def _initial_state(
     like: Tensor,
     initial_basis: Mapping[str, Tensor],
 ) -> State:
-    """The compressor's state before the first step, with the given bases in the place
-    of drawn ones.
+    """Return the compressor's state before the first step, with the given bases in the
+    place of drawn ones.
     """
     state = compressor.initial_state(context, m, n, like)
     for row, name in enumerate(context.names):
@@ -322,7 +322,7 @@ def _initial_state(
 def _checked_basis(
     name: str, basis: Tensor, n: int, rank: int, context: Context, like: Tensor
 ) -> Tensor:
-    """A given Q as the compressor keeps it: orthonormal, dead columns replaced."""
+    """Return a given Q as the compressor keeps it: orthonormal, no dead columns."""
     if tuple(basis.shape) != (n, rank):
         raise ConfigError(
             f"initial_basis[{name!r}] has shape {tuple(basis.shape)}, Q must be n x r = {n} x"

@@ -45,7 +45,7 @@ class Job:
 
     @property
     def indices(self) -> Sequence[int]:
-        """The rows as numbers."""
+        """The rows of the batch as numbers."""
         return range(len(self.batch.names)) if self.rows is None else self.rows
 
     def start(self, grads: Sequence[Tensor | None], scale: float) -> Steps:
@@ -56,7 +56,7 @@ class Job:
         return batch.compressor.step(self.delta, state, self.context)
 
     def start_deferred(self, bucket: Bucket, grads: Sequence[Tensor | None], scale: float) -> Steps:
-        """Make a deferred restart of those matrices for which any worker has a gradient.
+        """Make a deferred restart of the matrices for which any worker has a gradient.
 
         The others stay as they are, and send nothing. A step in which no worker has a
         gradient for any of them therefore costs nothing; one in which the restart comes
@@ -84,12 +84,12 @@ class Job:
         if alive:
             record.enter(batch, rows, delta, result)
             batch.commit(delta, result, rows, t)
-        # Delta is model-sized: let it go now
+        # Delta is as large as the model: let it go now
         self.delta = self.result = None
 
 
 class BucketPass:
-    """A bucket on its way.
+    """The pass of one bucket, from its first exchange to its last.
 
     Args:
         state: of the reducer.
@@ -215,7 +215,9 @@ class BucketPass:
 
 
 def _noise(state: CompressionState, bucket: int, worker: int) -> Callable[[int], Noise]:
-    """Number of a packet -> its draws for stochastic rounding of what is sent quantized."""
+    """Return a function: number of a packet -> its draws for the stochastic rounding of
+    what is sent quantized.
+    """
     seed, t = state.seed, state.step
 
     def of_packet(number: int) -> Noise:
@@ -229,7 +231,7 @@ def _noise(state: CompressionState, bucket: int, worker: int) -> Callable[[int],
 
 
 def _flat(dense: DenseGroup, grads: Sequence[Tensor | None], scale: float) -> Tensor:
-    """The dense gradients of a group in one vector, without the loss scale."""
+    """Return the dense gradients of a group in one vector, without the loss scale."""
     pieces = []
     for k, numel in zip(dense.slots, dense.numels, strict=True):
         grad = grads[k]
@@ -242,7 +244,7 @@ def _flat(dense: DenseGroup, grads: Sequence[Tensor | None], scale: float) -> Te
 
 
 def _rows_of_result(result: Result, rows: list[int]) -> Result:
-    """The result of some matrices of a batch."""
+    """Return the result of some matrices of a batch."""
 
     def take(part: LowRank | Tensor) -> LowRank | Tensor:
         return LowRank(part.p[rows], part.q[rows]) if isinstance(part, LowRank) else part[rows]

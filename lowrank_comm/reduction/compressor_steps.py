@@ -1,4 +1,6 @@
-"""Who asks what: the compressors' generators of a pass, advanced in lock-step."""
+"""Advances the compressors' generators of a pass in lock-step, and keeps what they ask
+for.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ class CompressorSteps:
         return False
 
     def answer(self, answers: Mapping[int, object]) -> None:
-        """Give generators the answers to what they asked for; `advance` lets them go on."""
+        """Give generators the answers to their requests; `advance` lets them go on."""
         self._answers.update(answers)
         self._ready += sorted(answers)
 
@@ -73,7 +75,9 @@ class CompressorSteps:
         return asking
 
     def tell(self, present: list[bool]) -> None:
-        """Let those go on that wait; what the others ask for stays."""
+        """Tell the generators that wait which gradients are present, and let them go
+        on; what the others ask for stays.
+        """
         self.answer(dict.fromkeys(self.waiting, present))
         self.waiting = []
 

@@ -88,15 +88,17 @@ class IntraNodeRequests:
         return shares
 
     def put_together(self, share: Share, mean: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (mean, own) of a whole sum over rows from what came back of a share."""
+        """Return (mean, own) of a whole sum over rows from what came back for a share
+        of it.
+        """
         assert share.whole is not None
         # `own` is another tensor where the wire rounds
         as_sent = share.whole if own is share.tensor else self._put_together(own, share.whole)
         return self._put_together(mean, share.whole), as_sent
 
     def _summed(self, parts: list[Tensor]) -> list[Tensor]:
-        """Sums over the node of tensors of one dtype; this worker's own, so no other
-        node need have the same bits.
+        """Return the sums over the node of tensors of one dtype; this worker's own, so
+        no other node need have the same bits.
         """
         if not parts:
             return []
@@ -108,13 +110,13 @@ class IntraNodeRequests:
         ]
 
     def _put_together(self, share: Tensor, like: Tensor) -> Tensor:
-        """The whole from the shares of all ranks of the node."""
+        """Return the whole from the shares of all ranks of the node."""
         column = share.reshape(1, -1, 1)
         return self.group.whole_rows(column, like.numel(), "shares").reshape(like.shape)
 
     def _compute(self, request: ComputeOnce, offset: int) -> Tensor:
-        """(B, own rows, k), zero where another worker computes. Each rank keeps the
-        whole matrices of its share only.
+        """Return (B, own rows, k), zero where another worker computes. Each rank keeps
+        the whole matrices of its share only.
         """
         count, rows, _ = request.matrices.shape
         rank, ranks = self._workers.global_rank, self._workers.world_size

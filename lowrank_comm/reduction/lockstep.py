@@ -45,6 +45,9 @@ from lowrank_comm.reduction.veto import Veto
 def lockstep(one: Pass) -> Generator[list[Exchange], int, Agreed | None]:
     """Carry out one pass.
 
+    Args:
+        one: the pass: what is averaged and how; its `stats` are filled.
+
     Yields:
         What is to be exchanged in a phase, or in one of its legs; is sent the number of
         collectives that it took.

@@ -1,9 +1,9 @@
-"""Figures to watch while training: as a flat dict for whatever logs (TensorBoard, W&B,
+"""Figures to watch while training: as a flat dict for a logger (TensorBoard, W&B,
 Trainer), or as lines of JSON.
 
 One definition for all: what the ledger has counted since the last look, as means over
 the steps between, and the norms of the last step. The keys begin with "compression/".
-Norms are computed when somebody looks, on this worker alone: no figure takes a
+Norms are computed when they are read, on this worker alone: no figure takes a
 collective.
 """
 
@@ -50,7 +50,8 @@ class Figures:
         >>> import torch
         >>> from lowrank_comm import CompressedOptimizer, PowerSGD
         >>> layer = torch.nn.Linear(64, 64)
-        >>> optimizer = CompressedOptimizer(torch.optim.SGD(layer.named_parameters(), lr=0.1), PowerSGD(rank=1))
+        >>> base = torch.optim.SGD(layer.named_parameters(), lr=0.1)
+        >>> optimizer = CompressedOptimizer(base, PowerSGD(rank=1))
         >>> figures = Figures(optimizer)
         >>> layer(torch.ones(1, 64)).sum().backward()
         >>> optimizer.step()
@@ -76,8 +77,8 @@ class Figures:
         }
 
     def since_last(self) -> dict[str, float]:
-        """The figures since this was last called, or since the start; empty if there
-        was no step.
+        """Return the figures since this was last called, or since the start; empty if
+        there was no step.
 
         Returns:
             steps, and how many of them were skipped on all workers (a gradient was not
@@ -85,7 +86,7 @@ class Figures:
             bytes and collectives a step, `inside_bytes` between the ranks of a node
             where there are two levels; host milliseconds a step by phase; and of the
             last step this worker's captured_energy and error_norm (see
-            `diagnostics.StepReport`).
+            `reduction.report.StepReport`).
         """
         totals = self._totals()
         history = {key: value - self._before.get(key, 0) for key, value in totals.items()}
@@ -114,8 +115,8 @@ class Figures:
 
 
 class StepLog:
-    """A file of JSON lines for plain loops: `step`, the figures, and whatever else the
-    loop gives. One process writes.
+    """Writes a file of JSON lines for plain loops: `step`, the figures, and what else
+    the loop gives. One process writes.
 
     Args:
         source: a `CompressedOptimizer`, or the adapter of a DeepSpeed engine.
@@ -147,7 +148,7 @@ class StepLog:
             self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115  (closed by close)
 
     def write(self, **more: Any) -> None:
-        """Once a step, on all workers: adds a line if it is due.
+        """Add a line if one is due; to be called once a step, on all workers.
 
         Args:
             more: further entries of the line, such as loss=loss; tensors of one element
@@ -161,7 +162,6 @@ class StepLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -77,11 +77,11 @@ class Packet:
         self.dense: list[Tensor] = []
 
     def second_leg(self) -> list[Exchange]:
-        """Return what comes after the first leg; empty where nothing is sent quantized."""
+        """Return what follows the first leg; empty where nothing is sent quantized."""
         return self._buffers.second_leg()
 
     def unpack(self) -> dict[int, object]:
-        """Return the compressors' answers, by generator, once everything was exchanged."""
+        """Return the compressors' answers, by generator, once all was exchanged."""
         self.unsound = (~self._buffers.unpack()).to(torch.float32)
         self.dense = [entry.mean for entry in self._dense]
         if self._control is not None:
@@ -98,8 +98,8 @@ class Packet:
 
 
 def _dtype_of_sums(entries: Sequence[Entry]) -> torch.dtype:
-    """Of the tensor that comes first in a sum: control numbers that take it need no
-    buffer of their own.
+    """Return the dtype of the tensor that comes first in a sum: control numbers that
+    take it need no buffer of their own.
     """
     for entry in entries:
         if not entry.gathered and entry.format is None:

@@ -40,8 +40,8 @@ class ParamInfo:
         return math.prod(self.shape)
 
     def block(self, intra_node: IntraNodeGroup, rank: int) -> tuple[int, ...]:
-        """Shape of the block that rank `rank` of the node holds; rank 0 holds the
-        largest.
+        """Return the shape of the block that rank `rank` of the node holds; rank 0
+        holds the largest.
         """
         if self.whole is None:
             return self.shape

@@ -22,7 +22,7 @@ from lowrank_comm.reduction.intra_node_requests import IntraNodeRequests
 
 @dataclass(frozen=True)
 class Presence:
-    """Request of the reducer's own, for steps that depend on it: for each parameter,
+    """A request of the reducer's own, for steps that depend on it: for each parameter,
     whether any worker has a gradient. That is known when the first packet has come
     back, so a generator that asks takes no part in that packet, but in those that
     follow.

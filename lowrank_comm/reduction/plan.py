@@ -22,7 +22,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def human_bytes(count: float) -> str:
-    """Bytes in decimal units, e.g. 1.2 MB."""
+    """Return bytes in decimal units, e.g. 1.2 MB."""
     for unit in _UNITS:
         if abs(count) < 1000 or unit == _UNITS[-1]:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -35,8 +35,8 @@ class PlanRow:
     """One parameter of the plan: its treatment, its rank, what an ordinary step and one
     with a restart send, and why.
 
-    `plain_bytes`: what an ordinary step would send if it were not coded or sent row by
-    row.
+    `plain_bytes`: what an ordinary step would send if nothing were quantized or sent
+    row by row.
     """
 
     name: str
@@ -55,7 +55,7 @@ class PlanRow:
 
     @property
     def low_rank(self) -> bool:
-        """Whether the scheme of the run compresses it."""
+        """Whether the run's compressor compresses it."""
         return self.scheme == "low_rank"
 
 
@@ -176,7 +176,7 @@ class Plan:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     def _of_other_schemes(self, rows: Sequence[PlanRow]) -> list[str]:
-        """What travels as codes, or row by row."""
+        """Return the lines about what is sent quantized, or row by row."""
         lines = []
         for scheme in dict.fromkeys(row.scheme for row in rows):
             own = [row for row in rows if row.scheme == scheme]
@@ -194,8 +194,8 @@ class Plan:
         return f"{counted(self.workers, 'node')} of {self.ranks_in_a_node} ranks"
 
     def _cap(self, sent_dense: float) -> list[str]:
-        """The parameters that set the ceiling of the ratio, if what stays dense is more
-        than a fifth of what is sent.
+        """Return the parameters that set the ceiling of the ratio, if what stays dense
+        is more than a fifth of what is sent.
         """
         dense = sorted(
             (row for row in self.rows if row.scheme == "dense"), key=lambda row: -row.elements
@@ -224,7 +224,7 @@ def _times(full: float, sent: float) -> str:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """A number with its noun, e.g. "1 worker", "2 workers"."""
+    """Return a number with its noun, e.g. "1 worker", "2 workers"."""
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
@@ -245,7 +245,7 @@ def make_plan(
     slots, treatments, batches = state.slots, state.treatments, state.batches
     compressor, formats = assignment.low_rank_compressor, assignment.quantization.formats
     intra_node, count = workers.intra_node, workers.group.size
-    # of all blocks of a parameter in this node; `treatments` are of what this rank holds
+    # of all blocks of a parameter in this node; `treatments` are of this rank's block
     of_the_node = [assignment.of_the_node(slot) for slot in slots]
     schedule = state.restarts.schedule
 
@@ -308,8 +308,8 @@ def make_plan(
     )
 
     def packets(restart: bool) -> int:
-        """Held at most: the buffer on the wire; if it is narrower, also the own part of
-        it, and both again at full width.
+        """Count what is held at most: the buffer on the wire; if it is narrower, also
+        the own part of it, and both again at full width.
         """
         total = 0
         for row, slot, treatment in zip(rows, slots, treatments, strict=True):

@@ -63,7 +63,7 @@ class Rule:
             )
 
     def matches(self, name: str) -> bool:
-        """Whether the pattern fits the whole name."""
+        """Return whether the pattern fits the whole name."""
         return fnmatch.fnmatchcase(name, self.match)
 
 
@@ -212,6 +212,8 @@ def _dense(numel: int, reason: str) -> Treatment:
 
 
 def _by_rows(scheme: str, shape: Sequence[int], reason: str) -> Treatment:
-    """Sent quantized or row by row: a matrix as it is, everything else as one row."""
+    """Treat a tensor as sent quantized or row by row: a matrix as it is, everything
+    else as one row.
+    """
     m, numel = shape[0] if len(shape) > 1 else 1, math.prod(shape)
     return Treatment(scheme, m, numel // m, 0, numel, reason)

@@ -31,8 +31,8 @@ one's block was vetoed.
 
 All state is keyed by parameter name. Order of batches and requests follows the order of
 the slots, the same on all workers. A bucket's pass (`bucket_pass`) knows nothing of who
-carries its exchanges out, so that a process group and the simulation of N workers in one
-process run the same code.
+carries its exchanges out, so that a process group and the simulation of N workers in
+one process run the same code.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Outcome:
         applied: False if it was vetoed: some worker's numbers were not finite, and
             nothing was changed.
         grads: in slot order; the tensors given, holding the result; a new tensor where
-            this worker had none but another had; None where nobody had one.
+            this worker had none but another had; None where no worker had one.
     """
 
     applied: bool
@@ -84,8 +84,8 @@ class Outcome:
 
 @dataclass
 class _Pending:
-    """What commit will make true. present: place of a slot -> whether any worker had a
-    gradient.
+    """What `commit` will make true. present: place of a slot -> whether any worker had
+    a gradient.
     """
 
     jobs: list[Job]
@@ -98,11 +98,11 @@ class Reducer:
 
     Args:
         slots: the parameters, in the same order on all workers; names are unique.
-        compressor: the scheme.
+        compressor: of what the policy compresses.
         group: the workers.
         min_compression_rate, rules: see `policy`.
         error_feedback: its form, and how the error memory is kept.
-        quantization: what travels as codes.
+        quantization: what is sent quantized.
         wire_dtype: "bfloat16", "float16", "float32", "float64", or None for the wider
             of float32 and the parameter's dtype.
         seed: of all random draws.
@@ -118,8 +118,8 @@ class Reducer:
         state: what is kept between steps: error memory, bases, step.
         ledger: bytes handed to collectives.
         device: of the first parameter, for flags and control numbers.
-        further_settings: what else must be equal, of whoever uses the reducer: given
-            False between workers, True between the ranks of a node.
+        further_settings: what else of the reducer's owner must be equal: given False
+            between workers, True between the ranks of a node.
 
     Raises:
         ConfigError: a name occurs twice, a dtype is unknown, or an initial basis does
@@ -177,8 +177,8 @@ class Reducer:
         return self.state.step
 
     def reduce(self, grads: Sequence[Tensor | None], *, scale: float = 1.0) -> Outcome:
-        """One lock-step pass over all parameters; a collective, to be called by every
-        worker.
+        """Make one lock-step pass over all parameters; a collective, to be called by
+        every worker.
 
         Args:
             grads: this worker's gradients in slot order, None where it has none;
@@ -232,8 +232,8 @@ class Reducer:
         self._begun = []
 
     def launch(self, number: int, grads: Sequence[Tensor | None], scale: float) -> BucketPass:
-        """Start the pass of a bucket; to be taken to its end by `complete`, and handed to
-        `finish`. Autograd and autocast are off.
+        """Start the pass of a bucket, to be taken to its end by `complete`, and handed
+        to `finish`. Autograd and autocast are off.
         """
         if self._pending is not None:
             raise LowRankCommError(
@@ -327,14 +327,14 @@ class Reducer:
         self.state.reset()
 
     def take_over(self, old: Reducer) -> None:
-        """Go on with the state of a reducer of fewer parameters, on all workers alike."""
+        """Go on with the state of a reducer of fewer parameters; all workers do so."""
         self.state.take_over(old.state)
         self.ledger = old.ledger
         self.workers.intra_node.bytes = old.workers.intra_node.bytes
 
     @torch.no_grad()
     def consolidate_error_memory(self) -> None:
-        """Every worker's error becomes the mean of all; a collective.
+        """Make every worker's error the mean of all; a collective.
 
         Linear compressors use the mean error only, so training goes on as it would have
         (to round-off), and what any worker then saves is right for every worker at any
@@ -379,7 +379,7 @@ class Reducer:
         self.ledger.bytes["fingerprint"] += self.workers.agree(mine | further(False), blocks)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that must be equal on all workers."""
+        """Return everything that must be equal on all workers."""
         intra_node = self.workers.intra_node
         ranks = f"{intra_node.size} ranks, {intra_node.scope}" if intra_node.size > 1 else None
         return {

@@ -62,7 +62,7 @@ class StepReport:
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes over bytes sent in this step, with the surplus of gathers."""
+        """Uncompressed bytes over bytes sent in this step, with gathers' surplus."""
         return (
             self.uncompressed_bytes / (self.total_bytes + self.surplus_bytes)
             if self.total_bytes
@@ -70,7 +70,7 @@ class StepReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON lines."""
+        """Return plain values, for JSON lines."""
         return {**asdict(self), "ratio": self.ratio}
 
 
@@ -96,8 +96,8 @@ class PassRecord:
     _made: StepReport | None = None
 
     def enter(self, batch: Batch, rows: list[int] | None, delta: Tensor, result: Result) -> None:
-        """Keep what norms are computed from, if somebody asks: small factors, or the
-        norm itself of what is large.
+        """Keep what norms are computed from, in case they are read: small factors, or
+        the norm itself of what is large.
         """
         # what is applied is an estimate, of which only the change was sent
         if batch.tracks:
@@ -119,7 +119,7 @@ class PassRecord:
         self.parts.append(_Part(batch, rows, sent, None if follows else _norm_of(delta)))
 
     def report(self, batches: Sequence[Batch]) -> StepReport:
-        """The report, made once."""
+        """Return the report, made once."""
         if (
             self._made is None
             or self._made.applied != self.applied
@@ -142,7 +142,8 @@ class PassRecord:
         return self._made
 
     def _energy(self, batches: Sequence[Batch]) -> tuple[float | None, float | None]:
-        """Captured share of this worker's Delta, and the norm of its error memory.
+        """Return the captured share of this worker's Delta, and the norm of its error
+        memory.
 
         What is sent by the PowerSGD family is a projection of Delta, so ||Delta||^2 =
         ||sent||^2 + ||e||^2, unless what is kept is another thing than Delta - sent;
@@ -173,7 +174,7 @@ class _Part:
     delta_norm: Tensor | None
 
     def given_squared(self) -> float:
-        """||Delta||^2."""
+        """Return ||Delta||^2."""
         if self.delta_norm is not None:
             return float(self.delta_norm) ** 2
         memory = self.batch.memory.tensor
@@ -183,7 +184,7 @@ class _Part:
 
 
 def _norm_of_product(sent: LowRank) -> Tensor:
-    """||P Q^T|| of all matrices, without forming them: tr(P^T P Q^T Q)."""
+    """Return ||P Q^T|| of all matrices, without forming them: tr(P^T P Q^T Q)."""
     p, q = sent.p.double(), sent.q.double()
     return ((p.mT @ p) * (q.mT @ q)).sum().clamp(min=0).sqrt()
 

@@ -1,5 +1,5 @@
-"""Which matrices restart in a step: the schedule, and restarts deferred for want of a
-gradient.
+"""Which matrices restart in a step: the schedule, and the restarts that are deferred
+because a gradient was missing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ class Restarts:
     """When the matrices of a run restart, and what each of them has behind it.
 
     Args:
-        schedule: None for schemes without restarts.
+        schedule: None for compressors without restarts.
         names: of the matrices.
     """
 
     def __init__(self, schedule: RestartSchedule | None, names: Iterable[str]) -> None:
         self.schedule, self._names = schedule, frozenset(names)
-        # of all others the history follows from the step
+        # the history of all others follows from the step
         self._irregular: dict[str, RestartHistory] = {}
 
     def history(self, name: str, t: int) -> RestartHistory:
@@ -47,22 +47,22 @@ class Restarts:
         return kinds
 
     def due(self, name: str, t: int) -> bool:
-        """Whether the schedule has a restart at step t."""
+        """Return whether the schedule has a restart at step t."""
         return self.schedule is not None and name in self._names and self.schedule.due(name, t)
 
     def deferred(self, name: str) -> bool:
-        """Whether a restart waits for a gradient."""
+        """Return whether a restart waits for a gradient."""
         return name in self._irregular and self._irregular[name].deferred
 
     def commit(self, t: int, present: Mapping[str, bool]) -> None:
-        """Step t counts. present: parameter name -> whether any worker had a gradient."""
+        """Count step t. present: parameter name -> whether a worker had a gradient."""
         for name, there in present.items():
             if name in self._names and (name in self._irregular or not there):
                 self._set(name, self.history(name, t).after(self.due(name, t), there), t + 1)
 
     def start_anew(self, names: Collection[str], t: int) -> None:
-        """These matrices have nothing behind them; they have missed the restart of step
-        0, and owe it.
+        """Forget the history of these matrices; the restart of step 0, which they have
+        missed, is deferred.
         """
         owing = t > 0 and self.schedule is not None
         for name in self._names.intersection(names):
@@ -71,8 +71,8 @@ class Restarts:
             )
 
     def irregular(self) -> dict[str, tuple[int, int, bool]]:
-        """Name -> (restarts, age, deferred), to be saved; of matrices that have had a
-        gradient in every step there is nothing to say.
+        """Return name -> (restarts, age, deferred), to be saved; of matrices that have
+        had a gradient in every step there is nothing to say.
         """
         return {
             name: (history.restarts, history.age, history.deferred)
@@ -80,14 +80,14 @@ class Restarts:
         }
 
     def describe(self) -> dict[str, str]:
-        """The same in words, to be compared between workers."""
+        """Return the same in words, to be compared between workers."""
         return {
             name: f"{restarts} so far, {age} steps since, {'one' if deferred else 'none'} deferred"
             for name, (restarts, age, deferred) in self.irregular().items()
         }
 
     def go_on(self, t: int, irregular: Mapping[str, Sequence[int]]) -> None:
-        """The next step is t, as saved; of all that are not in `irregular` nothing is
+        """Go on at step t, as saved; of all that are not in `irregular` nothing is
         deferred.
         """
         self._irregular = {}

@@ -1,4 +1,4 @@
-"""Between the whole gradients that a rank holds and what its reducer averages.
+"""Converts between the whole gradients that a rank holds and what its reducer averages.
 
 Where every rank is a worker, both are the same, and nothing is copied or sent. With two
 levels the ranks of a node share the work by blocks of rows:
@@ -84,7 +84,9 @@ class RowScatter:
         return portions
 
     def _padded(self, k: int) -> int:
-        """Elements of the largest block of a parameter, to which all are padded."""
+        """Return the elements of the largest block of a parameter, to which all are
+        padded.
+        """
         return math.prod(self.slots[k].block(self._intra_node, 0))
 
     @torch.no_grad()
@@ -125,7 +127,7 @@ class RowScatter:
         ]
 
     def _spread(self, gradient: Tensor, room: Tensor) -> None:
-        """Row f of room (F, padded) becomes block f of the gradient."""
+        """Write block f of the gradient into row f of room (F, padded)."""
         flat, width = gradient.reshape(-1), room.shape[1]
         for f in range(self._intra_node.size):
             part = flat[f * width : (f + 1) * width]
@@ -169,5 +171,7 @@ class RowScatter:
         return results
 
     def forget(self) -> None:
-        """Drop what `scatter` was given: after a veto there is no `gather`."""
+        """Drop what `scatter` was given; called after a veto, when there is no
+        `gather`.
+        """
         self._gradients = ()

@@ -125,9 +125,9 @@ class CompressionState:
         self.worker: tuple[int, int] | None = None
 
     def _cut(self, bucket_bytes: int | None) -> list[list[int]]:
-        """Slots in buckets, each of which may start on its way when its last gradient
-        is there: the last parameters first, as backward makes gradients. One bucket of
-        all where nothing starts early.
+        """Cut the slots into buckets, each of which may start when its last gradient is
+        there: the last parameters first, as backward makes gradients. One bucket of all
+        where nothing starts early.
         """
         if bucket_bytes is None:
             return [list(range(len(self.slots)))]
@@ -164,8 +164,8 @@ class CompressionState:
         return Bucket(indices, batches, dense_groups)
 
     def _restarts(self) -> Restarts:
-        """By the largest block of each matrix: all ranks of a node restart it in the
-        same steps, also those with fewer rows of it or none.
+        """Make the restarts by the largest block of each matrix: all ranks of a node
+        restart it in the same steps, also those with fewer rows of it or none.
         """
         largest = {slot.name: self.assignment.treat(slot, 0) for slot in self.slots}
         compressor = self.assignment.low_rank_compressor
@@ -177,8 +177,8 @@ class CompressionState:
         return Restarts(compressor.schedule(costs), costs)
 
     def error_memory(self) -> dict[str, Tensor]:
-        """Parameter name -> this worker's error, a live view in the parameter's shape;
-        what keeps none is absent.
+        """Return parameter name -> this worker's error, a live view in the parameter's
+        shape; what keeps none is absent.
         """
         return {
             name: batch.memory.view(row, self.slots[batch.slots[row]].shape)
@@ -188,11 +188,14 @@ class CompressionState:
         }
 
     def blocks(self) -> list[tuple[ParamInfo, Treatment, dict[str, Tensor]]]:
-        """Of every parameter that is given to a compressor in this node: the slot, the
-        treatment of its largest block, which decides that, and by symbol what this rank
-        keeps in its shape: the error, a live view, where one is kept, and the
-        compressor's `parameter_shaped_state` state as it is now. Tensors are empty
-        where other ranks of the node hold all rows.
+        """List every parameter that is given to a compressor in this node.
+
+        Returns:
+            For each the slot, the treatment of its largest block, which decides whether
+            it is given to a compressor, and symbol -> what this rank keeps in its
+            shape: the error, a live view, where one is kept, and the compressor's
+            `parameter_shaped_state` as it is now. Tensors are empty where other ranks
+            of the node hold all rows.
         """
         memory, blocks = self.error_memory(), []
         for slot in self.slots:
@@ -215,15 +218,15 @@ class CompressionState:
         return blocks
 
     def compressor_of(self, name: str) -> Compressor | None:
-        """What serves one parameter, with all that is around it; None where it is not
-        compressed on this rank.
+        """Return the compressor of one parameter, with all that is around it; None
+        where it is not compressed on this rank.
         """
         return self._place[name][0].compressor if name in self._place else None
 
     def bases_of(self, name: str) -> dict[str, Tensor]:
-        """State of the compressor of one parameter, live, in the parameter's shape what
-        is `parameter_shaped_state`; {} where the parameter is not compressed on this
-        rank.
+        """Return the live state of the compressor of one parameter, with what is
+        `parameter_shaped_state` in the parameter's shape; {} where the parameter is not
+        compressed on this rank.
         """
         if name not in self._place:
             return {}
@@ -235,7 +238,7 @@ class CompressionState:
         }
 
     def bases(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> state of the compressor by its symbol (Q), as in
+        """Return parameter name -> state of the compressor by its symbol (Q), as in
         `bases_of`, a copy as it is now.
         """
         return {
@@ -261,7 +264,7 @@ class CompressionState:
 
     @torch.no_grad()
     def reset(self, names: Sequence[str] | None = None) -> None:
-        """Back to the state before the first step: zero errors and initial bases, of
+        """Go back to the state before the first step: zero errors and initial bases, of
         all parameters and the step counter, or of the named parameters only.
         """
         if names is None:
@@ -280,7 +283,7 @@ class CompressionState:
             )
 
     def continue_at(self, step: int, irregular: Mapping[str, Sequence[int]] | None = None) -> None:
-        """The next pass is t = step, as read from a checkpoint. irregular: see
+        """Make t = step the next pass, as read from a checkpoint. irregular: see
         `Restarts.go_on`.
         """
         self.step, self._workers.agreed, self._consolidated_at = step, False, None
@@ -294,13 +297,13 @@ class CompressionState:
         return self._consolidated_at == self.step
 
     def mark_consolidated(self) -> None:
-        """The error memory is the mean of all workers' errors, as that of a checkpoint
-        which holds the mean.
+        """Note that the error memory is the mean of all workers' errors, as that of a
+        checkpoint which holds the mean.
         """
         self._consolidated_at, self.whole = self.step, None
 
     def take_over(self, old: CompressionState) -> None:
-        """Go on with the state of a reducer of fewer parameters, on all workers alike."""
+        """Go on with the state of a reducer of fewer parameters; all workers do so."""
         memory, before = old.error_memory(), {slot.name for slot in old.slots}
         self.continue_at(old.step, old.restarts.irregular())
         self.restarts.start_anew({slot.name for slot in self.slots} - before, old.step)
@@ -349,7 +352,7 @@ class CompressionState:
         return any(batch.memory.kept or batch.compressor.private for batch in self.batches)
 
     def describe(self) -> dict[str, Any]:
-        """Everything of the state that must be equal on all workers."""
+        """Return everything of the state that must be equal on all workers."""
         return {
             **self._described,
             "step": self.step,
@@ -361,5 +364,5 @@ class CompressionState:
 
 
 def _digest(tensor: Tensor) -> str:
-    """A short hash of the numbers, to be compared between workers."""
+    """Return a short hash of the numbers, to be compared between workers."""
     return hashlib.sha256(repr(tensor.tolist()).encode()).hexdigest()[:16]
