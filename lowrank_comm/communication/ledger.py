@@ -16,9 +16,9 @@ embedding are sent), "dense" (what is not compressed), "control" (one finite fla
 the mask of missing gradients), "fingerprint" (once, at the start), "consolidation"
 (error memory averaged for a checkpoint). Where ranks of a node share a worker's
 matrices, what goes between them is counted apart, by its own kinds: "gradients" (the
-exact mean inside the node), "results" (the way back), "sums" (P^T P, Delta^T P), "rows", "shares",
-"control". A process without a process group counts what it would hand over, and no
-collectives.
+exact mean inside the node), "results" (the way back), "sums" (P^T P, Delta^T P),
+"rows", "shares", "control". A process without a process group counts what it would hand
+over, and no collectives.
 """
 
 from __future__ import annotations
