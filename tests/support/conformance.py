@@ -51,7 +51,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {name: [{}] for name in REGISTRY} | 
     ],
     "random_projection": [{}, {"form": "unbiased"}],
 }
-"""By name in JSON. A compressor that is registered and not here runs with its defaults."""
+"""By name in JSON. A registered compressor that is not here runs by its defaults."""
 
 AROUND: list[dict[str, Any]] = [
     {"error_feedback": {"form": "ef21"}},
