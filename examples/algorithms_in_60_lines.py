@@ -90,3 +90,5 @@ if __name__ == "__main__":
         Q = basis[:, :rank]
         trained, _, _ = powersgd_plus(X, Q, gradients, eta=0.05, mu=0.5, tau=tau, steps=40)
         print(f"{name}: {loss(trained):.3f}")
+    print("Restarts only cost on a problem as easy as this one; examples/counterexample.py has")
+    print("one on which PowerSGD stays trapped for ever and PowerSGD+ does not.")

@@ -154,8 +154,14 @@ class Section(Strict):
             raise ConfigError(
                 f"{SECTION} must be an object with keys such as 'compressor', got {section!r}."
             )
+        for key in section:
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"{SECTION}: the key {key!r} is no word; write settings such as"
+                    ' "compressor" and "rank".'
+                )
         name = section.get("compressor", cls.model_fields["compressor"].default)
-        if name in OPTIMIZERS:
+        if isinstance(name, str) and name in OPTIMIZERS:
             if section.get("enabled") is False:
                 return cls(compressor=name, enabled=False)
             raise _unsupported(name)

@@ -216,8 +216,9 @@ class CompressedOptimizer(OptimizerWrapper):
             >>> CompressedOptimizer.from_config(base, section).compressor.rank
             2
         """
-        if isinstance(section, Mapping) and section.get("compressor") in OPTIMIZERS:
-            extension = pkgutil.resolve_name(OPTIMIZERS[section["compressor"]])
+        name = section.get("compressor") if isinstance(section, Mapping) else None
+        if isinstance(name, str) and name in OPTIMIZERS:
+            extension = pkgutil.resolve_name(OPTIMIZERS[name])
             return extension.from_config(base, section, **keywords)
         parsed = Section.parse(section)
         if not parsed.enabled:

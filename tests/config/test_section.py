@@ -270,3 +270,20 @@ def test_a_rank_that_is_not_in_the_group_is_told(gloo: GlooPool) -> None:
     inside, outside = gloo.run(outside_of_the_group, 2)
     assert inside == "no error"
     assert "this rank is not a member of the group" in outside
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"compressor": ["powersgd"]}, r"compressor=\['powersgd'\] is unknown"),
+        ({"compressor": {}}, r"compressor=\{\} is unknown"),
+        ({5: 1}, "the key 5 is no word"),
+    ],
+)
+def test_a_name_that_is_no_text_is_an_error_of_ours(section: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Section.parse(section)
+    with pytest.raises(ConfigError, match=words):
+        CompressedOptimizer.from_config(
+            torch.optim.SGD(torch.nn.Linear(4, 4).parameters()), section
+        )
