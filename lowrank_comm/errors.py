@@ -38,7 +38,8 @@ class UnsupportedError(LowRankCommError, NotImplementedError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return '; did you mean X?' for messages about an unknown word, or a full stop
-    where nothing is near.
+    where nothing is near. Upper and lower case count as equal.
     """
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else "."

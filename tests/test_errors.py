@@ -27,4 +27,5 @@ def test_every_error_is_the_librarys_and_one_of_pythons(
 def test_the_nearest_word_is_suggested() -> None:
     known = ["restart_every", "rank", "power_iterations"]
     assert errors.nearest("restart_evry", known) == "; did you mean 'restart_every'?"
+    assert errors.nearest("Rank", known) == "; did you mean 'rank'?"
     assert errors.nearest("momentum", known) == "."
