@@ -135,7 +135,7 @@ class BucketPass:
             wire,
             rank,
             size,
-            None if nearest else _noise(state, number, rank),
+            None if nearest else rounding_noise(state.seed, number, state.step, rank),
         )
         self.one.stats.seconds["compress"] += time.perf_counter() - clock
         self.flight = Flight(lockstep(self.one), group.start)
@@ -214,11 +214,10 @@ class BucketPass:
                 torch._foreach_copy_(means, pieces)
 
 
-def _noise(state: CompressionState, bucket: int, worker: int) -> Callable[[int], Noise]:
+def rounding_noise(seed: int, bucket: int, t: int, worker: int) -> Callable[[int], Noise]:
     """Return a function: number of a packet -> its draws for the stochastic rounding of
     what is sent quantized.
     """
-    seed, t = state.seed, state.step
 
     def of_packet(number: int) -> Noise:
         def draw(purpose: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
