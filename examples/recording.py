@@ -54,6 +54,21 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
 
+class FinishedBefore(Exception):
+    """The checkpoint that a run was resumed from is that of its last step."""
+
+
+class StopWhereFinished(TrainerCallback):
+    """Leaves `trainer.train()` by `FinishedBefore`, checkpoint loaded, where no step is
+    left: Trainer itself looks for the end after a step, and would do one too many.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Leave, on all ranks alike."""
+        if state.global_step >= state.max_steps:
+            raise FinishedBefore
+
+
 class Recorder(TrainerCallback):
     """Writes `log.jsonl`: after every logged step its loss and time, and what the run
     has sent so far.

@@ -18,6 +18,11 @@ The first command needs one line for compression, the import of
 `lowrank_comm.integrations.deepspeed`; the second one callback. With `accelerate launch`
 and FSDP the second goes on as accelerate is told. `--fsdp_size` (and
 `--dp_replicate_size`, for HSDP) shard the model when it is loaded, on a CPU too.
+
+A run that was killed goes on with `--resume_from_checkpoint true`: from its newest
+complete checkpoint, whatever the kill has left beside it. `auto` does the same, and
+starts from the beginning where there is no checkpoint yet, so that one command starts a
+job and goes on with it.
 """
 
 from __future__ import annotations
@@ -57,7 +62,8 @@ if ON_CPU:
         # accelerate would set its own number
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
-from recording import Bar, Recorder  # noqa: E402
+from checkpoints import find_checkpoint  # noqa: E402
+from recording import Bar, FinishedBefore, Recorder, StopWhereFinished  # noqa: E402
 from report import SUMMARY, Summary, show  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
@@ -71,7 +77,6 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 # The one line: the section "lowrank_comm" of the JSON now means something.
 import lowrank_comm.integrations.deepspeed  # noqa: E402
@@ -257,20 +262,22 @@ def find_comparison(given: ExampleArguments, output_dir: Path, own: Summary) -> 
     return neighbour
 
 
-def find_checkpoint(asked: str | bool | None, output_dir: Path) -> str | None:
-    """Return the checkpoint to resume from: a folder, or with True this run's last."""
-    if asked is None or str(asked).lower() in ("false", ""):
-        return None
-    if str(asked).lower() == "true":
-        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    else:
-        found = str(asked)
-    if found is None or not Path(found, "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {asked}: no checkpoint there (looked for"
-            f" {found or output_dir / 'checkpoint-*'})"
-        )
-    return found
+def agreed_checkpoint(args: ExampleTrainingArguments, output_dir: Path) -> str | None:
+    """Return the checkpoint to resume from, as rank 0 sees the folder: the file systems
+    of several nodes may show a new checkpoint at different times.
+    """
+    found: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            found = [find_checkpoint(args.resume_from_checkpoint, output_dir)]
+        except OSError as problem:
+            # the others wait to be told
+            found = [problem]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def comparable(
@@ -313,12 +320,12 @@ def main() -> None:
         lowrank_comm.integrations.deepspeed.skip_shm_extension()
     given, args = parser.parse_args_into_dataclasses()
     output_dir, section = Path(args.output_dir), section_of(given, args)
-    if given.fsdp_size and args.resume_from_checkpoint:
+    checkpoint = agreed_checkpoint(args, output_dir)
+    if given.fsdp_size and checkpoint is not None:
         raise ConfigError(
             "--fsdp_size shards the model when it is loaded, and transformers cannot resume such"
             " a run"
         )
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if given.compare_with is not None:
         # a wrong folder is noticed before training, not after
         Summary.load(Path(given.compare_with))
@@ -342,6 +349,8 @@ def main() -> None:
             f"text: {kept:,} tokens to train on, {given.held_out_tokens:,} held out"
             f" ({given.train_file or 'Shakespeare'})"
         )
+        if args.resume_from_checkpoint:
+            print(f"going on from {checkpoint}" if checkpoint else "starting from the beginning")
         if section is None and not args.deepspeed:
             print(
                 "neither --deepspeed nor --compression is given: an ordinary run, in which nothing"
@@ -380,7 +389,12 @@ def main() -> None:
         trainer.add_callback(Bar)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(recorder)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.add_callback(StopWhereFinished())
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FinishedBefore:
+        if trainer.is_world_process_zero():
+            print(f"{checkpoint} is that of the last step: nothing is left to train")
     trainer.evaluate()
 
     if trainer.is_world_process_zero():

@@ -31,23 +31,15 @@ export MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # below the
 # Since SLURM 22.05 srun does not take this over from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
-# The newest checkpoint that is complete: trainer_state.json is written last, and a job may be killed while it saves, even
-# in the middle of that file.
-last_checkpoint() {
-    local folder
-    for folder in $(ls -d "$OUTPUT_DIR"/checkpoint-* 2>/dev/null | sort -rV); do
-        if python -m json.tool "$folder/trainer_state.json" >/dev/null 2>&1; then
-            echo "$folder"
-            return
-        fi
-    done
-}
+# The newest checkpoint that is complete: a job may be killed while it saves.
+FIND_CHECKPOINT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/checkpoints.py
+last_checkpoint() { python "$FIND_CHECKPOINT" "$OUTPUT_DIR"; }
 
 CHECKPOINT=$(last_checkpoint)
-# Flags for examples/train.py. The last of two equal flags counts, so those on sbatch's command line come behind these.
+# Flags for examples/train.py: the same for the first start and for every later one. The last of two equal flags counts, so
+# those on sbatch's command line come behind these.
 TRAIN_FLAGS=(--output_dir "$OUTPUT_DIR" --save_strategy steps --save_steps "${SAVE_STEPS:-100}" --save_total_limit 2
-    --disable_tqdm True)
-if [[ -n $CHECKPOINT ]]; then TRAIN_FLAGS+=(--resume_from_checkpoint "$CHECKPOINT"); fi
+    --resume_from_checkpoint auto --disable_tqdm True)
 
 # Time is nearly up (#SBATCH --signal): back into the queue, unless this run got no further than where it began.
 requeue() {

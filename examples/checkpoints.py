@@ -1,0 +1,85 @@
+"""Which checkpoint of a Trainer's folder a run goes on from: the newest complete one.
+
+    # from a shell: prints the folder, or nothing where there is none
+    python examples/checkpoints.py runs/ds_powersgd_plus
+
+Trainer writes a checkpoint's files one after the other into `checkpoint-<step>`, and
+`trainer_state.json` last. A job that is killed while it saves leaves a folder that has a
+number and no state, or half of it; transformers' own search takes the highest number,
+and such a run cannot be resumed until somebody removes the folder. Python's standard
+library only: job.sh of examples/slurm calls this file, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether everything of a checkpoint has been written: its trainer_state.json
+    can be read, and where several ranks save their random numbers' state, rank 0 is not
+    the only one that has.
+    """
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ranks = {int(file.stem.rpartition("_")[2]) for file in folder.glob("rng_state_[0-9]*.pth")}
+    return "global_step" in state and (not ranks or ranks == set(range(max(2, len(ranks)))))
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """Return the complete `checkpoint-<step>` of the highest step in a run's folder, or
+    None.
+    """
+    numbered = [
+        (int(found[1]), folder)
+        for folder in output_dir.glob("checkpoint-*")
+        if (found := re.fullmatch(r"checkpoint-(\d+)", folder.name))
+    ]
+    return next(
+        (folder for _, folder in sorted(numbered, reverse=True) if is_complete(folder)), None
+    )
+
+
+def find_checkpoint(asked: str | bool | None, output_dir: Path) -> str | None:
+    """Return the checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        asked: a folder; "true" for the newest complete checkpoint of this run; "auto"
+            for the same, or the beginning where there is none yet; None or "false" for
+            the beginning.
+        output_dir: the run's folder.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or it is not complete.
+    """
+    word = str(asked or "false").lower()
+    if word == "false":
+        return None
+    if word in ("true", "auto"):
+        found = newest_complete(output_dir)
+        if found is not None or word == "auto":
+            return None if found is None else str(found)
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {asked}: no complete checkpoint there (looked for"
+            f" {output_dir / 'checkpoint-*'} with a whole trainer_state.json). With auto instead,"
+            " the run starts from the beginning."
+        )
+    if not is_complete(Path(str(asked))):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {asked}: no complete checkpoint there (its"
+            " trainer_state.json, which is written last, is missing or cut off). With true"
+            " instead, the run goes on from its newest complete one."
+        )
+    return str(asked)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/checkpoints.py OUTPUT_DIR")
+    if (newest := newest_complete(Path(sys.argv[1]))) is not None:
+        print(newest)
