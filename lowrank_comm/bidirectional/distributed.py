@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Down, Sent, Transport, Up
 from lowrank_comm.bidirectional.ledger import LinkLedger
+from lowrank_comm.bidirectional.permk import Blocks
+from lowrank_comm.bidirectional.transport import Context, Transport
 from lowrank_comm.communication.group import Group
 
 
@@ -37,7 +38,8 @@ class ProcessGroupTransport(Transport):
     """
 
     def __init__(self, group: Group, ledger: LinkLedger) -> None:
-        self.group, self.ledger = group, ledger
+        super().__init__(ledger)
+        self.group = group
         self._parts: dict[tuple[int, int], list[Any]] = {}
 
     @property
@@ -46,58 +48,36 @@ class ProcessGroupTransport(Transport):
         parent = self.group.process_group
         return 0 if parent is None else dist.get_global_rank(parent, 0)
 
-    def up(self, request: Up, context: Context, finite: bool) -> Sent | None:
-        d, compressor, n = context.d, request.compressor, context.n
-        indices = compressor.indices(context.seed, context.t, n, context.workers, d)
-        values = compressor.compress(request.vectors, indices)
-        own = compressor.decompress(values, indices, d)
-        self.ledger.enter(
-            "uplink_dense" if indices is None else "uplink", values.shape[1], values.itemsize
-        )
-        messages = self._gather(torch.cat([values[0], values.new_tensor([float(finite)])]))
-        mean, verdict = None, values.new_zeros(1)
-        if messages is not None:
-            everyones = compressor.indices(context.seed, context.t, n, range(n), d)
-            mean = compressor.mean(messages[:, :-1], everyones, d)
-            sound = (messages[:, -1] > 0).all() & torch.isfinite(mean).all()
-            verdict = sound.to(values.dtype)[None]
-        self.ledger.bytes["control"] += 2 * values.itemsize
-        if not bool(self._from_server(verdict) > 0):
-            return None
-        return Sent(own, mean)
-
-    def down(self, request: Down, context: Context, like: Tensor) -> Tensor:
-        blocks, worker, change = request.blocks, context.workers[0], request.change
-        self.ledger.enter("downlink", blocks.length(), like.itemsize)
-        group = int(blocks.group[worker])
-        own = blocks.coordinates(group).to(like.device)
-        received = like.new_zeros(blocks.length())
+    def down(self, context: Context, change: Tensor | None, blocks: Blocks, like: Tensor) -> Tensor:
         if context.n == 1:
-            assert change is not None
-            received[: len(own)] = change[own]
-        elif self._has_process_groups(context.n, blocks.count):
-            for number, part in enumerate(self._process_groups(context.n, blocks.count)):
-                if not (context.serves or group == number):
-                    continue
-                there = blocks.coordinates(number).to(like.device)
-                buffer = like.new_zeros(len(there)) if change is None else change[there]
-                if len(there):
-                    dist.broadcast(buffer, self._server, group=part)
-                if group == number:
-                    received[: len(there)] = buffer
-        else:
-            messages = None
-            if change is not None:
-                messages = [like.new_zeros(blocks.length()) for _ in range(context.n)]
-                for i, message in enumerate(messages):
-                    there = blocks.coordinates(int(blocks.group[i])).to(like.device)
-                    message[: len(there)] = change[there]
-            dist.scatter(received, messages, src=self._server, group=self.group.process_group)
-        return blocks.place(received[: len(own)], worker)[None]
+            return super().down(context, change, blocks, like)
+        length, (worker,) = blocks.length(), context.workers
+        self.ledger.enter("downlink", length, like.itemsize)
 
-    def broadcast(self, vector: Tensor | None, like: Tensor) -> Tensor:
-        self.ledger.enter("downlink_dense", like.numel(), like.itemsize)
-        return self._from_server(torch.empty_like(like) if vector is None else vector.clone())
+        def block(number: int) -> Tensor:
+            """Return the block of a group, with zeros behind it up to the length of the
+            longest; without the server, room for it.
+            """
+            padded = like.new_zeros(length)
+            if change is not None:
+                there = blocks.coordinates(number).to(like.device)
+                padded[: len(there)] = change[there]
+            return padded
+
+        own = int(blocks.group[worker])
+        parts = self._process_groups(context.n, blocks.count)
+        if parts is not None:
+            for number, part in enumerate(parts):
+                if context.serves or number == own:
+                    message = block(number)
+                    dist.broadcast(message, self._server, group=part)
+                    if number == own:
+                        received = message
+        else:
+            received = like.new_zeros(length)
+            messages = [block(int(number)) for number in blocks.group] if context.serves else None
+            dist.scatter(received, messages, src=self._server, group=self.group.process_group)
+        return blocks.place(received[: len(blocks.coordinates(own))], worker)[None]
 
     def from_server(self, tensor: Tensor, kind: str) -> Tensor:
         """Return rank 0's tensor on all ranks, outside of steps; `kind` is the
@@ -106,33 +86,38 @@ class ProcessGroupTransport(Transport):
         self.ledger.bytes[kind] += tensor.numel() * tensor.itemsize
         return self._from_server(tensor.clone())
 
+    def _gather(self, values: Tensor, finite: bool) -> tuple[Tensor, bool] | None:
+        self.ledger.bytes["control"] += 2 * values.itemsize
+        n, serves = self.group.size, self.group.rank == 0
+        if n == 1:
+            return values, finite
+        message = torch.cat([values[0], values.new_tensor([float(finite)])])
+        messages = [torch.empty_like(message) for _ in range(n)] if serves else None
+        dist.gather(message, messages, dst=self._server, group=self.group.process_group)
+        if messages is None:
+            return None
+        rows = torch.stack(messages)
+        return rows[:, :-1], bool((rows[:, -1] > 0).all())
+
+    def _verdict(self, sound: bool, like: Tensor) -> bool:
+        return bool(self._from_server(like.new_tensor([float(sound)])) > 0)
+
     def _from_server(self, tensor: Tensor) -> Tensor:
         if self.group.size > 1:
             dist.broadcast(tensor, self._server, group=self.group.process_group)
         return tensor
 
-    def _gather(self, message: Tensor) -> Tensor | None:
-        """Return all ranks' messages in rank order on the server, None elsewhere."""
-        if self.group.size == 1:
-            return message[None]
-        serves = self.group.rank == 0
-        messages = [torch.empty_like(message) for _ in range(self.group.size)] if serves else None
-        dist.gather(message, messages, dst=self._server, group=self.group.process_group)
-        return torch.stack(messages) if messages is not None else None
-
-    def _has_process_groups(self, n: int, count: int) -> bool:
-        """Return whether the groups have fixed members and can be process groups, in
-        whose making all ranks of the default group must take part.
+    def _process_groups(self, n: int, count: int) -> list[Any] | None:
+        """Return a process group for each group of workers: its members and rank 0.
+        None where the members change, or the workers are not all ranks of the default
+        group, which must all take part in making a process group; the first call is a
+        collective of them.
 
         (use_local_synchronization hangs on gloo where groups overlap, as they do in
         rank 0; torch 2.13.)
         """
-        return count < n and n % count == 0 and dist.get_world_size() == n
-
-    def _process_groups(self, n: int, count: int) -> list[Any]:
-        """Return a process group for each group of workers: its members and rank 0.
-        The first call is a collective of all ranks.
-        """
+        if not (count < n and n % count == 0 and dist.get_world_size() == n):
+            return None
         if (n, count) not in self._parts:
             parent = self.group.process_group
             ranks = dist.get_process_group_ranks(parent) if parent is not None else list(range(n))

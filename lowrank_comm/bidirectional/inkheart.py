@@ -57,15 +57,14 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Method, Request, Sent, State, Up
+from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.problem import Problem
 from lowrank_comm.bidirectional.randk import Fraction, Mask, RandK
+from lowrank_comm.bidirectional.transport import Context, Uplink
 
 
 class OneUplink(Method):
@@ -81,11 +80,10 @@ class OneUplink(Method):
     def uplink(self) -> RandK: ...
 
     def estimate(
-        self, state: State, gradients: Tensor, context: Context
-    ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
+        self, state: State, gradients: Tensor, context: Context, up: Uplink
+    ) -> tuple[Tensor | None, State]:
         """Send C_i(gradient_i); the estimate is the mean over all workers."""
-        sent: Sent = yield Up(gradients, self.uplink)
-        return sent.mean, {}
+        return up(gradients, self.uplink).mean, {}
 
     def largest_step_size(self, problem: Problem, n: int, d: int) -> float:
         """Return the largest gamma that the theorem allows.
@@ -95,9 +93,17 @@ class OneUplink(Method):
             n: workers.
             d: coordinates.
         """
-        return _largest(
-            problem, n, self.uplink.omega(d), self.downlink_omega(n), self.probability(n)
-        )
+        smooth, l_a, p = problem.smoothness, problem.l_a, self.probability(n)
+        omega, down = self.uplink.omega(d), self.downlink_omega(n)
+        conditions = [1 / (2 * smooth)]
+        if omega > 0:
+            conditions.append(n / (12 * smooth * omega))
+        if down > 0 and l_a > 0:
+            conditions.append(math.sqrt(p / (8 * down)) / l_a)
+            conditions.append(smooth * p / (2 * down * l_a**2))
+        if down > 0 and omega > 0:
+            conditions.append(math.sqrt(n * p / (8 * omega * down)) / smooth)
+        return min(conditions)
 
     def step_size(self, problem: Problem, n: int, d: int, batch: int, steps: int) -> float:
         """Return the gamma that makes the theorem's bound smallest.
@@ -164,20 +170,6 @@ class InkheartSGD(OneUplink):
     def uplink(self) -> RandK:
         """The compressor of the uplink."""
         return RandK(self.uplink_fraction, self.mask)
-
-
-def _largest(problem: Problem, n: int, omega: float, down: float, p: float) -> float:
-    """Return the least of the theorem's five bounds; down: the downlink's omega."""
-    smooth, l_a = problem.smoothness, problem.l_a
-    conditions = [1 / (2 * smooth)]
-    if omega > 0:
-        conditions.append(n / (12 * smooth * omega))
-    if down > 0 and l_a > 0:
-        conditions.append(math.sqrt(p / (8 * down)) / l_a)
-        conditions.append(smooth * p / (2 * down * l_a**2))
-    if down > 0 and omega > 0:
-        conditions.append(math.sqrt(n * p / (8 * omega * down)) / smooth)
-    return min(conditions)
 
 
 @dataclass(frozen=True)

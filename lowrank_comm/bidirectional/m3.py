@@ -15,14 +15,14 @@ original's constants are its authors', and those are not quoted here.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Request, State
+from lowrank_comm.bidirectional.base import State, known
 from lowrank_comm.bidirectional.marina_uplink import MarinaUplink
+from lowrank_comm.bidirectional.transport import Context, Uplink
 from lowrank_comm.options import Advice, Share
 
 
@@ -62,11 +62,12 @@ class M3(MarinaUplink):
         return state["z"]
 
     def estimate(
-        self, state: State, gradients: Tensor, context: Context
-    ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
+        self, state: State, gradients: Tensor, context: Context, up: Uplink
+    ) -> tuple[Tensor | None, State]:
         """Send the gradients by MARINA's uplink; the first step sends them whole."""
-        _, g_bar = yield from self.send(gradients, state.get("last"), state.get("g_bar"), context)
-        return g_bar, {"last": gradients.clone(), **({} if g_bar is None else {"g_bar": g_bar})}
+        last, g_bar = state.get("last"), state.get("g_bar")
+        _, g_bar = self.send(gradients, last, g_bar, context, up)
+        return g_bar, known(last=gradients.clone(), g_bar=g_bar)
 
     def moved(self, state: State) -> State:
         """Return the state with z_i moved towards the new w_i."""

@@ -46,15 +46,15 @@ sigma = 0 and a = 1 it is MARINA-P with MARINA.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Request, State
+from lowrank_comm.bidirectional.base import State, known
 from lowrank_comm.bidirectional.marina_uplink import MarinaUplink
 from lowrank_comm.bidirectional.problem import Problem
+from lowrank_comm.bidirectional.transport import Context, Uplink
 from lowrank_comm.options import Advice, Share
 
 
@@ -89,17 +89,17 @@ class M4(MarinaUplink):
     server_state = ("x", "y_bar")
 
     def estimate(
-        self, state: State, gradients: Tensor, context: Context
-    ) -> Generator[Request, Any, tuple[Tensor | None, State]]:
+        self, state: State, gradients: Tensor, context: Context, up: Uplink
+    ) -> tuple[Tensor | None, State]:
         """Update the momentum and send it by MARINA's uplink; the first step sends it
         whole.
         """
         a = self.gradient_weight
         last = state.get("v")
         v = gradients.clone() if last is None else (1 - a) * last + a * gradients
-        change, y_bar = yield from self.send(v, last, state.get("y_bar"), context)
+        change, y_bar = self.send(v, last, state.get("y_bar"), context, up)
         y = v if change is None else state["y"] + change
-        return y_bar, {"v": v, "y": y, **({} if y_bar is None else {"y_bar": y_bar})}
+        return y_bar, known(v=v, y=y, y_bar=y_bar)
 
     def rejoin(self, server: State, context: Context) -> State:
         """Return a state with every worker at x and v_i = y_i = y_bar: a valid start,
@@ -109,13 +109,10 @@ class M4(MarinaUplink):
         # before the first step
         if "y_bar" not in server:
             return state
-        rows = server["y_bar"].expand_as(state["w"])
-        return {
-            **state,
-            "v": rows.clone(),
-            "y": rows.clone(),
-            **({"y_bar": server["y_bar"]} if context.serves else {}),
-        }
+        y_bar = server["y_bar"]
+        rows = y_bar.expand_as(state["w"])
+        mine = known(v=rows.clone(), y=rows.clone(), y_bar=y_bar if context.serves else None)
+        return state | mine
 
     def step_size(self, problem: Problem, n: int, d: int) -> float:
         """Return the theorem's gamma.

@@ -12,14 +12,14 @@ Source: MARINA (Gorbunov, Burlachenko, Li, Richtarik; arXiv 2102.07845).
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Method, Request, Sent, Up
+from lowrank_comm.bidirectional.base import Method
 from lowrank_comm.bidirectional.randk import Fraction, Mask, RandK
+from lowrank_comm.bidirectional.transport import Context, Uplink
 from lowrank_comm.options import Advice, Share
 
 
@@ -57,8 +57,13 @@ class MarinaUplink(Method):
         )
 
     def send(
-        self, vectors: Tensor, last: Tensor | None, mean: Tensor | None, context: Context
-    ) -> Generator[Request, Any, tuple[Tensor | None, Tensor | None]]:
+        self,
+        vectors: Tensor,
+        last: Tensor | None,
+        mean: Tensor | None,
+        context: Context,
+        up: Uplink,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Make one step of the uplink.
 
         Args:
@@ -66,13 +71,13 @@ class MarinaUplink(Method):
             last: x_i, or None in the first step, which sends everything.
             mean: of y_i, where the server is; None elsewhere, and in the first step.
             context: of the step.
+            up: sends to the server.
 
         Returns:
             (what is added to y_i, or None where y_i+ = x_i+; the mean of y_i+, None
             where there is no server).
         """
         if last is None or context.coin("uplink coin", self.uplink_probability(context.d)):
-            whole: Sent = yield Up(vectors, RandK(1.0))
-            return None, whole.mean
-        sent: Sent = yield Up(vectors - last, self.uplink)
+            return None, up(vectors, RandK(1.0)).mean
+        sent = up(vectors - last, self.uplink)
         return sent.own, None if sent.mean is None or mean is None else mean + sent.mean

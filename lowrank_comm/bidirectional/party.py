@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Method, State, drive
+from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.distributed import ProcessGroupTransport
 from lowrank_comm.bidirectional.ledger import LinkLedger
 from lowrank_comm.bidirectional.saved import Agreed, Saved, agree_on_saved
+from lowrank_comm.bidirectional.transport import Context
 from lowrank_comm.bidirectional.vectors import FlatParameters
 from lowrank_comm.communication.agreement import fingerprint
 from lowrank_comm.communication.workers import Workers
@@ -58,9 +59,8 @@ class Party:
         return self.workers.group.rank == 0
 
     def _context(self) -> Context:
-        rank, n = self.workers.group.rank, self.workers.group.size
-        flat = self.flat
-        return Context(self.seed, self.t, n, flat.d, (rank,), rank == 0, flat.device)
+        group = self.workers.group
+        return Context(self.seed, self.t, group.size, self.flat.d, (group.rank,))
 
     def agree(self, base: str) -> None:
         """Compare settings and parameters with the other workers; a collective.
@@ -97,13 +97,8 @@ class Party:
             The next state; None if the step was vetoed.
         """
         with full_precision(self.flat.device):
-            state = drive(
-                self.method,
-                self.state,
-                gradients[None],
-                self._context(),
-                self._transport,
-                descend,
+            state = self.method.step(
+                self.state, gradients[None], self._context(), self._transport, descend
             )
         self.ledger.close(state is not None)
         return state

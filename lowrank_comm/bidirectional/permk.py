@@ -103,17 +103,10 @@ class PermK:
 
     groups: int
 
-    def sizes(self, n: int) -> list[int]:
-        """Return c_b, the number of workers in each group."""
-        return [len(range(b, n, self.groups)) for b in range(self.groups)]
-
     def omega(self, n: int) -> float:
         """Return the variance of Q_i relative to ||v||^2."""
-        return sum(n / c for c in self.sizes(n)) / self.groups - 1.0
-
-    def fixed(self, n: int) -> bool:
-        """Return whether groups have the same members at all steps."""
-        return n % self.groups == 0
+        sizes = [len(range(b, n, self.groups)) for b in range(self.groups)]
+        return sum(n / c for c in sizes) / self.groups - 1.0
 
     def draw(self, seed: int, t: int, n: int, d: int) -> Blocks:
         """Draw the blocks of step t, for n workers and d coordinates."""
@@ -123,7 +116,8 @@ class PermK:
         numbers = stream(seed, "bidirectional", t, "PermK workers")
         shift = int(torch.randint(self.groups, (), generator=numbers, device="cpu"))
         in_order = torch.arange(n, device="cpu")
-        places = in_order if self.fixed(n) else torch.randperm(n, generator=numbers, device="cpu")
+        fixed = n % self.groups == 0
+        places = in_order if fixed else torch.randperm(n, generator=numbers, device="cpu")
         group = places % self.groups
         sizes = torch.bincount(group, minlength=self.groups)
         return Blocks(permutation, group, (n / sizes.double())[group], shift, self.groups)

@@ -4,41 +4,12 @@ the ledger and the simulated clock.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lowrank_comm.bidirectional.base import Context, Down, Method, Sent, State, Transport, Up, drive
+from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.ledger import Clock, LinkLedger
+from lowrank_comm.bidirectional.transport import Context, Transport
 from lowrank_comm.errors import ConfigError
-
-
-class _InProcess(Transport):
-    """Carries messages within this process, where all workers and the server are."""
-
-    def __init__(self, ledger: LinkLedger) -> None:
-        self.ledger = ledger
-
-    def up(self, request: Up, context: Context, finite: bool) -> Sent | None:
-        d, compressor = context.d, request.compressor
-        indices = compressor.indices(context.seed, context.t, context.n, context.workers, d)
-        values = compressor.compress(request.vectors, indices)
-        self.ledger.enter(
-            "uplink_dense" if indices is None else "uplink", values.shape[1], values.itemsize
-        )
-        mean = compressor.mean(values, indices, d)
-        if not finite or not torch.isfinite(mean).all():
-            return None
-        return Sent(compressor.decompress(values, indices, d), mean)
-
-    def down(self, request: Down, context: Context, like: Tensor) -> Tensor:
-        assert request.change is not None
-        self.ledger.enter("downlink", request.blocks.length(), like.itemsize)
-        return request.blocks.restrict(request.change, context.workers)
-
-    def broadcast(self, vector: Tensor | None, like: Tensor) -> Tensor:
-        assert vector is not None
-        self.ledger.enter("downlink_dense", vector.numel(), like.itemsize)
-        return vector
 
 
 class BidirectionalSimulation:
@@ -84,11 +55,11 @@ class BidirectionalSimulation:
         method.groups(workers)
         self.method, self.gamma, self.seed, self.t = method, gamma, seed, 0
         self.n, self.clock, self.ledger = workers, clock or Clock(), LinkLedger()
-        self._transport, self._d, self._device = _InProcess(self.ledger), x.numel(), x.device
+        self._transport, self._d = Transport(self.ledger), x.numel()
         self.state: State = method.start(x, self._context())
 
     def _context(self) -> Context:
-        return Context(self.seed, self.t, self.n, self._d, tuple(range(self.n)), True, self._device)
+        return Context(self.seed, self.t, self.n, self._d, tuple(range(self.n)))
 
     @property
     def x(self) -> Tensor:
@@ -112,8 +83,8 @@ class BidirectionalSimulation:
             clock.
         """
         before = self.ledger.up + self.ledger.down
-        state = drive(
-            self.method, self.state, gradients, self._context(), self._transport, self._descend
+        state = self.method.step(
+            self.state, gradients, self._context(), self._transport, self._descend
         )
         self.clock.step(batch, self.ledger.up + self.ledger.down - before)
         self.ledger.close(state is not None)

@@ -30,8 +30,8 @@ from lowrank_comm.bidirectional import (
 )
 from lowrank_comm.bidirectional import inkheart as inkheart_module
 from lowrank_comm.bidirectional import m4 as m4_module
-from lowrank_comm.bidirectional.base import Context
 from lowrank_comm.bidirectional.permk import Blocks
+from lowrank_comm.bidirectional.transport import Context
 from lowrank_comm.numerics.randomness import stream
 from tests.support.bidirectional_runs import D, N, pull, run
 
@@ -99,7 +99,7 @@ def test_draws_do_not_depend_on_torchs_default_dtype_or_device() -> None:
     """
 
     def drawn() -> list[Any]:
-        context = [Context(3, t, 5, 8, (0,), True, torch.device("cpu")) for t in range(100)]
+        context = [Context(3, t, 5, 8, (0,)) for t in range(100)]
         # of changing and of fixed members
         blocks = [PermK(groups).draw(3, 1, 5, 8) for groups in (2, 5)]
         whole = torch.arange(1.0, 9.0, dtype=torch.float32, device="cpu")
