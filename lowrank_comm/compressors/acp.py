@@ -40,7 +40,7 @@ from lowrank_comm.compressors.base import (
 )
 from lowrank_comm.compressors.powersgd_plus import randomized_comp, svd_comp
 from lowrank_comm.compressors.requests import Mean
-from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule
+from lowrank_comm.compressors.restart_schedule import RestartHistory
 from lowrank_comm.compressors.subspaces import orthonormal
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
@@ -90,11 +90,6 @@ class Acp(Compressor):
                 " e.g. restart_every=200."
             )
 
-    @property
-    def averages_restarts(self) -> bool:  # type: ignore[override]
-        """Whether there are restarts, each of which sends averages of its own."""
-        return self.restart_every is not None
-
     def elements(self, m: int, n: int, r: int) -> int:
         """Return the mean of two steps, rounded up; see `elements_in` for each."""
         return r * max(m, n) if r == min(m, n) else -(-r * (m + n) // 2)
@@ -111,9 +106,6 @@ class Acp(Compressor):
         if self.restart_every is None:
             return self.elements(m, n, r)
         return m * n + m * r if self.restart == "svd" else 2 * r * (m + n)
-
-    def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
-        return None if self.restart_every is None else RestartSchedule(self.restart_every)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         state = {}

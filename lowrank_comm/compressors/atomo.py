@@ -42,7 +42,6 @@ from lowrank_comm.compressors.base import (
     Compressor,
     Context,
     Delta,
-    Form,
     LowRank,
     Result,
     State,
@@ -84,16 +83,6 @@ class Atomo(Compressor):
     json_name = "atomo"
     linear = False
     gathers = True
-
-    @property
-    def unbiased(self) -> bool:  # type: ignore[override]
-        """True unless the compressor is made contractive."""
-        return not self.contractive
-
-    @property
-    def feedback(self) -> Form:  # type: ignore[override]
-        """ "ef14" where it is contractive, "none" where it is unbiased."""
-        return "ef14" if self.contractive else "none"
 
     def elements(self, m: int, n: int, r: int) -> int:
         """Return the exact count for systematic sampling; for independent draws, its

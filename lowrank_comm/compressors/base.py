@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.requests import Request
-from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule
+from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered
 from lowrank_comm.numerics.randomness import gaussian, uniform
 from lowrank_comm.options import PositiveInt, check_options
 
@@ -219,9 +219,8 @@ class Compressor(abc.ABC):
         contractive: E||C(Delta) - Delta||^2 <= (1 - delta) ||Delta||^2, delta > 0, at
             every step or at restarts, and with delta >= 0 in between: what error
             feedback needs.
-        unbiased: E C(Delta) = Delta: such a compressor needs no error feedback.
-        feedback: the form of error feedback unless another one is asked for; see
-            `error_feedback.ef21`.
+        restart_every: tau in steps; None for compressors without restarts.
+        stagger: the restarts of the matrices are spread over the period.
         private: symbols of the state that differ between workers; all others have the
             same bits on all.
         parameter_shaped_state: symbols of the state that are of the matrix element by
@@ -233,7 +232,6 @@ class Compressor(abc.ABC):
             P, in every step, so that norms follow from Q_i and the error.
         gathers: what it sends is gathered and not averaged: each worker receives N - 1
             times as much.
-        averages_restarts: a restart sends an average of its own, of the kind "restart".
         whole_restarts: a restart sends the whole matrix, and its state serves every one
             of `error_feedback.rounds`.
     """
@@ -245,18 +243,35 @@ class Compressor(abc.ABC):
     low_rank: ClassVar[bool] = True
     row_blocks: ClassVar[bool] = False
     contractive: ClassVar[bool] = True
-    unbiased: ClassVar[bool] = False
-    feedback: ClassVar[Form] = "ef14"
     private: ClassVar[tuple[str, ...]] = ()
     parameter_shaped_state: ClassVar[tuple[str, ...]] = ()
     replicated_state: ClassVar[tuple[str, ...]] = ()
     projects: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
-    averages_restarts: ClassVar[bool] = False
     whole_restarts: ClassVar[bool] = False
+    # Not annotated: dataclass would give the settings of these names another place.
+    restart_every = None  # type: int | None
+    stagger = False
 
     def __post_init__(self) -> None:
         check_options(self, f"{type(self).__name__}: ")
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether E C(Delta) = Delta; such a compressor needs no error feedback."""
+        return not self.contractive
+
+    @property
+    def feedback(self) -> Form:
+        """The form of error feedback unless another one is asked for; see
+        `error_feedback.ef21`.
+        """
+        return "ef14" if self.contractive else "none"
+
+    @property
+    def averages_restarts(self) -> bool:
+        """Whether a restart sends an average of its own, of the kind "restart"."""
+        return self.restart_every is not None
 
     @abc.abstractmethod
     def elements(self, m: int, n: int, r: int) -> int:
@@ -302,7 +317,9 @@ class Compressor(abc.ABC):
         Args:
             costs: parameter name -> elements of its restart.
         """
-        return None
+        if self.restart_every is None:
+            return None
+        return staggered(self.restart_every, costs if self.stagger else {})
 
     def describe(self) -> dict[str, Any]:
         """Return plain settings by name, compared between workers at the first step

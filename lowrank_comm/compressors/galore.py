@@ -47,7 +47,6 @@ from lowrank_comm.compressors.base import (
     Steps,
 )
 from lowrank_comm.compressors.requests import Mean
-from lowrank_comm.compressors.restart_schedule import RestartSchedule
 from lowrank_comm.compressors.subspaces import (
     basis_rows,
     basis_side,
@@ -94,17 +93,13 @@ class GaLore(Compressor):
     apply_full: bool = False
 
     json_name = "galore"
-    feedback: ClassVar[Form] = "none"
-    averages_restarts = True
+    feedback: ClassVar[Form] = "none"  # type: ignore[misc]
 
     def elements(self, m: int, n: int, r: int) -> int:
         return projected_elements(m, n, r, self.side)
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         return m * n + r * basis_rows(m, n, self.side)
-
-    def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        return RestartSchedule(self.restart_every)
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         # Random, and not zero: a parameter that is added between two refreshes has no

@@ -88,11 +88,6 @@ class GoLore(GaLore):
             )
 
     @property
-    def unbiased(self) -> bool:  # type: ignore[override]
-        """True for the scaled form only."""
-        return self.scaled
-
-    @property
     def contractive(self) -> bool:  # type: ignore[override]
         """True for the projection, by 1 - r / s in expectation over P; scaled, it is
         not.

@@ -61,7 +61,6 @@ from lowrank_comm.compressors.greedy_basis import (
     score_elements,
 )
 from lowrank_comm.compressors.requests import Mean
-from lowrank_comm.compressors.restart_schedule import RestartSchedule, staggered
 from lowrank_comm.compressors.subspaces import basis_on_rows, project
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.options import PositiveInt
@@ -109,7 +108,6 @@ class GreedyLore(Compressor):
     stagger: bool = False
 
     json_name = "greedylore"
-    averages_restarts = True
     whole_restarts = True
 
     def __post_init__(self) -> None:
@@ -133,9 +131,6 @@ class GreedyLore(Compressor):
 
     def restart_elements(self, m: int, n: int, r: int) -> int:
         return m * n + min(m, n) * self._kept_columns(min(m, n), r)
-
-    def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        return staggered(self.restart_every, costs if self.stagger else {})
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         s = min(m, n)

@@ -66,7 +66,7 @@ from lowrank_comm.compressors.greedy_basis import (
 )
 from lowrank_comm.compressors.powersgd import PowerSGD, next_q, ssp_comp
 from lowrank_comm.compressors.requests import Mean, SumOverRows
-from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered
+from lowrank_comm.compressors.restart_schedule import RestartHistory
 from lowrank_comm.compressors.subspaces import (
     basis_on_rows,
     basis_side,
@@ -137,7 +137,6 @@ class PowerSGDPlus(PowerSGD):
     probes: PositiveInt | None = None
 
     json_name = "powersgd_plus"
-    averages_restarts = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,9 +195,6 @@ class PowerSGDPlus(PowerSGD):
         if not restart or self.restart != "greedy":
             return super().elements_in(m, n, r, variant, restart)
         return self._chosen(m, n, r) if variant else self._found(m, n, r)
-
-    def schedule(self, costs: dict[str, int]) -> RestartSchedule:
-        return staggered(self.restart_every, costs if self.stagger else {})
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         state = super().initial_state(context, m, n, like)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lowrank_comm.compressors.base import Compressor, Context, Delta, Form, State, Steps
+from lowrank_comm.compressors.base import Compressor, Context, Delta, State, Steps
 from lowrank_comm.compressors.galore import Side, projected, projected_elements
 from lowrank_comm.compressors.subspaces import basis_side, random_basis
 
@@ -58,19 +58,9 @@ class RandomProjection(Compressor):
     row_blocks = True
 
     @property
-    def unbiased(self) -> bool:  # type: ignore[override]
-        """True for the unbiased form only."""
-        return self.form == "unbiased"
-
-    @property
     def contractive(self) -> bool:  # type: ignore[override]
         """True for the contractive form only."""
         return self.form == "contractive"
-
-    @property
-    def feedback(self) -> Form:  # type: ignore[override]
-        """ "ef14" for the contractive form, "none" for the unbiased one."""
-        return "ef14" if self.form == "contractive" else "none"
 
     def elements(self, m: int, n: int, r: int) -> int:
         return projected_elements(m, n, r, self.side)

@@ -36,8 +36,7 @@ class RowSparse(Compressor):
     """
 
     json_name = "row_sparse"
-    feedback: ClassVar[Form] = "none"
-    unbiased = True
+    feedback: ClassVar[Form] = "none"  # type: ignore[misc]
 
     def elements(self, m: int, n: int, r: int) -> int:
         """Return the most that is sent: it depends on the rows that were touched."""

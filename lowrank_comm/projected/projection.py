@@ -15,6 +15,7 @@ from torch import Tensor
 from lowrank_comm.compressors.base import Context
 from lowrank_comm.compressors.galore import GaLore, Side
 from lowrank_comm.compressors.golore import GoLore
+from lowrank_comm.compressors.restart_schedule import RestartSchedule
 from lowrank_comm.compressors.subspaces import basis_on_rows, basis_rows
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.options import Seed, check
@@ -37,7 +38,7 @@ class Projection:
         check("seed", seed, Seed, 0)
         self.compressor = compressor
         self.seed = seed
-        self._schedule = compressor.schedule({})
+        self._schedule = RestartSchedule(compressor.restart_every)
 
     @property
     def side(self) -> Side:
