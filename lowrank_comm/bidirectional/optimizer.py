@@ -30,7 +30,7 @@ from lowrank_comm.bidirectional.refusals import (
     refuse_deepspeed,
     refuse_model,
 )
-from lowrank_comm.bidirectional.saved import KEY
+from lowrank_comm.bidirectional.saved import KEY, agree_on_saved
 from lowrank_comm.bidirectional.vectors import FlatParameters
 from lowrank_comm.communication.group import Group
 from lowrank_comm.communication.workers import Workers
@@ -221,7 +221,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
             self._scaling,
             initialise=self.base.step,
             average=self._exchange,
-            update=self._move_to,
+            update=lambda state: self._prepared().move_to(state),
         )
 
     def _exchange(self) -> State | None:
@@ -237,9 +237,6 @@ class BidirectionalOptimizer(OptimizerWrapper):
         state = party.exchange(gradients, self._descend)
         self._step_log.enter(self.t, state is not None, [gradients])
         return state
-
-    def _move_to(self, state: State) -> None:
-        self._prepared().move_to(state)
 
     def _new_gradient(self, parameter: Tensor) -> None:
         self._double_averaging.gradient()
@@ -318,7 +315,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
     def _saved(self) -> dict[str, Any]:
         result = self.base.state_dict()
         if self._party is not None:
-            result[KEY] = self._party.saved().as_dict()
+            result[KEY] = self._party.saved()
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -340,9 +337,10 @@ class BidirectionalOptimizer(OptimizerWrapper):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         party = self._prepared()
-        agreed = party.agree_on_saved(state_dict)
+        shapes = party.flat.shapes
+        agreed = agree_on_saved(state_dict, self.method, shapes, self._workers, self.ledger)
         plain = {key: value for key, value in state_dict.items() if key != KEY}
-        if agreed.saved is not None and not self.is_server:
+        if agreed is not None and not self.is_server:
             # the base steps on rank 0 only; its state is not used elsewhere
             plain["state"] = {}
         self.base.load_state_dict(plain)

@@ -5,7 +5,7 @@ the server with x.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.distributed import ProcessGroupTransport
 from lowrank_comm.bidirectional.ledger import LinkLedger
-from lowrank_comm.bidirectional.saved import Agreed, Saved, agree_on_saved
+from lowrank_comm.bidirectional.saved import FORMAT, Agreed
 from lowrank_comm.bidirectional.transport import Context
 from lowrank_comm.bidirectional.vectors import FlatParameters
 from lowrank_comm.communication.agreement import fingerprint
@@ -119,34 +119,31 @@ class Party:
         x = self.state.get("x", torch.empty_like(own))
         return self._transport.from_server(x.to(self.flat.device), "asked")
 
-    def saved(self) -> Saved:
-        """Return what a state dict holds of this party."""
-        rank, n = self.workers.group.rank, self.workers.group.size
-        return Saved(
-            self.method.json_name, self.seed, self.t, rank, n, self.flat.shapes, dict(self.state)
-        )
+    def saved(self) -> dict[str, Any]:
+        """Return what a state dict holds of this party; see `saved`."""
+        return {
+            "format": FORMAT,
+            "method": self.method.json_name,
+            "seed": self.seed,
+            "t": self.t,
+            "rank": self.workers.group.rank,
+            "n": self.workers.group.size,
+            "shapes": self.flat.shapes,
+            "tensors": dict(self.state),
+        }
 
-    def agree_on_saved(self, state_dict: Mapping[str, Any]) -> Agreed:
-        """Check what is to be loaded, with the other workers; a collective.
-
-        Raises:
-            StateMismatchError: on all workers, if it does not fit some of them.
+    def restore(self, agreed: Agreed | None) -> None:
+        """Go on from what was loaded, None for a plain optimizer's state; w_i goes into
+        the parameters. A collective.
         """
-        shapes = self.flat.shapes
-        return agree_on_saved(state_dict, self.method, shapes, self.workers, self.ledger)
-
-    def restore(self, agreed: Agreed) -> None:
-        """Go on from what was loaded; w_i goes into the parameters. A collective."""
         self.workers.agreed = False
-        self._loaded = agreed.saved is not None
-        if agreed.saved is None:
+        self._loaded = agreed is not None
+        if agreed is None:
             self.t = 0
             self.state = self.method.start(self.flat.read(), self._context())
             return
         self.t, self.seed = agreed.t, agreed.seed
-        tensors = {
-            name: tensor.to(self.flat.device) for name, tensor in agreed.saved.tensors.items()
-        }
+        tensors = {name: tensor.to(self.flat.device) for name, tensor in agreed.tensors.items()}
         self.state = tensors if agreed.exact else self._rejoined(tensors, agreed.server_state)
         self._write_point()
 

@@ -1,12 +1,22 @@
 """One party's state as it stands in a state dict under the key
 "lowrank_comm_bidirectional", and what the workers agree on when they load it.
+
+    format     version of this layout
+    method     its JSON name
+    seed, t    of the run
+    rank, n    the rank that saved it, and the number of workers
+    shapes     of the parameters
+    tensors    w (1, d), and v, y, z, ... of the method; on rank 0 also x (d,), and y_bar,
+               g_bar
+
+All are plain values, for torch.load with weights_only.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from lowrank_comm.bidirectional.base import Method, State
@@ -18,36 +28,10 @@ from lowrank_comm.communication.group import LENGTH_BYTES
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.errors import StateMismatchError
 
-_FORMAT = 1
+FORMAT = 1
 
 Shapes = dict[str, list[int]]
 """Parameter name -> shape, in the order of the vectors."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What one rank saves.
-
-    Attributes:
-        method: its JSON name.
-        seed, t: of the run.
-        rank, n: the rank that saved it, and the number of workers.
-        shapes: of the parameters.
-        tensors: w (1, d), and v, y, z, ... of the method; on rank 0 also x (d,), and
-            y_bar, g_bar.
-    """
-
-    method: str
-    seed: int
-    t: int
-    rank: int
-    n: int
-    shapes: Shapes
-    tensors: State
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for torch.save with weights_only."""
-        return {**vars(self), "format": _FORMAT}
 
 
 @dataclass(frozen=True)
@@ -55,29 +39,17 @@ class Agreed:
     """What the workers agreed on about the state dicts that they load.
 
     Attributes:
-        saved: this rank's; None for a plain optimizer's state dict.
+        tensors: this rank's.
         t, seed: to go on with; rank 0's.
         exact: whether every rank has its own state, so that the run goes on bit by bit.
         server_state: names of the server's tensors that rank 0 has.
     """
 
-    saved: Saved | None
+    tensors: State
     t: int
     seed: int
     exact: bool
     server_state: list[str]
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What each rank tells the others of its state dict."""
-
-    problem: str | None
-    plain: bool
-    exact: bool = False
-    t: int = 0
-    seed: int = 0
-    server_state: list[str] | None = None
 
 
 def agree_on_saved(
@@ -86,38 +58,40 @@ def agree_on_saved(
     shapes: Shapes,
     workers: Workers,
     ledger: LinkLedger,
-) -> Agreed:
+) -> Agreed | None:
     """Check a state dict, and tell the other workers the outcome; a collective.
+
+    Returns:
+        What was agreed on; None for the state dict of a plain optimizer.
 
     Raises:
         StateMismatchError: on all workers, if it does not fit some of them.
     """
     rank, n = workers.group.rank, workers.group.size
-    entry, saved = state_dict.get(KEY), None
+    entry = state_dict.get(KEY)
     problem = _problem(state_dict, entry, method, shapes, is_server=rank == 0)
-    told = _Told(problem, plain=entry is None or problem is not None)
+    told: dict[str, Any] = {"problem": problem, "plain": entry is None}
     if entry is not None and problem is None:
-        saved = Saved(**{key: entry[key] for key in Saved.__dataclass_fields__})
-        exact = (saved.rank, saved.n) == (rank, n)
-        server_state = [name for name in method.server_state if name in saved.tensors]
-        told = _Told(None, False, exact, saved.t, saved.seed, server_state)
-    text = json.dumps(asdict(told))
-    everyone = [_Told(**json.loads(part)) for part in workers.all_gather_text(text)]
+        told["is_own"] = (entry["rank"], entry["n"]) == (rank, n)
+        told["run"] = (entry["t"], entry["seed"])
+        told["server_state"] = [name for name in method.server_state if name in entry["tensors"]]
+    text = json.dumps(told)
+    everyone = [json.loads(part) for part in workers.all_gather_text(text)]
     ledger.bytes["start"] += LENGTH_BYTES + len(text)
     first = everyone[0]
     for other_rank, other in enumerate(everyone):
-        if other.problem:
-            raise StateMismatchError(f"rank {other_rank}: {other.problem}")
-        if other.plain != first.plain:
+        if other["problem"]:
+            raise StateMismatchError(f"rank {other_rank}: {other['problem']}")
+        if other["plain"] != first["plain"]:
             raise StateMismatchError(
                 f"rank 0 and rank {other_rank} have loaded different kinds of state dict, one of a"
                 " plain optimizer and one of a BidirectionalOptimizer; load the same kind on all"
                 " ranks."
             )
-    exact = all(
-        other.exact and (other.t, other.seed) == (first.t, first.seed) for other in everyone
-    )
-    return Agreed(saved, first.t, first.seed, exact, first.server_state or [])
+    if entry is None:
+        return None
+    exact = all(other["is_own"] and other["run"] == first["run"] for other in everyone)
+    return Agreed(entry["tensors"], *first["run"], exact, first["server_state"])
 
 
 def _problem(
@@ -136,9 +110,9 @@ def _problem(
             f" would be lost here; load it into such a one, or take {GRADIENTS!r} and the entries"
             f" '{PREFIX}...' out of it."
         )
-    if entry.get("format") != _FORMAT:
+    if entry.get("format") != FORMAT:
         return (
-            f"the state has format {entry.get('format')!r}, and {_FORMAT} is read here; load it"
+            f"the state has format {entry.get('format')!r}, and {FORMAT} is read here; load it"
             " with its own version."
         )
     if entry["method"] != method.json_name:
