@@ -6,8 +6,8 @@
     seed, t    of the run
     rank, n    the rank that saved it, and the number of workers
     shapes     of the parameters
-    tensors    w (1, d), and v, y, z, ... of the method; on rank 0 also x (d,), and y_bar,
-               g_bar
+    tensors    w (1, d), and v, y, z, ... of the method; on rank 0 also x (d,), and
+               y_bar, g_bar
 
 All are plain values, for torch.load with weights_only.
 """
