@@ -29,10 +29,9 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import AllowInfNan, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from lowrank_comm.errors import ConfigError, nearest
 
@@ -40,6 +39,23 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 """A number above 0 and at most 1."""
+
+
+_KINDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "True or False",
+    "string": "a string",
+    "array": "a list of objects",
+    "null": "None",
+}
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+"""How error messages say the types and bounds of JSON Schema."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +109,7 @@ def check(name: str, value: Any, hint: Any, default: Any = None) -> None:
 
 @functools.cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    return TypeAdapter(hint, config=ConfigDict(strict=True))
 
 
 @functools.cache
@@ -102,11 +118,8 @@ def settings_of(options: type) -> tuple[tuple[str, Any, Any], ...]:
     where it has no default.
     """
     hints = get_type_hints(options, include_extras=True)
-    return tuple((field.name, hints[field.name], field.default) for field in _fields(options))
-
-
-def _fields(options: type) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cast(Any, options))
+    fields = dataclasses.fields(cast(Any, options))
+    return tuple((field.name, hints[field.name], field.default) for field in fields)
 
 
 def complaint(name: str, value: Any, hint: Any, default: Any = None) -> str:
@@ -115,13 +128,14 @@ def complaint(name: str, value: Any, hint: Any, default: Any = None) -> str:
     """
     # of the JSON section, or of an argument in Python
     none, quoted = ("None", repr) if ": " in name else ("null", json.dumps)
-    words = choices(hint)
-    if words and isinstance(value, str):
-        others = [expected(part) for part in _parts(hint) if not _is_literal(part)]
-        allowed = ", ".join([*map(quoted, words), *(none if o == "None" else o for o in others)])
+    parts = _parts(hint)
+    words = [word for part in parts for word in _words(part)] if isinstance(value, str) else []
+    if words:
+        others = [_in_words(part).replace("None", none) for part in parts if not _words(part)]
+        allowed = ", ".join([*map(quoted, words), *others])
         text = f"{name}={value!r} is unknown; choose one of {allowed}"
     else:
-        possible = expected(hint).replace("None", none)
+        possible = " or ".join(map(_in_words, parts)).replace("None", none)
         text = f"{name}={value!r} is not possible: expected {possible}, got {value!r}"
     advice = [
         one.text.format(value=json.dumps(value, default=repr))
@@ -130,75 +144,44 @@ def complaint(name: str, value: Any, hint: Any, default: Any = None) -> str:
     ]
     if advice:
         return f"{text}; {'; '.join(advice)}."
-    if words and isinstance(value, str):
+    if words:
         return text + nearest(value, words)
     if isinstance(default, int | float) and not isinstance(default, bool):
         return f"{text}; write for example {re.split(r'[.: ]', name)[-1]}={default!r}."
     return f"{text}."
 
 
-def expected(hint: Any) -> str:
-    """Return the values of a type in words: "an integer of at least 1 or None"."""
-    parts = _parts(hint)
-    if len(parts) > 1:
-        return " or ".join(map(expected, parts))
-    if get_origin(hint) is Annotated:
-        inner, *limits = get_args(hint)
-        return " ".join(filter(None, [expected(inner), _limits(limits)]))
-    if _is_literal(hint):
-        words = [repr(word) for word in get_args(hint)]
-        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
-    if get_origin(hint) is list:
-        return "a list of objects"
-    plain = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
-    if dataclasses.is_dataclass(hint):
-        return "an object"
-    return "None" if hint is type(None) else plain[hint]
-
-
 def members(hint: Any) -> list[str]:
     """Return the values of a type one by one, as JSON writes them: '"svd"', "null", "an
     integer of at least 1".
     """
-    words = {"None": "null", "True or False": "true, false"}
+    in_json = {"None": "null", "True or False": "true, false"}
     found = []
     for part in _parts(hint):
-        if _is_literal(part):
-            found += [f'"{word}"' for word in get_args(part)]
-        else:
-            found.append(words.get(expected(part), expected(part)))
+        said = _in_words(part)
+        found += [f'"{word}"' for word in _words(part)] or [in_json.get(said, said)]
     return found
 
 
-def _limits(limits: list[Any]) -> str:
-    """Return the bounds among the metadata of a number's type, in words."""
-    words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
-    bounds = [bound for limit in limits if isinstance(limit, FieldInfo) for bound in limit.metadata]
-    said = [
-        f"{words[key]} {getattr(bound, key)}"
-        for bound in bounds
-        for key in words
-        if hasattr(bound, key)
-    ]
-    return " and ".join(said).replace(str(2**63), "2^63")
+def _parts(hint: Any) -> list[dict[str, Any]]:
+    """Return the JSON Schema of each member of a union; of another type, its own."""
+    schema = TypeAdapter(hint).json_schema()
+    return schema.get("anyOf", [schema])
 
 
-def choices(hint: Any) -> list[str]:
-    """Return the words that a setting of this type may be."""
-    return [word for part in _parts(hint) if _is_literal(part) for word in map(str, get_args(part))]
+def _words(part: dict[str, Any]) -> list[str]:
+    """Return the words that a setting may be by this schema."""
+    return part.get("enum", [part["const"]] if "const" in part else [])
 
 
-def _is_literal(hint: Any) -> bool:
-    return get_origin(hint) is Literal
-
-
-def _parts(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, also of one with metadata around it; else the type
-    itself.
-    """
-    if get_origin(hint) is Annotated and len(_parts(get_args(hint)[0])) > 1:
-        return _parts(get_args(hint)[0])
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+def _in_words(part: dict[str, Any]) -> str:
+    """Return the values that fit a schema: "an integer of at least 1"."""
+    words = [repr(word) for word in _words(part)]
+    if words:
+        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    bounds = [f"{said} {part[key]}" for key, said in _BOUNDS.items() if key in part]
+    kind = _KINDS.get(part.get("type", ""), "an object")
+    return f"{kind} {' and '.join(bounds)}".rstrip().replace(str(2**63), "2^63")
 
 
 def _metadata(hint: Any) -> Iterator[Any]:
