@@ -105,7 +105,7 @@ def find_basis(d: Tensor, context: Context, columns: int) -> Generator[Request, 
             return leading_left_singular_vectors(some, columns)
         return _range_finder(some, columns, context.only(indices))
 
-    u: Tensor = yield ComputeOnce(matrices, s, columns, compute, indexed=True)
+    u: Tensor = yield ComputeOnce(matrices, s, columns, compute)
     # a basis that was rounded on the wire is orthonormal no more
     if context.wire_rounds:
         u = yield from orthonormal(u, context, "fill U", in_blocks=False)

@@ -46,24 +46,16 @@ class ComputeOnce:
         matrices: (B, rows, n), equal on all workers; of blocks, this rank's rows.
         m: rows of the whole matrices.
         columns: of a result.
-        compute: takes this worker's share of the matrices, whole, (b, m, n), and
-            returns (b, m, columns).
+        of: takes this worker's share of the matrices, whole, (b, m, n), and their
+            places in the batch, for draws by name; returns (b, m, columns).
         kind: of the ledger.
-        indexed: `compute` is called with their places in the batch too, for draws by
-            name: `compute(matrices, indices)`.
     """
 
     matrices: Tensor
     m: int
     columns: int
-    compute: Callable[..., Tensor]
+    of: Callable[[Tensor, list[int]], Tensor]
     kind: str = "broadcast"
-    indexed: bool = False
-
-    def of(self, matrices: Tensor, indices: list[int]) -> Tensor:
-        """Compute the results for the matrices that have these places in the batch."""
-        result: Tensor = self.compute(matrices, indices) if self.indexed else self.compute(matrices)
-        return result
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def singular_vectors(
     """
     r, s = context.rank, context.m if in_blocks else d.shape[-2]
     p: Tensor = yield ComputeOnce(
-        d, s, r, lambda matrices: leading_left_singular_vectors(matrices, r)
+        d, s, r, lambda matrices, _: leading_left_singular_vectors(matrices, r)
     )
     if not context.wire_rounds:
         return p

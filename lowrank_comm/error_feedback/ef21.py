@@ -26,14 +26,14 @@ Sources: Seide et al. 2014 (EF14); Richtarik, Sokolov, Fatkhullin, arXiv 2106.05
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
 from lowrank_comm.error_feedback.options import ErrorFeedback
-from lowrank_comm.error_feedback.rounds import Rounds, _Around, dense
+from lowrank_comm.error_feedback.rounds import Around, Rounds, dense
 
 
 def with_feedback(compressor: Compressor, feedback: ErrorFeedback, linear: bool) -> Compressor:
@@ -46,17 +46,17 @@ def with_feedback(compressor: Compressor, feedback: ErrorFeedback, linear: bool)
         linear: whether the compressor is linear with all that is around it
             (quantization is not).
     """
-    scheme: Compressor = compressor
+    scheme: Any = compressor
     if feedback.rounds > 1:
         scheme = Rounds(scheme, feedback.rounds)
     if feedback.form in ("ef21", "ef21_sgdm"):
         scheme = EF21(
             scheme, feedback.momentum if feedback.form == "ef21_sgdm" else None, shared=linear
         )
-    return scheme
+    return scheme  # type: ignore[no-any-return]
 
 
-class EF21(_Around):
+class EF21(Around):
     """The compressor tracks the gradient: it is given the difference to an estimate y
     that all workers know.
 
@@ -74,25 +74,13 @@ class EF21(_Around):
 
     def __init__(self, inner: Compressor, momentum: float | None, shared: bool) -> None:
         super().__init__(inner)
-        object.__setattr__(self, "momentum", momentum)
-        object.__setattr__(self, "shared", shared)
+        self.momentum, self.shared = momentum, shared
+        v = () if momentum is None else ("v",)
+        self.private = v if shared else ("y", *v)
+        self.parameter_shaped_state = ("y", *v) if shared else ("y", "y_mean", *v)
 
-    momentum: float | None
-    shared: bool
     symbols: ClassVar[tuple[str, ...]] = ("y", "y_mean", "v", "v_started")
     replicated_state = ("v_started",)
-
-    @property
-    def private(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (() if self.shared else ("y",)) + (() if self.momentum is None else ("v",))
-
-    @property
-    def parameter_shaped_state(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (
-            ("y",)
-            + (() if self.shared else ("y_mean",))
-            + (() if self.momentum is None else ("v",))
-        )
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         rows = len(range(m)[context.rows])

@@ -9,6 +9,7 @@ the whole matrix (GreedyLore's) leaves nothing to repeat, and serves all rounds.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps
-from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule
 
 
 def dense(part: LowRank | Tensor) -> Tensor:
@@ -24,50 +24,22 @@ def dense(part: LowRank | Tensor) -> Tensor:
     return part.dense() if isinstance(part, LowRank) else part
 
 
-class _Around(Compressor):
-    """Wraps a compressor; has its properties unless a subclass says otherwise."""
+class Around:
+    """Stands in for a compressor, and has all of its attributes but those that a
+    subclass has itself.
+    """
+
+    # what is sent is no projection of Delta
+    projects = False
 
     def __init__(self, inner: Compressor) -> None:
-        object.__setattr__(self, "inner", inner)
-        object.__setattr__(self, "rank", inner.rank)
+        self.inner = inner
 
-    inner: Compressor
-
-    @property
-    def json_name(self) -> str:  # type: ignore[override]
-        return self.inner.json_name
-
-    @property
-    def low_rank(self) -> bool:  # type: ignore[override]
-        return self.inner.low_rank
-
-    @property
-    def gathers(self) -> bool:  # type: ignore[override]
-        return self.inner.gathers
-
-    def elements(self, m: int, n: int, r: int) -> int:
-        return self.inner.elements(m, n, r)
-
-    def restart_elements(self, m: int, n: int, r: int) -> int:
-        return self.inner.restart_elements(m, n, r)
-
-    def variant(self, history: RestartHistory, restart: bool) -> int:
-        return self.inner.variant(history, restart)
-
-    def elements_in(self, m: int, n: int, r: int, variant: int, restart: bool) -> int:
-        return self.inner.elements_in(m, n, r, variant, restart)
-
-    def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
-        return self.inner.schedule(costs)
-
-    def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
-        return self.inner.initial_state(context, m, n, like)
-
-    def describe(self) -> dict[str, Any]:
-        return self.inner.describe()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
 
-class Rounds(_Around):
+class Rounds(Around):
     """Compresses in p rounds, each what the rounds before it left.
 
     C(Delta) = sum_k C_k(R_k),  R_0 = Delta,  R_{k+1} = R_k - C_k(R_k)
@@ -75,9 +47,7 @@ class Rounds(_Around):
 
     def __init__(self, inner: Compressor, rounds: int) -> None:
         super().__init__(inner)
-        object.__setattr__(self, "rounds", rounds)
-
-    rounds: int
+        self.rounds = rounds
 
     def elements(self, m: int, n: int, r: int) -> int:
         return self.rounds * self.inner.elements(m, n, r)
@@ -140,12 +110,9 @@ def _own_of_round(k: int, state: State) -> State:
 
 def _sum(parts: list[LowRank | Tensor]) -> LowRank | Tensor:
     """Sum the parts; low-rank ones in factors."""
-    if all(isinstance(part, LowRank) for part in parts):
-        low = [part for part in parts if isinstance(part, LowRank)]
+    low = [part for part in parts if isinstance(part, LowRank)]
+    if len(low) == len(parts):
         return LowRank(
             torch.cat([part.p for part in low], dim=-1), torch.cat([part.q for part in low], dim=-1)
         )
-    total = dense(parts[0])
-    for part in parts[1:]:
-        total = total + dense(part)
-    return total
+    return functools.reduce(torch.add, map(dense, parts))

@@ -9,6 +9,7 @@ seed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -34,7 +35,8 @@ def stream(seed: int, name: str, t: int, purpose: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(value)
 
 
-def gaussian(
+def _draw(
+    sample: Callable[..., Tensor],
     seed: int,
     names: Sequence[str],
     t: int,
@@ -43,9 +45,10 @@ def gaussian(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Draw standard normal tensors, one for each name.
+    """Draw tensors, one for each name.
 
     Args:
+        sample: of torch, `randn` or `rand`.
         seed, t, purpose: see `stream`.
         names: one parameter name for each matrix of the batch; a batch draws what its
             members would draw alone.
@@ -55,33 +58,15 @@ def gaussian(
     Returns:
         Tensor of shape (len(names), *shape).
     """
-    return _stacked(
-        torch.randn, [stream(seed, name, t, purpose) for name in names], shape, dtype, device
-    )
-
-
-def uniform(
-    seed: int,
-    names: Sequence[str],
-    t: int,
-    purpose: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """Draw tensors uniform in [0, 1), one for each name; see `gaussian`."""
-    return _stacked(
-        torch.rand, [stream(seed, name, t, purpose) for name in names], shape, dtype, device
-    )
-
-
-def _stacked(
-    draw: Callable[..., Tensor],
-    streams: Sequence[torch.Generator],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
     # torch's default dtype and default device must not matter
-    draws = [draw(shape, generator=one, dtype=torch.float32, device="cpu") for one in streams]
+    draws = [
+        sample(shape, generator=stream(seed, name, t, purpose), dtype=torch.float32, device="cpu")
+        for name in names
+    ]
     return torch.stack(draws).to(device=device, dtype=dtype)
+
+
+gaussian = functools.partial(_draw, torch.randn)
+"""Draw standard normal tensors; see `_draw`."""
+uniform = functools.partial(_draw, torch.rand)
+"""Draw tensors uniform in [0, 1); see `_draw`."""
