@@ -1,6 +1,13 @@
 """Decides when the gradients of a backward pass are averaged: in `step()`, at the end
 of the last backward pass of a step, or, with overlap, bucket by bucket during that
 pass.
+
+Averaged gradients become true when the base optimizer steps: then the reducer's pending
+pass is committed (`settle`). If they are given up before that, the pass is rolled back,
+and error memory, bases, restarts and step counter are as if the batch had never been
+seen. Gradients are given up by `optimizer.zero_grad()`, which calls `forget`; or
+without a word to the optimizer, by `model.zero_grad()` or `p.grad = None`, which is
+seen in `p.grad` when the base steps or the next pass begins.
 """
 
 from __future__ import annotations
@@ -55,8 +62,11 @@ class BackwardReduction:
         self.is_last: Callable[[], bool] | None = None
         self.double_averaging = DoubleAveragingGuard()
         self._only_accumulates = False
-        # the gradients that were averaged last
-        self._averaged: list[weakref.ref[Tensor]] = []
+        # the gradients that were averaged last, by place of their slot, each with its
+        # version when it was put into p.grad
+        self._averaged: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        # the backward pass in which it was last asked whether they were zeroed
+        self._looked_in = -1
         self._scheduler: BucketScheduler | None = None
         # that of the last reduction
         self._stream: Any = None
@@ -100,21 +110,79 @@ class BackwardReduction:
     def ended(self, verdict: bool) -> None:
         """Remember the verdict of a pass, and which gradients it is about."""
         self.verdict = verdict
+        self._averaged = {
+            k: (weakref.ref(p.grad), p.grad._version)
+            for k, p in enumerate(self._lazy.parameters)
+            if p.grad is not None
+        }
+
+    def forget(self) -> None:
+        """Give averaged gradients up: forget them, and the pass that has made them."""
+        self.verdict, self._averaged = None, {}
+        if self._lazy.made is not None:
+            self._lazy.made.rollback()
+
+    def settle(self, stepping: bool) -> None:
+        """Commit a pending pass for the averaged gradients that are in use, and roll it
+        back for those that were given up. The same is to happen on all workers.
+
+        Args:
+            stepping: the base is about to step with what is in `p.grad`, be it the
+                averaged gradient or what the caller has made of it. Else another pass
+                is about to begin, and what matters is whether gradients are still
+                added to the averaged ones.
+        """
+        reducer = self._lazy.made
+        if reducer is None or not reducer.pending:
+            return
+        used = self._in_use(stepping)
+        if used or (stepping and not self._averaged):
+            reducer.commit(self._averaged.keys() - used)
+            self.verdict, self._averaged = None, {}
+        else:
+            self.forget()
+
+    def _in_use(self, stepping: bool) -> set[int]:
+        """Return the places of the averaged gradients that were not given up."""
         parameters = self._lazy.parameters
-        self._averaged = [weakref.ref(p.grad) for p in parameters if p.grad is not None]
+        return {
+            k
+            for k, (averaged, _) in self._averaged.items()
+            if (grad := parameters[k].grad) is not None and (stepping or grad is averaged())
+        }
 
     def were_dropped(self) -> bool:
         """Return whether averaged gradients were set to None since."""
-        return bool(self._averaged) and all(p.grad is None for p in self._lazy.parameters)
+        return bool(self._averaged) and not self._in_use(stepping=True)
 
     def _waits_for_step(self) -> bool:
         """Return whether gradients wait in `p.grad` that were averaged for a step which
         has not been made.
         """
-        averaged = {id(ref()) for ref in self._averaged}
-        return self.verdict is not None and any(
-            id(p.grad) in averaged for p in self._lazy.parameters if p.grad is not None
-        )
+        return self.verdict is not None and bool(self._in_use(stepping=False))
+
+    def _notice_zeroed(self, parameter: Tensor) -> None:
+        """Give averaged gradients up that were set to zero in place, as by
+        `model.zero_grad(set_to_none=False)`.
+
+        Args:
+            parameter: the first one to which the new backward pass has added.
+        """
+        this_pass = torch._C._current_graph_task_id()
+        if self._looked_in == this_pass or not self._averaged:
+            return
+        self._looked_in = this_pass
+        local, parameters = self._attachment.engine.local, self._lazy.parameters
+        others = [
+            (parameters[k].grad, version)
+            for k, (_, version) in self._averaged.items()
+            if parameters[k] is not parameter
+        ]
+        if others and all(
+            grad is not None and grad._version != version and not local(grad).any()
+            for grad, version in others
+        ):
+            self.forget()
 
     # ---------------------------------------------------------------- a backward pass
 
@@ -125,6 +193,7 @@ class BackwardReduction:
 
     def _gradient_has_arrived(self, parameter: Tensor) -> None:
         self.double_averaging.gradient()
+        self._notice_zeroed(parameter)
         if self.reduces_at == "step":
             self.verdict = None
         elif self.overlap and (reducer := self._lazy.made) is not None and reducer.state.last_pass:
@@ -137,11 +206,14 @@ class BackwardReduction:
         scheduler = self._scheduler_of(reducer)
         if scheduler is None:
             # once a pass, as is the scale, for which the host waits
+            blocked = self._waits_for_step()
+            if not blocked:
+                self.settle(stepping=False)
             reducer = self._lazy.prepare()
             reducer.abandon()
             scale = self._attachment.scaling.scale_of_gradients()
             scheduler = BucketScheduler(reducer, self._lazy.parameters, scale)
-            scheduler.blocked = self._waits_for_step()
+            scheduler.blocked = blocked
             self._scheduler = scheduler
         if scheduler.blocked:
             return

@@ -10,9 +10,10 @@ It wraps a base optimizer, to which it delegates `param_groups`, `state` and `de
 
 All workers call it. `reduce_gradients()` may be called by hand, to clip or look at the
 result before `step()`; it is idempotent, until `step()`, `zero_grad()` or a new
-backward pass into fresh gradients. Gradient accumulation needs nothing: communication
-happens once, when the step is due. If any worker's gradient is not finite, no worker
-steps.
+backward pass into fresh gradients. Error memory, bases and step counter go on when the
+base steps; averaged gradients that are given up before that leave no trace. Gradient
+accumulation needs nothing: communication happens once, when the step is due. If any
+worker's gradient is not finite, no worker steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pkgutil
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -188,6 +190,15 @@ class CompressedOptimizer(OptimizerWrapper):
             " parameters, or was every backward pass told not to be the last?",
         )
         self._backward.watch()
+        # Some engines hold the base alone and step it, past this optimizer.
+        backward = weakref.ref(self._backward)
+
+        def before_the_base_steps(*_: object) -> None:
+            there = backward()
+            if there is not None:
+                there.settle(stepping=True)
+
+        weakref.finalize(self, optimizer.register_step_pre_hook(before_the_base_steps).remove)
 
     @classmethod
     def from_config(cls, base: Optimizer, section: Mapping[str, Any], **keywords: Any) -> Any:
@@ -377,8 +388,8 @@ class CompressedOptimizer(OptimizerWrapper):
         self.base.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, averaged ones included."""
-        self._backward.verdict = None
+        """Clear the gradients, averaged ones included: the batch leaves no trace."""
+        self._backward.forget()
         self._attachment.engine.drop()
         if self._lazy.made is not None:
             self._lazy.made.abandon()
@@ -431,6 +442,7 @@ class CompressedOptimizer(OptimizerWrapper):
         Returns:
             False for a veto: then nothing has changed, on all workers.
         """
+        self._backward.settle(stepping=False)
         reducer, engine = self._lazy.prepare(), self._attachment.engine
         parameters = self._lazy.parameters
         if self._backward.overlap:
@@ -450,7 +462,6 @@ class CompressedOptimizer(OptimizerWrapper):
             applied = False
         if applied:
             engine.deliver(parameters, outcome.grads)
-            reducer.commit()
         else:
             engine.forget()
         self._step_log.enter(reducer.step, applied, outcome.grads)
@@ -459,12 +470,13 @@ class CompressedOptimizer(OptimizerWrapper):
 
     def _take_part_without_gradients(self) -> None:
         """Take part in a pass of the other workers when this one's data are exhausted:
-        send what the error memory holds.
+        send what the error memory holds. The others are taken to step with the result.
         """
         self._lazy.prepare()
         for parameter in self._lazy.parameters:
             parameter.grad = None
         self._reduce(1.0)
+        self._backward.settle(stepping=True)
         self.zero_grad()
 
     @property
@@ -556,7 +568,7 @@ class CompressedOptimizer(OptimizerWrapper):
                 memory would be lost.
         """
         self._load_with_hooks(state_dict, self._saved.load)
-        self._backward.verdict = None
+        self._backward.forget()
 
 
 def _overflows_float16(

@@ -61,12 +61,15 @@ class LazyReducer:
         self.memory = empty.assignment.error_feedback.memory
 
     def prepare(self) -> Reducer:
-        """Return the reducer of the present trainable parameters.
+        """Return the reducer of the present trainable parameters; while a pass is
+        pending, the one that has made it.
 
         Raises:
             ConfigError: two parameters have one name, or an added one cannot take part.
             StateMismatchError: a parameter has lost the name that its state is kept by.
         """
+        if self.made is not None and self.made.pending:
+            return self.made
         groups = self._base.param_groups
         seen = [(id(group), id(p), p.requires_grad) for group in groups for p in group["params"]]
         if self.made is None or seen != self._seen:

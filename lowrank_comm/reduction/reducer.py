@@ -16,8 +16,8 @@ The order of a step:
    nothing has been changed.
 5. Decode. P Q^T, times the scale, is written into the gradients.
 6. The pass leaves a pending transaction. `commit` writes e <- Delta - sent, the bases,
-   what restarts go by, and the step; `rollback` forgets it. An engine that decides
-   later whether the step counts (loss scaling) decides between the two.
+   what restarts go by, and the step; `rollback` forgets it. Whoever takes the optimizer
+   step commits; averaged gradients that are given up are rolled back.
 
 A pass may start before the last gradient is there: parameters are cut into buckets, and
 `begin(bucket)` starts phase one of a bucket while the backward pass goes on. `reduce`
@@ -38,7 +38,7 @@ one process run the same code.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,35 +282,43 @@ class Reducer:
         return Outcome(applied, results)
 
     @torch.no_grad()
-    def commit(self) -> None:
-        """Make the pending pass true: error memory, bases, step counter."""
+    def commit(self, given_up: Collection[int] = ()) -> None:
+        """Make the pending pass true: error memory, bases, step counter.
+
+        Args:
+            given_up: places of slots whose averaged gradients are not used, the same on
+                all workers. Their errors and bases stay as they were before the pass,
+                as if no worker had had a gradient.
+        """
         if self._pending is None:
             raise LowRankCommError("commit() without a pending pass; call reduce() first.")
         clock = time.perf_counter()
         pending, self._pending = self._pending, None
         state, last, inside = self.state, self.state.last_pass, self.workers.intra_node.bytes
         assert last is not None
+        present = {k: there and k not in given_up for k, there in pending.present.items()}
         # what went back inside the node since the pass
         last.stats.inside.update(inside)
         self.ledger.inside.update(inside)
         inside.clear()
         with full_precision(self.device):
             for job in pending.jobs:
-                job.commit(pending.present, last, state.step)
-        there = {self.slots[k].name: present for k, present in pending.present.items()}
-        state.restarts.commit(state.step, there)
+                job.commit(present, last, state.step)
+        state.restarts.commit(
+            state.step, {self.slots[k].name: there for k, there in present.items()}
+        )
         state.step += 1
         self.ledger.restarts += last.restarts
         last.stats.seconds["commit"] = spent = time.perf_counter() - clock
         self.ledger.seconds["commit"] += spent
 
     def rollback(self) -> None:
-        """Forget the pending pass: error memory, bases and step counter stay as they
-        were before it.
+        """Forget the pending pass, if there is one: error memory, bases and step
+        counter stay as they were before it.
         """
-        self._pending = None
-        if self.state.last_pass is not None:
+        if self._pending is not None and self.state.last_pass is not None:
             self.state.last_pass.applied = False
+        self._pending = None
 
     @property
     def pending(self) -> bool:
@@ -338,15 +346,9 @@ class Reducer:
 
         Linear compressors use the mean error only, so training goes on as it would have
         (to round-off), and what any worker then saves is right for every worker at any
-        world size.
-
-        Raises:
-            LowRankCommError: a pass is pending.
+        world size. While a pass is pending this is about the state before it, which the
+        pass does not read any more.
         """
-        if self._pending is not None:
-            raise LowRankCommError(
-                "consolidate_error_memory() within a step; call it after optimizer.step()."
-            )
         self.state.settle_last_report()
         self.ensure_agreed()
         if self.workers.group.size > 1:

@@ -176,6 +176,36 @@ def test_accumulation(gloo: GlooPool, engine: Setup) -> None:
 
 
 @every_engine
+def test_a_batch_that_is_given_up_leaves_no_trace(gloo: GlooPool, engine: Setup) -> None:
+    """Its gradients are 1000 times as large, and were averaged. Step 7 restarts. In the
+    error memory they would move the weights far in the steps that follow.
+    """
+    hows = ["optimizer.zero_grad", "zeros", "after reduce_gradients", "step without gradients"]
+    for compressor, options in [
+        (RESTARTS, {}),
+        (GreedyLore(2, restart_every=7), {}),
+        (RESTARTS, {"error_feedback": ErrorFeedback(form="ef21")}),
+    ]:
+        if engine.nodes and (options or (engine.scope == "matrix" and compressor is not RESTARTS)):
+            # whole matrices know neither; for EF21 one level will do
+            continue
+        setup = replace(
+            engine, compressor=compressor, steps=9, options={**engine.options, **options}
+        )
+        spikes = {2: "an exception", **dict(zip((3, 4, 6, 7), hows, strict=True))}
+        ours, theirs = gloo.run(train_both, WORLD, setup, replace(setup, spikes=spikes))[0]
+        assert worst(ours["parameters"], theirs["parameters"]) == 0.0
+        assert ours["errors"].keys() == theirs["errors"].keys()
+        for name, error in ours["errors"].items():
+            assert torch.equal(error, theirs["errors"][name])
+        assert [report["step"] for report in theirs["reports"]] == list(range(9))
+
+
+def train_both(rank: int, one: Setup, other: Setup) -> tuple[dict, dict]:
+    return train(rank, one), train(rank, other)
+
+
+@every_engine
 @pytest.mark.shows("clipping")
 def test_the_callers_clipping_sees_the_averaged_gradient(gloo: GlooPool, engine: Setup) -> None:
     setup = replace(engine, compressor=FULL, clip=0.5, micro=2)

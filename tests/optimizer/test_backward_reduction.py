@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_comm import ConfigError, LowRankCommError, UnsupportedError
+from lowrank_comm import ConfigError, LowRankCommError, PowerSGDPlus, UnsupportedError
 from tests.support.gloo import GlooPool
 from tests.support.networks import batch, compressed, distance, loss_of, network
 
@@ -174,3 +174,151 @@ def test_reduction_at_the_end_of_backward(gloo: GlooPool, poisoned: int | None) 
         assert report["distance"] < 1e-12
         assert report["moved"] > 1e-3
         assert set(report["nan"]) == {poisoned is not None}
+
+
+# --- averaged gradients become true in step() ---
+def state_of(optimizer: Any) -> dict[str, Tensor]:
+    """Error memory and bases, and the step, as they are now."""
+    state = optimizer.reducer.state
+    bases = {f"{n} {s}": q for n, held in state.bases().items() for s, q in held.items()}
+    errors = {name: error.clone() for name, error in optimizer.error_memory().items()}
+    return errors | bases | {"t": torch.tensor(optimizer.reducer.step)}
+
+
+def alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def averaged(optimizer: Any, model: nn.Module, step: int) -> None:
+    """A backward pass, whose gradients are averaged when this returns."""
+    loss_of(model, step).backward()
+    optimizer.reduce_gradients()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_at": "backward"}, {"overlap": True}])
+def test_error_memory_bases_and_step_go_on_when_the_base_steps(options: dict[str, Any]) -> None:
+    model = network()
+    optimizer = compressed(model, **options)
+    for t in range(3):
+        before = state_of(optimizer)
+        averaged(optimizer, model, t)
+        assert alike(state_of(optimizer), before)
+        # some engines hold the base alone
+        (optimizer.base if t == 1 else optimizer).step()
+        assert optimizer.reducer.step == t + 1
+        assert not alike(state_of(optimizer), before)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_at": "backward"}, {"overlap": True}])
+def test_a_gradient_that_alone_is_given_up_is_as_if_no_worker_had_had_it(
+    options: dict[str, Any],
+) -> None:
+    one, other = network(), network()
+    early, late = compressed(one, **options), compressed(other)
+    for t in range(4):
+        averaged(early, one, t)
+        loss_of(other, t).backward()
+        if t == 2:
+            one[0].weight.grad = other[0].weight.grad = None
+        for model, optimizer in ((one, early), (other, late)):
+            optimizer.step()
+            model.zero_grad()
+    assert distance(one, other) == 0.0
+    assert alike(state_of(early), state_of(late))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_at": "backward"}])
+def test_a_gradient_that_the_caller_replaces_is_in_use(options: dict[str, Any]) -> None:
+    """Clipping by value into a new tensor is no giving up."""
+    one, other = network(), network()
+    early, late = compressed(one, **options), compressed(other)
+    for t in range(3):
+        for model, optimizer in ((one, early), (other, late)):
+            averaged(optimizer, model, t)
+            for p in model.parameters():
+                half = p.grad / 2
+                if model is one:
+                    p.grad = half
+                else:
+                    p.grad.copy_(half)
+            optimizer.step()
+            model.zero_grad()
+    assert distance(one, other) == 0.0
+    assert alike(state_of(early), state_of(late))
+
+
+def test_gradients_that_are_added_to_averaged_ones_keep_those() -> None:
+    """In step mode a second pass after reduce_gradients() averages the sum; the first
+    one's error memory is that of the sum's first part.
+    """
+    one, other = network(), network()
+    ours, twin = compressed(one), compressed(other)
+    averaged(ours, one, 0)
+    averaged(twin, other, 0)
+    twin.reducer.commit()
+    first = state_of(twin)
+    averaged(ours, one, 1)
+    assert alike(state_of(ours), first)
+    ours.step()
+    assert ours.reducer.step == 2
+
+
+def test_what_happens_between_the_average_and_the_step() -> None:
+    """A state dict holds the state before the pass; a parameter that is unfrozen takes
+    part from the next pass on; loading forgets the pass.
+    """
+    one, other = network(), network()
+    ours, twin = compressed(one, reduce_at="backward"), compressed(other, reduce_at="backward")
+    for model in (one, other):
+        model[2].bias.requires_grad_(False)
+    for t in range(3):
+        for model, optimizer in ((one, ours), (other, twin)):
+            loss_of(model, t).backward()
+            if optimizer is ours and t == 1:
+                optimizer.consolidate_error_memory()
+                saved = optimizer.state_dict()
+                one[2].bias.requires_grad_(True)
+                # asks for the reducer
+                assert "2.bias" not in {row.name for row in optimizer.plan.rows}
+            optimizer.step()
+            optimizer.zero_grad()
+            if t == 1 and optimizer is twin:
+                other[2].bias.requires_grad_(True)
+    assert distance(one, other) == 0.0
+    assert alike(state_of(ours), state_of(twin))
+    third = network()
+    third[2].bias.requires_grad_(False)
+    fresh = compressed(third, reduce_at="backward")
+    loss_of(third, 5).backward()
+    fresh.load_state_dict(saved)
+    assert fresh.reducer.step == 1
+    third.zero_grad()
+    loss_of(third, 1).backward()
+    fresh.step()
+    assert fresh.reducer.step == 2
+
+
+def test_two_models_whose_backward_passes_cross() -> None:
+    """The generator's loss gives the discriminator gradients, which are dropped."""
+
+    def train(reduce_at: str) -> tuple[nn.Module, nn.Module, list[dict[str, Tensor]]]:
+        torch.manual_seed(0)
+        made, judge = nn.Linear(6, 6).double(), nn.Linear(6, 4).double()
+        of_made, of_judge = (
+            compressed(model, compressor=PowerSGDPlus(1, 2), reduce_at=reduce_at)
+            for model in (made, judge)
+        )
+        for _ in range(4):
+            x = torch.randn(5, 6, dtype=torch.float64)
+            of_judge.zero_grad()
+            (judge(x) - judge(made(x).detach())).square().mean().backward()
+            of_judge.step()
+            of_made.zero_grad()
+            judge(made(x)).square().mean().backward()
+            of_made.step()
+        return made, judge, [state_of(of_made), state_of(of_judge)]
+
+    (made, judge, early), (other_made, other_judge, late) = train("backward"), train("step")
+    assert distance(made, other_made) == distance(judge, other_judge) == 0.0
+    assert alike(early[0], late[0]) and alike(early[1], late[1])

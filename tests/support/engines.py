@@ -131,6 +131,9 @@ class Setup:
     # tells the engine which backward pass is the last one of a step
     says: bool = True
     lr: float = 0.05
+    # step -> how a further batch, with gradients 1000 times as large, is given up
+    # before it; see `give_up`
+    spikes: dict[int, str] = field(default_factory=dict)
 
     def base(self, named: Any) -> torch.optim.Optimizer:
         return (
@@ -251,6 +254,29 @@ def counted(between: Any, inside: Any) -> Iterator[Counter[str]]:
             setattr(module, name, call)
 
 
+def give_up(model: nn.Module, optimizer: Any, how: str) -> None:
+    """Give the gradients of a batch up, averaged or not, as users do."""
+    if how == "after reduce_gradients":
+        optimizer.reduce_gradients()
+    if how == "optimizer.zero_grad":
+        optimizer.zero_grad()
+    elif how == "zeros":
+        model.zero_grad(set_to_none=False)
+    elif how == "step without gradients":
+        model.zero_grad()
+        optimizer.step()
+    elif how == "an exception":
+        with pytest.raises(RuntimeError, match="non-finite"):
+            for p in model.parameters():
+                local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+                local.mul_(torch.inf)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.zero_grad()
+    else:
+        for p in model.parameters():
+            p.grad = None
+
+
 def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
@@ -283,6 +309,10 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         mesh = mesh_of(setup)
         groups = [mesh.get_group(0), mesh.get_group(1)]
     for step in range(setup.steps):
+        if step in setup.spikes:
+            with accumulating(setup, model, optimizer, True):
+                (1000 * loss_of(model, 100 + step, rank)).backward()
+            give_up(model, optimizer, setup.spikes[step])
         total = 0.0
         counting = contextlib.ExitStack()
         seen = counting.enter_context(counted(*groups))
