@@ -77,8 +77,7 @@ class Levels:
         reducer.ensure_agreed()
         outcome = reducer.reduce(self._rows.scatter(gradients), scale=scale)
         if outcome.applied:
-            return replace(outcome, grads=self._rows.gather(outcome.grads))
-        self._rows.forget()
+            return replace(outcome, grads=self._rows.gather(outcome.grads, gradients))
         return replace(outcome, grads=self._nan(gradients))
 
     def _nan(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

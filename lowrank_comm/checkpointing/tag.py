@@ -4,6 +4,7 @@ format.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lowrank_comm.errors import StateMismatchError
@@ -44,7 +45,7 @@ class Tag:
     step: int
     seed: int
     format: int = FORMAT
-    unsteady: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
+    unsteady: Mapping[str, tuple[int, int, bool]] = field(default_factory=dict)
 
     @property
     def whose(self) -> str:

@@ -8,13 +8,12 @@ into pieces again. For float16 wires the division by the number of workers comes
 the sum, which would overflow otherwise.
 
 What is to be gathered has buffers of its own, and what is sent quantized
-(`quantized_mean`) takes two legs: `exchanges` is the first leg of all, `second_leg`
-what comes after it, if anything.
+(`quantized_mean`) takes two legs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
@@ -29,11 +28,12 @@ from lowrank_comm.numerics.quantization import Format
 from lowrank_comm.options import check
 
 WireDtype = Literal["float32", "float64", "bfloat16", "float16"]
-WIRE_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+# The largest magnitude that may be sent: 2^24 below the end of the range, for sums over
+# rows and workers of what arrives. float16 has no room to spare, and what arrives in it
+# is computed with in float32.
+LARGEST = {torch.float16: torch.finfo(torch.float16).max} | {
+    dtype: torch.finfo(dtype).max * 2.0**-24
+    for dtype in (torch.float32, torch.float64, torch.bfloat16)
 }
 
 
@@ -44,19 +44,8 @@ def wire_dtype_called(name: str | None) -> torch.dtype | None:
         ConfigError: it is unknown.
     """
     check("wire_dtype", name, WireDtype | None)
-    return WIRE_DTYPES[name] if name is not None else None
-
-
-def _largest(dtype: torch.dtype) -> float:
-    """Return the largest magnitude that may be sent: 2^24 below the end of the range,
-    for sums over rows and workers of what arrives. float16 has no room to spare, and
-    what arrives in it is computed with in float32.
-    """
-    largest = torch.finfo(dtype).max
-    return largest if dtype == torch.float16 else largest * 2.0**-24
-
-
-LARGEST = {dtype: _largest(dtype) for dtype in WIRE_DTYPES.values()}
+    dtype: torch.dtype | None = getattr(torch, name) if name is not None else None
+    return dtype
 
 
 @dataclass
@@ -93,13 +82,14 @@ class _Sum:
         buffer: the averaged entries, then those that are only summed.
         entries: in this order.
         averaged_length: elements of the averaged entries.
-        own: this worker's numbers as they went on the wire, where that rounds.
+        rounds: whether the wire is narrower than some averaged entry; `Entry.own` is
+            then what went on the wire, 1-D, until it is unpacked.
     """
 
     buffer: Tensor
     entries: list[Entry]
     averaged_length: int
-    own: Tensor | None
+    rounds: bool
 
 
 class FlatBuffers:
@@ -112,10 +102,6 @@ class FlatBuffers:
         rank: this worker's number.
         noise: for stochastic rounding; see `quantized_mean`.
         stats: to which the payload is added.
-
-    Attributes:
-        exchanges: what is to be carried out between the workers: sums, gathers, and
-            the first leg of what is sent quantized.
     """
 
     def __init__(
@@ -131,6 +117,9 @@ class FlatBuffers:
         self._sums: list[_Sum] = []
         self._gathers: list[tuple[AllGather, list[Entry]]] = []
         self._quantized: list[tuple[QuantizedMean, list[Entry]]] = []
+        self._first_leg: list[Exchange] = []
+        self._to_check: list[Tensor] = []
+        self._arriving: list[Tensor] = []
         quantized: dict[tuple[Format, torch.dtype, torch.device], list[Entry]] = {}
         gathered: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
         summed: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
@@ -147,23 +136,19 @@ class FlatBuffers:
             groups = gathered if entry.gathered else summed
             groups.setdefault((wire, tensor.device), []).append(entry)
             stats.bytes[entry.kind] += payload
+        for (wire, _), members in summed.items():
+            self._add_sum(wire, members)
+        for (wire, _), members in gathered.items():
+            self._add_gather(wire, members)
         for (format, _, _), members in quantized.items():
             tensors = [entry.tensor for entry in members]
             mean = QuantizedMean(format, tensors, workers, rank, noise)
             self._add_quantized(mean, members)
-        for (wire, _), members in gathered.items():
-            self._add_gather(wire, members)
-        for (wire, _), members in summed.items():
-            self._add_sum(wire, members)
-        self._to_check = [mean.numbers for mean, _ in self._quantized]
-        self._to_check += [gather.own for gather, _ in self._gathers]
-        self._to_check += [one.buffer for one in self._sums]
-        self.exchanges: list[Exchange] = [one.buffer for one in self._sums]
-        self.exchanges += [gather for gather, _ in self._gathers]
-        self.exchanges += [mean.scatter() for mean, _ in self._quantized]
 
     def _add_quantized(self, mean: QuantizedMean, members: list[Entry]) -> None:
         self._quantized.append((mean, members))
+        self._first_leg.append(mean.scatter())
+        self._to_check.append(mean.blocks)
         self._stats.surplus += mean.filling
         self._stats.spared -= mean.filling
         for entry, sent in zip(members, mean.bytes, strict=True):
@@ -172,9 +157,12 @@ class FlatBuffers:
 
     def _add_gather(self, wire: torch.dtype, members: list[Entry]) -> None:
         own = torch.cat([entry.tensor.reshape(-1).to(wire) for entry in members])
-        self._gathers.append((AllGather(own, own.new_empty(self._workers, own.numel())), members))
-        if self._workers > 1:
-            self._stats.surplus += own.nbytes * (self._workers / 2 - 1)
+        gather = AllGather(own, own.new_empty(self._workers, own.numel()))
+        self._gathers.append((gather, members))
+        self._first_leg.append(gather)
+        self._to_check.append(own)
+        self._arriving.append(gather.everyone)
+        self._stats.surplus += own.nbytes * max(self._workers / 2 - 1, 0)
 
     def _add_sum(self, wire: torch.dtype, members: list[Entry]) -> None:
         """Add a buffer that is summed: the averaged entries first, each group in the
@@ -188,21 +176,28 @@ class FlatBuffers:
             if entry.averaged:
                 averaged_length += flat.numel()
                 rounds |= flat.dtype != wire
-                if wire == torch.float16 and self._workers > 1:
+                if wire == torch.float16:
                     # before the cast: 8e4 / 4 fits float16, 8e4 does not
                     flat = flat / self._workers
             pieces.append(flat.to(wire))
         buffer = torch.cat(pieces)
-        for entry, sent in zip(members, buffer.split(lengths), strict=True):
-            entry.sent = sent
-        own = buffer.clone() if rounds else None
-        self._sums.append(_Sum(buffer, members, averaged_length, own))
+        as_sent = buffer.clone() if rounds else buffer
+        pieces_of = zip(members, buffer.split(lengths), as_sent.split(lengths), strict=True)
+        for entry, sent, own in pieces_of:
+            entry.sent, entry.own = sent, own
+        self._sums.append(_Sum(buffer, members, averaged_length, rounds))
+        self._first_leg.append(buffer)
+        self._to_check.append(buffer)
+        self._arriving.append(buffer)
 
-    def second_leg(self) -> list[Exchange]:
-        """Return what comes after `exchanges`, which must have been carried out; empty
-        where nothing is sent quantized.
+    def legs(self) -> Iterator[list[Exchange]]:
+        """Yield what is to be carried out between the workers, one leg after the other:
+        sums, gathers, and the first leg of what is sent quantized; then, if anything
+        is, its second leg.
         """
-        return [mean.gather() for mean, _ in self._quantized] if self._quantized else []
+        yield self._first_leg
+        if self._quantized:
+            yield [mean.gather() for mean, _ in self._quantized]
 
     def all_sound(self) -> Tensor:
         """Return whether every number that is to be exchanged or has arrived is finite,
@@ -226,10 +221,7 @@ class FlatBuffers:
         """Fill in `mean` and `own` of all entries, once everything was exchanged;
         return whether all that has arrived is sound, as `all_sound` does.
         """
-        self._to_check = [one.buffer for one in self._sums]
-        if self._gathers or self._quantized:
-            self._to_check += [gather.everyone for gather, _ in self._gathers]
-            self._to_check += [mean.decode() for mean, _ in self._quantized]
+        self._to_check = self._arriving + [mean.decode() for mean, _ in self._quantized]
         sound = self.all_sound()
         for quantized, members in self._quantized:
             for entry, answer in zip(members, quantized.answers(), strict=True):
@@ -240,19 +232,18 @@ class FlatBuffers:
                 tensor = entry.own = entry.tensor
                 entry.mean = everyone.reshape(self._workers, *tensor.shape).to(tensor.dtype)
         for one in self._sums:
-            divided = one.buffer.dtype == torch.float16 and self._workers > 1
-            if not divided and one.own is None:
+            divided = one.buffer.dtype == torch.float16
+            if not divided and not one.rounds:
                 one.buffer[: one.averaged_length].div_(self._workers)
-            start = 0
             for entry in one.entries:
-                like = entry.own = entry.tensor
+                like = entry.tensor
                 entry.mean = entry.sent.view(like.shape).to(like.dtype)
-                stop = start + like.numel()
-                if one.own is not None and entry.averaged:
-                    entry.own = one.own[start:stop].view(like.shape).to(like.dtype)
+                if one.rounds and entry.averaged:
+                    entry.own = entry.own.view(like.shape).to(like.dtype)
                     if divided:
                         entry.own = entry.own * self._workers
                     else:  # in the computation's dtype: a 16-bit quotient would round once more
                         entry.mean = entry.mean / self._workers
-                start = stop
+                else:
+                    entry.own = like
         return sound

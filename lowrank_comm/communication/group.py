@@ -114,20 +114,21 @@ class Group:
         """
         if not self.initialised:
             return [payload]
-        length = torch.tensor([len(payload)], dtype=torch.int64, device=device)
-        lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length, group=self.process_group)
-        widest = max(int(n.item()) for n in lengths)
-        padded = torch.zeros(max(widest, 1), dtype=torch.uint8, device=device)
-        if payload:
-            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(
-                device
-            )
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self.process_group)
-        return [
-            bytes(part[: int(n.item())].tolist()) for part, n in zip(parts, lengths, strict=True)
-        ]
+        lengths = self._gather([len(payload)], torch.int64, device)
+        widest = max(length for (length,) in lengths)
+        parts = self._gather([*payload, *bytes(widest - len(payload))], torch.uint8, device)
+        return [bytes(part[:length]) for part, (length,) in zip(parts, lengths, strict=True)]
+
+    def _gather(
+        self, numbers: list[int], dtype: torch.dtype, device: torch.device
+    ) -> list[list[int]]:
+        """Return every worker's numbers, as many from each."""
+        own = torch.tensor(numbers, dtype=dtype, device=device)
+        gather = AllGather(own, own.new_empty(self.size, len(numbers)))
+        for work in self.start([gather]):
+            work.wait()
+        everyone: list[list[int]] = gather.everyone.tolist()
+        return everyone
 
 
 def collectives_so_far() -> int:

@@ -45,6 +45,17 @@ def block_of(m: int, size: int, rank: int) -> slice:
     return slice(start, min(start + length, m))
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one dtype as one vector."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a vector into tensors of the shapes of those given."""
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
 class IntraNodeGroup:
     """The ranks inside a node; without arguments, this rank alone, for which everything
     is a no-op.
@@ -96,8 +107,6 @@ class IntraNodeGroup:
         """Gather a 1-D tensor of every rank of the node, of one length on all: (F,
         numel).
         """
-        if self.size == 1:
-            return flat.unsqueeze(0)
         self.bytes[kind] += flat.nbytes
         everything = flat.new_empty(self.size * flat.numel())
         _all_gather(everything, flat.contiguous(), group=self.process_group)
@@ -107,12 +116,9 @@ class IntraNodeGroup:
         """Return the sum of each tensor over the node, added up in rank order: the same
         bits on every node.
         """
-        if self.size == 1 or not tensors:
+        if self.size == 1:
             return list(tensors)
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        total = self.gather(flat, kind).sum(dim=0)
-        pieces = total.split([tensor.numel() for tensor in tensors])
-        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+        return split_like(self.gather(joined(tensors), kind).sum(dim=0), tensors)
 
     def whole_rows(self, block: Tensor, m: int, kind: str) -> Tensor:
         """Return (B, m, k), the matrices whose rows `block` (B, own rows, k) this rank
@@ -123,19 +129,13 @@ class IntraNodeGroup:
         longest = self.block(m, 0).stop
         padded = block.new_zeros(block.shape[0], longest, block.shape[2])
         padded[:, : block.shape[1]] = block
-        parts = self.gather(padded.reshape(-1), kind).view(
-            self.size, block.shape[0], longest, block.shape[2]
-        )
-        return parts.transpose(0, 1).reshape(block.shape[0], self.size * longest, block.shape[2])[
-            :, :m
-        ]
+        parts = self.gather(padded.reshape(-1), kind).view(self.size, *padded.shape)
+        return parts.transpose(0, 1).flatten(1, 2)[:, :m]
 
     def whole(self, block: Tensor, shape: Sequence[int], dim: int, kind: str) -> Tensor:
         """Return the whole tensor of `shape`, cut along `dim`, of which this rank holds
         `block`.
         """
-        if self.size == 1:
-            return block
         moved = [shape[dim], *shape[:dim], *shape[dim + 1 :]]
         rows = block.movedim(dim, 0).reshape(1, block.shape[dim], math.prod(moved[1:]))
         return self.whole_rows(rows, shape[dim], kind).reshape(moved).movedim(0, dim)
@@ -147,8 +147,6 @@ class IntraNodeGroup:
 
     def scatter_mean(self, rows_by_rank: Tensor, kind: str) -> Tensor:
         """Return (numel,), the mean over the node of row `rank` of (F, numel)."""
-        if self.size == 1:
-            return rows_by_rank[0]
         self.bytes[kind] += rows_by_rank.nbytes
         mine = rows_by_rank.new_empty(rows_by_rank.shape[1])
         _reduce_scatter(mine, rows_by_rank.reshape(-1), group=self.process_group)

@@ -96,14 +96,19 @@ class Ledger(PassStats):
         """Uncompressed bytes over bytes sent, with the surplus of gathers; 1.0 before
         the first step.
         """
-        return (
-            self.uncompressed_bytes / (self.total_bytes + self.surplus) if self.total_bytes else 1.0
-        )
+        return ratio_of(self.uncompressed_bytes, self.total_bytes, self.surplus)
 
     @property
     def ratio_without_codes(self) -> float:
         """What `ratio` would be if nothing were sent quantized: the whole model's
         before quantization.
         """
-        carried = self.total_bytes + self.surplus + self.spared
-        return self.uncompressed_bytes / carried if self.total_bytes else 1.0
+        further = self.surplus + self.spared
+        return ratio_of(self.uncompressed_bytes, self.total_bytes, further)
+
+
+def ratio_of(uncompressed: int, sent: int, further: float) -> float:
+    """Return uncompressed bytes over bytes sent and what counts beside them; 1.0 where
+    nothing was sent.
+    """
+    return uncompressed / (sent + further) if sent else 1.0

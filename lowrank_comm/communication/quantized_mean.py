@@ -38,6 +38,9 @@ class QuantizedMean:
             None for the nearest code.
 
     Attributes:
+        blocks: (k, block), the numbers to be averaged.
+        bytes: of each tensor, as if its codes were summed by an all-reduce: the two
+            legs carry as much over each link.
         filling: bytes of the empty blocks (fewer than N) that make all shares alike.
     """
 
@@ -45,49 +48,40 @@ class QuantizedMean:
         self, format: Format, tensors: list[Tensor], workers: int, rank: int, noise: Noise | None
     ) -> None:
         self._format, self._workers, self._rank, self._noise = format, workers, rank, noise
-        self._tensors = tensors
-        parts, counts = zip(*(self._in_blocks(tensor) for tensor in tensors), strict=True)
-        self._share = -(-sum(part.shape[0] for part in parts) // workers)
-        empty = self._share * workers - sum(part.shape[0] for part in parts)
+        matrices = [_as_matrices(tensor) for tensor in tensors]
+        self._shapes = [
+            (matrix.shape, tensor.shape) for matrix, tensor in zip(matrices, tensors, strict=True)
+        ]
+        self.bytes = [rows * format.bytes(numel) for (rows, numel), _ in self._shapes]
+        parts, counts = zip(*map(self._in_blocks, matrices), strict=True)
+        self._lengths = [len(part) for part in parts]
+        empty = -sum(self._lengths) % workers
+        self._lengths.append(empty)
+        self._share = sum(self._lengths) // workers
         self.filling = empty * format.block_bytes
         like = parts[0]
-        self._blocks = torch.cat([*parts, like.new_zeros(empty, format.block)])
+        self.blocks = torch.cat([*parts, like.new_zeros(empty, format.block)])
         self._counts = torch.cat([*counts, like.new_zeros(empty)])
-        self._mean: Tensor | None = None
-
-    @property
-    def bytes(self) -> list[int]:
-        """Bytes of each tensor, as if its codes were summed by an all-reduce: the two
-        legs carry as much over each link.
-        """
-        return [self._rows(t)[0] * self._format.bytes(self._rows(t)[1]) for t in self._tensors]
-
-    @property
-    def numbers(self) -> Tensor:
-        """The numbers to be averaged, for a check that they are finite."""
-        return self._blocks
 
     def scatter(self) -> Exchange:
         """Quantize the tensors, and return the all-to-all of step 2."""
-        codes = self._format.encode(self._blocks, self._counts, self._draw("codes", self._blocks))
-        self._own = self._format.decode(codes, self._blocks.dtype)
+        codes = self._format.encode(self.blocks, self._counts, self._draw("codes", self.blocks))
+        self._own = self._format.decode(codes, self.blocks.dtype)
         given = codes.view(self._workers, -1)
         self._received = torch.empty_like(given)
         return AllToAll(given, self._received)
 
     def gather(self) -> Exchange:
         """Average this worker's share, and return the all-gather of step 3."""
-        dtype = self._blocks.dtype
+        dtype = self.blocks.dtype
         mine = slice(self._rank * self._share, (self._rank + 1) * self._share)
-        mean = torch.zeros(self._share, self._format.block, dtype=dtype, device=self._blocks.device)
+        mean = self.blocks.new_zeros(self._share, self._format.block)
         # one after the other: as much room as one share
         for codes in self._received:
             mean += self._format.decode(codes.view(self._share, self._format.block_bytes), dtype)
         mean /= self._workers
-        inside = torch.arange(self._format.block, device=mean.device) < self._counts[
-            mine
-        ].unsqueeze(1)
-        mean = torch.where(inside, mean, torch.zeros_like(mean))
+        places = torch.arange(self._format.block, device=mean.device)
+        mean.masked_fill_(places >= self._counts[mine].unsqueeze(1), 0)
         written = self._format.encode(mean, self._counts[mine], self._draw("mean", mean))
         self._own[mine] += self._workers * (self._format.decode(written, dtype) - mean)
         self._everyone = torch.empty(
@@ -98,39 +92,32 @@ class QuantizedMean:
     def decode(self) -> Tensor:
         """Return the mean of all blocks, after step 3."""
         self._mean = self._format.decode(
-            self._everyone.view(-1, self._format.block_bytes), self._blocks.dtype
+            self._everyone.view(-1, self._format.block_bytes), self.blocks.dtype
         )
         return self._mean
 
     def answers(self) -> list[tuple[Tensor, Tensor]]:
         """Return (mean, own as sent) of each tensor."""
-        assert self._mean is not None
-        result, start = [], 0
-        for tensor in self._tensors:
-            rows, numel = self._rows(tensor)
-            stop = start + rows * self._format.blocks(numel)
-            pair = [
-                part[start:stop].reshape(rows, -1)[:, :numel].reshape(tensor.shape)
-                for part in (self._mean, self._own)
-            ]
-            result.append((pair[0], pair[1]))
-            start = stop
-        return result
+        return list(zip(self._of_tensors(self._mean), self._of_tensors(self._own), strict=True))
 
-    def _rows(self, tensor: Tensor) -> tuple[int, int]:
-        """Return how many matrices a tensor holds, and the numbers of each."""
-        if tensor.dim() < 2 or not tensor.numel():
-            return 1, tensor.numel()
-        return tensor.shape[0], tensor.numel() // tensor.shape[0]
+    def _of_tensors(self, blocks: Tensor) -> list[Tensor]:
+        """Cut the blocks of all tensors into tensors of their shapes."""
+        # the empty blocks come last, and belong to none
+        return [
+            piece.reshape(rows, -1)[:, :numel].reshape(shape)
+            for piece, ((rows, numel), shape) in zip(
+                blocks.split(self._lengths), self._shapes, strict=False
+            )
+        ]
 
-    def _in_blocks(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_blocks(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return (k, block) numbers, and (k,) how many of each block are real."""
-        rows, numel = self._rows(tensor)
+        rows, numel = matrix.shape
         blocks, size = self._format.blocks(numel), self._format.block
-        padded = tensor.new_zeros(rows, blocks * size)
-        padded[:, :numel] = tensor.reshape(rows, numel)
-        starts = torch.arange(blocks, device=tensor.device) * size
-        counts = (numel - starts).clamp(max=size).to(tensor.dtype).repeat(rows)
+        padded = matrix.new_zeros(rows, blocks * size)
+        padded[:, :numel] = matrix
+        starts = torch.arange(blocks, device=matrix.device) * size
+        counts = (numel - starts).clamp(max=size).to(matrix.dtype).repeat(rows)
         return padded.view(-1, size), counts
 
     def _draw(self, purpose: str, like: Tensor) -> Tensor | None:
@@ -139,3 +126,8 @@ class QuantizedMean:
         # a packet may hold codes of several kinds
         whose = f"{purpose} in {self._format.name} of {like.dtype}"
         return self._noise(whose, tuple(like.shape), like.device)
+
+
+def _as_matrices(tensor: Tensor) -> Tensor:
+    """Return a tensor as (matrices, numbers of each)."""
+    return tensor.flatten(1) if tensor.dim() > 1 and tensor.numel() else tensor.reshape(1, -1)

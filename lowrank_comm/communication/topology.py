@@ -19,7 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lowrank_comm.communication.group import Group
 from lowrank_comm.communication.intra_node import IntraNodeGroup, Scope
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.options import PositiveInt, check_options
+from lowrank_comm.options import PositiveInt, check, check_options
+
+ShardSize = PositiveInt | Literal["node"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Topology:
         ConfigError: a value is unknown.
     """
 
-    shard_size: PositiveInt | Literal["node"] = 1
+    shard_size: ShardSize = 1
     shard_scope: Scope = "shard"
 
     def __post_init__(self) -> None:
@@ -80,15 +82,12 @@ def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | 
         ConfigError: torch.distributed is not initialised, F does not divide the number
             of ranks, or "node" without LOCAL_WORLD_SIZE.
     """
-    size = ranks_in_a_node() if shard_size == "node" else shard_size
-    if size is None:
+    check("topology.shard_size", shard_size, ShardSize)
+    size = ranks_in_a_node() if shard_size == "node" else int(shard_size)
+    if not size:
         raise ConfigError(
             'topology.shard_size="node" needs LOCAL_WORLD_SIZE (torchrun sets it) or LOCAL_SIZE'
             " (deepspeed does); give the number of ranks in a node instead."
-        )
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(
-            f'topology.shard_size must be a number of ranks or "node", got {shard_size!r}.'
         )
     if size == 1:
         return None
@@ -115,9 +114,7 @@ def covered_ranks(process_group: Any) -> list[int]:
     """
     if isinstance(process_group, DeviceMesh):
         return [int(rank) for rank in process_group.mesh.flatten().tolist()]
-    return dist.get_process_group_ranks(
-        process_group if process_group is not None else dist.group.WORLD
-    )
+    return dist.get_process_group_ranks(process_group or dist.group.WORLD)
 
 
 def ranks_in_a_node() -> int | None:

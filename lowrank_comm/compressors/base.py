@@ -58,6 +58,10 @@ class LowRank:
         """Return P Q^T, (B, m, n)."""
         return self.p @ self.q.mT
 
+    def __getitem__(self, rows: list[int]) -> LowRank:
+        """Return some matrices of the batch, as of a tensor."""
+        return LowRank(self.p[rows], self.q[rows])
+
 
 @dataclass(frozen=True)
 class Result:
@@ -230,6 +234,8 @@ class Compressor(abc.ABC):
             a parameter.
         projects: what is sent is LowRank(P, Q_i) with P orthonormal and Q_i = Delta_i^T
             P, in every step, so that norms follow from Q_i and the error.
+        tracks: what is applied is an estimate that all know, of which the step's
+            message is the change.
         gathers: what it sends is gathered and not averaged: each worker receives N - 1
             times as much.
         whole_restarts: a restart sends the whole matrix, and its state serves every one
@@ -247,6 +253,7 @@ class Compressor(abc.ABC):
     parameter_shaped_state: ClassVar[tuple[str, ...]] = ()
     replicated_state: ClassVar[tuple[str, ...]] = ()
     projects: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
     whole_restarts: ClassVar[bool] = False
     # Not annotated: dataclass would give the settings of these names another place.

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def staggered(restart_every: int, costs: Mapping[str, int]) -> RestartSchedule:
     return RestartSchedule(restart_every, offsets)
 
 
-@dataclass(frozen=True)
-class RestartHistory:
+class RestartHistory(NamedTuple):
     """What a matrix has behind it, counted in committed steps in which some worker had
     a gradient for it.
 
@@ -98,7 +98,7 @@ class RestartHistory:
         """
         deferred = self.deferred or due
         if not present:
-            return replace(self, deferred=deferred)
+            return self._replace(deferred=deferred)
         if deferred:
             return RestartHistory(self.restarts + 1)
         return RestartHistory(self.restarts, self.age + 1)

@@ -81,6 +81,7 @@ class EF21(Around):
 
     symbols: ClassVar[tuple[str, ...]] = ("y", "y_mean", "v", "v_started")
     replicated_state = ("v_started",)
+    tracks = True
 
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         rows = len(range(m)[context.rows])

@@ -103,13 +103,13 @@ class Engine:
         """Put the averaged gradients into `p.grad`; None means that no worker had one.
         With two levels a collective.
         """
-        for parameter, grad in zip(parameters, self._rows.gather(results), strict=True):
+        whole = self._rows.gather(results, [p.grad for p in parameters])
+        for parameter, grad in zip(parameters, whole, strict=True):
             if parameter.grad is not grad:
                 parameter.grad = grad
 
     def forget(self) -> None:
         """Forget what was collected, after a veto: nothing will be delivered."""
-        self._rows.forget()
 
     def fill_nan(self, parameters: Sequence[Tensor]) -> None:
         """Put NaN into every gradient that is there."""

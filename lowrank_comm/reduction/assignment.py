@@ -6,17 +6,20 @@ blocks of rows that a node's ranks hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.communication import IntraNodeGroup
 from lowrank_comm.compressors.base import Compressor, Context
+from lowrank_comm.compressors.quantized import Quantized
+from lowrank_comm.compressors.row_sparse import RowSparse
 from lowrank_comm.error_feedback.ef21 import with_feedback
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError, UnsupportedError
-from lowrank_comm.numerics.quantization import Quantization
+from lowrank_comm.numerics.quantization import FormatName, Quantization
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Policy, Rule, Treatment
 
@@ -53,19 +56,14 @@ class CompressorAssignment:
         intra_node: IntraNodeGroup,
         seed: int,
     ) -> None:
-        example = 'Rule("lm_head.*", treatment="dense")'
         for rule in rules:
-            _check_kind(rule, Rule, f"rules must hold Rule objects such as {example}")
-        if error_feedback is not None:
-            example = f'ErrorFeedback(form="{_word_or(error_feedback, "ef14")}")'
-            _check_kind(
-                error_feedback, ErrorFeedback, f"error_feedback must be None or such as {example}"
-            )
-        if quantization is not None:
-            example = f'Quantization(dense="{_word_or(quantization, "int8")}")'
-            _check_kind(
-                quantization, Quantization, f"quantization must be None or such as {example}"
-            )
+            if not isinstance(rule, Rule):
+                raise ConfigError(
+                    "rules must hold Rule objects such as"
+                    f' Rule("lm_head.*", treatment="dense"), got {rule!r}.'
+                )
+        _check_kind("error_feedback", error_feedback, ErrorFeedback, "form", "ef14")
+        _check_kind("quantization", quantization, Quantization, "dense", "int8")
         self.quantization = quantization or Quantization()
         self.error_feedback = (error_feedback or ErrorFeedback()).for_compressor(compressor)
         self.linear = compressor.linear and not self.quantization.of_compressors
@@ -106,29 +104,26 @@ class CompressorAssignment:
         back.
         """
         codes, name = self.quantization, self.compressor.json_name
-        if codes.of_compressors and not self.compressor.low_rank:
-            key = "factors" if codes.factors else "restart"
+        if not codes.of_compressors:
+            return
+        key, word = ("factors", codes.factors) if codes.factors else ("restart", codes.restart)
+        if not self.compressor.low_rank:
             raise ConfigError(
-                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, which"
-                f" leaves every matrix dense; use quantization.dense={getattr(codes, key)!r}."
+                f"quantization.{key}={word!r} has no meaning for {name}, which leaves every matrix"
+                f" dense; use quantization.dense={word!r}."
             )
         if codes.restart and not (self.compressor.averages_restarts or self.compressor.gathers):
             raise ConfigError(
                 f"quantization.restart={codes.restart!r} has no meaning for {name} as it is set,"
                 " whose restarts send nothing of their own; leave it out."
             )
-        if codes.of_compressors and self.compressor.gathers:
-            key = "factors" if codes.factors else "restart"
+        if self.compressor.gathers:
             raise ConfigError(
-                f"quantization.{key}={getattr(codes, key)!r} has no meaning for {name}, whose"
-                " factors are gathered and not averaged; leave it out (quantization.dense is"
-                " possible), or use another compressor."
+                f"quantization.{key}={word!r} has no meaning for {name}, whose factors are gathered"
+                " and not averaged; leave it out (quantization.dense is possible), or use another"
+                " compressor."
             )
-        if (
-            codes.of_compressors
-            and self.error_feedback.form == "none"
-            and codes.rounding == "nearest"
-        ):
+        if self.error_feedback.form == "none" and codes.rounding == "nearest":
             raise ConfigError(
                 f'quantization.rounding="nearest" is biased, and {name} without error feedback'
                 ' would never make up for it; use quantization.rounding="stochastic", or'
@@ -181,7 +176,9 @@ class CompressorAssignment:
         """
         if treatment.low_rank:
             return self.low_rank_compressor, self.error_feedback
-        compressor = self.policy.compressor_of(treatment)
+        scheme = treatment.scheme
+        row_sparse = scheme == "row_sparse"
+        compressor = RowSparse() if row_sparse else Quantized(codes=cast(FormatName, scheme))
         keeps = self.error_feedback.keeps_errors and compressor.feedback == "ef14"
         return compressor, self.error_feedback if keeps else ErrorFeedback(form=compressor.feedback)
 
@@ -197,16 +194,20 @@ class CompressorAssignment:
     def describe(self) -> dict[str, Any]:
         """Return plain settings by name, which must be equal on all workers."""
         return {
-            **self.policy.describe(),
+            **self.low_rank_compressor.describe(),
+            "min_compression_rate": float(self.policy.min_compression_rate),
+            "rules": [asdict(rule) for rule in self.policy.rules],
             "error_feedback": self.error_feedback.describe(),
             "quantization": self.quantization.describe(),
         }
 
 
-def _word_or(given: object, example: str) -> str:
-    return given if isinstance(given, str) else example
-
-
-def _check_kind(given: object, kind: type, expected: str) -> None:
-    if not isinstance(given, kind):
-        raise ConfigError(f"{expected}, got {given!r}.")
+def _check_kind(name: str, given: object, kind: type, key: str, word: str) -> None:
+    """Refuse what is neither None nor of the class, with an example of it; a word that
+    was given in its place goes into the example.
+    """
+    if given is not None and not isinstance(given, kind):
+        word = given if isinstance(given, str) else word
+        raise ConfigError(
+            f'{name} must be None or such as {kind.__name__}({key}="{word}"), got {given!r}.'
+        )

@@ -10,9 +10,8 @@ matrix gives does not depend on its batch.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +27,6 @@ from lowrank_comm.compressors.base import (
     State,
     columns_in_memory,
 )
-from lowrank_comm.error_feedback.ef21 import EF21
 from lowrank_comm.error_feedback.memory import LARGE, ErrorMemory, row_blocks
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
@@ -53,13 +51,12 @@ class Batch:
         dtype, device: of the computation.
         memory: errors, (B, m, n).
         compressor: with its rounds and EF21 around it.
-        initial_state: makes the compressor's state before the first step.
         context: what a compressor may know, but for the step.
+        initial_basis: parameter name -> Q (n x r), in the place of a drawn one.
         state: the compressor's state, symbol -> (B, ...).
-        tracks: whether what is applied is an estimate that all know, of which the
-            step's message is the change (EF21).
-        projects: whether what is sent is P Q_i^T with P orthonormal and Q_i = Delta_i^T
-            P.
+
+    Raises:
+        ConfigError: an initial basis does not fit.
     """
 
     slots: tuple[int, ...]
@@ -70,16 +67,42 @@ class Batch:
     device: torch.device
     memory: ErrorMemory
     compressor: Compressor
-    initial_state: Callable[[], State]
     context: Context
+    initial_basis: Mapping[str, Tensor]
     state: State = field(init=False)
-    tracks: bool = field(init=False)
-    projects: bool = field(init=False)
     _work: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.state = self.initial_state()
-        self.tracks, self.projects = isinstance(self.compressor, EF21), self.compressor.projects
+
+    def initial_state(self) -> State:
+        """Return the compressor's state before the first step, with the given bases in
+        the place of drawn ones.
+        """
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        state = self.compressor.initial_state(self.context, self.context.m, self.n, like)
+        for row, name in enumerate(self.names):
+            if name in self.initial_basis:
+                if "Q" not in state:
+                    raise ConfigError(
+                        f"initial_basis names {name!r}, but {self.compressor.json_name} has no Q;"
+                        " leave it out."
+                    )
+                state["Q"][row] = self._given_basis(name, state["Q"][row])
+        return state
+
+    def _given_basis(self, name: str, like: Tensor) -> Tensor:
+        """Return a given Q as the compressor keeps it: orthonormal, no dead columns."""
+        basis, context = self.initial_basis[name], self.context
+        shape = (self.n, context.rank)
+        if tuple(basis.shape) != shape:
+            raise ConfigError(
+                f"initial_basis[{name!r}] has shape {tuple(basis.shape)}, Q must be n x r ="
+                f" {self.n} x {context.rank}."
+            )
+        alone = Context((name,), context.t, context.seed, context.rank)
+        fill = alone.draw("redraw Q", shape, like)
+        return orthonormal_rank_revealing(basis.to(like).unsqueeze(0), fill)[0]
 
     def delta(
         self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None = None
@@ -138,13 +161,7 @@ class Batch:
         dense = applied.dense() if isinstance(applied, LowRank) else applied
         if scale != 1.0:
             dense = dense * scale
-        there, parts = [], []
-        for target, part in zip(targets, dense.unbind(0), strict=True):
-            if target is not None:
-                there.append(target)
-                parts.append(part.reshape(target.shape))
-        if there:
-            torch._foreach_copy_(there, parts)
+        copy_to(targets, dense.unbind(0))
 
     def commit(self, delta: Tensor, result: Result, rows: list[int] | None, t: int) -> None:
         """Store the errors, e <- Delta - sent, and the compressor's next state, of all
@@ -164,9 +181,16 @@ class Batch:
             else:
                 self.state[symbol][rows] = tensor
 
-    def rows_of_state(self, rows: list[int]) -> State:
-        """Return the state of some matrices."""
-        return {symbol: tensor[rows] for symbol, tensor in self.state.items()}
+
+def copy_to(targets: Sequence[Tensor | None], parts: Sequence[Tensor]) -> None:
+    """Copy each part into its target, in its shape; None targets are left out."""
+    there, given = [], []
+    for target, part in zip(targets, parts, strict=True):
+        if target is not None:
+            there.append(target)
+            given.append(part.reshape(target.shape))
+    if there:
+        torch._foreach_copy_(there, given)
 
 
 class LazyDelta(Delta):
@@ -265,17 +289,13 @@ def build_batches(
             slot, treatment = slots[chosen[0]], treatments[chosen[0]]
             m, n, rank, dtype = treatment.m, treatment.n, treatment.rank, slot.compute_dtype
             # of a block of a whole matrix, fewer than m
-            rows = slot.numel // n
+            rows, device = slot.numel // n, slot.device
             compressor, error_feedback = assignment.compressor_for(treatment)
             names = tuple(slots[k].name for k in chosen)
-            memory = ErrorMemory(error_feedback, names, rows, n, dtype, slot.device, seed, worker)
-            like = torch.empty(0, dtype=dtype, device=slot.device)
+            memory = ErrorMemory(error_feedback, names, rows, n, dtype, device, seed, worker)
             held = intra_node.block(m) if rows != m else slice(None)
             context = Context(
                 names, -1, seed, rank, m=m, rows=held, in_blocks=intra_node.whole_matrices
-            )
-            state = functools.partial(
-                _initial_state, compressor, context, m, n, like, initial_basis
             )
             batches.append(
                 Batch(
@@ -284,50 +304,11 @@ def build_batches(
                     rows,
                     n,
                     dtype,
-                    slot.device,
+                    device,
                     memory,
                     compressor,
-                    state,
                     context,
+                    initial_basis,
                 )
             )
     return batches
-
-
-def _initial_state(
-    compressor: Compressor,
-    context: Context,
-    m: int,
-    n: int,
-    like: Tensor,
-    initial_basis: Mapping[str, Tensor],
-) -> State:
-    """Return the compressor's state before the first step, with the given bases in the
-    place of drawn ones.
-    """
-    state = compressor.initial_state(context, m, n, like)
-    for row, name in enumerate(context.names):
-        if name in initial_basis:
-            if "Q" not in state:
-                raise ConfigError(
-                    f"initial_basis names {name!r}, but {compressor.json_name} has no Q; leave it"
-                    " out."
-                )
-            state["Q"][row] = _checked_basis(
-                name, initial_basis[name], n, context.rank, context, state["Q"][row]
-            )
-    return state
-
-
-def _checked_basis(
-    name: str, basis: Tensor, n: int, rank: int, context: Context, like: Tensor
-) -> Tensor:
-    """Return a given Q as the compressor keeps it: orthonormal, no dead columns."""
-    if tuple(basis.shape) != (n, rank):
-        raise ConfigError(
-            f"initial_basis[{name!r}] has shape {tuple(basis.shape)}, Q must be n x r = {n} x"
-            f" {rank}."
-        )
-    alone = Context((name,), context.t, context.seed, context.rank)
-    fill = alone.draw("redraw Q", (n, rank), like)
-    return orthonormal_rank_revealing(basis.to(like).unsqueeze(0), fill)[0]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lowrank_comm.communication.driver import Flight
 from lowrank_comm.communication.quantized_mean import Noise
-from lowrank_comm.compressors.base import Context, Delta, LowRank, Result
+from lowrank_comm.compressors.base import Context, Delta, Result
 from lowrank_comm.errors import LowRankCommError
 from lowrank_comm.numerics.randomness import uniform
-from lowrank_comm.reduction.batches import Batch
+from lowrank_comm.reduction.batches import Batch, copy_to
 from lowrank_comm.reduction.lockstep import lockstep
 from lowrank_comm.reduction.passes import Pass, Presence, Steps, Wire
 from lowrank_comm.reduction.report import PassRecord
@@ -52,7 +52,9 @@ class Job:
         """Form Delta, just before it is read, and begin the compressor's generator."""
         batch, rows = self.batch, self.rows
         self.delta = batch.delta(grads, scale, rows)
-        state = batch.state if rows is None else batch.rows_of_state(rows)
+        state = batch.state
+        if rows is not None:
+            state = {symbol: tensor[rows] for symbol, tensor in state.items()}
         return batch.compressor.step(self.delta, state, self.context)
 
     def start_deferred(self, bucket: Bucket, grads: Sequence[Tensor | None], scale: float) -> Steps:
@@ -77,11 +79,11 @@ class Job:
         assert self.delta is not None
         batch, indices = self.batch, self.indices
         delta, result, rows = self.delta.tensor, self.result, self.rows
-        alive = [row for row in indices if present[batch.slots[row]]]
-        if len(alive) < len(indices):
-            places = [k for k, row in enumerate(indices) if present[batch.slots[row]]]
-            delta, result, rows = delta[places], _rows_of_result(result, places), alive
-        if alive:
+        places = [k for k, row in enumerate(indices) if present[batch.slots[row]]]
+        if len(places) < len(indices):
+            delta, result = delta[places], _rows_of_result(result, places)
+            rows = [indices[k] for k in places]
+        if places:
             record.enter(batch, rows, delta, result)
             batch.commit(delta, result, rows, t)
         # Delta is as large as the model: let it go now
@@ -140,12 +142,6 @@ class BucketPass:
         self.one.stats.seconds["compress"] += time.perf_counter() - clock
         self.flight = Flight(lockstep(self.one), group.start)
 
-    @property
-    def present(self) -> dict[int, bool]:
-        """Place of a slot -> whether any worker had a gradient; {} if it was vetoed."""
-        agreed = self.flight.result
-        return dict(zip(self.bucket.slots, agreed.present, strict=True)) if agreed else {}
-
     def _check(self, grads: Sequence[Tensor | None]) -> None:
         slots = self._state.slots
         for k in self.bucket.slots:
@@ -187,14 +183,18 @@ class BucketPass:
             jobs.append(Job(batch, None if whole else sorted(rows), context, deferred))
         return jobs
 
-    def decode(self, grads: list[Tensor | None]) -> None:
+    def decode(self, grads: list[Tensor | None]) -> dict[int, bool]:
         """Write the means into the gradients; make a gradient where only other workers
         had one.
+
+        Returns:
+            Place of a slot -> whether any worker had a gradient.
         """
         agreed, slots, scale = self.flight.result, self._state.slots, self._scale
         assert agreed is not None
-        for k, present in zip(self.bucket.slots, agreed.present, strict=True):
-            if grads[k] is None and present:
+        present = dict(zip(self.bucket.slots, agreed.present, strict=True))
+        for k, there in present.items():
+            if grads[k] is None and there:
                 slot = slots[k]
                 grads[k] = torch.empty(slot.shape, dtype=slot.dtype, device=slot.device)
         for job, result in zip(self.jobs, agreed.results, strict=True):
@@ -204,14 +204,8 @@ class BucketPass:
                 job.batch.write(result.applied, targets, scale)
         for dense, mean in zip(self.bucket.dense_groups, agreed.dense, strict=True):
             scaled = mean * scale if scale != 1.0 else mean
-            means, pieces = [], []
-            for k, piece in zip(dense.slots, scaled.split(dense.numels), strict=True):
-                grad = grads[k]
-                if grad is not None:
-                    means.append(grad)
-                    pieces.append(piece.view(grad.shape))
-            if means:
-                torch._foreach_copy_(means, pieces)
+            copy_to([grads[k] for k in dense.slots], scaled.split(dense.numels))
+        return present
 
 
 def rounding_noise(seed: int, bucket: int, t: int, worker: int) -> Callable[[int], Noise]:
@@ -244,13 +238,9 @@ def _flat(dense: DenseGroup, grads: Sequence[Tensor | None], scale: float) -> Te
 
 def _rows_of_result(result: Result, rows: list[int]) -> Result:
     """Return the result of some matrices of a batch."""
-
-    def take(part: LowRank | Tensor) -> LowRank | Tensor:
-        return LowRank(part.p[rows], part.q[rows]) if isinstance(part, LowRank) else part[rows]
-
     return Result(
-        take(result.applied),
-        take(result.sent),
+        result.applied[rows],
+        result.sent[rows],
         {symbol: tensor[rows] for symbol, tensor in result.state.items()},
         None if result.kept is None else result.kept[rows],
     )

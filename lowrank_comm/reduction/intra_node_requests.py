@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_comm.communication.intra_node import IntraNodeGroup
+from lowrank_comm.communication.intra_node import IntraNodeGroup, joined, split_like
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.requests import (
     ComputeOnce,
@@ -72,14 +72,19 @@ class IntraNodeRequests:
         among the ranks of the node, what is computed once among all ranks, matrix by
         matrix.
         """
-        over_rows: dict[int, Tensor] = {}
-        if self.group.size > 1:
-            for k, request in asking.items():
-                if isinstance(request, Mean) and request.over_rows:
-                    over_rows[k] = request.tensor
+        over_rows = {
+            k: request.tensor
+            for k, request in asking.items()
+            if self.group.size > 1 and isinstance(request, Mean) and request.over_rows
+        }
         shares: dict[int, Share] = {}
-        for k, whole in zip(over_rows, self._summed(list(over_rows.values())), strict=True):
-            shares[k] = Share(whole.reshape(-1)[self.group.block(whole.numel())], whole)
+        if over_rows:
+            parts = list(over_rows.values())
+            # this worker's own, so no other node need have the same bits
+            total = joined(parts)
+            self.group.sum_([total], "sums")
+            for k, whole in zip(over_rows, split_like(total, parts), strict=True):
+                shares[k] = Share(whole.reshape(-1)[self.group.block(whole.numel())], whole)
         offset = 0
         for k, request in asking.items():
             if isinstance(request, ComputeOnce):
@@ -91,41 +96,24 @@ class IntraNodeRequests:
         """Return (mean, own) of a whole sum over rows from what came back for a share
         of it.
         """
-        assert share.whole is not None
+        whole = share.whole
+        assert whole is not None
+
+        def together(part: Tensor) -> Tensor:
+            column = part.reshape(1, -1, 1)
+            return self.group.whole_rows(column, whole.numel(), "shares").reshape(whole.shape)
+
         # `own` is another tensor where the wire rounds
-        as_sent = share.whole if own is share.tensor else self._put_together(own, share.whole)
-        return self._put_together(mean, share.whole), as_sent
-
-    def _summed(self, parts: list[Tensor]) -> list[Tensor]:
-        """Return the sums over the node of tensors of one dtype; this worker's own, so
-        no other node need have the same bits.
-        """
-        if not parts:
-            return []
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        self.group.sum_([flat], "sums")
-        return [
-            piece.view(part.shape)
-            for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
-        ]
-
-    def _put_together(self, share: Tensor, like: Tensor) -> Tensor:
-        """Return the whole from the shares of all ranks of the node."""
-        column = share.reshape(1, -1, 1)
-        return self.group.whole_rows(column, like.numel(), "shares").reshape(like.shape)
+        as_sent = whole if own is share.tensor else together(own)
+        return together(mean), as_sent
 
     def _compute(self, request: ComputeOnce, offset: int) -> Tensor:
         """Return (B, own rows, k), zero where another worker computes. Each rank keeps
         the whole matrices of its share only.
         """
-        count, rows, _ = request.matrices.shape
+        count = request.matrices.shape[0]
         rank, ranks = self._workers.global_rank, self._workers.world_size
         mine = [index for index in range(count) if (offset + index) % ranks == rank]
-        if self.group.size == 1:
-            parts = request.matrices.new_zeros(count, rows, request.columns)
-            if mine:
-                parts[mine] = request.of(request.matrices[mine], mine)
-            return parts
         kept = []
         for index in range(count):
             matrix = self.group.whole_rows(request.matrices[index : index + 1], request.m, "rows")

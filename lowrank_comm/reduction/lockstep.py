@@ -84,15 +84,10 @@ def lockstep(one: Pass) -> Generator[list[Exchange], int, Agreed | None]:
         if phase > 0 and not steps.asking:
             break
         packet = Packet(one, phase, steps.sent())
-        stats.seconds["compress"] += time.perf_counter() - clock
-        clock = time.perf_counter()
-        stats.collectives += yield packet.first_leg
-        stats.seconds["communicate"] += time.perf_counter() - clock
-        clock = time.perf_counter()
-        if second_leg := packet.second_leg():
+        for leg in packet.buffers.legs():
             stats.seconds["compress"] += time.perf_counter() - clock
             clock = time.perf_counter()
-            stats.collectives += yield second_leg
+            stats.collectives += yield leg
             stats.seconds["communicate"] += time.perf_counter() - clock
             clock = time.perf_counter()
         steps.answer(packet.unpack())

@@ -10,9 +10,7 @@ collective.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -73,7 +71,7 @@ class Figures:
             "uncompressed_bytes": ledger.uncompressed_bytes,
             "collectives": ledger.collectives,
             "restarts": ledger.restarts,
-            **{f"seconds/{phase}": seconds for phase, seconds in ledger.seconds.items()},
+            **{f"ms/{phase}": 1e3 * seconds for phase, seconds in ledger.seconds.items()},
         }
 
     def since_last(self) -> dict[str, float]:
@@ -105,11 +103,7 @@ class Figures:
             "collectives": history["collectives"] / steps,
             "captured_energy": report.captured_energy if report else None,
             "error_norm": report.error_norm if report else None,
-            **{
-                f"ms/{key.removeprefix('seconds/')}": 1e3 * history[key] / steps
-                for key in history
-                if key.startswith("seconds/")
-            },
+            **{key: history[key] / steps for key in history if key.startswith("ms/")},
         }
         return {PREFIX + key: float(value) for key, value in found.items() if value is not None}
 
@@ -157,7 +151,10 @@ class StepLog:
         self._calls += 1
         if self._file is None or self._calls % self._every:
             return
-        line = {"step": self._source.reducer.step, **_plain(more), **self._figures.since_last()}
+        plain = {
+            key: value.item() if isinstance(value, Tensor) else value for key, value in more.items()
+        }
+        line = {"step": self._source.reducer.step, **plain, **self._figures.since_last()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -169,16 +166,5 @@ class StepLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _plain(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.item() if isinstance(value, Tensor) else value for key, value in entries.items()
-    }

@@ -13,12 +13,11 @@ them on the way in and put together on the way back (`intra_node_requests`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lowrank_comm.communication.collectives import Exchange
 from lowrank_comm.communication.flat_buffers import Entry, FlatBuffers
 from lowrank_comm.compressors.requests import ComputeOnce, Gather, Mean
 from lowrank_comm.numerics.device import numbers_on
@@ -36,7 +35,7 @@ class Packet:
         asking: the compressors' requests, by generator.
 
     Attributes:
-        first_leg: what is to be exchanged between the workers.
+        buffers: what is to be exchanged between the workers.
         unsound: 1 if a number that came back is not finite, else 0: a 0-d tensor on the
             device.
         dense: the means of what is averaged uncompressed; of the first packet.
@@ -66,23 +65,21 @@ class Packet:
             self._dense = [Entry(tensor, "dense") for tensor in one.dense]
             entries += self._dense
             numbers = [0.0, *map(float, one.has_gradient)]
-            control = numbers_on(wire.workers.device, numbers, _dtype_of_sums(entries))
+            # of what comes first in a sum: that needs no buffer of its own
+            sums = [one.tensor.dtype for one in entries if not (one.gathered or one.format)]
+            dtype = sums[0] if sums else torch.float32
+            control = numbers_on(wire.workers.device, numbers, dtype)
             self._control = Entry(control, "control", averaged=False)
             entries.append(self._control)
-        buffers = FlatBuffers(entries, one.size, wire.dtype, one.rank, noise, one.stats)
+        self.buffers = FlatBuffers(entries, one.size, wire.dtype, one.rank, noise, one.stats)
         if self._control is not None:
-            self._control.sent[:1] = ~buffers.all_sound()
-        self._buffers, self.first_leg = buffers, buffers.exchanges
+            self._control.sent[:1] = ~self.buffers.all_sound()
         self.control: Tensor | None = None
         self.dense: list[Tensor] = []
 
-    def second_leg(self) -> list[Exchange]:
-        """Return what follows the first leg; empty where nothing is sent quantized."""
-        return self._buffers.second_leg()
-
     def unpack(self) -> dict[int, object]:
         """Return the compressors' answers, by generator, once all was exchanged."""
-        self.unsound = (~self._buffers.unpack()).to(torch.float32)
+        self.unsound = (~self.buffers.unpack()).to(torch.float32)
         self.dense = [entry.mean for entry in self._dense]
         if self._control is not None:
             self.control = self._control.mean
@@ -95,13 +92,3 @@ class Packet:
             else:
                 answers[k] = (entry.mean, entry.own)
         return answers
-
-
-def _dtype_of_sums(entries: Sequence[Entry]) -> torch.dtype:
-    """Return the dtype of the tensor that comes first in a sum: control numbers that
-    take it need no buffer of their own.
-    """
-    for entry in entries:
-        if not entry.gathered and entry.format is None:
-            return entry.tensor.dtype
-    return torch.float32

@@ -13,7 +13,6 @@ import torch
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.error_feedback.ef21 import EF21
 from lowrank_comm.numerics.quantization import FORMATS
-from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
 from lowrank_comm.reduction.state import CompressionState
@@ -23,11 +22,10 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 def human_bytes(count: float) -> str:
     """Return bytes in decimal units, e.g. 1.2 MB."""
-    for unit in _UNITS:
-        if abs(count) < 1000 or unit == _UNITS[-1]:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    power = 0
+    while abs(count) >= 1000 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.{2 if power else 0}f} {_UNITS[power]}"
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class PlanRow:
     """One parameter of the plan: its treatment, its rank, what an ordinary step and one
     with a restart send, and why.
 
-    `plain_bytes`: what an ordinary step would send if nothing were quantized or sent
-    row by row.
+    `uncompressed_bytes`: of its gradient, in its own dtype. `plain_bytes`: what an
+    ordinary step would send if nothing were quantized or sent row by row.
     """
 
     name: str
@@ -44,10 +42,7 @@ class PlanRow:
     scheme: str
     rank: int
     elements: int
-    restart_elements: int
-    numel: int
-    bytes_per_element: int
-    wire_bytes: int
+    uncompressed_bytes: int
     bytes: float
     restart_bytes: float
     plain_bytes: float
@@ -152,7 +147,7 @@ class Plan:
                 f" step is open{peak}"
             ),
         ]
-        lines += self._cap(sent_dense)
+        lines += self._cap(dense)
         cut = sum("cut to" in row.reason for row in low)
         if cut:
             lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
@@ -193,22 +188,18 @@ class Plan:
             return counted(self.workers, "worker")
         return f"{counted(self.workers, 'node')} of {self.ranks_in_a_node} ranks"
 
-    def _cap(self, sent_dense: float) -> list[str]:
-        """Return the parameters that set the ceiling of the ratio, if what stays dense
-        is more than a fifth of what is sent.
+    def _cap(self, dense: Sequence[PlanRow]) -> list[str]:
+        """Return the dense parameters that set the ceiling of the ratio, if they are
+        more than a fifth of what is sent.
         """
-        dense = sorted(
-            (row for row in self.rows if row.scheme == "dense"), key=lambda row: -row.elements
-        )
-        if not self.step_bytes or sent_dense < 0.2 * self.step_bytes or not dense:
+        share = _sent(dense) / self.step_bytes if self.step_bytes else 0.0
+        if share < 0.2:
             return []
-        names = ", ".join(f"{row.name} ({row.reason})" for row in dense[:3])
+        largest = sorted(dense, key=lambda row: -row.elements)[:3]
+        names = ", ".join(f"{row.name} ({row.reason})" for row in largest)
         if len(dense) == len(self.rows):
             return [f"  nothing is compressed; the largest: {names}"]
-        return [
-            f"  the ratio is capped by what stays dense, {sent_dense / self.step_bytes:.0%} of the"
-            f" bytes: {names}"
-        ]
+        return [f"  the ratio is capped by what stays dense, {share:.0%} of the bytes: {names}"]
 
 
 def _sent(rows: Sequence[PlanRow]) -> float:
@@ -216,7 +207,7 @@ def _sent(rows: Sequence[PlanRow]) -> float:
 
 
 def _uncompressed(rows: Sequence[PlanRow]) -> int:
-    return sum(row.numel * row.bytes_per_element for row in rows)
+    return sum(row.uncompressed_bytes for row in rows)
 
 
 def _times(full: float, sent: float) -> str:
@@ -228,21 +219,16 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def make_plan(
-    state: CompressionState,
-    assignment: CompressorAssignment,
-    workers: Workers,
-    wire_dtype: torch.dtype | None,
-) -> Plan:
+def make_plan(state: CompressionState, workers: Workers, wire_dtype: torch.dtype | None) -> Plan:
     """Return the plan of a reducer.
 
     Args:
         state: its parameters, with what they keep.
-        assignment: which compressor serves them.
         workers: who takes part.
         wire_dtype: on the wire, or None for the computation's.
     """
     slots, treatments, batches = state.slots, state.treatments, state.batches
+    assignment = state.assignment
     compressor, formats = assignment.low_rank_compressor, assignment.quantization.formats
     intra_node, count = workers.intra_node, workers.group.size
     # of all blocks of a parameter in this node; `treatments` are of this rank's block
@@ -279,10 +265,7 @@ def make_plan(
             largest.scheme,
             largest.rank,
             elements,
-            restart,
-            math.prod(shape),
-            slot.dtype.itemsize,
-            wire,
+            math.prod(shape) * slot.dtype.itemsize,
             sent,
             in_restart,
             plain,
@@ -290,19 +273,17 @@ def make_plan(
         )
 
     rows = tuple(row(slot, parts) for slot, parts in zip(slots, of_the_node, strict=True))
-    described = {
-        key: value
+    settings = ", ".join(
+        f"{key}={value}"
         for key, value in compressor.describe().items()
         if key != "compressor" and value is not None
-    }
-    settings = ", ".join(f"{key}={value}" for key, value in described.items())
+    )
     delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
-
     kept = sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept)
     estimates = (
         t
         for batch in batches
-        if batch.tracks
+        if batch.compressor.tracks
         for symbol, t in batch.state.items()
         if symbol in EF21.symbols
     )
@@ -312,12 +293,11 @@ def make_plan(
         the own part of it, and both again at full width.
         """
         total = 0
-        for row, slot, treatment in zip(rows, slots, treatments, strict=True):
+        for slot, treatment in zip(slots, treatments, strict=True):
             elements = in_a_restart(treatment) if restart else treatment.elements
             full = slot.compute_dtype.itemsize
-            total += elements * (
-                row.wire_bytes if row.wire_bytes >= full else 2 * (row.wire_bytes + full)
-            )
+            wire = wire_dtype.itemsize if wire_dtype else full
+            total += elements * (wire if wire >= full else 2 * (wire + full))
         return total // intra_node.size if intra_node.whole_matrices else total
 
     return Plan(

@@ -17,14 +17,12 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, cast
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.compressors.quantized import Quantized
-from lowrank_comm.compressors.row_sparse import RowSparse
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.numerics.quantization import FORMATS, FormatName
+from lowrank_comm.numerics.quantization import FORMATS
 from lowrank_comm.options import Advice, PositiveInt, Rate, check, check_options
 
 
@@ -148,7 +146,7 @@ class Policy:
         if len(shape) < 2:
             return dense(f"{len(shape)}-D")
         wanted = rule.rank if rule and rule.rank is not None else self.compressor.rank
-        found = self._low_rank(shape, wanted, "")
+        found = self._low_rank(shape, wanted, because)
         rate = self.min_compression_rate
         if rule and rule.min_compression_rate is not None:
             rate = rule.min_compression_rate
@@ -157,12 +155,13 @@ class Policy:
                 f"rate {numel / found.elements:.2f} is not above {rate:g}"
                 + (f" ({because})" if rule else "")
             )
-        cut = f"rank {wanted} cut to {found.rank}" if found.rank < wanted else ""
-        return replace(found, reason=", ".join(filter(None, (because, cut))))
+        return found
 
-    def _low_rank(self, shape: Sequence[int], rank: int, reason: str) -> Treatment:
+    def _low_rank(self, shape: Sequence[int], rank: int, because: str) -> Treatment:
         m, n = shape[0], math.prod(shape) // shape[0]
         r = min(rank, m, n)
+        cut = f"rank {rank} cut to {r}" if r < rank else ""
+        reason = ", ".join(filter(None, (because, cut)))
         return Treatment("low_rank", m, n, r, self.compressor.elements(m, n, r), reason)
 
     def treat_block(self, name: str, shape: Sequence[int], largest: Sequence[int]) -> Treatment:
@@ -187,24 +186,6 @@ class Policy:
         return tuple(
             rule.match for rule in self.rules if not any(rule.matches(name) for name in names)
         )
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain settings by name, for the comparison between workers and for
-        checkpoints.
-        """
-        return {
-            **self.compressor.describe(),
-            "min_compression_rate": float(self.min_compression_rate),
-            "rules": [asdict(rule) for rule in self.rules],
-        }
-
-    def compressor_of(self, treatment: Treatment) -> Compressor:
-        """Return the compressor of a parameter that is given to one."""
-        if treatment.low_rank:
-            return self.compressor
-        if treatment.scheme == "row_sparse":
-            return RowSparse()
-        return Quantized(codes=cast(FormatName, treatment.scheme))
 
 
 def _dense(numel: int, reason: str) -> Treatment:

@@ -264,14 +264,15 @@ class Reducer:
         if applied:
             clock = time.perf_counter()
             for one in passes:
-                present |= one.present
-                one.decode(results)
+                present |= one.decode(results)
             stats.seconds["decompress"] = time.perf_counter() - clock
         jobs = [job for one in passes for job in one.jobs]
-        restarts = 0
-        for job in jobs:
-            if applied and job.context.restart:
-                restarts += sum(present[job.batch.slots[row]] for row in job.indices)
+        restarts = sum(
+            present[job.batch.slots[row]]
+            for job in jobs
+            if applied and job.context.restart
+            for row in job.indices
+        )
         full = self._uncompressed_bytes
         state.last_pass = PassRecord(state.step, applied, stats, full, restarts)
         stats.inside.update(node.bytes)
@@ -349,7 +350,7 @@ class Reducer:
         world size. While a pass is pending this is about the state before it, which the
         pass does not read any more.
         """
-        self.state.settle_last_report()
+        self.state.last_report()
         self.ensure_agreed()
         if self.workers.group.size > 1:
             self.state.average_errors(self._mean)
@@ -395,15 +396,14 @@ class Reducer:
     @property
     def plan(self) -> Plan:
         """What goes low-rank, how many bytes that is, and what it costs in memory."""
-        return make_plan(self.state, self.assignment, self.workers, self._wire.dtype)
+        return make_plan(self.state, self.workers, self._wire.dtype)
 
     @property
     def last_report(self) -> StepReport | None:
         """The last pass; None before the first. Norms cost one read of the error
         memory, when this is first read.
         """
-        last = self.state.last_pass
-        return last.report(self.state.batches) if last else None
+        return self.state.last_report()
 
 
 def _check_slots(slots: Sequence[ParamInfo]) -> None:

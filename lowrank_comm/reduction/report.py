@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_comm.communication.ledger import PassStats
+from lowrank_comm.communication.ledger import PassStats, ratio_of
 from lowrank_comm.compressors.base import LowRank, Result
 from lowrank_comm.reduction.batches import Batch
 
@@ -63,11 +63,7 @@ class StepReport:
     @property
     def ratio(self) -> float:
         """Uncompressed bytes over bytes sent in this step, with gathers' surplus."""
-        return (
-            self.uncompressed_bytes / (self.total_bytes + self.surplus_bytes)
-            if self.total_bytes
-            else 1.0
-        )
+        return ratio_of(self.uncompressed_bytes, self.total_bytes, self.surplus_bytes)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON lines."""
@@ -100,22 +96,14 @@ class PassRecord:
         the norm itself of what is large.
         """
         # what is applied is an estimate, of which only the change was sent
-        if batch.tracks:
+        if batch.compressor.tracks:
             return
-        if isinstance(result.sent, LowRank):
-            sent = (
-                result.sent.q
-                if batch.projects and batch.context.m == batch.m
-                else _norm_of_product(result.sent)
-            )
-        else:
+        projects = batch.compressor.projects and batch.context.m == batch.m
+        if not isinstance(result.sent, LowRank):
             sent = _norm_of(result.sent)
-        follows = (
-            result.kept is None
-            and batch.context.m == batch.m
-            and batch.memory.kept
-            and batch.projects
-        )
+        else:
+            sent = result.sent.q if projects else _norm_of_product(result.sent)
+        follows = projects and result.kept is None and batch.memory.kept
         self.parts.append(_Part(batch, rows, sent, None if follows else _norm_of(delta)))
 
     def report(self, batches: Sequence[Batch]) -> StepReport:
@@ -152,8 +140,6 @@ class PassRecord:
         committed.
         """
         kept = [batch for batch in batches if batch.memory.kept]
-        if not batches:
-            return None, None
         norm = sum(_norm(batch.memory.tensor) ** 2 for batch in kept) ** 0.5 if kept else None
         if not self.applied or not self.parts:
             return None, norm

@@ -70,14 +70,11 @@ class Restarts:
                 name, RestartHistory(deferred=True) if owing else steady(self.schedule, name, t), t
             )
 
-    def irregular(self) -> dict[str, tuple[int, int, bool]]:
+    def irregular(self) -> dict[str, RestartHistory]:
         """Return name -> (restarts, age, deferred), to be saved; of matrices that have
         had a gradient in every step there is nothing to say.
         """
-        return {
-            name: (history.restarts, history.age, history.deferred)
-            for name, history in sorted(self._irregular.items())
-        }
+        return dict(sorted(self._irregular.items()))
 
     def describe(self) -> dict[str, str]:
         """Return the same in words, to be compared between workers."""

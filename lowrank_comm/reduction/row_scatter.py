@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,18 +33,10 @@ from lowrank_comm.reduction.params import ParamInfo
 PORTION = 1 << 26
 
 
-@dataclass(frozen=True)
-class _Portion:
-    """Parameters of one dtype that share a collective."""
-
-    members: list[int]
-    dtype: torch.dtype
-
-
 class RowScatter:
     """Turns whole gradients into this rank's blocks of rows, and results back.
 
-    A pass is `scatter`, then either `gather` or `forget`.
+    A pass is `scatter`, and `gather` unless it was vetoed.
 
     Args:
         whole: the parameters as every rank of the node holds them; with two levels
@@ -59,7 +51,6 @@ class RowScatter:
     def __init__(self, whole: Sequence[ParamInfo], intra_node: IntraNodeGroup) -> None:
         self.slots, self._whole, self._intra_node = list(whole), list(whole), intra_node
         self._device = whole[0].device if whole else torch.device("cpu")
-        self._gradients: Sequence[Tensor | None] = ()
         if intra_node.size > 1:
             self.slots = [self._block(info) for info in whole]
         self._portions = self._cut()
@@ -70,17 +61,19 @@ class RowScatter:
         )
         return replace(whole, shape=whole.block(self._intra_node, self._intra_node.rank))
 
-    def _cut(self) -> list[_Portion]:
-        portions: list[_Portion] = []
-        room: dict[torch.dtype, tuple[int, _Portion]] = {}
-        for k, dtype in enumerate(info.dtype for info in self._whole):
+    def _cut(self) -> list[list[int]]:
+        """Return the parameters that share a collective, of one dtype each."""
+        portions: list[list[int]] = []
+        # of each dtype: the bytes that are left, and the portion
+        room: dict[torch.dtype, tuple[int, list[int]]] = {}
+        for k, info in enumerate(self._whole):
             size = self._padded(k) * self.slots[k].dtype.itemsize * self._intra_node.size
-            left, portion = room.get(dtype, (0, None))
-            if portion is None or size > left:
-                left, portion = PORTION, _Portion([], dtype)
+            left, portion = room.get(info.dtype, (0, []))
+            if not portion or size > left:
+                left, portion = PORTION, []
                 portions.append(portion)
-            portion.members.append(k)
-            room[dtype] = (left - size, portion)
+            portion.append(k)
+            room[info.dtype] = (left - size, portion)
         return portions
 
     def _padded(self, k: int) -> int:
@@ -104,22 +97,21 @@ class RowScatter:
         """
         if self._intra_node.size == 1:
             return list(gradients)
-        self._gradients = gradients
         present = numbers_on(self._device, [float(g is not None) for g in gradients], torch.float32)
         self._intra_node.sum_([present], "control")
         blocks: list[Tensor | None] = [None] * len(gradients)
         for portion in self._portions:
-            lengths = [self._padded(k) for k in portion.members]
-            dtype = torch.promote_types(portion.dtype, torch.float32)
+            lengths = [self._padded(k) for k in portion]
+            dtype = self.slots[portion[0]].dtype
             buffer = torch.zeros(
                 self._intra_node.size, sum(lengths), dtype=dtype, device=self._device
             )
-            for k, room in zip(portion.members, buffer.split(lengths, dim=1), strict=True):
+            for k, room in zip(portion, buffer.split(lengths, dim=1), strict=True):
                 gradient = gradients[k]
                 if gradient is not None:
                     self._spread(gradient, room)
             mine = self._intra_node.scatter_mean(buffer, "gradients")
-            for k, piece in zip(portion.members, mine.split(lengths), strict=True):
+            for k, piece in zip(portion, mine.split(lengths), strict=True):
                 blocks[k] = piece[: self.slots[k].numel].view(self.slots[k].shape)
         return [
             block if there else None
@@ -134,27 +126,30 @@ class RowScatter:
             room[f, : part.numel()] = part
 
     @torch.no_grad()
-    def gather(self, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gather(
+        self, blocks: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """Return the whole results; a collective inside the node.
 
         Args:
             blocks: in slot order, None for the same parameters on all ranks of the
                 node.
+            gradients: as given to `scatter`; overwritten.
 
         Returns:
-            In slot order: the tensors given to `scatter`, overwritten, or new ones
-            where this rank had none.
+            In slot order: these tensors, or new ones where this rank had none.
         """
         if self._intra_node.size == 1:
             return list(blocks)
-        results, self._gradients = list(self._gradients), ()
+        results = list(gradients)
         for portion in self._portions:
-            members = [k for k in portion.members if blocks[k] is not None]
+            members = [k for k in portion if blocks[k] is not None]
             if not members:
                 continue
             lengths = [self._padded(k) for k in members]
             # rounded as p.grad will be
-            buffer = torch.zeros(sum(lengths), dtype=portion.dtype, device=self._device)
+            dtype = self._whole[members[0]].dtype
+            buffer = torch.zeros(sum(lengths), dtype=dtype, device=self._device)
             for k, room in zip(members, buffer.split(lengths), strict=True):
                 block = blocks[k]
                 assert block is not None
@@ -169,9 +164,3 @@ class RowScatter:
                 else:
                     target.copy_(whole)
         return results
-
-    def forget(self) -> None:
-        """Drop what `scatter` was given; called after a veto, when there is no
-        `gather`.
-        """
-        self._gradients = ()

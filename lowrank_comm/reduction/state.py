@@ -24,7 +24,7 @@ from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.batches import Batch, build_batches
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
-from lowrank_comm.reduction.report import PassRecord
+from lowrank_comm.reduction.report import PassRecord, StepReport
 from lowrank_comm.reduction.restarts import Restarts
 
 _log = logging.getLogger("lowrank_comm")
@@ -203,17 +203,15 @@ class CompressionState:
             if not largest.batched:
                 continue
             compressor, error_feedback = self.assignment.compressor_for(largest)
-            held = self.bases_of(slot.name) | (
-                {"error": memory[slot.name]} if slot.name in memory else {}
-            )
-            symbols = (
-                ("error",) if error_feedback.keeps_errors else ()
-            ) + compressor.parameter_shaped_state
+            held = self.bases_of(slot.name)
+            if slot.name in memory:
+                held["error"] = memory[slot.name]
+            symbols = compressor.parameter_shaped_state
+            if error_feedback.keeps_errors:
+                symbols = ("error", *symbols)
             if not held:
-                held = {
-                    symbol: torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
-                    for symbol in symbols
-                }
+                empty = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
+                held = dict.fromkeys(symbols, empty)
             blocks.append((slot, largest, {symbol: held[symbol] for symbol in symbols}))
         return blocks
 
@@ -252,7 +250,7 @@ class CompressionState:
         """Overwrite the error memory and the basis of one parameter, as read from a
         checkpoint.
         """
-        self.settle_last_report()
+        self.last_report()
         self._consolidated_at = None
         batch, row = self._place[name]
         if error is not None and batch.memory.kept:
@@ -272,15 +270,16 @@ class CompressionState:
             self.continue_at(0)
         self.restarts.start_anew(names, self.step)
         self._workers.agreed = False
-        initial: dict[int, dict[str, Tensor]] = {}
-        for name in names:
-            batch, row = self._place[name]
-            state = initial.get(id(batch)) or initial.setdefault(id(batch), batch.initial_state())
-            self.set_state(
-                name,
-                torch.zeros(batch.m, batch.n),
-                {symbol: value[row] for symbol, value in state.items()},
-            )
+        self.last_report()
+        self._consolidated_at = None
+        for batch in self.batches:
+            rows = [row for row, name in enumerate(batch.names) if name in names]
+            if not rows:
+                continue
+            if batch.memory.kept:
+                batch.memory.tensor[rows] = 0
+            for symbol, initial in batch.initial_state().items():
+                batch.state[symbol][rows] = initial[rows]
 
     def continue_at(self, step: int, irregular: Mapping[str, Sequence[int]] | None = None) -> None:
         """Make t = step the next pass, as read from a checkpoint. irregular: see
@@ -309,17 +308,16 @@ class CompressionState:
         self.restarts.start_anew({slot.name for slot in self.slots} - before, old.step)
         for name, state in old.bases().items():
             self.set_state(name, memory.get(name), state)
-        old.settle_last_report()
+        old.last_report()
         self.worker, self.last_pass = old.worker, old.last_pass
         if old.consolidated:
             self.mark_consolidated()
 
-    def settle_last_report(self) -> None:
-        """Compute the last report's norms before the error memory is changed by
-        anything but a step.
+    def last_report(self) -> StepReport | None:
+        """Return the report of the last pass; None before the first. It is made once,
+        and must be made before the error memory is changed by anything but a step.
         """
-        if self.last_pass is not None:
-            self.last_pass.report(self.batches)
+        return self.last_pass.report(self.batches) if self.last_pass else None
 
     def average_errors(self, mean: Callable[[Tensor], Tensor]) -> None:
         """Replace this worker's errors, and what else of the state is its own, by the
@@ -328,15 +326,13 @@ class CompressionState:
         Args:
             mean: averages a tensor over the workers, in place; a collective.
         """
-        rounded = [
-            batch.compressor.json_name for batch in self.batches if not batch.compressor.linear
-        ]
-        if self.keeps_private_state and (rounded or not self.assignment.linear):
-            which = dict.fromkeys(
-                [] if self.assignment.linear else [self.assignment.compressor.json_name]
-            ) | dict.fromkeys(rounded)
+        assignment = self.assignment
+        inexact = [] if assignment.linear else [assignment.compressor.json_name]
+        inexact += [b.compressor.json_name for b in self.batches if not b.compressor.linear]
+        if self.keeps_private_state and inexact:
             words = "%s: not linear; the workers' mean %s is a valid start, not an exact one"
-            _log.warning(words, ", ".join(which), self.assignment.error_feedback.memory)
+            which = ", ".join(dict.fromkeys(inexact))
+            _log.warning(words, which, assignment.error_feedback.memory)
         for batch in self.batches:
             if batch.memory.kept:
                 errors = batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True)
