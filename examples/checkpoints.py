@@ -4,8 +4,8 @@
     python examples/checkpoints.py runs/ds_powersgd_plus
 
 Trainer writes a checkpoint's files one after the other into `checkpoint-<step>`, and
-`trainer_state.json` last. A job that is killed while it saves leaves a folder that has a
-number and no state, or half of it; transformers' own search takes the highest number,
+`trainer_state.json` last. A job that is killed while it saves leaves a folder that has
+a number and no state, or half of it; transformers' own search takes the highest number,
 and such a run cannot be resumed until somebody removes the folder. Python's standard
 library only: job.sh of examples/slurm calls this file, too.
 """
@@ -19,9 +19,9 @@ from pathlib import Path
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether everything of a checkpoint has been written: its trainer_state.json
-    can be read, and where several ranks save their random numbers' state, rank 0 is not
-    the only one that has.
+    """Return whether everything of a checkpoint has been written: its
+    trainer_state.json can be read, and where several ranks save their random numbers'
+    state, rank 0 is not the only one that has.
     """
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
