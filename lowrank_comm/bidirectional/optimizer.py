@@ -78,6 +78,9 @@ class BidirectionalOptimizer(OptimizerWrapper):
     Source: `Method.step`, with any base optimizer in the place of plain SGD.
     """
 
+    method: Method
+    ledger: LinkLedger
+
     # a GradScaler must call step() on every worker, also where it saw an overflow
     _step_supports_amp_scaling = True
 
@@ -96,7 +99,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
             )
         check("seed", seed, Seed)
         refuse_deepspeed()
-        self.method, self.ledger = method, LinkLedger()
+        # not by assignment, which would reach a base that has attributes of these names
+        vars(self).update(method=method, ledger=LinkLedger())
         self._seed = seed
         self._workers = Workers(Group(process_group))
         self._party: Party | None = None
@@ -177,7 +181,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         return self._party.seed if self._party is not None else self._seed
 
     def __repr__(self) -> str:
-        return f"BidirectionalOptimizer({self.method!r}, {self.base!r})"
+        return f"{type(self).__name__}({self.method!r}, {self.base!r})"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none=set_to_none)
@@ -219,7 +223,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
             self,
             closure,
             self._scaling,
-            initialise=self.base.step,
+            initialise=self._step_base,
             average=self._exchange,
             update=lambda state: self._prepared().move_to(state),
         )
@@ -249,7 +253,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         flat, local = party.flat, [p.grad for p in party.flat.parameters]
         flat.write(party.state["x"])
         flat.write_gradients(estimate)
-        self.base.step()
+        self._step_base()
         for parameter, gradient in zip(flat.parameters, local, strict=True):
             parameter.grad = gradient
         return flat.read()

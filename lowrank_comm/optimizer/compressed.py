@@ -113,6 +113,9 @@ class CompressedOptimizer(OptimizerWrapper):
     Source: Algorithm 2 of arXiv 2509.11254, for any base optimizer.
     """
 
+    compressor: Compressor
+    max_grad_norm: float | None
+
     # GradScaler must call step() on every worker; see `grad_scaler`
     _step_supports_amp_scaling = True
 
@@ -169,7 +172,8 @@ class CompressedOptimizer(OptimizerWrapper):
             initial_basis=initial_basis,
             bucket_bytes=int(bucket_cap_mb * 1e6) if overlap else None,
         )
-        self.compressor, self.max_grad_norm = compressor, max_grad_norm
+        # not by assignment, which would reach a base that has attributes of these names
+        vars(self).update(compressor=compressor, max_grad_norm=max_grad_norm)
         self._attachment = Attachment(self, process_group, shard_scope)
         self._lazy = LazyReducer(
             optimizer,
@@ -244,7 +248,7 @@ class CompressedOptimizer(OptimizerWrapper):
         return cls(base, parsed.make_compressor(), **options)
 
     def __repr__(self) -> str:
-        return f"CompressedOptimizer({self.compressor!r}, {self.base!r})"
+        return f"{type(self).__name__}({self.compressor!r}, {self.base!r})"
 
     # ---------------------------------------------------------------- the model
 
@@ -370,7 +374,7 @@ class CompressedOptimizer(OptimizerWrapper):
         a place for the compressor's state too.
         """
         self._lazy.prepare()
-        self.base.step()
+        self._step_base()
 
     def _average(self) -> bool | None:
         """Average the gradients, unless that was done before; None if the step is
@@ -385,7 +389,7 @@ class CompressedOptimizer(OptimizerWrapper):
         """Clip the gradients if asked to, and step the base."""
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters_of(self.base), self.max_grad_norm)
-        self.base.step()
+        self._step_base()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, averaged ones included: the batch leaves no trace."""

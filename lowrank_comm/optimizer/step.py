@@ -61,7 +61,7 @@ def run_step(
         initialise()
         return loss
     # only a GradScaler that is switched on leaves it here
-    if hasattr(optimizer, "found_inf"):
+    if "found_inf" in vars(optimizer):
         scaling.unscale(optimizer, reduced=averaged_before())
     averaged = average()
     if averaged is None:

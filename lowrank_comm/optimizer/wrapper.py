@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,37 +24,84 @@ _HOOKS = (
     "_optimizer_load_state_dict_post_hooks",
 )
 
+_FROM_A_SCALER = ("found_inf", "grad_scale")
+"""What a GradScaler sets on an optimizer for one step, and deletes again."""
+
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """Return the parameters of all groups, in their order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _of_the_base(name: str) -> Any:
+def _property_of_the_base(name: str) -> Any:
     """Return a property that reads and sets the base's attribute of this name."""
     return property(
         lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value)
     )
 
 
+def _needs_closure(base: Optimizer) -> bool:
+    """Return whether `base.step()` cannot be called without a closure."""
+    try:
+        closure = inspect.signature(base.step).parameters.get("closure")
+    except (TypeError, ValueError):
+        return False
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _closure_needed(base: Optimizer) -> str:
+    name = type(base).__name__
+    return (
+        f"{name}.step() needs a closure, by which it computes gradients again at other weights, and"
+        " those would not be averaged over the workers. An optimizer that is made around another"
+        " one, as SAM is, goes outside:"
+        f' {name}(...) around CompressedOptimizer(torch.optim.SGD(...), ..., reduce_at="backward"),'
+        " whose step() it calls."
+    )
+
+
+@contextlib.contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    """Let no global optimizer hook of torch run inside the block: they run around the
+    step of the wrapper, in which the block is. Does nothing where there are none.
+    """
+    # torch.optim does not show it as an attribute
+    module = sys.modules[Optimizer.__module__]
+    names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    kept = {name: hooks for name in names if (hooks := getattr(module, name))}
+    for name in kept:
+        setattr(module, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for name, hooks in kept.items():
+            setattr(module, name, hooks)
+
+
 class OptimizerWrapper(Optimizer):
     """Wraps a base optimizer; delegates `param_groups`, `state` and `defaults` to it,
     so that they cannot differ from the base's.
 
+    An attribute that the wrapper does not have is the base's, so that `hasattr` answers
+    for the base: `train()` and `eval()` of schedule-free optimizers, `_get_lr` of
+    transformers' Adafactor. A public attribute that only the base has is set there.
+
     Hooks are its own: those registered here run around this optimizer's methods, the
-    base's around the base's.
+    base's around the base's. torch's global optimizer hooks run around this one's step
+    only, hence once a step.
 
     Args:
         base: the optimizer that steps.
         argument: what the caller calls it, for messages.
 
     Raises:
-        ConfigError: it is none, a wrapper itself, or LBFGS.
+        ConfigError: it is none, a wrapper itself, LBFGS, or its step cannot do without
+            a closure.
     """
 
-    param_groups: list[dict[str, Any]] = _of_the_base("param_groups")
-    state: Any = _of_the_base("state")
-    defaults: dict[str, Any] = _of_the_base("defaults")
+    param_groups: list[dict[str, Any]] = _property_of_the_base("param_groups")
+    state: Any = _property_of_the_base("state")
+    defaults: dict[str, Any] = _property_of_the_base("defaults")
 
     # Optimizer.__init__ would make groups and state of its own
     def __init__(self, base: Optimizer, argument: str) -> None:
@@ -64,10 +114,63 @@ class OptimizerWrapper(Optimizer):
                 f"{argument}=LBFGS evaluates the loss several times a step; use SGD, Adam, or"
                 " another that does not."
             )
+        if _needs_closure(base):
+            raise ConfigError(_closure_needed(base))
         self.base = base
         for hooks in _HOOKS:
             setattr(self, hooks, OrderedDict())
         self._patch_step_function()
+
+    # mypy would take any attribute for granted
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return an attribute of the base that this optimizer does not have."""
+            # while it is being made; special methods are looked for in the class
+            if name == "base" or name.startswith("__"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            base = self.base
+            try:
+                value = getattr(base, name)
+            except AttributeError:
+                raise AttributeError(
+                    f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base"
+                    f" {type(base).__name__}"
+                ) from None
+            return self._of_the_base(name, value)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set an attribute; a public one that only the base has, there."""
+            base = vars(self).get("base")
+            if (
+                base is None
+                or name.startswith("_")
+                or name in _FROM_A_SCALER
+                or name in vars(self)
+                or hasattr(type(self), name)
+                or not hasattr(base, name)
+            ):
+                super().__setattr__(name, value)
+            else:
+                setattr(base, name, value)
+
+    def _of_the_base(self, name: str, value: Any) -> Any:
+        """Return what `getattr` gives for an attribute that only the base has."""
+        return value
+
+    def _step_base(self) -> None:
+        """Step the base, with the gradients as they are.
+
+        Raises:
+            ConfigError: it needs a closure.
+        """
+        try:
+            with _no_global_hooks():
+                self.base.step()
+        except Exception as error:
+            if "closure" not in str(error).lower():
+                raise
+            raise ConfigError(_closure_needed(self.base)) from error
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its parameters take part from the next step on, on

@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from lowrank_comm import CompressedOptimizer, PowerSGD
+from lowrank_comm import CompressedOptimizer, ConfigError, Identity, PowerSGD
+from lowrank_comm.bidirectional import BidirectionalOptimizer, InkheartSGD
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper
+from tests.support.gloo import GlooPool
 from tests.support.networks import BASES, compressed, distance, every_base, loss_of, network
 
 
@@ -110,3 +116,198 @@ def test_copying_and_pickling_are_refused() -> None:
         copy.deepcopy(optimizer)
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(optimizer)
+
+
+class WithModes(torch.optim.SGD):
+    """Has modes, as schedule-free optimizers have, and an option of its own."""
+
+    mode, rho = "", 0.05
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def around(base: torch.optim.Optimizer, kind: str) -> Any:
+    if kind == "compressed":
+        return CompressedOptimizer(base, PowerSGD(2), min_compression_rate=0)
+    return BidirectionalOptimizer(base, InkheartSGD(uplink_fraction=0.5))
+
+
+every_wrapper = pytest.mark.parametrize("kind", ["compressed", "bidirectional"])
+
+
+@every_wrapper
+def test_what_only_the_base_has_is_read_and_set_there(kind: str) -> None:
+    base = WithModes(network().named_parameters(), lr=0.1)
+    outer = around(base, kind)
+    outer.train()
+    assert base.mode == outer.mode == "train"
+    outer.eval()
+    assert base.mode == outer.mode == "eval"
+    outer.rho = 0.5
+    assert base.rho == outer.rho == 0.5
+    # what neither has is the wrapper's
+    outer.remark = "mine"
+    assert not hasattr(base, "remark")
+
+
+@every_wrapper
+def test_hasattr_answers_for_the_base(kind: str) -> None:
+    outer = around(torch.optim.SGD(network().named_parameters(), lr=0.1), kind)
+    assert not hasattr(outer, "train")
+    assert not hasattr(outer, "eval")
+    with pytest.raises(AttributeError, match=rf"{type(outer).__name__}.*'train'.*SGD"):
+        outer.train()
+
+
+def test_a_base_with_attributes_of_our_names_keeps_them() -> None:
+    class Busy(torch.optim.SGD):
+        compressor, max_grad_norm = "theirs", 7.0
+
+    base = Busy(network().named_parameters(), lr=0.1)
+    outer = CompressedOptimizer(base, PowerSGD(2), max_grad_norm=1.0)
+    assert (base.compressor, base.max_grad_norm) == ("theirs", 7.0)
+    assert (outer.compressor.rank, outer.max_grad_norm) == (2, 1.0)
+
+
+@every_wrapper
+def test_global_hooks_run_once_a_step_in_torchs_order(kind: str) -> None:
+    """Also where the base has an optimizer inside that steps."""
+
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+            self.inner = torch.optim.SGD(self.param_groups, lr=0.1)
+
+        def step(self, closure: Any = None) -> None:
+            self.inner.step()
+
+    model, calls = network(), []
+    optimizer = around(Outer(model.named_parameters()), kind)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda o, *_: calls.append((name, type(o).__name__))
+
+    handles = [
+        register_optimizer_step_pre_hook(enter("all before")),
+        register_optimizer_step_post_hook(enter("all after")),
+    ]
+    try:
+        for t in range(2):
+            loss_of(model, t).backward()
+            optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    name = type(optimizer).__name__
+    assert calls == [("all before", name), "before", "after", ("all after", name)] * 2
+    # they are off now, and stay so
+    loss_of(model, 2).backward()
+    optimizer.step()
+    assert len(calls) == 10
+
+
+def test_transformers_schedule_of_adafactor() -> None:
+    optimization = pytest.importorskip("transformers.optimization")
+    rates = []
+    for wrapped in (False, True):
+        model = network()
+        optimizer = optimization.Adafactor(
+            model.named_parameters(), relative_step=True, warmup_init=True, lr=None
+        )
+        if wrapped:
+            optimizer = CompressedOptimizer(optimizer, Identity())
+        schedule = optimization.AdafactorSchedule(optimizer)
+        for t in range(3):
+            loss_of(model, t).backward()
+            optimizer.step()
+            schedule.step()
+            rates.append(float(schedule.get_lr()[0]))
+    assert rates[:3] == rates[3:]
+    assert rates[0] < rates[2]
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Climbs along the gradient, takes the gradient there, comes back, steps."""
+
+    def __init__(self, params: Any, inner: Callable[[Any], torch.optim.Optimizer]) -> None:
+        super().__init__(params, {})
+        self.inner = inner(self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if closure is None:
+            raise RuntimeError("it needs a closure")
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.clone() for p in parameters]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            p.add_(p.grad * (0.05 / norm))
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+        for p, value in zip(parameters, before, strict=True):
+            p.copy_(value)
+        self.inner.step()
+        return loss
+
+
+def test_a_base_whose_step_needs_a_closure_is_refused_with_what_to_write() -> None:
+    """When it is made if the signature says so, else when it steps."""
+
+    class Asks(torch.optim.SGD):
+        def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+            return closure()
+
+    for kind in ("compressed", "bidirectional"):
+        with pytest.raises(ConfigError, match=r"Asks.*closure.*reduce_at"):
+            around(Asks(network().named_parameters(), lr=0.1), kind)
+        model = network()
+        optimizer = around(
+            SharpnessAware(model.named_parameters(), lambda p: torch.optim.SGD(p, lr=0.1)), kind
+        )
+
+        def closure(model: Any = model) -> Any:
+            loss = loss_of(model, 0)
+            loss.backward()
+            return loss
+
+        with pytest.raises(ConfigError, match=r"SharpnessAware.*closure.*reduce_at"):
+            optimizer.step(closure)
+
+
+def sharpness_aware(wrapped: bool, worker: int) -> torch.nn.Module:
+    """Train by what the refusal says to write, or uncompressed on the mean loss."""
+    model = network()
+
+    def inner(groups: Any) -> torch.optim.Optimizer:
+        sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        return CompressedOptimizer(sgd, Identity(), reduce_at="backward") if wrapped else sgd
+
+    optimizer = SharpnessAware(model.named_parameters(), inner)
+    for t in range(3):
+
+        def closure(t: int = t) -> Any:
+            workers = [worker] if wrapped else [0, 1]
+            loss = sum(loss_of(model, t, one) for one in workers) / len(workers)
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    return model
+
+
+def sharpness_aware_on_two(rank: int) -> float:
+    return distance(sharpness_aware(True, rank), sharpness_aware(False, rank))
+
+
+def test_sharpness_aware_around_a_compressed_optimizer(gloo: GlooPool) -> None:
+    """The recipe of the refusal: gradients are the mean in both passes, in float64."""
+    assert max(gloo.run(sharpness_aware_on_two, 2)) < 1e-12
