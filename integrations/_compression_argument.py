@@ -79,7 +79,7 @@ def put_into_deepspeed(accelerator: Accelerator, compression: Compression, who: 
             f"{who}: a CompressedOptimizer cannot go with DeepSpeed, which averages gradients"
             f" itself. Give the base optimizer (or none), and the compressor to {who}; or put a"
             f' section "{SECTION}" with its settings into the DeepSpeed JSON, for example'
-            f" {{{SECTION!r}: {Section.of(compression.compressor)}}}."
+            f" {{{SECTION!r}: {compression.compressor.describe()}}}."
         )
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     there = config.get(SECTION)
@@ -91,7 +91,7 @@ def put_into_deepspeed(accelerator: Accelerator, compression: Compression, who: 
         )
     if isinstance(compression, Compressor | Mapping):
         if isinstance(compression, Compressor):
-            compression = Section.of(compression)
+            compression = compression.describe()
         given = dict(compression)
         if there is not None and Section.parse(there) != Section.parse(given):
             raise ConfigError(

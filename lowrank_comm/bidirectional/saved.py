@@ -91,7 +91,8 @@ def agree_on_saved(
     if entry is None:
         return None
     exact = all(other["is_own"] and other["run"] == first["run"] for other in everyone)
-    return Agreed(entry["tensors"], *first["run"], exact, first["server_state"])
+    t, seed = first["run"]
+    return Agreed(entry["tensors"], t, seed, exact, first["server_state"])
 
 
 def _problem(

@@ -21,7 +21,14 @@ _DEEPSPEED_KEYS = (SECTION, "train_batch_size", "train_micro_batch_size_per_gpu"
 
 
 class MethodSection(Strict):
-    """The keys that the section of every bidirectional method has."""
+    """The keys that the section of every bidirectional method has.
+
+    Args:
+        compressor: the method; see docs/algorithms.md.
+        enabled: false leaves the engine alone: nothing is compressed, gradients are
+            averaged by the engine as without the section.
+        seed: of the random draws, equal on all workers.
+    """
 
     compressor: str
     enabled: bool = True
@@ -43,17 +50,13 @@ def json_schema() -> dict[str, Any]:
     models = every_model()
     definitions: dict[str, Any] = {}
     for name, model in models.items():
-        made = _without_titles(model.model_json_schema())
+        made = model.model_json_schema()
         definitions |= made.pop("$defs", {})
         keys = made["properties"]
-        for key, text in descriptions(Section).items():
-            keys.get(key, {}).setdefault("description", text)
         keys["compressor"] = {"const": name}
         keys["enabled"]["default"] = True
         keys["$schema"] = {"type": "string", "description": "Where an editor finds this schema."}
         definitions[name] = made
-    for definition in definitions.values():
-        definition["description"] = _first_paragraph(definition["description"])
     compressor = {
         "enum": list(models),
         "default": default,
@@ -83,18 +86,3 @@ def _if_compressor(name: str, default: bool) -> dict[str, Any]:
     if not default:
         named["required"] = ["compressor"]
     return {"if": named, "then": {"$ref": f"#/$defs/{name}"}}
-
-
-def _without_titles(made: Any) -> Any:
-    """Return a schema without the titles that pydantic makes of names."""
-    if isinstance(made, dict):
-        return {
-            key: _without_titles(value)
-            for key, value in made.items()
-            if not (key == "title" and isinstance(value, str))
-        }
-    return [_without_titles(one) for one in made] if isinstance(made, list) else made
-
-
-def _first_paragraph(docstring: str) -> str:
-    return " ".join(docstring.split("\n\n")[0].split())

@@ -20,11 +20,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic import GetCoreSchemaHandler as SchemaHandler
 from pydantic import create_model as create_pydantic_model
+from pydantic.fields import FieldInfo
 
 from lowrank_comm.communication import Group
 from lowrank_comm.communication.flat_buffers import WireDtype
@@ -56,10 +57,22 @@ OPTIMIZERS = dict.fromkeys(
 """
 
 
+def _tidy(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Take out of a JSON Schema the titles that pydantic makes of names, and all but
+    the first paragraph of its description; describe the keys of base classes.
+    """
+    said = descriptions(model)
+    del schema["title"]
+    schema["description"] = " ".join(schema["description"].split("\n\n")[0].split())
+    for key, setting in schema["properties"].items():
+        setting.pop("title", None)
+        setting.setdefault("description", said.get(key))
+
+
 class Strict(BaseModel):
     """Refuses unknown keys, and converts no type into another."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_tidy)
 
 
 class _Object:
@@ -150,47 +163,37 @@ class Section(Strict):
                 value that cannot work.
             UnsupportedError: a bidirectional method, whose section is another.
         """
-        if not isinstance(section, Mapping):
-            raise ConfigError(
-                f"{SECTION} must be an object with keys such as 'compressor', got {section!r}."
-            )
-        for key in section:
-            if not isinstance(key, str):
-                raise ConfigError(
-                    f"{SECTION}: the key {key!r} is no word; write settings such as"
-                    ' "compressor" and "rank".'
-                )
-        name = section.get("compressor", cls.model_fields["compressor"].default)
-        if isinstance(name, str) and name in OPTIMIZERS:
+        kind = algorithm_of(section)
+        if isinstance(kind, str):
+            name = section["compressor"]
             if section.get("enabled") is False:
                 return cls(compressor=name, enabled=False)
-            raise _unsupported(name)
-        kind = _compressor(name)
+            raise UnsupportedError(
+                f"{SECTION}.compressor={name!r} cannot be used here: in the bidirectional methods"
+                f" ({', '.join(sorted(OPTIMIZERS))}) every worker has weights of its own, while"
+                " this engine needs the same on all ranks. In a plain training loop use"
+                " CompressedOptimizer.from_config(base, section), or"
+                " lowrank_comm.bidirectional.BidirectionalOptimizer."
+            )
         optional = hints.all_options() - {"rank"}
         given = {
             key: value
             for key, value in section.items()
             if key != "$schema" and not (value is None and key in optional)
         }
+        model = model_of(kind, Section)
         try:
-            parsed = model_of(kind, Section).model_validate(given)
+            parsed = model.model_validate(given)
         except ValidationError as error:
-            raise ConfigError("; ".join(_complaints(error, kind))) from None
+            raise ConfigError("; ".join(_complaints(error, kind, model))) from None
         assert isinstance(parsed, Section)
         # what does not go together fails here
         Reducer([], parsed.make_compressor(), Group(), **parsed.reducer_options())
         return parsed
 
-    @staticmethod
-    def of(compressor: Compressor) -> dict[str, Any]:
-        """Return the section that says the same as a compressor; everything else in it
-        has its default.
-        """
-        return compressor.describe()
-
     def make_compressor(self) -> Compressor:
         """Make the compressor that the section names, with its options."""
-        kind = _compressor(self.compressor)
+        kind = REGISTRY[self.compressor]
         return kind(**{key: getattr(self, key) for key in kind.options()})
 
     def reducer_options(self) -> dict[str, Any]:
@@ -205,28 +208,37 @@ class Section(Strict):
         }
 
 
-def _compressor(name: Any) -> type[Compressor]:
-    """Return the class of a compressor by its name in configuration files."""
-    if not isinstance(name, str) or name not in REGISTRY:
-        known = sorted([*REGISTRY, *OPTIMIZERS])
-        meant = hints.nearest_compressor(name, known) if isinstance(name, str) else "."
+def algorithm_of(section: Mapping[str, Any]) -> type[Compressor] | str:
+    """Return what the value of "compressor" names: the class of a compressor, or where
+    the optimizer is that the section needs, see `OPTIMIZERS`.
+
+    Raises:
+        ConfigError: the section is no mapping with words as keys, or the name is
+            unknown.
+    """
+    if not isinstance(section, Mapping):
         raise ConfigError(
-            f"{SECTION}.compressor={name!r} is unknown{meant} Known: {', '.join(known)}."
+            f"{SECTION} must be an object with keys such as 'compressor', got {section!r}."
         )
-    return REGISTRY[name]
+    for key in section:
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{SECTION}: the key {key!r} is no word; write settings such as"
+                ' "compressor" and "rank".'
+            )
+    name = section.get("compressor", Section.model_fields["compressor"].default)
+    known: dict[str, type[Compressor] | str] = {**REGISTRY, **OPTIMIZERS}
+    if not isinstance(name, str) or name not in known:
+        meant = hints.nearest_compressor(name, sorted(known)) if isinstance(name, str) else "."
+        raise ConfigError(
+            f"{SECTION}.compressor={name!r} is unknown{meant} Known: {', '.join(sorted(known))}."
+        )
+    return known[name]
 
 
-def _unsupported(name: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{SECTION}.compressor={name!r} cannot be used here: in the bidirectional methods"
-        f" ({', '.join(sorted(OPTIMIZERS))}) every worker has weights of its own, while this engine"
-        " needs the same on all ranks. In a plain training loop use"
-        " CompressedOptimizer.from_config(base, section), or"
-        " lowrank_comm.bidirectional.BidirectionalOptimizer."
-    )
-
-
-def _complaints(error: ValidationError, kind: type[Compressor]) -> Iterator[str]:
+def _complaints(
+    error: ValidationError, kind: type[Compressor], model: type[BaseModel]
+) -> Iterator[str]:
     """Yield pydantic's errors as sentences with the key, the value and the fix, one for
     each key.
     """
@@ -234,7 +246,7 @@ def _complaints(error: ValidationError, kind: type[Compressor]) -> Iterator[str]
     for detail in error.errors():
         path = detail["loc"]
         if detail["type"] == "extra_forbidden":
-            _, _, keys = _found(path[:-1], kind)
+            _, _, _, keys = _found(path[:-1], model)
             yield hints.unknown_key(_name(path), detail["input"], list(keys), kind)
         elif detail["type"] == "missing":
             yield f"{_name(path)} is missing; a rule needs it."
@@ -242,7 +254,7 @@ def _complaints(error: ValidationError, kind: type[Compressor]) -> Iterator[str]
             # of a dataclass that has checked itself
             yield str(detail["ctx"]["error"])
         else:
-            path, (hint, default), _ = _found(path, kind)
+            path, hint, default, _ = _found(path, model)
             if path not in told:
                 told.add(path)
                 yield complaint(_name(path), detail["input"], hint, default)
@@ -253,33 +265,31 @@ def _name(path: tuple[int | str, ...]) -> str:
 
 
 def _found(
-    path: tuple[int | str, ...], kind: type[Compressor]
-) -> tuple[tuple[int | str, ...], tuple[Any, Any], dict[str, tuple[Any, Any]]]:
+    path: tuple[int | str, ...], model: type[BaseModel]
+) -> tuple[tuple[int | str, ...], Any, Any, dict[str, FieldInfo]]:
     """Return the setting at a path of pydantic's: its own path, since a part of a union
     has a name at the end; its type and default; and the keys that it has, if it is an
     object.
     """
-    keys = every_setting(kind)
-    setting: tuple[Any, Any] = (Section, None)
+    hint: Any = model
+    default, keys = None, model.model_fields
     for depth, part in enumerate(path):
         if isinstance(part, int):
-            setting = (inner_type(setting[0]), None)
+            hint, default = inner_type(hint), None
         elif part in keys:
-            setting = keys[part]
+            hint, default = keys[part].rebuild_annotation(), keys[part].default
         else:
-            return path[:depth], setting, keys
-        options = inner_type(setting[0])
-        keys = {}
-        if dataclasses.is_dataclass(options):
-            keys = {key: (hint, default) for key, hint, default in settings_of(cast(Any, options))}
-    return path, setting, keys
+            return path[:depth], hint, default, keys
+        keys = fields_of(hint)
+    return path, hint, default, keys
 
 
-def every_setting(kind: type[Compressor]) -> dict[str, tuple[Any, Any]]:
-    """Return key -> (type, default) of the section of a compressor."""
-    types = get_type_hints(Section, include_extras=True)
-    common = {key: (types[key], field.default) for key, field in Section.model_fields.items()}
-    return common | {key: (hint, default) for key, hint, default in settings_of(kind)}
+def fields_of(hint: Any) -> dict[str, FieldInfo]:
+    """Return the keys of the object that a setting of this type is, or is a list of."""
+    options = inner_type(hint)
+    if isinstance(options, type) and dataclasses.is_dataclass(options):
+        return model_of(options).model_fields
+    return {}
 
 
 def inner_type(hint: Any) -> Any:

@@ -10,11 +10,12 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from lowrank_comm.compressors import REGISTRY
-from lowrank_comm.config.section import OPTIMIZERS, Section, every_setting, inner_type
-from lowrank_comm.options import descriptions, members, settings_of
+from lowrank_comm.config.section import OPTIMIZERS, Section, fields_of, model_of
+from lowrank_comm.options import descriptions, members
 
 
 def filled(page: str) -> str:
@@ -37,22 +38,14 @@ def _settings() -> Iterable[list[str]]:
     yield from (["key", "default", "values", "meaning"], ["---"] * 4)
     default = REGISTRY[Section.model_fields["compressor"].default]
     said = descriptions(default) | descriptions(Section)
-    settings = every_setting(default)
-    first = ["compressor", "enabled", "rank"]
-    keys = [*first, *default.options(), *settings]
-    for key, (hint, value) in {key: settings[key] for key in keys}.items():
-        options = inner_type(hint)
-        of_object = dataclasses.is_dataclass(options)
+    fields = model_of(default, Section).model_fields
+    for key in dict.fromkeys(["compressor", "enabled", "rank", *default.options(), *fields]):
+        name, written, values, _ = _row(key, fields[key])
         if key == "compressor":
             values = ", ".join(f'`"{name}"`' for name in [*REGISTRY, *OPTIMIZERS])
-        else:
-            values = "a list of objects" if key == "rules" else _values(hint)
-        yield [f"`{key}`", _default(key, value), values, _meaning(said[key])]
-        if of_object:
-            for inner, inner_hint, inner_value in settings_of(options):
-                meaning = _meaning(descriptions(options)[inner])
-                written = _written(inner_value)
-                yield [f"`{key}.{inner}`", written, _values(inner_hint), meaning]
+        yield [name, written, values, _meaning(said[key])]
+        for inner, field in fields_of(fields[key].rebuild_annotation()).items():
+            yield _row(f"{key}.{inner}", field)
 
 
 def _options() -> Iterable[list[str]]:
@@ -60,34 +53,32 @@ def _options() -> Iterable[list[str]]:
     mean the same.
     """
     yield from (["key", "default", "of", "values", "meaning"], ["---"] * 5)
-    owners: dict[tuple[str, str, str, str], list[str]] = {}
+    owners: dict[tuple[str, ...], list[str]] = {}
     for name, kind in REGISTRY.items():
-        for key, hint, value in settings_of(kind):
-            row = (f"`{key}`", _written(value), _values(hint), _meaning(descriptions(kind)[key]))
-            owners.setdefault(row, []).append(name)
+        for key, field in model_of(kind).model_fields.items():
+            owners.setdefault(tuple(_row(key, field)), []).append(name)
     for (key, default, values, meaning), names in sorted(owners.items()):
         if key != "`rank`":
             yield [key, default, ", ".join(names), values, meaning]
 
 
-def _default(key: str, value: Any) -> str:
-    """Return the default of a common key; the objects' own keys say theirs."""
-    if key in Section.model_fields and Section.model_fields[key].default_factory:
-        return {"enabled": "true", "rules": "[]"}.get(key, "")
-    return _written(value)
+def _row(key: str, field: FieldInfo) -> list[str]:
+    """Return a setting's key, default, values (as JSON writes both) and meaning."""
+    parts = members(field.rebuild_annotation())
+    values = [f"`{part}`" if part.startswith('"') else part for part in parts]
+    return [f"`{key}`", _default(field), ", ".join(values), _meaning(field.description or "")]
 
 
-def _written(value: Any) -> str:
-    if value is dataclasses.MISSING:
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
         return "required"
-    if isinstance(value, str):
-        return f'`"{value}"`'
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
-
-
-def _values(hint: Any) -> str:
-    """Return the values of a type as JSON writes them."""
-    return ", ".join(f"`{part}`" if part.startswith('"') else part for part in members(hint))
+    default = field.get_default(call_default_factory=True)
+    if dataclasses.is_dataclass(default):
+        # an object, whose keys say theirs
+        return ""
+    if isinstance(default, str):
+        return f'`"{default}"`'
+    return f"{default:g}" if isinstance(default, float) else json.dumps(default)
 
 
 def _meaning(text: str) -> str:

@@ -35,9 +35,10 @@ from lowrank_comm.communication.agreement import fingerprint
 from lowrank_comm.communication.topology import grid
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
-from lowrank_comm.config import OPTIMIZERS, Section
+from lowrank_comm.config import Section
 from lowrank_comm.config.enabled import leave_alone
 from lowrank_comm.config.hints import nearest_class
+from lowrank_comm.config.section import algorithm_of
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.linalg import all_finite
@@ -231,10 +232,9 @@ class CompressedOptimizer(OptimizerWrapper):
             >>> CompressedOptimizer.from_config(base, section).compressor.rank
             2
         """
-        name = section.get("compressor") if isinstance(section, Mapping) else None
-        if isinstance(name, str) and name in OPTIMIZERS:
-            extension = pkgutil.resolve_name(OPTIMIZERS[name])
-            return extension.from_config(base, section, **keywords)
+        kind = algorithm_of(section)
+        if isinstance(kind, str):
+            return pkgutil.resolve_name(kind).from_config(base, section, **keywords)
         parsed = Section.parse(section)
         if not parsed.enabled:
             return leave_alone(base)
