@@ -182,8 +182,8 @@ class FlatBuffers:
             pieces.append(flat.to(wire))
         buffer = torch.cat(pieces)
         as_sent = buffer.clone() if rounds else buffer
-        pieces_of = zip(members, buffer.split(lengths), as_sent.split(lengths), strict=True)
-        for entry, sent, own in pieces_of:
+        cut = zip(buffer.split(lengths), as_sent.split(lengths), strict=True)
+        for entry, (sent, own) in zip(members, cut, strict=True):
             entry.sent, entry.own = sent, own
         self._sums.append(_Sum(buffer, members, averaged_length, rounds))
         self._first_leg.append(buffer)

@@ -92,16 +92,11 @@ class IntraNodeGroup:
         """
         return block_of(m, self.size, self.rank if rank is None else rank)
 
-    def sum_(self, tensors: Sequence[Tensor], kind: str) -> None:
-        """Sum each tensor over the node, in place."""
-        if self.size == 1:
-            return
-        works = []
-        for tensor in tensors:
+    def sum_(self, tensor: Tensor, kind: str) -> None:
+        """Sum a tensor over the node, in place."""
+        if self.size > 1:
             self.bytes[kind] += tensor.nbytes
-            works.append(dist.all_reduce(tensor, group=self.process_group, async_op=True))
-        for work in works:
-            work.wait()
+            dist.all_reduce(tensor, group=self.process_group)
 
     def gather(self, flat: Tensor, kind: str) -> Tensor:
         """Gather a 1-D tensor of every rank of the node, of one length on all: (F,

@@ -69,14 +69,13 @@ def levels(process_group: Any, shard_scope: str = "shard") -> tuple[Group, Intra
     return Group(process_group), IntraNodeGroup(scope=shard_scope)
 
 
-def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | None:
+def grid(shard_size: int | str) -> DeviceMesh | None:
     """Make a 2-D mesh of all ranks with `shard_size` ranks in a node; None where every
     rank is a worker. A collective.
 
     Args:
         shard_size: F, or "node" for the number of ranks that the launcher started on
             each node.
-        device_type: "cuda" or "cpu"; None for that of the default group's devices.
 
     Raises:
         ConfigError: torch.distributed is not initialised, F does not divide the number
@@ -102,9 +101,7 @@ def grid(shard_size: int | str, device_type: str | None = None) -> DeviceMesh | 
             f"topology.shard_size={shard_size!r}: {world} ranks cannot be cut into nodes of {size};"
             f" choose a divisor of {world}."
         )
-    kind = device_type or (
-        "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
-    )
+    kind = "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
     return init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 

@@ -68,7 +68,7 @@ class Workers:
             return flag
         # filled by a kernel, not by a transfer
         raised = torch.full((1,), float(flag), dtype=torch.float32, device=self.device)
-        self.intra_node.sum_([raised], "control")
+        self.intra_node.sum_(raised, "control")
         return float(raised) != 0.0
 
     def all_gather_text(self, text: str) -> list[str]:

@@ -82,7 +82,7 @@ class IntraNodeRequests:
             parts = list(over_rows.values())
             # this worker's own, so no other node need have the same bits
             total = joined(parts)
-            self.group.sum_([total], "sums")
+            self.group.sum_(total, "sums")
             for k, whole in zip(over_rows, split_like(total, parts), strict=True):
                 shares[k] = Share(whole.reshape(-1)[self.group.block(whole.numel())], whole)
         offset = 0
@@ -122,5 +122,5 @@ class IntraNodeRequests:
         whole = request.matrices.new_zeros(count, request.m, request.columns)
         if kept:
             whole[mine] = request.of(torch.cat(kept), mine)
-        self.group.sum_([whole], "rows")
+        self.group.sum_(whole, "rows")
         return whole[:, self.group.block(request.m)]

@@ -280,11 +280,11 @@ def make_plan(state: CompressionState, workers: Workers, wire_dtype: torch.dtype
     )
     delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
     kept = sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept)
-    estimates = (
-        t
+    kept += sum(
+        tensor.nbytes
         for batch in batches
         if batch.compressor.tracks
-        for symbol, t in batch.state.items()
+        for symbol, tensor in batch.state.items()
         if symbol in EF21.symbols
     )
 
@@ -305,7 +305,7 @@ def make_plan(state: CompressionState, workers: Workers, wire_dtype: torch.dtype
         f"{compressor.json_name} ({settings})",
         count,
         schedule.restart_every if schedule else None,
-        kept + sum(tensor.nbytes for tensor in estimates),
+        kept,
         delta + packets(False),
         delta + packets(True),
         assignment.policy.idle_rules([slot.name for slot in slots]),

@@ -98,7 +98,7 @@ class RowScatter:
         if self._intra_node.size == 1:
             return list(gradients)
         present = numbers_on(self._device, [float(g is not None) for g in gradients], torch.float32)
-        self._intra_node.sum_([present], "control")
+        self._intra_node.sum_(present, "control")
         blocks: list[Tensor | None] = [None] * len(gradients)
         for portion in self._portions:
             lengths = [self._padded(k) for k in portion]

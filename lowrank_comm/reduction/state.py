@@ -167,13 +167,11 @@ class CompressionState:
         """Make the restarts by the largest block of each matrix: all ranks of a node
         restart it in the same steps, also those with fewer rows of it or none.
         """
-        largest = {slot.name: self.assignment.treat(slot, 0) for slot in self.slots}
-        compressor = self.assignment.low_rank_compressor
-        costs = {
-            name: compressor.restart_elements(t.m, t.n, t.rank)
-            for name, t in largest.items()
-            if t.low_rank
-        }
+        compressor, costs = self.assignment.low_rank_compressor, {}
+        for slot in self.slots:
+            largest = self.assignment.treat(slot, 0)
+            if largest.low_rank:
+                costs[slot.name] = compressor.restart_elements(largest.m, largest.n, largest.rank)
         return Restarts(compressor.schedule(costs), costs)
 
     def error_memory(self) -> dict[str, Tensor]:
@@ -182,9 +180,8 @@ class CompressionState:
         """
         return {
             name: batch.memory.view(row, self.slots[batch.slots[row]].shape)
-            for batch in self.batches
+            for name, (batch, row) in self._place.items()
             if batch.memory.kept
-            for row, name in enumerate(batch.names)
         }
 
     def blocks(self) -> list[tuple[ParamInfo, Treatment, dict[str, Tensor]]]:
@@ -241,8 +238,7 @@ class CompressionState:
         """
         return {
             name: {symbol: tensor.clone() for symbol, tensor in self.bases_of(name).items()}
-            for batch in self.batches
-            for name in batch.names
+            for name in self._place
         }
 
     @torch.no_grad()

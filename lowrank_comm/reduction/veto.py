@@ -65,7 +65,7 @@ class Veto:
         home = parts[0].device
         flat = torch.cat([part.to(device=home, dtype=torch.float32) for part in parts])
         if self._in_the_node.size > 1:
-            self._in_the_node.sum_([flat], "control")
+            self._in_the_node.sum_(flat, "control")
         numbers = flat.tolist()
         answers: dict[int, object] = {}
         for (k, one), part in zip(asked.items(), parts, strict=False):
