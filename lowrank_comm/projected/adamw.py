@@ -36,6 +36,7 @@ from lowrank_comm.errors import ConfigError
 from lowrank_comm.options import check_options
 from lowrank_comm.projected.checks import BelowOne, NonNegative, check_number
 from lowrank_comm.projected.optimizer import ProjectedOptimizer, SharedOptions
+from lowrank_comm.projected.update import step_number
 
 SecondMoment = Literal["rotate", "keep", "reset"]
 WARM_UP = 10
@@ -140,9 +141,9 @@ class AdamWRule:
 
     def initial_state(self, like: Tensor) -> dict[str, Tensor]:
         return {
-            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "step": step_number(0),
             # since the last reset of exp_avg_sq
-            "second_step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "second_step": step_number(0),
             "exp_avg": torch.zeros_like(like),
             "exp_avg_sq": torch.zeros_like(like),
         }

@@ -152,7 +152,13 @@ class Averaging:
             present = yield Presence()
             if not present[number]:
                 return None
-        state = {"P": self._basis(entry, context)}
+        basis, parameter = entry.basis, entry.parameter
+        if basis is None and context.restart:
+            # its dtype and device count only
+            basis = parameter.new_empty(0, dtype=computation_dtype(parameter))
+        elif basis is None:
+            basis = self.projection.initial_basis(entry.name, parameter, context.rank)
+        state = {"P": basis.unsqueeze(0)}
         return (yield from self.projection.compressor.step(_delta(entry), state, context))
 
     def _context(self, entry: Entry, t: int) -> Context:
@@ -162,26 +168,12 @@ class Averaging:
             t,
             self.projection.seed,
             entry.rank,
-            restart=self.projection.refreshes(entry.name, entry.refreshed_at, t),
+            restart=self.projection.refreshes(entry.refreshed_at, t),
             m=entry.parameter.shape[0],
             worker=self.workers.group.rank,
             workers=self.workers.group.size,
             wire_rounds=self._wire.rounds(computation_dtype(entry.parameter)),
         )
-
-    def _basis(self, entry: Entry, context: Context) -> Tensor:
-        """Return P, (1, s, r), for the generator, which ignores it where it makes a new
-        one.
-        """
-        if entry.basis is not None:
-            return entry.basis.unsqueeze(0)
-        parameter, rank = entry.parameter, context.rank
-        if context.restart:
-            dtype, device = computation_dtype(parameter), parameter.device
-            return torch.zeros(
-                1, self.projection.length(parameter), rank, dtype=dtype, device=device
-            )
-        return self.projection.initial_basis(entry.name, parameter, rank).unsqueeze(0)
 
 
 def _whole_gradient(entry: Entry) -> Tensor:

@@ -55,7 +55,7 @@ from lowrank_comm.projected.checks import (
     check_saved,
     describe,
 )
-from lowrank_comm.projected.projection import make_projection, rank_of
+from lowrank_comm.projected.projection import Projection, rank_of
 from lowrank_comm.projected.update import (
     UpdateRule,
     clip_factor,
@@ -119,9 +119,7 @@ class ProjectedOptimizer(Optimizer):
                 f"{owner} averages gradients itself and cannot go with --deepspeed, which does so"
                 " too; leave one out."
             )
-        self._projection = make_projection(
-            owner, projection, restart_every, galore_until, side, seed
-        )
+        self._projection = Projection(owner, projection, restart_every, galore_until, side, seed)
         if max_grad_norm is not None:
             check_number(f"{owner}: max_grad_norm", max_grad_norm, AboveZero)
         check(f"{owner}: free_gradients", free_gradients, bool)
@@ -137,7 +135,6 @@ class ProjectedOptimizer(Optimizer):
         self._scaling = LossScaling(id(self))
         # parameter -> this worker's R, where gradients are freed
         self._coordinates: dict[Tensor, Tensor] = {}
-        self._names: dict[Tensor, str] = {}
         self._compared = self._checked = False
         self._step_log = StepLog("a gradient was not finite, or too large for the wire")
         self._watch: BackwardWatch | None = None
@@ -212,7 +209,6 @@ class ProjectedOptimizer(Optimizer):
         """Return an entry for each trainable parameter, in order."""
         groups = [group for group in self.param_groups for _ in group["params"]]
         named = self._namer.name_all(self.param_groups)
-        self._names = {parameter: name for name, parameter in named}
         names = [name for name, _ in named]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)
@@ -349,11 +345,12 @@ class ProjectedOptimizer(Optimizer):
         that is asked for and the step has no refresh.
         """
         self._double_averaging.gradient()
-        state, name = self.state.get(parameter, {}), self._names.get(parameter)
+        state = self.state.get(parameter, {})
         projector = state.get("projector")
-        if not self.free_gradients or projector is None or name is None:
+        # the first step looks at whole gradients, see `_check`
+        if not self.free_gradients or not self._checked or projector is None:
             return
-        if self._projection.refreshes(name, last_refresh(state), self.t):
+        if self._projection.refreshes(last_refresh(state), self.t):
             return
         assert parameter.grad is not None
         with torch.no_grad():

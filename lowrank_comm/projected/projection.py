@@ -15,7 +15,6 @@ from torch import Tensor
 from lowrank_comm.compressors.base import Context
 from lowrank_comm.compressors.galore import GaLore, Side
 from lowrank_comm.compressors.golore import GoLore
-from lowrank_comm.compressors.restart_schedule import RestartSchedule
 from lowrank_comm.compressors.subspaces import basis_on_rows, basis_rows
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.options import Seed, check
@@ -27,23 +26,35 @@ class Projection:
     """The subspaces of a run.
 
     Args:
+        owner: the optimizer, for messages.
+        name: "galore" or "golore".
+        restart_every, galore_until, side, seed: see `ProjectedAdamW`.
+
+    Attributes:
         compressor: defines P and when it is refreshed.
-        seed: of random subspaces.
 
     Raises:
-        ConfigError: the seed is no integer.
+        ConfigError: a value that cannot work.
     """
 
-    def __init__(self, compressor: GaLore, seed: int) -> None:
+    def __init__(
+        self, owner: str, name: Name, restart_every: int, galore_until: int, side: Side, seed: int
+    ) -> None:
+        check(f"{owner}: projection", name, Name)
+        self.compressor: GaLore
+        if name == "golore":
+            self.compressor = GoLore(
+                restart_every=restart_every, side=side, galore_until=galore_until
+            )
+        elif galore_until:
+            raise ConfigError(
+                f'{owner}: galore_until={galore_until!r} is for projection="golore", whose'
+                " refreshes before that step are GaLore's; leave it out, or choose that."
+            )
+        else:
+            self.compressor = GaLore(restart_every=restart_every, side=side)
         check("seed", seed, Seed, 0)
-        self.compressor = compressor
-        self.seed = seed
-        self._schedule = RestartSchedule(compressor.restart_every)
-
-    @property
-    def side(self) -> Side:
-        """Side of the matrix on which P is, "short" or "long"."""
-        return self.compressor.side
+        self.side, self.seed = side, seed
 
     def on_rows(self, parameter: Tensor) -> bool:
         """Return whether P is on the side of the rows. The update is P R^T then, and
@@ -75,32 +86,11 @@ class Projection:
         scheduled = t - t % self.compressor.restart_every
         return refreshed_at is not None and refreshed_at < scheduled < t
 
-    def refreshes(self, name: str, refreshed_at: int | None, t: int) -> bool:
+    def refreshes(self, refreshed_at: int | None, t: int) -> bool:
         """Return whether a parameter's P is refreshed at step t, if any worker has a
         gradient for it.
         """
-        return self._schedule.due(name, t) or self.deferred(refreshed_at, t)
-
-
-def make_projection(
-    owner: str, name: Name, restart_every: int, galore_until: int, side: Side, seed: int
-) -> Projection:
-    """Build the projection from an optimizer's arguments.
-
-    Raises:
-        ConfigError: a value that cannot work.
-    """
-    check(f"{owner}: projection", name, Name)
-    if name == "galore" and galore_until:
-        raise ConfigError(
-            f'{owner}: galore_until={galore_until!r} is for projection="golore", whose'
-            " refreshes before that step are GaLore's; leave it out, or choose that."
-        )
-    if name == "galore":
-        return Projection(GaLore(restart_every=restart_every, side=side), seed)
-    return Projection(
-        GoLore(restart_every=restart_every, side=side, galore_until=galore_until), seed
-    )
+        return t % self.compressor.restart_every == 0 or self.deferred(refreshed_at, t)
 
 
 def rank_of(parameter: Tensor, group: Mapping[str, Any]) -> int | None:

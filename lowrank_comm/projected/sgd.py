@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowrank_comm.projected.checks import BelowOne, check_number
 from lowrank_comm.projected.optimizer import ProjectedOptimizer, SharedOptions
+from lowrank_comm.projected.update import step_number
 
 
 class ProjectedSGD(ProjectedOptimizer):
@@ -73,7 +74,7 @@ class SGDRule:
 
     def initial_state(self, like: Tensor) -> dict[str, Tensor]:
         return {
-            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "step": step_number(0),
             "momentum_buffer": torch.zeros_like(like),
         }
 

@@ -83,7 +83,7 @@ def update(
     if basis is not None and (averaged.refreshed or "projector" not in state):
         # the averaged basis is a view into a packet, and would keep all of it
         state["projector"] = basis.clone()
-        state["refreshed_at"] = _step_number(t)
+        state["refreshed_at"] = step_number(t)
     direction = rule.direction(gradient, state, group)
     lr = float(group["lr"])
     if group["weight_decay"]:
@@ -108,7 +108,7 @@ def initial_state(entry: Entry, rule: UpdateRule, projection: Projection) -> dic
     return {
         **rule.initial_state(like),
         "projector": projection.initial_basis(entry.name, parameter, entry.rank),
-        "refreshed_at": _step_number(-1),
+        "refreshed_at": step_number(-1),
     }
 
 
@@ -121,5 +121,6 @@ def last_refresh(state: dict[str, Tensor]) -> int | None:
     return int(state["refreshed_at"]) if "refreshed_at" in state else None
 
 
-def _step_number(t: int) -> Tensor:
+def step_number(t: int) -> Tensor:
+    """Return a step as state dicts keep it, on the CPU as torch's own optimizers do."""
     return torch.tensor(float(t), dtype=torch.float32, device="cpu")
