@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -142,19 +144,14 @@ class _Hook:
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
         self.engine: weakref.ref[DDPEngine] | None = None
-        self._group, self._workers = ddp.process_group, dist.get_world_size(ddp.process_group)
+        self._group = ddp.process_group
 
     def __call__(self, state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
         engine = self.engine() if self.engine is not None else None
         if engine is None:
-            # as DDP does
-            buffer = bucket.buffer().div_(self._workers)
-            summed = dist.all_reduce(buffer, group=self._group, async_op=True).get_future()
-            return summed.then(lambda done: done.value()[0])
+            return allreduce_hook(self._group, bucket)
         engine.bucket(bucket)
-        future: Future[Tensor] = Future()
-        future.set_result(bucket.buffer())
-        return future
+        return noop_hook(state, bucket)
 
 
 def _hook_of(ddp: DistributedDataParallel) -> _Hook:
@@ -163,8 +160,9 @@ def _hook_of(ddp: DistributedDataParallel) -> _Hook:
     if hook is None:
         hook = _Hook(ddp)
 
+        # a function, which a copy of the model shares
         def lowrank_comm_hook(state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
-            return hook(state, bucket)  # type: ignore[no-any-return]
+            return hook(state, bucket)
 
         # DDP asks for this very annotation, as an object and not as text.
         lowrank_comm_hook.__annotations__ = {"bucket": dist.GradBucket, "return": Future[Tensor]}

@@ -94,30 +94,26 @@ class CompressionCallback(TrainerCallback):
     ) -> None:
         check(compression, _WHO)
         self.compression = compression
-        self._trainer: weakref.ref[Trainer] | None = None
+        # weak references: the Trainer holds this callback
+        self._trainer: Callable[[], Trainer | None] = lambda: None
+        self._made: Callable[[], CompressedOptimizer | None] = lambda: None
         self._figures: Figures | None = None
-        self._made: weakref.ref[CompressedOptimizer] | None = None
         self._disabled = False
 
     def detach(self) -> None:
         """Give the model back: the optimizer that was made for this callback averages
         no more backward passes of it.
         """
-        made = self._made() if self._made is not None else None
+        made = self._made()
         if made is not None:
             made.detach()
-
-    @property
-    def _own_trainer(self) -> Trainer | None:
-        """The Trainer that the callback is connected to, while there is one."""
-        return self._trainer() if self._trainer is not None else None
 
     @property
     def compressing(self) -> Compressing | None:
         """The `CompressedOptimizer`, or the adapter of the DeepSpeed engine; None
         before training begins.
         """
-        trainer = self._own_trainer
+        trainer = self._trainer()
         if trainer is None:
             return None
         return get(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.optimizer)
@@ -136,7 +132,7 @@ class CompressionCallback(TrainerCallback):
         """Check that the prepared optimizer or engine compresses: the model is wrapped
         and a checkpoint loaded.
         """
-        trainer = self._own_trainer
+        trainer = self._trainer()
         if trainer is None or trainer is not _trainer_above(self):
             raise ConfigError(
                 f"{_WHO}: it was added to a Trainer that had been built. Give it to"
@@ -164,7 +160,7 @@ class CompressionCallback(TrainerCallback):
             ConfigError: the Trainer's optimizer is another one, or goes with DeepSpeed.
             UnsupportedError: FSDP1, or a Trainer that lacks what this relies on.
         """
-        before = self._own_trainer
+        before = self._trainer()
         if before is trainer:
             return
         if before is not None:
@@ -200,7 +196,7 @@ class CompressionCallback(TrainerCallback):
         `train()`, before anything is prepared.
         """
         made: Any = create(*args, **kwargs)
-        trainer = self._own_trainer
+        trainer = self._trainer()
         if trainer is None:
             return made
         # a subclass may set it and forget to return it
@@ -225,7 +221,7 @@ class CompressionCallback(TrainerCallback):
         a wrapped model, and before a checkpoint is loaded.
         """
         result = prepare(*args, **kwargs)
-        trainer = self._own_trainer
+        trainer = self._trainer()
         if trainer is None:
             return result
         several = result if isinstance(result, list | tuple) else [result]

@@ -36,32 +36,34 @@ class _Done:
 class _Table:
     """Holds what simulated workers exchange; it is carried out once all have laid
     theirs down.
+
+    Attributes:
+        laid: in the phase that runs; None where no step does.
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._laid: list[Sequence[Exchange]] = []
+        self.workers = workers
+        self.laid: list[Sequence[Exchange]] | None = None
 
     def lay(self, exchanges: Sequence[Exchange]) -> list[_Done]:
-        self._laid.append(exchanges)
-        if len(self._laid) == self._workers:
-            for exchange in zip(*self._laid, strict=True):
+        if self.laid is None:
+            raise LowRankCommError(
+                "a simulated worker cannot communicate by itself; call Simulation's methods."
+            )
+        self.laid.append(exchanges)
+        if len(self.laid) == self.workers:
+            for exchange in zip(*self.laid, strict=True):
                 among(exchange)
-            self._laid = []
+            self.laid = []
         return [_Done() for _ in exchanges]
 
 
 class _SimulatedGroup(Group):
-    """One of N workers that share a process.
+    """One of N workers that share a process and a table."""
 
-    Attributes:
-        table: of the step that runs; None where there is none.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, table: _Table) -> None:
         super().__init__()
-        self._rank, self._size = rank, size
-        self.table: _Table | None = None
+        self._rank, self._table = rank, table
 
     @property
     def initialised(self) -> bool:
@@ -69,18 +71,14 @@ class _SimulatedGroup(Group):
 
     @property
     def size(self) -> int:
-        return self._size
+        return self._table.workers
 
     @property
     def rank(self) -> int:
         return self._rank
 
     def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
-        if self.table is None:
-            raise LowRankCommError(
-                "a simulated worker cannot communicate by itself; call Simulation's methods."
-            )
-        return self.table.lay(exchanges)
+        return self._table.lay(exchanges)
 
 
 class Simulation:
@@ -125,8 +123,11 @@ class Simulation:
             )
             for name, s in shapes.items()
         ]
-        self._groups = [_SimulatedGroup(i, workers) for i in range(workers)]
-        self.reducers = [Reducer(slots, compressor, group, **options) for group in self._groups]
+        self._table = _Table(workers)
+        self.reducers = [
+            Reducer(slots, compressor, _SimulatedGroup(rank, self._table), **options)
+            for rank in range(workers)
+        ]
         raise_if_different([reducer.describe() for reducer in self.reducers])
 
     def reduce(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
@@ -145,29 +146,23 @@ class Simulation:
             LowRankCommError: workers applied different numbers (a defect of a
                 compressor).
         """
-        table = _Table(len(self._groups))
-        for group in self._groups:
-            group.table = table
+        self._table.laid = []
         try:
             with torch.no_grad(), full_precision(self.reducers[0].device):
                 outcomes = self._run(gradients)
         finally:
-            for group in self._groups:
-                group.table = None
+            self._table.laid = None
         if not outcomes[0].applied:
             return {}
         for reducer in self.reducers:
             reducer.commit()
         names = [slot.name for slot in self.reducers[0].slots]
-        applied = [dict(zip(names, outcome.grads, strict=True)) for outcome in outcomes]
-        for other in applied[1:]:
-            for name, tensor in applied[0].items():
-                if not _same_bits(tensor, other[name]):
-                    raise LowRankCommError(
-                        f"{name}: workers applied different numbers; the compressor is not"
-                        " consistent."
-                    )
-        return applied[0]
+        for name, first, *others in zip(names, *(one.grads for one in outcomes), strict=True):
+            if not all(_same_bits(first, other) for other in others):
+                raise LowRankCommError(
+                    f"{name}: workers applied different numbers; the compressor is not consistent."
+                )
+        return dict(zip(names, outcomes[0].grads, strict=True))
 
     def _run(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> list[Outcome]:
         if len(gradients) != len(self.reducers):
@@ -208,4 +203,4 @@ class Simulation:
 
 
 def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+    return a is b if a is None or b is None else torch.equal(a, b)

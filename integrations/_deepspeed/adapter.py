@@ -16,7 +16,6 @@ One optimizer step, at every ZeRO stage:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -178,10 +177,9 @@ class DeepSpeedAdapter:
                 " did: the gradients are not reduced. Call engine.backward(loss) on what the"
                 " engine's forward returned, outside engine.no_sync(), before the step."
             )
-        self._store.before_step()
         self._stepping = True
         try:
-            with contextlib.nullcontext() if outcome.applied else self._store.skipped_step():
+            with self._store.step(outcome.applied):
                 take_model_step(*args, **kwargs)
         finally:
             # also where something failed after the parameters had their step, such as a

@@ -31,7 +31,7 @@ from lowrank_comm.integrations._deepspeed.internals import (
     check,
 )
 from lowrank_comm.integrations._deepspeed.topology import node_size
-from lowrank_comm.integrations._deepspeed.unsupported import refuse_engine, refuse_settings
+from lowrank_comm.integrations._deepspeed.unsupported import of_engine, of_settings, raise_first
 from lowrank_comm.integrations._deepspeed.whole import BF16Gradients, PlainGradients
 from lowrank_comm.integrations._deepspeed.zero import PartitionedGradients, PartitionedParameters
 
@@ -79,7 +79,7 @@ def section_of(given: Mapping[str, Any]) -> Section | None:
     if not parsed.enabled:
         return parsed
     node_size(parsed.topology, group, device)
-    refuse_settings(config, dict(given))
+    raise_first(of_settings(config, given.get("model")))
     return parsed
 
 
@@ -120,7 +120,7 @@ def attach(engine: Any, section: Section) -> DeepSpeedAdapter:
     """Connect a finished engine, which trains, and print the plan."""
     store = _store_of(engine)
     _refuse_compressed(engine.basic_optimizer)
-    refuse_engine(engine)
+    raise_first(of_engine(engine))
     adapter = DeepSpeedAdapter(engine, store, section)
     if adapter.reducer.workers.is_writer:
         print(adapter.plan, flush=True)

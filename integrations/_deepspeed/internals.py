@@ -172,12 +172,9 @@ class GradientStore(ABC):
     def drop(self) -> None:  # noqa: B027 - gradients on the parameters only are dropped there
         """Forget what was collected: the user has dropped the gradients."""
 
-    def before_step(self) -> None:  # noqa: B027 - most have nothing to do here
-        """Prepare for a step of the engine; called before each."""
-
-    def skipped_step(self) -> contextlib.AbstractContextManager[None]:
-        """Let `_take_model_step`, called inside the block after a veto, leave the
-        parameters as they are and count a skipped step. Most wrappers find the NaN and
-        do that by themselves.
+    def step(self, applied: bool) -> contextlib.AbstractContextManager[None]:
+        """Let `_take_model_step`, called inside the block, leave the parameters as they
+        are and count a skipped step, unless the pass was applied. Most wrappers find
+        the NaN of a veto and do that by themselves.
         """
         return contextlib.nullcontext()

@@ -18,25 +18,8 @@ Refusal = tuple[str, Any, str, str]
 """Key, value, why, what to do."""
 
 
-def refuse_settings(config: Any, given: dict[str, Any]) -> None:
-    """Raise ConfigError for the first setting of a parsed DeepSpeed configuration that
-    cannot go with compression.
-
-    Args:
-        config: `DeepSpeedConfig`.
-        given: the arguments of `DeepSpeedEngine.__init__` by name.
-    """
-    _raise_first(_settings(config, given))
-
-
-def refuse_engine(engine: Any) -> None:
-    """Raise ConfigError for what only the finished engine shows: the model, the
-    optimizer, and parallel groups.
-    """
-    _raise_first(_engine(engine))
-
-
-def _raise_first(refusals: Iterator[Refusal]) -> None:
+def raise_first(refusals: Iterator[Refusal]) -> None:
+    """Raise ConfigError for the first refusal, if there is one."""
     for key, value, why, fix in refusals:
         raise ConfigError(
             f"lowrank_comm: {key}={value!r} is not possible with gradient compression: {why}."
@@ -44,7 +27,15 @@ def _raise_first(refusals: Iterator[Refusal]) -> None:
         )
 
 
-def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
+def of_settings(config: Any, model: Any) -> Iterator[Refusal]:
+    """Yield the settings of a parsed DeepSpeed configuration that cannot go with
+    compression.
+
+    Args:
+        config: `DeepSpeedConfig`.
+        model: that the engine is going to train.
+    """
+
     def setting(path: str, default: Any = None) -> Any:
         """Return a parsed setting; the default where this DeepSpeed or this file has
         none.
@@ -97,13 +88,16 @@ def _settings(config: Any, given: dict[str, Any]) -> Iterator[Refusal]:
         yield "sequence_parallel_size", sequence, _SEQUENCE, "Set it to 1"
     if str(setting("optimizer_name", "")).lower() == "muon":
         yield "optimizer.type", config.optimizer_name, _MUON, _OTHER_OPTIMIZER
-    model = type(given.get("model")).__name__
-    if model in ("PipelineModule", "DualPipeVModule"):
+    kind = type(model).__name__
+    if kind in ("PipelineModule", "DualPipeVModule"):
         why = "pipeline engines reduce gradients between stages at their own time"
-        yield "model", model, why, "Use ZeRO without pipeline stages"
+        yield "model", kind, why, "Use ZeRO without pipeline stages"
 
 
-def _engine(engine: Any) -> Iterator[Refusal]:
+def of_engine(engine: Any) -> Iterator[Refusal]:
+    """Yield what only the finished engine shows: the model, the optimizer, and parallel
+    groups.
+    """
     modules = dict(engine.module.named_modules())
     if engine.has_moe_layers:
         layers = [name for name, module in modules.items() if "MoE" in type(module).__name__]

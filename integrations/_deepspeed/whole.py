@@ -24,9 +24,6 @@ class PlainGradients(GradientStore):
         # optimizer has none, so an fp32 engine would never skip; with it, the engine
         # does the bookkeeping of a skipped step as at other stages.
         self._skips_by_itself = not isinstance(self.optimizer, torch.optim.Optimizer)
-        self.before_step()
-
-    def before_step(self) -> None:
         if not self._skips_by_itself:
             self.optimizer.overflow = False
 
@@ -47,18 +44,19 @@ class PlainGradients(GradientStore):
             p.grad = torch.zeros_like(p) if gradient is None else gradient
 
     @contextlib.contextmanager
-    def skipped_step(self) -> Iterator[None]:
-        if self._skips_by_itself:
+    def step(self, applied: bool) -> Iterator[None]:
+        if not self._skips_by_itself:
+            # it stays until the next step: Accelerate asks for it after this one
+            self.optimizer.overflow = not applied
+        if applied or self._skips_by_itself:
             yield
             return
         # a scheduler of torch sets it on the instance
         step, own = self.optimizer.step, "step" in vars(self.optimizer)
-        self.optimizer.overflow, self.optimizer.step = True, lambda *args, **kwargs: None
+        self.optimizer.step = lambda *args, **kwargs: None
         try:
             yield
         finally:
-            # `overflow` stays until the next step: Accelerate asks for it after this
-            # one
             if own:
                 self.optimizer.step = step
             else:

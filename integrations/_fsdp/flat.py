@@ -7,7 +7,6 @@ would reduce-scatter past the reducer raises.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,11 +20,12 @@ from lowrank_comm.communication.intra_node import block_of
 from lowrank_comm.errors import LowRankCommError, UnsupportedError
 from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.integrations._fsdp.base import FSDPEngine, local, placed_like, shard_dim
+from lowrank_comm.integrations._methods import wrap_method
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.plan import human_bytes
 
-_SYNCS = "_lowrank_comm_syncs"
+_SYNC = "set_requires_gradient_sync"
 
 
 class FlatEngine(FSDPEngine):
@@ -53,13 +53,19 @@ class FlatEngine(FSDPEngine):
             internals.replace_reduce_scatter(group, _Unreduced()) for group in self._groups
         ]
         self._class_method(False)
-        model.__dict__[_SYNCS] = True
-        model.__dict__["set_requires_gradient_sync"] = functools.partial(
-            _remember, weakref.ref(model)
-        )
+        self._syncs = True
+        wrap_method(model, _SYNC, self._remember)
 
     def _class_method(self, requires_gradient_sync: bool) -> None:
-        type(self._model).set_requires_gradient_sync(self._model, requires_gradient_sync)  # type: ignore[attr-defined]
+        getattr(type(self._model), _SYNC)(self._model, requires_gradient_sync)
+
+    def _remember(
+        self, original: Callable[..., None], requires_gradient_sync: bool, *, recurse: bool = True
+    ) -> None:
+        """Take the place of the model's `set_requires_gradient_sync`, which tells the
+        last backward pass of a step from those before.
+        """
+        self._syncs = requires_gradient_sync
 
     @override
     def slots(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamInfo]:
@@ -76,7 +82,7 @@ class FlatEngine(FSDPEngine):
 
     @override
     def collect(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        return [internals.take_unsharded_gradient(self._by_id[id(p)]) for p in parameters]
+        return [internals.unsharded_gradient(self._by_id[id(p)], take=True) for p in parameters]
 
     @override
     def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
@@ -99,11 +105,11 @@ class FlatEngine(FSDPEngine):
     @override
     def drop(self) -> None:
         for parameter in self._by_id.values():
-            internals.take_unsharded_gradient(parameter)
+            internals.unsharded_gradient(parameter, take=True)
 
     @override
     def is_last_backward(self) -> bool:
-        return bool(self._model.__dict__.get(_SYNCS, True)) and super().is_last_backward()
+        return self._syncs and super().is_last_backward()
 
     @override
     def watch(
@@ -116,7 +122,7 @@ class FlatEngine(FSDPEngine):
 
     @override
     def release(self) -> None:
-        self._model.__dict__.pop("set_requires_gradient_sync", None)
+        self._model.__dict__.pop(_SYNC, None)
         self._class_method(True)
         super().release()
 
@@ -136,17 +142,6 @@ class FlatEngine(FSDPEngine):
             " 2-D mesh) divides both by the ranks in a node"
         )
         return [replaced, held]
-
-
-def _remember(
-    model: weakref.ref[nn.Module], requires_gradient_sync: bool, *, recurse: bool = True
-) -> None:
-    """Take the place of the model's `set_requires_gradient_sync`, which tells the last
-    backward pass of a step from those before.
-    """
-    there = model()
-    if there is not None:
-        there.__dict__[_SYNCS] = requires_gradient_sync
 
 
 class _Unreduced:
@@ -182,9 +177,8 @@ class _GroupWatch(BackwardWatch):
 
     def _group_is_done(self, group: Any) -> None:
         for parameter in group.fsdp_params:
-            if self._watches(parameter.sharded_param) and internals.has_unsharded_gradient(
-                parameter
-            ):
+            there = internals.unsharded_gradient(parameter) is not None
+            if there and self._watches(parameter.sharded_param):
                 self._gradient_is_there(parameter.sharded_param)
 
     @override

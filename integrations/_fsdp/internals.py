@@ -69,8 +69,9 @@ def param_groups(model: nn.Module) -> list[Any]:
     for module in modules(model):
         state = module._get_fsdp_state()
         several = getattr(state, "_fsdp_param_groups", None)
-        one = getattr(state, "_fsdp_param_group", None) if several is None else None
-        for group in several if several is not None else [one] if one is not None else []:
+        if several is None:
+            several = [getattr(state, "_fsdp_param_group", None)]
+        for group in filter(None, several):
             _check(group, _GROUP)
             for parameter in group.fsdp_params:
                 _check(parameter, _PARAM)
@@ -137,27 +138,18 @@ def wants_all_reduce(groups: Sequence[Any]) -> bool:
     return all(group.all_reduce_grads for group in groups)
 
 
-def take_unsharded_gradient(parameter: Any) -> Tensor | None:
-    """Take away from FSDP, and return, the whole local gradient that waits because FSDP
-    was told not to reduce.
+def unsharded_gradient(parameter: Any, take: bool = False) -> Tensor | None:
+    """Return the whole local gradient that waits because FSDP was told not to reduce;
+    `take` takes it away from FSDP.
     """
-    grad: Tensor | None = parameter.unsharded_accumulated_grad
-    if grad is not None:
-        parameter.unsharded_accumulated_grad = None
-        return grad
     unsharded = getattr(parameter, "_unsharded_param", None)
-    if unsharded is None or unsharded.grad is None:
-        return None
-    grad, unsharded.grad = unsharded.grad, None
-    return grad
-
-
-def has_unsharded_gradient(parameter: Any) -> bool:
-    """Return whether a whole local gradient waits, since FSDP does not reduce."""
-    unsharded = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or (
-        unsharded is not None and unsharded.grad is not None
-    )
+    for owner, name in ((parameter, "unsharded_accumulated_grad"), (unsharded, "grad")):
+        grad: Tensor | None = getattr(owner, name, None)
+        if grad is not None:
+            if take:
+                setattr(owner, name, None)
+            return grad
+    return None
 
 
 def gradient_dtype(parameter: Any) -> torch.dtype:

@@ -120,21 +120,22 @@ def projected_elements(m: int, n: int, r: int, side: str) -> int:
 
 
 def projected(
-    delta: Delta, p: Tensor, context: Context, on_rows: bool, scale: float = 1.0
+    delta: Delta, p: Tensor, context: Context, on_rows: bool, scaled: bool = False
 ) -> Steps:
     """Make an ordinary step, one average: R = mean of Delta_i P (or Delta_i^T P),
-    applied = scale R P^T (or scale P R^T).
+    applied = R P^T (or P R^T), times s / r where `scaled`.
 
     Args:
         delta: (B, m, n), or the rows of it that this rank holds.
         p: (B, s, r) orthonormal, all of it on every rank.
         context: of the batch.
         on_rows: the basis is on the side of the rows.
-        scale: of what is applied, 1 for a projection.
+        scaled: what is applied is unbiased for a random P, and no projection.
     """
     applied, sent = yield from project(delta, p, on_rows, context.rows)
-    if scale != 1.0:
-        applied, sent = (LowRank(part.p * scale, part.q) for part in (applied, sent))
+    if scaled:
+        s, r = p.shape[1:]
+        applied, sent = (LowRank(part.p * (s / r), part.q) for part in (applied, sent))
     return Result(applied, sent, {"P": p})
 
 

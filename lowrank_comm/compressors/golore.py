@@ -121,5 +121,4 @@ class GoLore(GaLore):
         p = state["P"]
         if context.restart:
             p = random_basis(context, "random P", s, context.rank, p)
-        scale = s / context.rank if self.scaled else 1.0
-        return projected(delta, p, context, on_rows, scale)
+        return projected(delta, p, context, on_rows, self.scaled)

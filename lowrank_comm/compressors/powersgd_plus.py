@@ -206,7 +206,7 @@ class PowerSGDPlus(PowerSGD):
         if self.restart == "greedy":
             return self._with_basis(delta, state, context)
         if not context.restart:
-            return ssp_comp(delta, state["Q"], context, iterations=self.power_iterations)
+            return super().step(delta, state, context)
         if self.restart == "svd":
             return svd_comp(delta, context, self.exact_restart, self.consensus_restart)
         if self.restart == "randomized":
@@ -228,10 +228,10 @@ class PowerSGDPlus(PowerSGD):
 
     def _with_basis(self, delta: Delta, state: State, context: Context) -> Steps:
         """Make a step of restart="greedy"."""
-        q, u, iterations = state["Q"], state["U"], self.power_iterations
+        u = state["U"]
         on_rows = basis_on_rows(*delta.shape[-2:])
         if not context.restart:
-            result = yield from ssp_comp(delta, q, context, iterations=iterations)
+            result = yield from super().step(delta, state, context)
         elif context.variant == 0:
             d, own = yield Mean(delta.tensor, "restart")
             u = yield from find_basis(d, context, u.shape[-1])
@@ -241,7 +241,7 @@ class PowerSGDPlus(PowerSGD):
         else:
             v = yield from greedy_choice(delta, u, context, self.probes or PROBES)
             turned = _Transposed(delta) if on_rows else delta
-            result = yield from ssp_comp(turned, v, context, "restart", iterations)
+            result = yield from ssp_comp(turned, v, context, "restart", self.power_iterations)
             if on_rows:
                 result = _transposed(result)
         return replace(result, state=result.state | {"U": u})

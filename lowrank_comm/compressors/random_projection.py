@@ -68,5 +68,5 @@ class RandomProjection(Compressor):
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
         on_rows, s = basis_side(delta, context, self.side)
         p = random_basis(context, "random P", s, context.rank, delta.like)
-        scale = s / context.rank if self.form == "unbiased" else 1.0
-        return replace((yield from projected(delta, p, context, on_rows, scale)), state={})
+        result = yield from projected(delta, p, context, on_rows, self.unbiased)
+        return replace(result, state={})

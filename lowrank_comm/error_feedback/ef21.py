@@ -94,20 +94,19 @@ class EF21(Around):
         return own | self.inner.initial_state(context, m, n, like)
 
     def step(self, delta: Delta, state: State, context: Context) -> Steps:
-        own = {symbol: state[symbol] for symbol in self.symbols if symbol in state}
-        inner = {symbol: tensor for symbol, tensor in state.items() if symbol not in own}
+        inner = {symbol: tensor for symbol, tensor in state.items() if symbol not in self.symbols}
         after: State = {}
         x = delta.tensor
         if self.momentum is not None:
-            started = own["v_started"] > 0
-            x = torch.where(started, torch.lerp(own["v"], x, self.momentum), x)
-            after |= {"v": x, "v_started": torch.ones_like(own["v_started"])}
-        result: Result = yield from self.inner.step(Delta(x - own["y"]), inner, context)
+            started = state["v_started"] > 0
+            x = torch.where(started, torch.lerp(state["v"], x, self.momentum), x)
+            after |= {"v": x, "v_started": torch.ones_like(state["v_started"])}
+        result: Result = yield from self.inner.step(Delta(x - state["y"]), inner, context)
         if self.shared:
-            applied = sent = own["y"] + dense(result.applied)
+            applied = sent = state["y"] + dense(result.applied)
             after["y"] = applied
         else:
-            sent = own["y"] + dense(result.sent)
-            applied = own["y_mean"] + dense(result.applied)
+            sent = state["y"] + dense(result.sent)
+            applied = state["y_mean"] + dense(result.applied)
             after |= {"y": sent, "y_mean": applied}
         return Result(applied, sent, after | result.state)

@@ -14,10 +14,9 @@ rounding, so that small residuals are not lost on average), and it may lie on th
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_comm.compressors.base import LowRank
 from lowrank_comm.error_feedback.options import DTYPES, ErrorFeedback
@@ -65,8 +64,8 @@ class ErrorMemory:
         self._options, self._names, self._seed, self._worker = options, names, seed, worker
         self.kept = options.keeps_errors
         kept_on = torch.device("cpu") if options.offload else device
-        self._views: list[tuple[weakref.ref[Tensor], int]] = []
-        self._clear_views_at = len(names)
+        # view -> its matrix's place in the batch
+        self._views = WeakTensorKeyDictionary()
         stored = DTYPES[options.dtype] if options.dtype else dtype
         if self.kept:
             self.tensor = torch.zeros(len(names), m, n, dtype=stored, device=kept_on)
@@ -90,11 +89,7 @@ class ErrorMemory:
         gives the memory another place.
         """
         view = self.tensor[row].view(shape)
-        # now and then, so that many views cost no more than few
-        if len(self._views) >= self._clear_views_at:
-            self._views = [(ref, k) for ref, k in self._views if ref() is not None]
-            self._clear_views_at = 2 * len(self._views) + len(self._names)
-        self._views.append((weakref.ref(view), row))
+        self._views[view] = row
         return view
 
     def exchange(self, delta: Tensor, sent: LowRank) -> Tensor | None:
@@ -116,11 +111,9 @@ class ErrorMemory:
             for matrix, p, q in zip(delta, sent.p, sent.q, strict=True):
                 matrix.addmm_(p, q.mT, alpha=-1)
         free, self.tensor = self.tensor, delta
-        for ref, row in self._views:
-            view = ref()
-            if view is not None:
-                now = delta[row].view(view.shape)
-                view.set_(now.untyped_storage(), now.storage_offset(), now.shape, now.stride())
+        for view, row in self._views.items():
+            now = delta[row].view(view.shape)
+            view.set_(now.untyped_storage(), now.storage_offset(), now.shape, now.stride())
         return free
 
     def keep(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 
@@ -63,10 +63,6 @@ class ErrorFeedback:
                 'error_feedback.rounding="stochastic" needs error_feedback.dtype="bfloat16", got'
                 f" {self.dtype!r}."
             )
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain settings by name."""
-        return asdict(self)
 
     def for_compressor(self, compressor: Compressor) -> ErrorFeedback:
         """Return the same options with the form resolved, if it suits the compressor.

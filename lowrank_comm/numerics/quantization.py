@@ -26,8 +26,8 @@ then what all apply.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -149,8 +149,8 @@ class Quantization:
         ConfigError: an unknown format or rounding, or stochastic rounding of signs.
 
     Example:
-        >>> Quantization(dense="int8").describe()["dense"]
-        'int8'
+        >>> Quantization(factors="int8").formats["factors"].bits
+        8
     """
 
     factors: FormatName | None = None
@@ -178,7 +178,3 @@ class Quantization:
     def of_compressors(self) -> bool:
         """Whether something that compressors average is quantized."""
         return self.factors is not None or self.restart is not None
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain settings by name."""
-        return asdict(self)

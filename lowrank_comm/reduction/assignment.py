@@ -136,7 +136,7 @@ class CompressorAssignment:
             what = f"{self.compressor.json_name}, whose steps need whole matrices"
         elif self.low_rank_compressor is not self.compressor:
             what = (
-                f"error_feedback {self.error_feedback.describe()}, which is formed around whole"
+                f"error_feedback {asdict(self.error_feedback)}, which is formed around whole"
                 " matrices"
             )
         elif any(rule.treatment == "row_sparse" for rule in self.policy.rules):
@@ -197,8 +197,8 @@ class CompressorAssignment:
             **self.low_rank_compressor.describe(),
             "min_compression_rate": float(self.policy.min_compression_rate),
             "rules": [asdict(rule) for rule in self.policy.rules],
-            "error_feedback": self.error_feedback.describe(),
-            "quantization": self.quantization.describe(),
+            "error_feedback": asdict(self.error_feedback),
+            "quantization": asdict(self.quantization),
         }
 
 
