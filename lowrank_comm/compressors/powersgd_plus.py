@@ -206,7 +206,7 @@ class PowerSGDPlus(PowerSGD):
         if self.restart == "greedy":
             return self._with_basis(delta, state, context)
         if not context.restart:
-            return super().step(delta, state, context)
+            return ssp_comp(delta, state["Q"], context, iterations=self.power_iterations)
         if self.restart == "svd":
             return svd_comp(delta, context, self.exact_restart, self.consensus_restart)
         if self.restart == "randomized":
