@@ -44,6 +44,7 @@ from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.reducer import Outcome, Reducer
 from lowrank_comm.reduction.report import StepReport
+from lowrank_comm.reduction.skipped_steps import SkippedSteps
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -78,6 +79,10 @@ class DeepSpeedAdapter:
             self._levels.group,
             intra_node=self._levels.intra_node,
             **section.reducer_options(),
+        )
+        self._skipped = SkippedSteps(
+            "a gradient (with the error memory) was not finite, or too large for the wire",
+            section.max_vetoes,
         )
         # of the pass whose step has not been taken yet
         self._outcome: Outcome | None = None
@@ -163,10 +168,18 @@ class DeepSpeedAdapter:
                 " engine.set_gradient_accumulation_boundary(False)). To give the first up, call"
                 " engine.zero_grad()."
             )
-        gradients = self._store.gradients()
-        self._outcome = self._levels.reduce(self.reducer, gradients, self._store.loss_scale)
+        gradients, scale = self._store.gradients(), self._store.loss_scale
+        self._outcome = outcome = self._levels.reduce(self.reducer, gradients, scale)
         with torch.no_grad():
-            self._store.hand_over(self._outcome.grads)
+            self._store.hand_over(outcome.grads)
+        self._skipped.enter(
+            self.reducer.step,
+            outcome.applied,
+            outcome.grads,
+            self.reducer.workers,
+            outcome.unsound,
+            scale,
+        )
 
     def _step(self, take_model_step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Wrap `engine._take_model_step`: then commit the pass or roll it back."""

@@ -39,9 +39,10 @@ from lowrank_comm.errors import ConfigError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
-from lowrank_comm.optimizer.step import StepLog, run_step
+from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper
 from lowrank_comm.options import Seed, check
+from lowrank_comm.reduction.skipped_steps import SkippedSteps, unsound_gradients
 
 
 class BidirectionalOptimizer(OptimizerWrapper):
@@ -107,7 +108,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         self._namer = Namer(named_parameters)
         self._scaling = LossScaling(id(self))
         self._double_averaging = guard_against_averaging()
-        self._step_log = StepLog("some worker's gradient was not finite")
+        self._skipped = SkippedSteps("some worker's gradient was not finite")
         self._watch = BackwardWatch(self._trainable(), self._new_gradient)
 
     @classmethod
@@ -163,7 +164,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         """Whether the last step was skipped, on all workers, since some worker's
         gradient was not finite.
         """
-        return self._step_log.skipped_in_a_row > 0
+        return self._skipped.in_a_row > 0
 
     @property
     def is_server(self) -> bool:
@@ -239,7 +240,10 @@ class BidirectionalOptimizer(OptimizerWrapper):
             party.agree(type(self.base).__name__)
             self._watch.remove()
         state = party.exchange(gradients, self._descend)
-        self._step_log.enter(self.t, state is not None, [gradients])
+        bad = ""
+        if state is None:
+            bad = unsound_gradients(self._namer.name_all(self.param_groups), party.state)
+        self._skipped.enter(self.t, state is not None, [gradients], self._workers, bad)
         return state
 
     def _new_gradient(self, parameter: Tensor) -> None:

@@ -46,6 +46,7 @@ from lowrank_comm.options import (
 )
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
+from lowrank_comm.reduction.skipped_steps import MAX_VETOES
 
 SECTION = "lowrank_comm"
 
@@ -130,6 +131,8 @@ class Section(Strict):
             "*.embed_tokens.weight", "treatment": "dense"}; the first match wins, and
             the plan names patterns without a match.
         seed: of the random draws, equal on all workers.
+        max_vetoes: after how many skipped steps in a row to raise on all ranks; null
+            for never. Steps for which a loss scale will be lowered do not count.
         topology: who is a worker: every rank, or the node.
     """
 
@@ -145,6 +148,7 @@ class Section(Strict):
     min_compression_rate: Rate = 2.0
     rules: Annotated[list[Annotated[Rule, _Object()]], _RULES] = Field(default_factory=list)
     seed: Seed = 0
+    max_vetoes: PositiveInt | None = MAX_VETOES
     topology: Annotated[Topology, _Object(), _SIZE] = Field(default_factory=Topology)
 
     @classmethod

@@ -203,6 +203,22 @@ def columns_of(a: Tensor, which: Tensor) -> Tensor:
     return a.gather(2, which[:, None, :].expand(-1, a.shape[1], -1))
 
 
+def unsound(named: Iterable[tuple[str, Tensor]], limit: float) -> str:
+    """Return which tensors hold a number that is not finite, or above `limit` in size,
+    and which number; "" for none. Three are named.
+    """
+    there = [(name, tensor) for name, tensor in named if tensor.numel()]
+    if not there:
+        return ""
+    sizes = torch.stack([t.detach().abs().amax().to("cpu", torch.float64) for _, t in there])
+    bad = [
+        f"{name} holds {size:.3g}"
+        for (name, _), size in zip(there, sizes.tolist(), strict=True)
+        if not size <= limit
+    ]
+    return ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+
+
 def all_finite(gradients: Iterable[Tensor | None]) -> bool:
     """Return whether decoded gradients of a narrow dtype are finite; for float16, whose
     range a sum may leave.

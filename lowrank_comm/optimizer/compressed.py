@@ -50,13 +50,14 @@ from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.saved_state import SavedState
-from lowrank_comm.optimizer.step import StepLog, run_step
+from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of
-from lowrank_comm.options import Positive, check
+from lowrank_comm.options import Positive, PositiveInt, check
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
 from lowrank_comm.reduction.report import StepReport
+from lowrank_comm.reduction.skipped_steps import MAX_VETOES, SkippedSteps
 
 
 class CompressedOptimizer(OptimizerWrapper):
@@ -96,6 +97,9 @@ class CompressedOptimizer(OptimizerWrapper):
         overlap: start compressing a bucket of parameters while the backward pass goes
             on; for a plain model and DDP, with reduce_at="backward".
         bucket_cap_mb: size of such a bucket, in MB of gradients.
+        max_vetoes: after how many skipped steps in a row to raise on all workers; None
+            for never. While a GradScaler known by `attach` still lowers its scale they
+            do not count.
 
     Raises:
         ConfigError: a bad argument.
@@ -139,6 +143,7 @@ class CompressedOptimizer(OptimizerWrapper):
         shard_scope: str = "shard",
         overlap: bool = False,
         bucket_cap_mb: float = 25.0,
+        max_vetoes: int | None = MAX_VETOES,
     ) -> None:
         super().__init__(optimizer, "optimizer")
         if not isinstance(compressor, Compressor):
@@ -157,6 +162,7 @@ class CompressedOptimizer(OptimizerWrapper):
         check("CompressedOptimizer: max_grad_norm", max_grad_norm, Positive | None)
         check("CompressedOptimizer: reduce_at", reduce_at, Literal["step", "backward"] | None)
         check("CompressedOptimizer: bucket_cap_mb", bucket_cap_mb, Positive, 25.0)
+        check("CompressedOptimizer: max_vetoes", max_vetoes, PositiveInt | None, MAX_VETOES)
         if overlap and reduce_at == "step":
             raise ConfigError(
                 'overlap=True works at the end of backward only; leave reduce_at="step" out.'
@@ -188,9 +194,10 @@ class CompressedOptimizer(OptimizerWrapper):
             self._attachment, self._lazy, self._reduce, reduce_at, bool(overlap)
         )
         self._saved = SavedState(optimizer, self._lazy, self._attachment)
-        self._step_log = StepLog(
+        self._skipped = SkippedSteps(
             "a gradient (with the error memory) was not finite, or too large for the wire or the"
             " parameter's dtype",
+            max_vetoes,
             empty=": was the optimizer built, or attached, before fully_shard replaced the"
             " parameters, or was every backward pass told not to be the last?",
         )
@@ -241,6 +248,7 @@ class CompressedOptimizer(OptimizerWrapper):
         options = {
             **parsed.reducer_options(),
             "shard_scope": parsed.topology.shard_scope,
+            "max_vetoes": parsed.max_vetoes,
             **keywords,
         }
         if parsed.topology.shard_size != 1 and options.get("process_group") is None:
@@ -468,8 +476,10 @@ class CompressedOptimizer(OptimizerWrapper):
             engine.deliver(parameters, outcome.grads)
         else:
             engine.forget()
-        self._step_log.enter(reducer.step, applied, outcome.grads)
         self._backward.ended(applied)
+        self._skipped.enter(
+            reducer.step, applied, outcome.grads, reducer.workers, outcome.unsound, scale
+        )
         return applied
 
     def _take_part_without_gradients(self) -> None:
@@ -488,7 +498,7 @@ class CompressedOptimizer(OptimizerWrapper):
         """Whether the last step was skipped, on all workers, since some worker's
         gradient was not finite.
         """
-        return self._step_log.skipped_in_a_row > 0
+        return self._skipped.in_a_row > 0
 
     # ---------------------------------------------------------------- the reducer
 

@@ -12,18 +12,15 @@ update               the parameters, or tell the scaler of the veto
 from __future__ import annotations
 
 import itertools
-import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
 
 from lowrank_comm.optimizer.grad_scaler import LossScaling
-
-_log = logging.getLogger("lowrank_comm")
 
 Averaged = TypeVar("Averaged")
 
@@ -84,44 +81,3 @@ def _only_initialises_state(optimizer: Optimizer) -> bool:
         return False
     callers = itertools.islice(traceback.walk_stack(sys._getframe(1)), 9)
     return any(frame.f_code.co_name == "_init_optim_state" for frame, _ in callers)
-
-
-class StepLog:
-    """Counts the steps that were skipped on all workers, and warns of what is wrong.
-
-    Args:
-        veto: why a step is skipped, for the message.
-        empty: what the message says further when no worker has any gradient.
-
-    Attributes:
-        skipped_in_a_row: steps, up to the last one.
-    """
-
-    def __init__(self, veto: str, empty: str = "") -> None:
-        self._veto, self._empty = veto, empty
-        self._warned_empty = False
-        self.skipped_in_a_row = 0
-
-    def enter(self, step: int, applied: bool, means: Iterable[object | None]) -> None:
-        """Enter step t; warn if it is skipped, and once if no worker had any gradient.
-
-        Args:
-            step: t.
-            applied: False if it is skipped.
-            means: averages of the gradients; None where no worker had one.
-        """
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        if not applied:
-            _log.warning(
-                "step %d is skipped on all workers (%d in a row): %s",
-                step,
-                self.skipped_in_a_row,
-                self._veto,
-            )
-        elif not self._warned_empty and all(mean is None for mean in means):
-            self._warned_empty = True
-            _log.warning(
-                "no worker has a gradient for any parameter of the optimizer, so nothing is"
-                " trained%s",
-                self._empty,
-            )

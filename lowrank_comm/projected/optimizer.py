@@ -44,7 +44,7 @@ from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
-from lowrank_comm.optimizer.step import StepLog, run_step
+from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.options import PositiveInt, check
 from lowrank_comm.projected.averaging import Averaged, Averaging, Entry
 from lowrank_comm.projected.checks import (
@@ -63,6 +63,7 @@ from lowrank_comm.projected.update import (
     last_refresh,
     update,
 )
+from lowrank_comm.reduction.skipped_steps import SkippedSteps, unsound_gradients
 
 
 class SharedOptions(TypedDict, total=False):
@@ -136,7 +137,7 @@ class ProjectedOptimizer(Optimizer):
         # parameter -> this worker's R, where gradients are freed
         self._coordinates: dict[Tensor, Tensor] = {}
         self._compared = self._checked = False
-        self._step_log = StepLog("a gradient was not finite, or too large for the wire")
+        self._skipped = SkippedSteps("a gradient was not finite, or too large for the wire")
         self._watch: BackwardWatch | None = None
         super().__init__(params, defaults)
         self._watch = BackwardWatch(self._parameters, self._gradient_is_there)
@@ -235,7 +236,7 @@ class ProjectedOptimizer(Optimizer):
         """Whether the last step was skipped, on all workers, since some worker's
         numbers were not finite.
         """
-        return self._step_log.skipped_in_a_row > 0
+        return self._skipped.in_a_row > 0
 
     def state_bytes(self) -> int:
         """Return the bytes of the optimizer's state on this worker: moments and
@@ -296,7 +297,9 @@ class ProjectedOptimizer(Optimizer):
             )
         averaged = self._averaging.average(entries, self.t)
         self._coordinates.clear()
-        self._step_log.enter(self.t, averaged is not None, averaged or ())
+        applied = averaged is not None
+        bad = "" if applied else unsound_gradients((e.name, e.parameter) for e in entries)
+        self._skipped.enter(self.t, applied, averaged or (), self._averaging.workers, bad)
         if averaged is None:
             return None
         return list(zip(entries, averaged, strict=True))

@@ -38,7 +38,7 @@ one process run the same code.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError, LowRankCommError
-from lowrank_comm.numerics.linalg import full_precision
+from lowrank_comm.numerics.linalg import full_precision, unsound
 from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.options import Seed, check
 from lowrank_comm.reduction.assignment import CompressorAssignment
@@ -76,10 +76,13 @@ class Outcome:
             nothing was changed.
         grads: in slot order; the tensors given, holding the result; a new tensor where
             this worker had none but another had; None where no worker had one.
+        unsound: after a veto, which of this worker's numbers were not finite, or huge;
+            "" for none.
     """
 
     applied: bool
     grads: list[Tensor | None]
+    unsound: str = ""
 
 
 @dataclass
@@ -278,9 +281,19 @@ class Reducer:
         stats.inside.update(node.bytes)
         node.bytes.clear()
         self.ledger.enter(stats, full, applied)
-        if applied:
-            self._pending = _Pending(jobs, present)
-        return Outcome(applied, results)
+        if not applied:
+            return Outcome(False, results, self._unsound(grads))
+        self._pending = _Pending(jobs, present)
+        return Outcome(True, results)
+
+    def _unsound(self, grads: Sequence[Tensor | None]) -> str:
+        """Return which numbers of this worker can have vetoed the pass: those that are
+        not finite, or whose squares or sums are not.
+        """
+        limit = torch.finfo(torch.float32).max ** 0.5
+        if self._wire.dtype is not None:
+            limit = min(limit, torch.finfo(self._wire.dtype).max)
+        return unsound([*self.state.numbers(), *_gradients(self.slots, grads)], limit)
 
     @torch.no_grad()
     def commit(self, given_up: Collection[int] = ()) -> None:
@@ -404,6 +417,14 @@ class Reducer:
         memory, when this is first read.
         """
         return self.state.last_report()
+
+
+def _gradients(
+    slots: Sequence[ParamInfo], grads: Sequence[Tensor | None]
+) -> Iterator[tuple[str, Tensor]]:
+    for slot, grad in zip(slots, grads, strict=True):
+        if grad is not None:
+            yield f"the gradient of {slot.name}", grad
 
 
 def _check_slots(slots: Sequence[ParamInfo]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +183,16 @@ class CompressionState:
             for name, (batch, row) in self._place.items()
             if batch.memory.kept
         }
+
+    def numbers(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all numbers that are kept, each with what it is called in messages."""
+        for name, error in self.error_memory().items():
+            yield f"the error memory of {name}", error
+        for batch in self.batches:
+            for name in batch.names:
+                for symbol, tensor in self.bases_of(name).items():
+                    if tensor.is_floating_point():
+                        yield f"the state {symbol} of {name}", tensor
 
     def blocks(self) -> list[tuple[ParamInfo, Treatment, dict[str, Tensor]]]:
         """List every parameter that is given to a compressor in this node.

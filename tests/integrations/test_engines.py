@@ -16,10 +16,12 @@ import torch
 from lowrank_comm import (
     Acp,
     Atomo,
+    CompressedOptimizer,
     ErrorFeedback,
     GaLore,
     GoLore,
     GreedyLore,
+    LowRankCommError,
     PowerSGD,
     PowerSGDPlus,
     Quantization,
@@ -33,9 +35,12 @@ from tests.support.engines import (
     WORLD,
     Setup,
     every_engine,
+    loss_of,
+    plain_names,
     simulated,
     train,
     worst,
+    wrapped,
 )
 from tests.support.gloo import GlooPool
 
@@ -199,6 +204,45 @@ def test_a_batch_that_is_given_up_leaves_no_trace(gloo: GlooPool, engine: Setup)
         for name, error in ours["errors"].items():
             assert torch.equal(error, theirs["errors"][name])
         assert [report["step"] for report in theirs["reports"]] == list(range(9))
+
+
+@every_engine
+def test_a_number_that_vetoes_every_step_ends_the_run_on_all_ranks(
+    gloo: GlooPool, engine: Setup
+) -> None:
+    told = gloo.run(stuck, WORLD, replace(engine, compressor=RANK_2))
+    rank = 3
+    for text in told:
+        assert f"on rank {rank} the error memory of head.weight holds nan" in text
+        assert "reset()" in text
+
+
+def stuck(rank: int, setup: Setup) -> str:
+    """What ends a run in which a number of rank 3's error memory is NaN."""
+    model, process_group = wrapped(setup)
+    optimizer = CompressedOptimizer(
+        setup.base(plain_names(model).items()),
+        RANK_2,
+        min_compression_rate=0,
+        max_vetoes=3,
+        process_group=process_group,
+        shard_scope=setup.scope,
+        **setup.options,
+    )
+    optimizer.attach(model)
+    try:
+        for step in range(9):
+            if step == 2 and rank == 3:
+                optimizer.reducer.state.error_memory()["head.weight"].view(-1)[:1] = torch.nan
+            loss_of(model, step, rank).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    except LowRankCommError as error:
+        assert step == 4
+        return str(error)
+    finally:
+        optimizer.detach()
+    return "never"
 
 
 def train_both(rank: int, one: Setup, other: Setup) -> tuple[dict, dict]:
