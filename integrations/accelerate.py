@@ -175,14 +175,19 @@ def _connect(
     theirs = weakref.ref(accelerator)
     wrapper = weakref.ref(outer)
 
-    def is_last_backward() -> bool:
-        # The state is the process's, and says yes outside of a loop, too; the optimizer
-        # is this accelerator's until it is freed (free_memory).
+    def in_use() -> bool:
+        # the optimizer is this accelerator's until it is freed (free_memory)
         there = theirs()
         held = there is not None and any(one is wrapper() for one in there._optimizers)
-        return bool(state.sync_gradients) and held and (is_training is None or is_training())
+        return held and (is_training is None or is_training())
 
-    optimizer.attach(model, scaler=accelerator.scaler, is_last_backward=is_last_backward)
+    def is_last_backward() -> bool:
+        # the state is the process's, and says yes outside of a loop, too
+        return bool(state.sync_gradients) and in_use()
+
+    optimizer.attach(
+        model, scaler=accelerator.scaler, is_last_backward=is_last_backward, in_use=in_use
+    )
 
     if optimizer not in _told:
         optimizer.register_step_post_hook(_tell)

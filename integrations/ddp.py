@@ -14,6 +14,7 @@ zeros, and takes part in the reduction without gradients.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +30,13 @@ from typing_extensions import override
 
 from lowrank_comm.communication.topology import covered_ranks
 from lowrank_comm.errors import ConfigError, UnsupportedError
-from lowrank_comm.integrations._methods import wrap_method
 from lowrank_comm.optimizer.engine import Engine
 
 # Not on the model, which people copy and pickle.
 _hooks: weakref.WeakKeyDictionary[DistributedDataParallel, _Hook] = weakref.WeakKeyDictionary()
 
 _MAP = "_match_unused_params_allreduce"
+_TELLS = "_lowrank_comm"
 
 
 class DDPEngine(Engine):
@@ -59,29 +60,26 @@ class DDPEngine(Engine):
         super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
         self._ddp, self._syncs = ddp, True
         self._on_join: Callable[[], Callable[[], None] | None] = lambda: None
-        # A strong reference would let the model keep this engine alive, and DDP would
-        # never reduce again.
-        me = weakref.ref(self)
-
-        def before_forward(*_: Any) -> None:
-            engine = me()
-            # now DDP itself decides whether the next backward reduces
-            if engine is not None and torch.is_grad_enabled():
-                engine._syncs = bool(engine._ddp.require_backward_grad_sync)
-
-        self._forward = ddp.register_forward_pre_hook(before_forward)
+        self._forward = ddp.register_forward_pre_hook(_BeforeForward(self))
         # With find_unused_parameters a joined rank has one collective more after its
         # buckets, DDP's map of used parameters; other ranks have that during backward,
         # hence before our pass.
         self._after_the_map = ddp.find_unused_parameters and hasattr(ddp, _MAP)
         if self._after_the_map:
-            wrap_method(ddp, _MAP, self._match)
+            _tell_of_the_map()
         _hook_of(ddp).engine = weakref.ref(self)
 
-    def _match(self, match: Callable[[], None]) -> None:
-        """Run `match`, DDP's collective of the map of used parameters."""
-        match()
-        self._take_part()
+    def before_forward(self) -> None:
+        """Remember whether DDP reduces in the next backward pass, which it decides
+        now.
+        """
+        if torch.is_grad_enabled():
+            self._syncs = bool(self._ddp.require_backward_grad_sync)
+
+    def map_is_done(self) -> None:
+        """Take part after DDP's collective of the map of used parameters."""
+        if self._after_the_map:
+            self._take_part()
 
     @override
     def is_last_backward(self) -> bool:
@@ -120,7 +118,6 @@ class DDPEngine(Engine):
     def release(self) -> None:
         """Let DDP reduce by itself again."""
         self._forward.remove()
-        self._ddp.__dict__.pop(_MAP, None)
         _hook_of(self._ddp).engine = None
 
     @override
@@ -137,37 +134,66 @@ class DDPEngine(Engine):
         return notes
 
 
-class _Hook:
-    """The communication hook of one DDP model, which stays registered: DDP takes one
-    hook only. Without an engine it averages as DDP does.
+class _BeforeForward:
+    """The hook before DDP's forward. A copy of the model has one without an engine.
+
+    A strong reference would let the model keep the engine alive, and DDP would never
+    reduce again.
     """
 
-    def __init__(self, ddp: DistributedDataParallel) -> None:
-        self.engine: weakref.ref[DDPEngine] | None = None
-        self._group = ddp.process_group
+    def __init__(self, engine: DDPEngine | None = None) -> None:
+        self._engine = weakref.ref(engine) if engine is not None else lambda: None
 
-    def __call__(self, state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
-        engine = self.engine() if self.engine is not None else None
+    def __call__(self, *_: Any) -> None:
+        engine = self._engine()
+        if engine is not None:
+            engine.before_forward()
+
+    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
+        return type(self), ()
+
+
+class _Hook:
+    """The communication hook of one DDP model, which stays registered: DDP takes one
+    hook only. Without an engine it averages as DDP does. DDP also keeps it in a list
+    that a copy of the model gets, but does not use.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.engine: weakref.ref[DDPEngine] | None = None
+        self._group = group
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return type(self), ()
+
+    @property
+    def in_use_by(self) -> DDPEngine | None:
+        """The engine that takes the gradients, while there is one."""
+        return self.engine() if self.engine is not None else None
+
+    def __call__(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        engine = self.in_use_by
         if engine is None:
             return allreduce_hook(self._group, bucket)
         engine.bucket(bucket)
-        return noop_hook(state, bucket)
+        return noop_hook(None, bucket)
+
+
+def _lowrank_comm_hook(state: _Hook, bucket: dist.GradBucket) -> Future[Tensor]:
+    return state(bucket)
+
+
+# DDP asks for this very annotation, as an object and not as text.
+_lowrank_comm_hook.__annotations__ = {"bucket": dist.GradBucket, "return": Future[Tensor]}
 
 
 def _hook_of(ddp: DistributedDataParallel) -> _Hook:
     """Return our hook on a DDP model; the first call registers it."""
     hook = _hooks.get(ddp)
     if hook is None:
-        hook = _Hook(ddp)
-
-        # a function, which a copy of the model shares
-        def lowrank_comm_hook(state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
-            return hook(state, bucket)
-
-        # DDP asks for this very annotation, as an object and not as text.
-        lowrank_comm_hook.__annotations__ = {"bucket": dist.GradBucket, "return": Future[Tensor]}
+        hook = _Hook(ddp.process_group)
         try:
-            ddp.register_comm_hook(None, lowrank_comm_hook)
+            ddp.register_comm_hook(hook, _lowrank_comm_hook)
         except RuntimeError as error:
             raise UnsupportedError(
                 f"attach: this DistributedDataParallel has a communication hook already ({error});"
@@ -175,6 +201,26 @@ def _hook_of(ddp: DistributedDataParallel) -> _Hook:
             ) from None
         _hooks[ddp] = hook
     return hook
+
+
+def _tell_of_the_map() -> None:
+    """Let DDP tell an engine when its collective of the map of used parameters is done;
+    once for all models, and not on one of them, which people copy and pickle.
+    """
+    original = getattr(DistributedDataParallel, _MAP)
+    if hasattr(original, _TELLS):
+        return
+
+    @functools.wraps(original)
+    def match(ddp: DistributedDataParallel) -> None:
+        original(ddp)
+        hook = _hooks.get(ddp)
+        engine = hook.in_use_by if hook is not None else None
+        if engine is not None:
+            engine.map_is_done()
+
+    setattr(match, _TELLS, True)
+    setattr(DistributedDataParallel, _MAP, match)
 
 
 def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:

@@ -13,7 +13,7 @@ order of Lightning's hooks serves it:
     on_train_batch_end        log figures, at the trainer's log interval
     state_dict                on all ranks, right before a checkpoint asks the optimizer
                               for its state: consolidate the error memory
-    teardown                  detach
+    teardown, on_exception    detach
 
 All of these are public. Lightning itself tells DDP which micro-batch is the last one of
 a step.
@@ -173,6 +173,13 @@ class CompressionCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the model back, for another fit with another optimizer."""
         if stage == "fit" and self._optimizer is not None:
+            self._optimizer.detach()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the model back after a fit that was broken off."""
+        if self._optimizer is not None:
             self._optimizer.detach()
 
 

@@ -14,9 +14,11 @@ or, where Trainer makes the optimizer, a compressor or a section:
 
 The protocol. No event of a callback lies between Trainer's backward pass and its
 clipping, and none tells of the wrapped model before a checkpoint is loaded into it. So
-the callback finds its Trainer when that has been built (`on_init_end`) and wraps four
+the callback finds its Trainer when that has been built (`on_init_end`) and wraps five
 of the instance's methods; everything else is Trainer's:
 
+    train                          when it has ended, by an exception too, another
+                                   Trainer may take the model over
     create_optimizer               what it returns is compressed, if the callback was
                                    given a compressor or a section
     accelerator.prepare            then the optimizer is attached to the wrapped model;
@@ -98,7 +100,7 @@ class CompressionCallback(TrainerCallback):
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._made: Callable[[], CompressedOptimizer | None] = lambda: None
         self._figures: Figures | None = None
-        self._disabled = False
+        self._disabled = self._training = False
 
     def detach(self) -> None:
         """Give the model back: the optimizer that was made for this callback averages
@@ -175,6 +177,7 @@ class CompressionCallback(TrainerCallback):
             self._leave_alone(trainer)
         else:
             check_trainer(trainer, self.compression, _WHO)
+            wrap_method(trainer, "train", self._train)
             wrap_method(trainer, "create_optimizer", self._create_optimizer)
             wrap_method(trainer, SAVING, self._save)
         wrap_method(trainer, "log", self._log)
@@ -190,6 +193,16 @@ class CompressionCallback(TrainerCallback):
         self._disabled = True
         if isinstance(self.compression, Mapping):
             say_disabled("Trainer's own engine averages the gradients")
+
+    def _train(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Wrap `trainer.train`: Trainer's own `is_in_train` stays on after an
+        exception.
+        """
+        self._training = True
+        try:
+            return train(*args, **kwargs)
+        finally:
+            self._training = False
 
     def _create_optimizer(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Wrap `trainer.create_optimizer`, which Trainer calls at the start of
@@ -228,13 +241,24 @@ class CompressionCallback(TrainerCallback):
         # A model that was sharded when it was loaded, or prepared in an earlier
         # train(), does not come along.
         models = [one for one in several if isinstance(one, nn.Module)] or [trainer.model_wrapped]
-        owner = weakref.ref(trainer)
         connect(
             trainer.accelerator,
             [*models, *(one for one in several if not isinstance(one, nn.Module))],
-            lambda: (now := owner()) is not None and bool(now.is_in_train),
+            self._is_training(weakref.ref(trainer), weakref.ref(self)),
         )
         return result
+
+    @staticmethod
+    def _is_training(
+        trainer: weakref.ref[Trainer], callback: weakref.ref[CompressionCallback]
+    ) -> Callable[[], bool]:
+        """Return what says whether backward passes are those of the Trainer's loop."""
+
+        def is_training() -> bool:
+            there, mine = trainer(), callback()
+            return there is not None and there.is_in_train and mine is not None and mine._training
+
+        return is_training
 
     def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Wrap `_save_optimizer_and_scheduler`: first average the error memory."""

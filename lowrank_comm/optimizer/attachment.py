@@ -43,6 +43,8 @@ class Attachment:
         engine: where gradients come from now.
         scaling: what is known of a GradScaler.
         detached: whether the model was given back.
+        in_use: whether the loop that the optimizer belongs to still trains; where it
+            has ended, another optimizer may take the model over.
     """
 
     def __init__(self, owner: OptimizerWrapper, process_group: Any, shard_scope: str) -> None:
@@ -50,6 +52,7 @@ class Attachment:
         self.engine = Engine(process_group, shard_scope)
         self.scaling = LossScaling(id(owner))
         self.detached = False
+        self.in_use: Callable[[], bool] = lambda: True
         # the model that was connected last, while it exists
         self._model: Callable[[], nn.Module | None] = lambda: None
         # gives it back to its engine; once
@@ -64,6 +67,10 @@ class Attachment:
     def is_of(self, model: nn.Module) -> bool:
         """Return whether this very model was connected, and not given back since."""
         return not self.detached and self._model() is model
+
+    def was_of(self, model: nn.Module) -> bool:
+        """Return whether this very model was connected last, and given back since."""
+        return self.detached and self._model() is model
 
     # ---------------------------------------------------------------- engines
 
@@ -89,7 +96,8 @@ class Attachment:
         Args:
             wrapper: class of the wrapper, by name.
             model: the wrapped model.
-            reducer: the optimizer's, if it has one; it must not have been used.
+            reducer: the optimizer's, if it has one; it must not have been used, unless
+                this very model was connected before.
             take_part: a pass of the other workers when this one's data are exhausted; a
                 method.
             overlap: whether buckets are to start during the backward pass.
@@ -99,6 +107,8 @@ class Attachment:
                 optimizer, or the engine does not fit.
             UnsupportedError: the engine cannot work with this model.
         """
+        if self.was_of(model):
+            reducer = None
         if reducer is not None and reducer.state.last_pass is not None:
             raise ConfigError(
                 "attach: the optimizer has made steps already; call attach(model) before the first"
@@ -110,7 +120,8 @@ class Attachment:
                 " be lost; load the state dict after attach (with Accelerate and Trainer, after"
                 " prepare: load_state, resume_from_checkpoint)."
             )
-        if _attachment_of(model) not in (None, self):
+        other = _attachment_of(model)
+        if other is not None and other is not self and not other.give_way():
             raise ConfigError(
                 "attach: this model is attached to another CompressedOptimizer already, and would"
                 " be given back when one of them is detached. Use parameter groups of one"
@@ -139,6 +150,15 @@ class Attachment:
             del _attached[model]
         self.detached = True
 
+    def give_way(self) -> bool:
+        """Give the model back for another optimizer, unless it is in use; return
+        whether that was done.
+        """
+        if self.in_use():
+            return False
+        self.detach()
+        return True
+
     # ---------------------------------------------------------------- backward passes
 
     def watch(
@@ -155,6 +175,8 @@ class Attachment:
             self._watch.add(parameters)
             return
         self._watch = self.engine.watch(parameters, on_gradient, at_end)
+        me = weakref.ref(self)
+        self._watch.give_way = lambda: (there := me()) is not None and there.give_way()
         if at_end is not None:
             vars(self._owner.base)[AVERAGES] = self._owner
 

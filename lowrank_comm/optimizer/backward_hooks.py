@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lowrank_comm.errors import ConfigError, UnsupportedError
 
-_WATCHED = "_lowrank_comm_reduces_at_backward"
+# not on the parameters, which people copy and pickle
+_averaged_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter -> weak reference to the watch at whose end its gradient is averaged."""
 _BACKWARD_OF_A_FUNCTION = torch.autograd.function.BackwardCFunction.apply.__code__
 
 
@@ -41,6 +44,13 @@ class BackwardWatch:
         parameters: whose gradients count.
         on_gradient: called when a parameter's gradient has been accumulated.
         at_end: called when the pass is over, or None.
+
+    Attributes:
+        give_way: called when another watch is to run at the end of the same parameters'
+            passes; returns whether this one was removed for it.
+
+    Raises:
+        ConfigError: a parameter is no leaf of the graph, or belongs to another watch.
     """
 
     def __init__(
@@ -51,23 +61,25 @@ class BackwardWatch:
     ) -> None:
         self._on_gradient = weakref.WeakMethod(on_gradient)
         self._at_end = weakref.WeakMethod(at_end) if at_end is not None else None
+        self.give_way: Callable[[], bool] = lambda: False
         self._queued_in: int | None = None
         self._handles: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        self._finalizer = weakref.finalize(
-            self, _take_off, self._handles, marked=at_end is not None
-        )
+        self._finalizer = weakref.finalize(self, _take_off, self._handles)
         self._finalizer.atexit = False
         self.add(parameters)
 
     def add(self, parameters: Iterable[Tensor]) -> None:
         """Watch further parameters; those that are watched already stay as they are."""
         fresh = [p for p in parameters if p.requires_grad and not self._watches(p)]
-        if self._at_end is not None and any(getattr(p, _WATCHED, False) for p in fresh):
-            raise ConfigError(
-                'reduce_at="backward": another optimizer with reduce_at="backward" holds the same'
-                " parameters, and both would average their gradients. Call detach() on the other"
-                " one first."
-            )
+        for parameter in fresh:
+            if not parameter.is_leaf:
+                raise ConfigError(
+                    f"a parameter of shape {tuple(parameter.shape)} is computed from other tensors"
+                    " (it is not a leaf, as with differentiable=True), so no gradient of its own"
+                    " can be averaged. Give the optimizer the tensors that it is computed from."
+                )
+            if self._at_end is not None:
+                _let_go(parameter)
         me = weakref.ref(self)
 
         def hook(parameter: Tensor) -> None:
@@ -77,7 +89,7 @@ class BackwardWatch:
 
         for parameter in fresh:
             if self._at_end is not None:
-                setattr(parameter, _WATCHED, True)
+                _averaged_by[parameter] = me
             self._handles[id(parameter)] = (
                 weakref.ref(parameter),
                 parameter.register_post_accumulate_grad_hook(hook),
@@ -90,7 +102,11 @@ class BackwardWatch:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        _take_off(self._handles, self._at_end is not None)
+        for there, _ in self._handles.values():
+            parameter = there()
+            if parameter is not None and _watch_of(parameter) is self:
+                del _averaged_by[parameter]
+        _take_off(self._handles)
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
         on_gradient = self._on_gradient()
@@ -116,13 +132,31 @@ class BackwardWatch:
             at_end()
 
 
-def _take_off(handles: dict[int, tuple[weakref.ref[Tensor], Any]], marked: bool) -> None:
-    for there, handle in handles.values():
+def _take_off(handles: dict[int, tuple[weakref.ref[Tensor], Any]]) -> None:
+    for _, handle in handles.values():
         handle.remove()
-        parameter = there()
-        if marked and parameter is not None:
-            setattr(parameter, _WATCHED, False)
     handles.clear()
+
+
+def _watch_of(parameter: Tensor) -> BackwardWatch | None:
+    """Return the watch at whose end this parameter's gradient is averaged."""
+    there = _averaged_by.get(parameter)
+    return there() if there is not None else None
+
+
+def _let_go(parameter: Tensor) -> None:
+    """Ask the watch that a parameter belongs to, if there is one, to give way.
+
+    Raises:
+        ConfigError: it is in use.
+    """
+    watch = _watch_of(parameter)
+    if watch is not None and not watch.give_way():
+        raise ConfigError(
+            'reduce_at="backward": another optimizer with reduce_at="backward" holds the same'
+            " parameters, and both would average their gradients. Call detach() on the other"
+            " one first (Trainer: callback.detach(); Accelerate: accelerator.free_memory())."
+        )
 
 
 def _within_another_pass() -> bool:

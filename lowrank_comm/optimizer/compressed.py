@@ -265,6 +265,7 @@ class CompressedOptimizer(OptimizerWrapper):
         model: nn.Module,
         scaler: Any = None,
         is_last_backward: Callable[[], bool] | None = None,
+        in_use: Callable[[], bool] | None = None,
     ) -> Plan:
         """Connect to the engine that runs the model, take the parameters' names from
         it, and print the plan on rank 0.
@@ -282,6 +283,8 @@ class CompressedOptimizer(OptimizerWrapper):
                 which backward pass is the last of a step, such as Accelerate's and
                 Trainer's: called at the end of each. Gradients are then averaged at the
                 end of the last one, for a plain model too.
+            in_use: for such loops, too: whether the loop has not ended. Another
+                optimizer may take the model over when it has.
 
         Returns:
             What was found, what goes low-rank and what dense, bytes a step, memory.
@@ -301,12 +304,19 @@ class CompressedOptimizer(OptimizerWrapper):
         attachment, wrapper = self._attachment, wrapper_of(model)
         attachment.check_model(model, wrapper)
         self._backward.is_last = is_last_backward
+        attachment.in_use = in_use or (lambda: True)
+        # the engine anew, or this very model after it was given back
+        goes_on = attachment.detached if wrapper is None else attachment.was_of(model)
         if wrapper is None:
             attachment.to_plain(model)
         else:
             take_part, overlap = self._take_part_without_gradients, self._backward.overlap
             attachment.to_wrapped(wrapper, model, self._lazy.made, take_part, overlap)
-            self._lazy.forget()
+            if not goes_on:
+                self._lazy.forget()
+        if goes_on:
+            self._backward.forget()
+            self._lazy.rebuild()
         self._backward.watch()
         self._lazy.learn(model.named_parameters())
         attachment.scaling.attach(scaler)

@@ -56,6 +56,7 @@ class LazyReducer:
         # parameters are held, nothing else can have them
         self._seen: list[tuple[int, int, bool]] = []
         self._groups: list[dict[str, Any]] = []
+        self._outdated = False
         # bad values fail here
         empty = make([], group=attachment.engine.group, initial_basis=None)
         self.memory = empty.assignment.error_feedback.memory
@@ -82,6 +83,10 @@ class LazyReducer:
     def forget(self) -> None:
         """Build the reducer from scratch when it is needed next."""
         self.made = None
+
+    def rebuild(self) -> None:
+        """Build the reducer anew when it is needed next, with the state so far."""
+        self._outdated, self._seen = True, []
 
     def learn(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Take over names of parameters."""
@@ -112,8 +117,9 @@ class LazyReducer:
                 " named_parameters()."
             )
         taking_part = [(name, p) for name, p in named.items() if p.requires_grad or name in known]
-        if old is not None and len(taking_part) == len(known):
+        if old is not None and len(taking_part) == len(known) and not self._outdated:
             return old
+        self._outdated = False
         self._attachment.check_added(taking_part)
         engine = self._attachment.engine
         slots = engine.slots(taking_part)

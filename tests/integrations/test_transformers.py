@@ -368,3 +368,9 @@ def test_every_trial_has_an_optimizer_of_its_own(gloo: GlooPool, folder: Path) -
 def test_a_second_train_goes_on(gloo: GlooPool, folder: Path) -> None:
     for steps, again in gloo.run(mishaps.two_trains, 2, str(folder / "twice")):
         assert (steps, again) == (3, 6)
+
+
+def test_trainers_on_one_model_one_after_another(gloo: GlooPool, folder: Path) -> None:
+    """An earlier one is still there, and may train again."""
+    for steps in gloo.run(mishaps.trainers_one_after_another, 2, str(folder / "in turn")):
+        assert steps == [6, 1, 3]

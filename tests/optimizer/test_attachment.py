@@ -6,11 +6,14 @@ import contextlib
 import copy
 import io
 import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
@@ -246,20 +249,128 @@ def test_a_model_that_was_compiled_as_a_whole(gloo: GlooPool, name: str) -> None
     assert all(one == results[0] for one in results)
 
 
-def copied(rank: int) -> int:
-    """A wrapped and attached model can still be copied, as for an average of its
-    weights.
+def by_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": by_torch_save,
+}
+
+
+def two_steps(rank: int, model: nn.Module, optimizer: CompressedOptimizer) -> list[Tensor]:
+    """The parameters after two steps of a new optimizer."""
+    optimizer.attach(model)
+    for step in range(1, 3):
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.detach()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def copied(rank: int, setup: Setup, inner: bool) -> list[str]:
+    """How copies differ of a model that is attached, or of the module in DDP: from the
+    model that has their weights, when both train on.
     """
-    model = DistributedDataParallel(Net())
-    optimizer = compressed(model)
+    model, process_group = wrapped(setup)
+    optimizer = compressed(model, process_group, **setup.options)
     optimizer.attach(model)
     loss_of(model, 0, rank).backward()
     optimizer.step()
-    return len(list(copy.deepcopy(model).parameters()))
+    optimizer.zero_grad()
+    start = [p.detach().clone() for p in model.parameters()]
+    wrong, ends = [], {}
+    for how, make in COPIES.items():
+        one = make(model.module if inner else model)
+        one = DistributedDataParallel(one, **setup.wrap) if inner else one
+        ends[how] = two_steps(rank, one, compressed(one, process_group, **setup.options))
+        if not all(map(torch.equal, model.parameters(), start)):
+            wrong.append(f"{how}: the original has changed")
+    optimizer.detach()
+    expected = two_steps(rank, model, compressed(model, process_group, **setup.options))
+    return wrong + [how for how, end in ends.items() if not all(map(torch.equal, end, expected))]
 
 
-def test_an_attached_ddp_can_be_copied(gloo: GlooPool) -> None:
-    assert gloo.run(copied, 2) == [14, 14]
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("plain model", False),
+        ("plain model, two levels, shard", False),
+        ("DDP", False),
+        ("DDP", True),
+    ],
+)
+def test_a_copy_of_an_attached_model_is_a_model_like_any_other(
+    gloo: GlooPool, name: str, inner: bool
+) -> None:
+    setup = ENGINES[name]
+    if setup.engine == "ddp":
+        setup = replace(setup, wrap={"find_unused_parameters": not inner})
+    assert gloo.run(copied, WORLD, setup, inner) == [[]] * WORLD
+
+
+def test_what_is_saved_of_a_model_needs_no_part_of_this_library() -> None:
+    model = Net()
+    optimizer = compressed(model, reduce_at="backward")
+    loss_of(model, 0, 0).backward()
+    optimizer.step()
+    leaf = torch.ones(3, 3).requires_grad_(True)
+    of_the_leaf = CompressedOptimizer(
+        torch.optim.SGD([("w", leaf)], lr=0.1), PowerSGD(1), reduce_at="backward"
+    )
+    for one in (model, model.state_dict(keep_vars=True), copy.deepcopy(leaf)):
+        file = io.BytesIO()
+        torch.save(one, file)
+        assert b"lowrank_comm" not in file.getvalue()
+    of_the_leaf.detach()
+
+
+def interrupted_by_detach(rank: int, setup: Setup, gives_back: bool) -> list[Tensor]:
+    """Four steps; after the second, the model is given back and attached again, or
+    another optimizer has it meanwhile.
+    """
+    model, process_group = wrapped(setup)
+    options = {"shard_scope": setup.scope, **setup.options}
+    optimizer = compressed(model, process_group, **options)
+    optimizer.attach(model, in_use=lambda: False)
+    for step in range(4):
+        if gives_back and step == 2:
+            other = compressed(model, process_group, **options)
+            other.attach(model)
+            assert not optimizer.is_attached_to(model)
+            other.detach()
+            optimizer.attach(model)
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    errors = optimizer.error_memory()
+    return [*map(full, model.parameters()), *(full(errors[name]) for name in sorted(errors))]
+
+
+@every_engine
+def test_an_optimizer_whose_loop_has_ended_gives_way_and_may_come_back(
+    gloo: GlooPool, engine: Setup
+) -> None:
+    expected = gloo.run(interrupted_by_detach, WORLD, engine, False)
+    for one, other in zip(
+        gloo.run(interrupted_by_detach, WORLD, engine, True), expected, strict=True
+    ):
+        assert all(map(torch.equal, one, other))
+
+
+def test_parameters_of_an_optimizer_that_is_in_use_are_refused() -> None:
+    model = Net()
+    first = compressed(model, reduce_at="backward")
+    with pytest.raises(ConfigError, match=r"another optimizer.*callback\.detach\(\)"):
+        compressed(model, reduce_at="backward")
+    first.detach()
+    compressed(model, reduce_at="backward")
 
 
 def added_later(rank: int, setup: Setup) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from lowrank_comm import CompressedOptimizer, PowerSGDPlus
 from lowrank_comm.integrations.transformers import CompressionCallback
@@ -250,3 +250,32 @@ def two_trains(rank: int, folder: str) -> tuple[int, int]:
         steps = callback.compressing.reducer.step  # type: ignore[union-attr]
         trainer.train()
         return steps, callback.compressing.reducer.step  # type: ignore[union-attr]
+
+
+class Unplugged(TrainerCallback):
+    """Breaks the training off."""
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def trainers_one_after_another(rank: int, folder: str) -> list[int]:
+    """Trainers on one model: one that ends, one that is broken off, a third, and the
+    first again; steps that each had made in the end.
+    """
+    with run_of(folder) as (model, args):
+        trainers, callbacks = [], []
+        for broken in (False, True, False):
+            callbacks.append(CompressionCallback(RANK_2))
+            trainers.append(
+                Trainer(
+                    model,
+                    args,
+                    train_dataset=Sentences(),
+                    callbacks=[callbacks[-1], *([Unplugged()] if broken else [])],
+                )
+            )
+            with contextlib.suppress(KeyboardInterrupt):
+                trainers[-1].train()
+        trainers[0].train()
+        return [one.compressing.reducer.step for one in callbacks]  # type: ignore[union-attr]
