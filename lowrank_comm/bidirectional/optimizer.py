@@ -99,7 +99,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
                 f"method must be one such as InkheartSGD(uplink_fraction=0.25), got {method!r}."
             )
         check("seed", seed, Seed)
-        refuse_deepspeed()
+        refuse_deepspeed(self)
         # not by assignment, which would reach a base that has attributes of these names
         vars(self).update(method=method, ledger=LinkLedger())
         self._seed = seed

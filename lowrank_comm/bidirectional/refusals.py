@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lowrank_comm.errors import UnsupportedError
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.engine import wrapper_of
-from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
+from lowrank_comm.optimizer.environment import refuse_with_deepspeed
 
 _WHY = (
     "In a bidirectional method every worker holds weights of its own, w_i, and only their mean is"
@@ -25,14 +26,11 @@ _WHY = (
 )
 
 
-def refuse_deepspeed() -> None:
-    """Raise UnsupportedError where Trainer or Accelerate is about to use DeepSpeed in
-    this process.
+def refuse_deepspeed(optimizer: Optimizer) -> None:
+    """Let Trainer and Accelerate raise UnsupportedError when they start DeepSpeed with
+    this optimizer.
     """
-    if transformers_uses_deepspeed():
-        raise UnsupportedError(
-            f"--deepspeed is on in this process. {_WHY.format(engine='DeepSpeed')}"
-        )
+    refuse_with_deepspeed(optimizer, UnsupportedError(_WHY.format(engine="DeepSpeed")))
 
 
 def refuse_model(model: nn.Module) -> None:

@@ -46,7 +46,7 @@ from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.optimizer.attachment import Attachment
 from lowrank_comm.optimizer.backward_reduction import BackwardReduction
 from lowrank_comm.optimizer.engine import hint_of_two_levels, wrapper_of
-from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
+from lowrank_comm.optimizer.environment import refuse_with_deepspeed
 from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.saved_state import SavedState
@@ -151,14 +151,14 @@ class CompressedOptimizer(OptimizerWrapper):
                 "compressor must be one such as PowerSGDPlus(rank=4), got"
                 f" {compressor!r}{nearest_class(compressor)}"
             )
-        if transformers_uses_deepspeed():
-            raise ConfigError(
-                "a CompressedOptimizer cannot go with --deepspeed: DeepSpeed averages gradients"
-                " itself, and Trainer would drop this optimizer. Put a section"
-                f' "lowrank_comm" into the DeepSpeed JSON, such as {compressor.describe()}, and'
-                " import lowrank_comm.integrations.deepspeed; or give Trainer"
-                " callbacks=[CompressionCallback(compressor)]."
-            )
+        error = ConfigError(
+            "a CompressedOptimizer cannot go with --deepspeed: DeepSpeed averages gradients itself,"
+            ' and Trainer would drop this optimizer. Put a section "lowrank_comm" into the'
+            f" DeepSpeed JSON, such as {compressor.describe()}, and import"
+            " lowrank_comm.integrations.deepspeed; or give Trainer"
+            " callbacks=[CompressionCallback(compressor)]."
+        )
+        refuse_with_deepspeed(self, error)
         check("CompressedOptimizer: max_grad_norm", max_grad_norm, Positive | None)
         check("CompressedOptimizer: reduce_at", reduce_at, Literal["step", "backward"] | None)
         check("CompressedOptimizer: bucket_cap_mb", bucket_cap_mb, Positive, 25.0)

@@ -41,7 +41,7 @@ from lowrank_comm.communication import Ledger
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
-from lowrank_comm.optimizer.environment import transformers_uses_deepspeed
+from lowrank_comm.optimizer.environment import refuse_with_deepspeed
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.step import run_step
@@ -115,11 +115,11 @@ class ProjectedOptimizer(Optimizer):
         seed: int = 0,
     ) -> None:
         owner = type(self).__name__
-        if transformers_uses_deepspeed():
-            raise ConfigError(
-                f"{owner} averages gradients itself and cannot go with --deepspeed, which does so"
-                " too; leave one out."
-            )
+        error = ConfigError(
+            f"{owner} averages gradients itself and cannot go with --deepspeed, which does so too;"
+            " leave one out."
+        )
+        refuse_with_deepspeed(self, error)
         self._projection = Projection(owner, projection, restart_every, galore_until, side, seed)
         if max_grad_norm is not None:
             check_number(f"{owner}: max_grad_norm", max_grad_norm, AboveZero)

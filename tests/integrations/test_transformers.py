@@ -374,3 +374,8 @@ def test_trainers_on_one_model_one_after_another(gloo: GlooPool, folder: Path) -
     """An earlier one is still there, and may train again."""
     for steps in gloo.run(mishaps.trainers_one_after_another, 2, str(folder / "in turn")):
         assert steps == [6, 1, 3]
+
+
+def test_deepspeed_settings_of_another_run_refuse_nothing(gloo: GlooPool, folder: Path) -> None:
+    cases = gloo.run(mishaps.deepspeed_settings_of_another_run, 2, str(folder / "another"))
+    assert cases == [[3, 3], [3, 3]]

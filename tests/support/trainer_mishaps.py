@@ -279,3 +279,27 @@ def trainers_one_after_another(rank: int, folder: str) -> list[int]:
                 trainers[-1].train()
         trainers[0].train()
         return [one.compressing.reducer.step for one in callbacks]  # type: ignore[union-attr]
+
+
+def deepspeed_settings_of_another_run(rank: int, folder: str) -> list[int]:
+    """They are alive in the process, as in a notebook; steps of a Trainer without
+    DeepSpeed that makes the optimizer, and of one that is given it.
+    """
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    other = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 0}})
+    steps = []
+    for given in (False, True):
+        with run_of(folder) as (model, args):
+            optimizer = compressed(model) if given else None
+            callback = CompressionCallback(optimizer or RANK_2)
+            Trainer(
+                model,
+                args,
+                train_dataset=Sentences(),
+                optimizers=(optimizer, None),
+                callbacks=[callback],
+            ).train()
+            steps.append(callback.compressing.reducer.step)  # type: ignore[union-attr]
+    assert other.config
+    return steps
