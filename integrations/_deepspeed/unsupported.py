@@ -61,6 +61,12 @@ def of_settings(config: Any, model: Any) -> Iterator[Refusal]:
             " gradients"
         )
         yield "zero_optimization.contiguous_gradients", False, why, _TRUE
+    if sharded_gradients and not setting("zero_config.ignore_unused_parameters", True):
+        why = (
+            "a parameter without a gradient on one rank gets the mean of the others, so DeepSpeed"
+            " would not find it unused and stop"
+        )
+        yield "zero_optimization.ignore_unused_parameters", False, why, _TRUE
     if sharded_gradients and bf16 and not setting("bfloat16_config.check_grad_overflow", True):
         why = "a step that some worker vetoed for NaN would be applied"
         yield "bf16.check_grad_overflow", False, why, _TRUE

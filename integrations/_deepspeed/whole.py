@@ -40,8 +40,12 @@ class PlainGradients(GradientStore):
 
     def hand_over(self, gradients: Gradients) -> None:
         for p, gradient in zip(self.parameters, gradients, strict=True):
-            # Zero, as with DeepSpeed: the step counts for a parameter without one, too.
-            p.grad = torch.zeros_like(p) if gradient is None else gradient
+            if gradient is not None:
+                p.grad = gradient
+            elif p.requires_grad:
+                # Zero, as with DeepSpeed: the step counts for a parameter without one,
+                # too; but not for one that was frozen, which stands still.
+                p.grad = torch.zeros_like(p)
 
     @contextlib.contextmanager
     def step(self, applied: bool) -> Iterator[None]:

@@ -260,6 +260,34 @@ def test_nan_on_one_rank_skips_the_step_everywhere_and_leaves_no_trace(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_skipped_steps_are_told_and_end_the_run_on_all_ranks(look: Look, stage: int) -> None:
+    for rank, found in enumerate(look(f"stuck {stage}")):
+        whose = "on rank 1 the gradient of " if rank == 1 else "a gradient (with the error memory)"
+        for count, lines in ((1, found["one"]), (3, found["said"])):
+            assert len(lines) == count
+            for k, line in enumerate(lines, start=1):
+                assert f"is skipped on all workers ({k} in a row): {whose}" in line
+        # the third in a row
+        assert found["at"] == 6
+        assert found["ended"].startswith("LowRankCommError: ")
+        assert "3 times in a row (max_vetoes): on rank 1 the gradient of " in found["ended"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_layer_that_is_frozen_in_mid_run_moves_as_without_the_section(
+    look: Look, stage: int
+) -> None:
+    for found in look(f"frozen midway {stage}"):
+        if stage == 0:
+            assert found["without"]["first.weight"] == found["with"]["first.weight"] == 0.0
+        else:
+            # DeepSpeed itself lets AdamW go on with its moments
+            assert found["with"]["first.weight"] < 1.1 * found["without"]["first.weight"] + 1e-6
+        assert found["error memory"] == 0.0
+        assert found["with"]["last.weight"] > 1e-3
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_an_overflow_that_only_deepspeed_finds_rolls_the_pass_back(look: Look, stage: int) -> None:
     for found in look(f"late overflow {stage}"):
         expected = {
@@ -469,6 +497,10 @@ REFUSED = {
     "super_offload": ["zero_optimization.offload_optimizer.super_offload=True"],
     "deepcompile": ["compile.deepcompile=True"],
     "contiguous_gradients": ["zero_optimization.contiguous_gradients=False", "Set it to true"],
+    "ignore_unused_parameters": [
+        "zero_optimization.ignore_unused_parameters=False",
+        "Set it to true",
+    ],
     "check_grad_overflow": ["bf16.check_grad_overflow=False", "Set it to true"],
     "compute_grad_norm": ["zero_optimization.compute_grad_norm=False", "Set it to true"],
     "gradient_allreduce_op": ["gradient_allreduce_op='sum'", "mean"],

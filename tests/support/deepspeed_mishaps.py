@@ -114,6 +114,50 @@ def dropped_pass(
         return {"changed": changed, "parameters": gap(weights, parameters(engine))}
 
 
+def frozen_midway(rank: int, stage: int) -> dict[str, Any]:
+    """A layer that is frozen after three steps: how far it moves in three more, without
+    the section and with it, and whether the error memory of it does.
+    """
+    moved, kept = [], 0.0
+    for section in (None, RESTARTS):
+        with engines(engine_of(config(stage, section=section))) as engine:
+            train(engine, range(3), rank)
+            engine.module.first.requires_grad_(False)
+            before = parameters(engine)
+            memory = state(adapter_of(engine))["errors"] if section else {}
+            train(engine, range(3, 6), rank)
+            after = parameters(engine)
+            moved.append(
+                {part: gap(before[part], after[part]) for part in ("first.weight", "last.weight")}
+            )
+            if section:
+                now = state(adapter_of(engine))["errors"]
+                kept = gap(memory["first.weight"], now["first.weight"])
+    return {"without": moved[0], "with": moved[1], "error memory": kept}
+
+
+def stuck(rank: int, stage: int) -> dict[str, Any]:
+    """A run whose gradient is never finite on rank 1: what is told of each step, and
+    how it ends.
+    """
+    settings = config(stage, section=RANK_2 | {"max_vetoes": 3})
+    with engines(engine_of(settings, "sgd")) as engine, warnings_of_the_library() as log:
+        # one by the way, which counts no further
+        train(engine, range(4), rank, nan_at=2, nan_on=1)
+        one = log.getvalue()
+        try:
+            for step in range(4, 12):
+                train(engine, range(step, step + 1), rank, nan_at=step, nan_on=1)
+        except RuntimeError as error:
+            return {
+                "one": one.splitlines(),
+                "said": log.getvalue().splitlines()[1:],
+                "ended": f"{type(error).__name__}: {error}",
+                "at": step,
+            }
+    return {}
+
+
 def dropped_micro_steps(rank: int, stage: int) -> dict[str, Any]:
     """zero_grad between micro-steps: what is there is dropped, and that is said."""
     with (

@@ -113,6 +113,7 @@ def refusals(rank: int) -> dict[str, str]:
         "super_offload": {"stage": 3, "zero": {"offload_optimizer": offload}},
         "deepcompile": {"stage": 3, "compile": {"deepcompile": True}},
         "contiguous_gradients": {"stage": 2, "zero": {"contiguous_gradients": False}},
+        "ignore_unused_parameters": {"stage": 2, "zero": {"ignore_unused_parameters": False}},
         "check_grad_overflow": {
             "stage": 1,
             "bf16": {"enabled": True, "check_grad_overflow": False},
@@ -292,6 +293,8 @@ def cases(folder: str) -> dict[str, Case]:
     for stage in range(4):
         for whose in ("engine", "optimizer"):
             add(f"dropped pass {stage} {whose}", mishaps.dropped_pass, stage, whose)
+        add(f"frozen midway {stage}", mishaps.frozen_midway, stage)
+        add(f"stuck {stage}", mishaps.stuck, stage)
         add(f"dropped micro-steps {stage}", mishaps.dropped_micro_steps, stage)
         add(
             f"zero_grad after own boundaries {stage}", mishaps.zero_grad_after_own_boundaries, stage
