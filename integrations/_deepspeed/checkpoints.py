@@ -1,8 +1,9 @@
 """The reducer's state in the checkpoints of a DeepSpeed engine.
 
 The state is a file of its own in the checkpoint's folder, `<save_dir>/<tag>/`. Each
-save has a name of its own, which goes into DeepSpeed's client_state too, so that a file
-which another run has left in the folder is not taken for this one's.
+save has a name of its own, which is part of the file's name and goes into DeepSpeed's
+client_state: so a file which another run has left in the folder is not taken for this
+one's, and a second save under one tag leaves the first one's file until the third.
 """
 
 from __future__ import annotations
@@ -84,14 +85,14 @@ def restore(reducer: Reducer, everyone: Group, path: Path, name: str | None) -> 
     """
     folder = path if path.is_dir() else path.parent
     check_same({f"client_state[{SECTION!r}] of the checkpoint": name}, everyone, reducer.device)
-    file = folder / checkpoint.FILE_NAME
+    files = checkpoint.files_in(folder)
     if name is not None:
         # ds_to_universal writes `<tag>_universal`, and leaves our file in `<tag>`
         original = folder.with_name(folder.name.removesuffix("_universal"))
-        checkpoint.load(reducer, folder if file.is_file() else original, name)
+        checkpoint.load(reducer, folder if files else original, name)
         return
-    if file.is_file():
-        _log.warning("%s was left there by another run, and is ignored", file)
+    if files:
+        _log.warning("%s was left there by another run, and is ignored", files[0])
     memory = reducer.assignment.error_feedback.memory
     _log.warning("%s was saved without compression: the %s starts from zero", folder, memory)
     reducer.reset()

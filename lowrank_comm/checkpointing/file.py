@@ -17,47 +17,89 @@ What is saved:
           the same size only, and refused elsewhere: loading rank 0's error on all
           ranks, as is common, would silently lose the errors of all others.
 
+- a checksum over names, dtypes, shapes, bytes, and all the rest of the file.
+
 `save` consolidates first (a collective that makes every worker's error the mean), then
-rank 0 writes the file beside its final name and renames it, so that a killed job leaves
-no half file. It returns a name for this save, to be kept with the rest of the
-checkpoint; by it `load` recognises a file that another run has left in the same folder.
+rank 0 writes the file under another name, brings it to the disk and renames it, so that
+a killed job leaves no half file. It returns a name for this save, to be kept with the
+rest of the checkpoint. The name is part of the file's name: each save has a file of its
+own, and `load` with the name finds the one that belongs to the rest, whichever others
+lie beside it. A save removes those of its predecessors that nobody can need: the one
+before it stays, since the caller may be killed before the rest of the new checkpoint is
+there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_comm.checkpointing.tag import Tag, check_format, tag_of
+from lowrank_comm.checkpointing import durable
+from lowrank_comm.checkpointing.tag import Tag, read_tag, tag_of
 from lowrank_comm.checkpointing.tensors import _log, check_fits, restore, whole_tensors_of
-from lowrank_comm.errors import StateMismatchError
+from lowrank_comm.errors import LowRankCommError, StateMismatchError
 from lowrank_comm.reduction.reducer import Reducer
 
 FILE_NAME = "lowrank_comm.safetensors"
+"""The file of a version without checksums; one file a folder, whatever the save."""
+
+# of files with a checksum
+_FORMAT = "2"
+_UNFINISHED = "lowrank_comm.unfinished"
+_ELSEWHERE = "restore it, or resume from another checkpoint."
+
+
+def file_of(folder: str | os.PathLike[str], name: str) -> Path:
+    """Return the file that the save of this name writes.
+
+    Raises:
+        StateMismatchError: no save has such a name.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\0][^/\\\0]*", name):
+        raise StateMismatchError(
+            f"name={name!r:.80} is not one that lowrank_comm.checkpoint.save returns; give load()"
+            " what save() returned, or None for the newest."
+        )
+    return Path(folder) / f"lowrank_comm-{name}.safetensors"
+
+
+def files_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return all files in a folder that `save` has written, earlier versions' too."""
+    return sorted([*Path(folder).glob("lowrank_comm-*.safetensors"), *_plain(folder)])
+
+
+def _plain(folder: str | os.PathLike[str]) -> list[Path]:
+    path = Path(folder) / FILE_NAME
+    return [path] if path.is_file() else []
 
 
 def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
     """Write the state of all workers as one file; a collective, between steps. When it
-    returns, the file is there.
+    returns, the file is there, and on the disk.
 
     Args:
         reducer: the run's; its error memory is consolidated.
-        folder: the file is `<folder>/lowrank_comm.safetensors`, in a file system that
-            all workers share.
+        folder: the file is `<folder>/lowrank_comm-<name>.safetensors`, in a file system
+            that all workers share. The file of the save before stays until the next.
 
     Returns:
-        A name for this very save, also written into the file, the same on all workers.
+        The name of this very save, the same on all workers. Keep it with the rest of
+        the checkpoint, and give it to `load`.
 
     Raises:
-        StateMismatchError: on every worker, if rank 0 could not write.
+        StateMismatchError: on every worker, if rank 0 could not write, or the state of
+            some worker is not finite.
     """
     reducer.consolidate_error_memory()
     tensors = (
@@ -65,43 +107,93 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
         if reducer.workers.intra_node.size > 1 or reducer.workers.is_writer
         else {}
     )
-    mine = {"name": uuid.uuid4().hex, "error": ""}
+    state, path = reducer.state, Path()
+    mine = {"name": f"{reducer.step}-{uuid.uuid4().hex[:16]}", "lineage": "", "error": ""}
     if reducer.workers.is_writer:
+        mine["lineage"] = state.lineage or uuid.uuid4().hex
         try:
-            _write(reducer, tensors, Path(folder) / FILE_NAME, mine["name"])
-        except (OSError, SafetensorError) as error:
-            # the others wait to be told
-            mine["error"] = str(error)
+            path = file_of(folder, mine["name"])
+            _write(reducer, tensors, path, mine["name"], mine["lineage"])
+        # the others wait to be told
+        except Exception as error:
+            mine["error"] = str(error) or type(error).__name__
     of_rank_0 = _tell(reducer, mine)[0]
     if of_rank_0["error"]:
         raise StateMismatchError(
             f"the compressor's state could not be saved: {of_rank_0['error']}."
         )
+    state.lineage = of_rank_0["lineage"]
+    if reducer.workers.is_writer:
+        _remove_predecessors(reducer, path)
     return of_rank_0["name"]
 
 
 def _write(
-    reducer: Reducer, tensors: Mapping[str, Mapping[str, Tensor]], path: Path, name: str
+    reducer: Reducer,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    path: Path,
+    name: str,
+    lineage: str,
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(path.parent)
     flat = {
         f"{symbol}/{parameter}": tensor.clone().contiguous()
         for parameter, parts in tensors.items()
         for symbol, tensor in parts.items()
     }
-    tag = json.dumps(asdict(tag_of(reducer)))
     # for a reader of the file
     settings = {key: value for key, value in reducer.describe().items() if key != "parameters"}
-    unfinished = path.with_suffix(".unfinished")
-    save_file(
-        flat, unfinished, metadata={"tag": tag, "name": name, "settings": json.dumps(settings)}
-    )
-    unfinished.replace(path)
+    metadata = {
+        "format": _FORMAT,
+        "tag": json.dumps(asdict(tag_of(reducer))),
+        "name": name,
+        "lineage": lineage,
+        "written": str(time.time_ns()),
+        "settings": json.dumps(settings),
+    }
+    metadata["checksum"] = durable.checksum(flat, metadata)
+    unfinished = path.with_name(_UNFINISHED)
+    with durable.removed_on_failure(unfinished):
+        mode = durable.mode_of_a_new_file(unfinished)
+        save_file(flat, unfinished, metadata=metadata)
+        unfinished.chmod(mode)
+        durable.put_in_place(unfinished, path)
+
+
+def _remove_predecessors(reducer: Reducer, path: Path) -> None:
+    """Remove the files of this run's earlier saves, but the last one: what the caller
+    keeps may still name that.
+    """
+    state, path = reducer.state, path.resolve()
+    before, state.files[path.parent] = state.files.get(path.parent), path
+    if before is None:
+        return
+    for other in map(Path.resolve, files_in(path.parent)):
+        if other not in (before, path) and _metadata(other).get("lineage") == state.lineage:
+            with contextlib.suppress(OSError):
+                other.unlink()
 
 
 def _tell(reducer: Reducer, mine: dict[str, str]) -> list[dict[str, str]]:
     """Gather `mine` of every rank, in rank order; a collective."""
     return [json.loads(words) for words in reducer.workers.all_gather_text(json.dumps(mine))]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds.
+
+    Attributes:
+        path: of the file.
+        tag: what the state is.
+        tensors: parameter name -> {"error": ..., "Q": ...}.
+        metadata: all text of the file.
+    """
+
+    path: Path
+    tag: Tag
+    tensors: dict[str, dict[str, Tensor]]
+    metadata: dict[str, str]
 
 
 def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = None) -> bool:
@@ -110,25 +202,30 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
     Args:
         reducer: of the resumed run.
         folder: where the file is.
-        name: what `save` returned, if the caller knows: any other file is refused.
+        name: what `save` returned for this checkpoint. None takes the newest complete
+            file, and says which: it may be of another save than the rest of what the
+            caller loads.
 
     Returns:
         False, after a warning, where there is no file: all then starts from zero.
 
     Raises:
-        StateMismatchError: on every worker, if the file does not fit this run, cannot
-            be read, is another one than `name` says, or is there on some workers only.
+        StateMismatchError: on every worker, if the file does not fit this run, is
+            damaged, belongs to another save than `name` says, or is there on some
+            workers only; then nothing is changed.
     """
-    path = Path(folder) / FILE_NAME
-    found: tuple[Tag, dict[str, dict[str, Tensor]]] | None = None
+    found: Saved | None = None
     mine = {"found": "missing", "error": ""}
     try:
-        if path.is_file():
-            found = _read(path, name)
-            check_fits(reducer, *found)
-            mine["found"] = f"of step {found[0].step}"
-    except StateMismatchError as error:
+        found = _newest(folder, reducer.workers.is_writer) if name is None else _named(folder, name)
+        if found is not None:
+            check_fits(reducer, found.tag, found.tensors)
+            mine["found"] = f"of step {found.tag.step} ({found.path.name})"
+    except LowRankCommError as error:
         mine["error"] = str(error)
+    # the others wait to be told
+    except Exception as error:
+        mine["error"] = f"{folder} cannot be read ({type(error).__name__}: {error}); {_ELSEWHERE}"
     told = _tell(reducer, mine)
     for rank, one in enumerate(told):
         if one["error"]:
@@ -137,48 +234,132 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
             )
     if len({one["found"] for one in told}) > 1:
         seen = ", ".join(f"{one['found']} on rank {rank}" for rank, one in enumerate(told))
-        raise StateMismatchError(f"{path} is {seen}; all workers must see the same files.")
+        raise StateMismatchError(
+            f"the compressor's file in {folder} is {seen}; all workers must see the same files."
+        )
     if found is None:
         memory = reducer.assignment.error_feedback.memory
         if name is not None:
             raise StateMismatchError(
-                f"{path} is missing, and with it the {memory} that this checkpoint was saved with."
-                " Copy it from the checkpoint's original folder, or load without the optimizer's"
-                " state."
+                f"{file_of(folder, name)} is missing, and with it the {memory} that this checkpoint"
+                " was saved with. Copy it from the checkpoint's original folder, or load without"
+                " the optimizer's state."
             )
         _log.warning(
-            "%s is missing: the checkpoint was saved without compression; the %s starts from zero",
-            path,
+            "%s has no file of lowrank_comm: the checkpoint was saved without compression; the %s"
+            " starts from zero",
+            folder,
             memory,
         )
         reducer.reset()
         return False
-    restore(reducer, *found)
+    restore(reducer, found.tag, found.tensors)
+    reducer.state.lineage = found.metadata.get("lineage", "")
+    reducer.state.files[found.path.parent.resolve()] = found.path.resolve()
     return True
 
 
-def _read(path: Path, name: str | None) -> tuple[Tag, dict[str, dict[str, Tensor]]]:
-    tensors: dict[str, dict[str, Tensor]] = {}
+def _named(folder: str | os.PathLike[str], name: str) -> Saved | None:
+    """Return what the file of a save holds; None where there is no file at all."""
+    path = file_of(folder, name)
+    # that of an earlier version has its name inside only
+    for file in (path, *_plain(folder)):
+        if file.is_file() and (file == path or _metadata(file).get("name") == name):
+            found = read(file)
+            if found.metadata.get("name") == name:
+                return found
+    others = files_in(folder)
+    if others:
+        raise StateMismatchError(
+            f"{others[0]} does not belong to this checkpoint: it was left there by another save,"
+            f" and {path.name} is missing. Restore the right one, or resume from another"
+            " checkpoint."
+        )
+    return None
+
+
+def _newest(folder: str | os.PathLike[str], says: bool) -> Saved | None:
+    """Return what the newest complete file of a folder holds; None where there is no
+    file.
+    """
+    files = sorted(files_in(folder), key=_written, reverse=True)
+    damaged: list[str] = []
+    for file in files:
+        try:
+            found = read(file)
+        except StateMismatchError as error:
+            damaged.append(str(error))
+            continue
+        for text in damaged if says else ():
+            _log.warning("passed over: %s", text)
+        if says and (len(files) > 1 or damaged):
+            _log.warning(
+                "%s of step %d is the newest complete file in %s, and is loaded; give load() the"
+                " name that save() returned, to be sure that it belongs to the rest",
+                file.name,
+                found.tag.step,
+                folder,
+            )
+        elif says:
+            _log.info("%s of step %d is loaded", file, found.tag.step)
+        return found
+    if damaged:
+        raise StateMismatchError(damaged[0])
+    return None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Return the text in a file; {} where it cannot be read."""
+    with contextlib.suppress(SafetensorError, OSError, ValueError):  # noqa: SIM117
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}
+    return {}
+
+
+def _written(path: Path) -> int:
+    """Return when a file was written, in nanoseconds: copying it changes nothing."""
+    text = _metadata(path).get("written", "")
+    return int(text) if text.isdecimal() and len(text) < 20 else path.stat().st_mtime_ns
+
+
+def read(path: Path) -> Saved:
+    """Read a file, and check that it is as it was written.
+
+    Raises:
+        StateMismatchError: it is not, or is no file of `save`.
+    """
+    flat: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                symbol, parameter = key.split("/", 1)
-                tensors.setdefault(parameter, {})[symbol] = file.get_tensor(key)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StateMismatchError(
-            f"{path} cannot be read ({error}); restore it, or resume from another checkpoint."
-        ) from None
+                flat[key] = file.get_tensor(key)
+    # a damaged header leads to many kinds of them
+    except Exception as error:
+        raise StateMismatchError(f"{path} cannot be read ({error}); {_ELSEWHERE}") from None
     if "tag" not in metadata:
         raise StateMismatchError(
-            f"{path} was not written by lowrank_comm.checkpointing.file.save; remove it or"
-            " restore it."
+            f"{path} was not written by lowrank_comm.checkpoint.save; remove it or restore it."
         )
-    if name is not None and metadata.get("name") != name:
+    tag = read_tag(_entries(metadata["tag"]), str(path))
+    if path.name == FILE_NAME and "format" not in metadata:
+        _log.warning("%s was written by an earlier version, without a checksum", path)
+    elif metadata.get("checksum") != durable.checksum(flat, metadata):
         raise StateMismatchError(
-            f"{path} does not belong to this checkpoint: it was left there by another save. Restore"
-            " the right one, or resume from another checkpoint."
+            f"{path} is damaged: its checksum is not that of its content; {_ELSEWHERE}"
         )
-    entries = json.loads(metadata["tag"])
-    check_format(entries.get("format"), str(path))
-    return Tag(**entries), tensors
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        symbol, slash, parameter = key.partition("/")
+        if not slash:
+            raise StateMismatchError(f"{path} is damaged: it has a tensor {key!r}; {_ELSEWHERE}")
+        tensors.setdefault(parameter, {})[symbol] = tensor
+    return Saved(path, tag, tensors, metadata)
+
+
+def _entries(text: str) -> object:
+    """Return what a tag's JSON holds; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

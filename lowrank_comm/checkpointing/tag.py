@@ -4,10 +4,14 @@ format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, Strict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from lowrank_comm.errors import StateMismatchError
+from lowrank_comm.options import Seed
 from lowrank_comm.reduction.reducer import Reducer
 
 FORMAT = 1
@@ -15,6 +19,10 @@ FORMAT = 1
 
 # as a rank: a state of one rank that no rank may take for its own
 NOBODY = -1
+
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+# JSON has lists in the place of tuples
+_History = Annotated[tuple[_Count, _Count, bool], Strict(False)]
 
 
 def check_format(found: object, what: str) -> None:
@@ -25,9 +33,9 @@ def check_format(found: object, what: str) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="ignore"))
 class Tag:
-    """What a saved state is.
+    """What a saved state is. Fields that a later version adds are left out.
 
     Attributes:
         kind: "mean" or "own", see `checkpointing.file`.
@@ -39,13 +47,13 @@ class Tag:
             what older versions saved, and then nothing is deferred.
     """
 
-    kind: str
-    rank: int
-    world: int
-    step: int
-    seed: int
+    kind: Literal["own", "mean"]
+    rank: Annotated[int, Field(ge=NOBODY, lt=2**62)]
+    world: Annotated[int, Field(ge=1, lt=2**62)]
+    step: _Count
+    seed: Seed
     format: int = FORMAT
-    unsteady: Mapping[str, tuple[int, int, bool]] = field(default_factory=dict)
+    unsteady: dict[str, _History] = field(default_factory=dict)
 
     @property
     def whose(self) -> str:
@@ -69,6 +77,34 @@ class Tag:
                 " Call optimizer.consolidate_error_memory() on all ranks before state_dict(), then"
                 " it fits any worker."
             )
+
+
+def read_tag(entries: Any, what: str) -> Tag:
+    """Parse a saved tag.
+
+    Args:
+        entries: the fields by name, as they were saved.
+        what: was saved, for messages: a file, or "the state dict".
+
+    Raises:
+        StateMismatchError: a field is missing or has a value that no tag has, or the
+            format is another one.
+    """
+    if not isinstance(entries, dict):
+        raise StateMismatchError(f"{what} is damaged: its tag is {entries!r:.80}; {_WAY_OUT}")
+    check_format(entries.get("format"), what)
+    try:
+        return Tag(**{str(key): value for key, value in entries.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        found = "no" if first["type"] == "missing" else f"{first['input']!r:.80} as"
+        raise StateMismatchError(
+            f"{what} is damaged: its tag has {found} {key} ({first['msg']}); {_WAY_OUT}"
+        ) from None
+
+
+_WAY_OUT = "restore it, or resume from another checkpoint."
 
 
 def tag_of(reducer: Reducer) -> Tag:

@@ -174,13 +174,16 @@ def check_fits(
         What this rank holds of these tensors.
 
     Raises:
-        StateMismatchError: the state belongs to another worker, or error memory would
-            be lost: a saved parameter is not compressed now, or has another shape.
+        StateMismatchError: the state belongs to another worker, is not finite, or error
+            memory would be lost: a saved parameter is not compressed now, or has
+            another shape.
     """
     tag.check_usable_by(reducer)
     known, own = tensors_of(reducer), _cut_to(reducer, tensors)
     for name, saved in own.items():
         here = known.get(name, {})
+        for symbol, tensor in saved.items():
+            _check_numbers(name, symbol, tensor, here.get(symbol))
         if "error" in saved and "error" not in here and bool(saved["error"].float().any()):
             raise StateMismatchError(
                 f"{name!r} has a saved error memory but is not a compressed parameter of this run"
@@ -190,13 +193,37 @@ def check_fits(
                 " 'lowrank_comm' and the entries 'lowrank_comm_...')."
             )
         for symbol in saved.keys() & here.keys() & set(_in_memory(reducer, name)):
-            if saved[symbol].numel() != here[symbol].numel():
-                what = "error memory" if symbol == "error" else symbol
+            if saved[symbol].shape != here[symbol].shape:
                 raise StateMismatchError(
-                    f"{name!r}: the saved {what} is {tuple(saved[symbol].shape)}, the parameter "
-                    f"{tuple(here[symbol].shape)}; resume with the same model."
+                    f"{name!r}: the saved {_called(symbol)} is {tuple(saved[symbol].shape)}, the"
+                    f" parameter {tuple(here[symbol].shape)}; resume with the same model."
                 )
     return own
+
+
+def _called(symbol: str) -> str:
+    return "error memory" if symbol == "error" else symbol
+
+
+def _check_numbers(name: str, symbol: str, saved: Tensor, here: Tensor | None) -> None:
+    """Refuse a saved tensor with a number that is not finite, or of a dtype that cannot
+    have been saved.
+    """
+    if not isinstance(saved, Tensor) or (
+        here is not None and saved.is_floating_point() != here.is_floating_point()
+    ):
+        kind = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
+        raise StateMismatchError(
+            f"{name!r}: the saved {_called(symbol)} is damaged: it is of {kind}; resume from"
+            " another checkpoint."
+        )
+    if saved.is_floating_point() and not bool(torch.isfinite(saved).all()):
+        raise StateMismatchError(
+            f"{name!r}: the saved {_called(symbol)} is not finite, and every step after it would be"
+            " skipped; resume from an earlier checkpoint, or take the compressor's state out of"
+            " this one (in a state dict the key 'lowrank_comm' and the entries"
+            " 'lowrank_comm_...')."
+        )
 
 
 def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -211,6 +238,12 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     """
     unsaved = {slot.name for slot in reducer.slots} - tensors.keys()
     known, tensors = tensors_of(reducer), check_fits(reducer, tag, tensors)
+    narrowed = sorted(
+        f"{name} ({saved['error'].dtype}, here {known[name]['error'].dtype})"
+        for name, saved in tensors.items()
+        if {"error"} <= saved.keys() & known.get(name, {}).keys()
+        and saved["error"].dtype != known[name]["error"].dtype
+    )
     empty = sorted(name for name, parts in known.items() if parts and name not in tensors)
     # and no others: the saved tensors may be this reducer's own, as in
     # load_state_dict(state_dict())
@@ -236,6 +269,13 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
             reducer.state.reset([name])
         reducer.state.set_state(name, fits.pop("error", None), fits)
     words = reducer.assignment.error_feedback.memory
+    if narrowed:
+        _log.warning(
+            "the saved %s of %d parameters has another dtype, and is converted (first: %s)",
+            words,
+            len(narrowed),
+            narrowed[0],
+        )
     if unused:
         _log.warning("the saved run had another scheme: its %s is not used here", ", ".join(unused))
     if empty:

@@ -51,7 +51,7 @@ from lowrank_comm.communication.flat_buffers import wire_dtype_called
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.error_feedback.options import ErrorFeedback
-from lowrank_comm.errors import ConfigError, LowRankCommError
+from lowrank_comm.errors import ConfigError, LowRankCommError, StateMismatchError
 from lowrank_comm.numerics.linalg import full_precision, unsound
 from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.options import Seed, check
@@ -362,9 +362,21 @@ class Reducer:
         (to round-off), and what any worker then saves is right for every worker at any
         world size. While a pass is pending this is about the state before it, which the
         pass does not read any more.
+
+        Raises:
+            StateMismatchError: on every worker, if some worker's error memory or basis
+                is not finite; then nothing is changed.
         """
         self.state.last_report()
         self.ensure_agreed()
+        for rank, found in enumerate(self.workers.all_gather_text(self.state.not_finite())):
+            if found:
+                raise StateMismatchError(
+                    f"{found} on rank {rank}: a checkpoint would carry it on, and every step after"
+                    " it would be skipped. Resume from an earlier checkpoint, or call"
+                    " optimizer.reducer.reset() on all ranks, which starts the"
+                    f" {self.assignment.error_feedback.memory} and the bases anew."
+                )
         if self.workers.group.size > 1:
             self.state.average_errors(self._mean)
         self.state.mark_consolidated()

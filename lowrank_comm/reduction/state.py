@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +85,9 @@ class CompressionState:
             also when the process group is gone by now; None before the first.
         whole: the tensors of whole parameters, if they were gathered at the last
             consolidation; right as long as `consolidated` is.
+        lineage: what the files of this run's saves, and of those that it resumed from,
+            have in common; "" before the first of them.
+        files: folder -> the file in it that this run has saved or loaded last.
 
     Raises:
         ConfigError: an initial basis does not fit.
@@ -123,6 +127,7 @@ class CompressionState:
         self.whole: dict[str, dict[str, Tensor]] | None = None
         self._consolidated_at: int | None = None
         self.worker: tuple[int, int] | None = None
+        self.lineage, self.files = "", dict[Path, Path]()
 
     def _cut(self, bucket_bytes: int | None) -> list[list[int]]:
         """Cut the slots into buckets, each of which may start when its last gradient is
@@ -316,6 +321,7 @@ class CompressionState:
             self.set_state(name, memory.get(name), state)
         old.last_report()
         self.worker, self.last_pass = old.worker, old.last_pass
+        self.lineage, self.files = old.lineage, old.files
         if old.consolidated:
             self.mark_consolidated()
 
@@ -324,6 +330,23 @@ class CompressionState:
         and must be made before the error memory is changed by anything but a step.
         """
         return self.last_pass.report(self.batches) if self.last_pass else None
+
+    def not_finite(self) -> str:
+        """Return which parameter's error memory or basis is not finite on this rank, or
+        too large for a sum over the workers, as the start of a sentence; "" if all are.
+        """
+        for batch in self.batches:
+            limit = torch.finfo(batch.dtype).max / self._workers.group.size
+            kept = {"error": batch.memory.tensor} if batch.memory.kept else {}
+            for symbol, tensor in (kept | batch.state).items():
+                if not tensor.is_floating_point() or tensor.numel() == 0:
+                    continue
+                sizes = torch.linalg.vector_norm(tensor.flatten(1), ord=float("inf"), dim=1)
+                for name, size in zip(batch.names, sizes.tolist(), strict=True):
+                    if not size <= limit:
+                        what = "error memory" if symbol == "error" else symbol
+                        return f"the {what} of parameter {name!r} has the number {size}"
+        return ""
 
     def average_errors(self, mean: Callable[[Tensor], Tensor]) -> None:
         """Replace this worker's errors, and what else of the state is its own, by the

@@ -5,6 +5,7 @@ all workers together.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file as plain_save
 
 from lowrank_comm import PowerSGD, StateMismatchError
 from lowrank_comm.checkpointing import file as library_checkpoint
+from lowrank_comm.checkpointing.durable import checksum
 from lowrank_comm.compressors.base import Compressor
 from tests.support.checkpointed import (
     FIRST,
@@ -35,9 +37,10 @@ from tests.support.gloo import GlooPool
 def save_file(rank: int, compressor: Compressor, folder: str) -> dict[str, Any]:
     trainer = Trainer(compressor)
     trainer.train(0, FIRST, rank)
-    library_checkpoint.save(trainer.optimizer.reducer, folder)
+    name = library_checkpoint.save(trainer.optimizer.reducer, folder)
     torch.distributed.barrier()
     return {
+        "name": name,
         "weights": saved(trainer.model.state_dict()),
         "base": saved(trainer.optimizer.base.state_dict()),
         "seen": trainer.train(FIRST, MORE, rank, common=True),
@@ -60,8 +63,9 @@ def test_the_file_resumes_at_any_world_size(
 ) -> None:
     first = gloo.run(save_file, 2, compressor, str(tmp_path))
     # one file, nothing half-written beside it
-    assert [path.name for path in tmp_path.iterdir()] == ["lowrank_comm.safetensors"]
-    with safe_open(tmp_path / "lowrank_comm.safetensors", framework="pt") as file:
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"lowrank_comm-{first[0]['name']}.safetensors"
+    with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == {
             f"{symbol}/{name}" for symbol in ("error", "Q") for name in ("0.weight", "1.weight")
         }
@@ -98,7 +102,7 @@ def broken_files(rank: int, folder: str, what: str) -> str:
     mine = Path(folder) / (f"rank_{rank}" if what == "missing on one" else "all")
     name = library_checkpoint.save(trainer.optimizer.reducer, mine)
     torch.distributed.barrier()
-    file = mine / "lowrank_comm.safetensors"
+    file = library_checkpoint.file_of(mine, name)
     if rank == 0:
         # save() has returned on all ranks, so all find it
         assert file.is_file()
@@ -107,6 +111,10 @@ def broken_files(rank: int, folder: str, what: str) -> str:
         if what == "a later format":
             tensors = read_safetensors(file)
             plain_save(tensors, file, metadata={"tag": '{"format": 99, "new": 1}', "name": name})
+        if what == "one flipped bit":
+            data = bytearray(file.read_bytes())
+            data[-3] ^= 1
+            file.write_bytes(data)
     torch.distributed.barrier()
     before = everything(trainer)
     try:
@@ -122,10 +130,11 @@ def broken_files(rank: int, folder: str, what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("truncated", ["cannot be read", "lowrank_comm.safetensors"]),
+        ("truncated", ["cannot be read", "lowrank_comm-2-"]),
+        ("one flipped bit", ["lowrank_comm-2-", "damaged: its checksum"]),
         ("a later format", ["format 99", "update"]),
         ("left by another save", ["does not belong to this checkpoint"]),
-        ("missing on one", ["of step 2 on rank 0, missing on rank 1"]),
+        ("missing on one", ["of step 2 (lowrank_comm-2-", "on rank 0, missing on rank 1"]),
     ],
 )
 def test_a_file_that_one_worker_cannot_use_is_refused_by_all(
@@ -174,3 +183,166 @@ def test_a_save_that_fails_on_rank_0_is_told_by_all(
 def test_the_file_that_a_checkpoint_was_saved_with_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(StateMismatchError, match="missing, and with it the error memory"):
         library_checkpoint.load(Trainer(PowerSGD(2)).optimizer.reducer, tmp_path, "a name")
+
+
+# --- saves that follow each other ---
+
+
+def trained(steps: int) -> Trainer:
+    trainer = Trainer(PowerSGD(2))
+    trainer.train(0, steps, 0)
+    return trainer
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name.removeprefix("lowrank_comm-")[:-12] for path in folder.iterdir()}
+
+
+def test_the_save_before_stays_until_the_next(tmp_path: Path) -> None:
+    """What the caller keeps beside may still name it, if the caller is killed now."""
+    trainer, names = trained(1), []
+    for step in range(1, 5):
+        names.append(library_checkpoint.save(trainer.optimizer.reducer, tmp_path))
+        assert names_in(tmp_path) == set(names[-2:])
+        fresh = Trainer(PowerSGD(2))
+        assert library_checkpoint.load(fresh.optimizer.reducer, tmp_path, names[-2:][0])
+        assert fresh.optimizer.reducer.step == max(step - 1, 1)
+        trainer.train(step, 1, 0)
+
+
+def test_saves_that_died_before_the_rest_was_there_leave_no_heap(tmp_path: Path) -> None:
+    """Each run goes on from the first save, saves, and dies: the file that the caller
+    names stays, and those of the dead runs go once a run has saved twice.
+    """
+    kept = library_checkpoint.save(trained(1).optimizer.reducer, tmp_path)
+    for _ in range(3):
+        run = Trainer(PowerSGD(2))
+        library_checkpoint.load(run.optimizer.reducer, tmp_path, kept)
+        library_checkpoint.save(run.optimizer.reducer, tmp_path)
+        assert kept in names_in(tmp_path)
+        assert len(names_in(tmp_path)) == 2
+
+
+def test_two_optimizers_may_save_into_one_folder(tmp_path: Path) -> None:
+    one, other = trained(1), trained(2)
+    for step in (3, 4, 5):
+        names = [library_checkpoint.save(t.optimizer.reducer, tmp_path) for t in (one, other)]
+        assert set(names) <= names_in(tmp_path)
+        for trainer, name in zip((one, other), names, strict=True):
+            before = everything(trainer)
+            trainer.train(step, 1, 0)
+            assert library_checkpoint.load(trainer.optimizer.reducer, tmp_path, name)
+            assert equal(everything(trainer)["errors"], before["errors"])
+
+
+def test_without_a_name_the_newest_complete_file_is_loaded_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trained(3)
+    names = [library_checkpoint.save(trainer.optimizer.reducer, tmp_path)]
+    trainer.train(3, 2, 0)
+    names.append(library_checkpoint.save(trainer.optimizer.reducer, tmp_path))
+    older, newer = (library_checkpoint.file_of(tmp_path, name) for name in names)
+    # copying a folder gives its files other times
+    os.utime(newer, (1, 1))
+    loaded = Trainer(PowerSGD(2))
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        assert library_checkpoint.load(loaded.optimizer.reducer, tmp_path)
+    assert loaded.optimizer.reducer.step == 5
+    assert f"{newer.name} of step 5 is the newest complete file" in caplog.text
+    newer.write_bytes(newer.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        assert library_checkpoint.load(loaded.optimizer.reducer, tmp_path)
+    assert loaded.optimizer.reducer.step == 3
+    assert f"passed over: {newer} cannot be read" in caplog.text
+    assert f"{older.name} of step 3 is the newest complete file" in caplog.text
+    older.write_bytes(b"")
+    before = everything(loaded)
+    with pytest.raises(StateMismatchError, match="cannot be read"):
+        library_checkpoint.load(loaded.optimizer.reducer, tmp_path)
+    assert equal(everything(loaded), before)
+
+
+@pytest.mark.parametrize("name", ["", "../other", "/etc/passwd", "a/b", 3])
+def test_a_name_that_no_save_has(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(StateMismatchError, match="is not one that lowrank_comm"):
+        library_checkpoint.load(trained(1).optimizer.reducer, tmp_path, name)
+
+
+def test_a_file_that_was_given_another_files_name_is_refused(tmp_path: Path) -> None:
+    trainer = trained(1)
+    one = library_checkpoint.save(trainer.optimizer.reducer, tmp_path)
+    other = library_checkpoint.save(trainer.optimizer.reducer, tmp_path)
+    library_checkpoint.file_of(tmp_path, one).replace(library_checkpoint.file_of(tmp_path, other))
+    with pytest.raises(StateMismatchError, match="does not belong to this checkpoint"):
+        library_checkpoint.load(trainer.optimizer.reducer, tmp_path, other)
+
+
+def test_the_mode_follows_the_umask_and_a_new_folder_is_made(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        name = library_checkpoint.save(trained(1).optimizer.reducer, tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert library_checkpoint.file_of(tmp_path / "a" / "b", name).stat().st_mode & 0o777 == 0o640
+
+
+# --- state that is not finite ---
+
+
+def saves_bad_state(rank: int, folder: str, where: str, value: float) -> tuple[str, bool, int]:
+    trainer = Trainer(PowerSGD(2))
+    trainer.train(0, 2, rank)
+    reducer = trainer.optimizer.reducer
+    if rank == 1 and where == "error":
+        trainer.optimizer.error_memory()["1.weight"].view(-1)[3] = value
+    if rank == 1 and where == "Q":
+        reducer.state.bases_of("1.weight")["Q"].view(-1)[3] = value
+    before, said = everything(trainer), ""
+    try:
+        library_checkpoint.save(reducer, folder)
+    except StateMismatchError as error:
+        said = str(error)
+    unchanged = repr(everything(trainer)) == repr(before)
+    torch.distributed.barrier()
+    return said, unchanged, len(list(Path(folder).iterdir()))
+
+
+@pytest.mark.parametrize("where", ["error", "Q"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1.7e308], ids=str)
+def test_state_that_is_not_finite_is_not_saved(
+    gloo: GlooPool, tmp_path: Path, where: str, value: float
+) -> None:
+    """1.7e308 is finite, and the mean over two workers would not be."""
+    for said, unchanged, files in gloo.run(saves_bad_state, 2, str(tmp_path), where, value):
+        what = "the error memory" if where == "error" else "the Q"
+        assert said.startswith(f"{what} of parameter '1.weight' has the number"), said
+        assert "on rank 1" in said
+        assert unchanged
+        assert files == 0
+
+
+@pytest.mark.parametrize("key", ["error/1.weight", "Q/0.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_state_that_is_not_finite_is_not_loaded(tmp_path: Path, key: str, value: float) -> None:
+    """In a file of an earlier version, and in one whose checksum is right."""
+    trainer = trained(2)
+    name = library_checkpoint.save(trainer.optimizer.reducer, tmp_path)
+    path = library_checkpoint.file_of(tmp_path, name)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = read_safetensors(path)
+    tensors[key].view(-1)[1] = value
+    metadata["checksum"] = checksum(tensors, metadata)
+    plain_save(tensors, path, metadata=metadata)
+    old = tmp_path / "old"
+    old.mkdir()
+    plain_save(
+        tensors, old / "lowrank_comm.safetensors", metadata={"tag": metadata["tag"], "name": "x"}
+    )
+    before = everything(trainer)
+    for folder in (tmp_path, old):
+        with pytest.raises(StateMismatchError, match="is not finite") as caught:
+            library_checkpoint.load(trainer.optimizer.reducer, folder)
+        assert key.split("/")[1] in str(caught.value)
+    assert equal(everything(trainer), before)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from lowrank_comm import checkpoint
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "053bcf5"
 BY_FILE = ["powersgd_plus", "greedylore", "powersgd_ef21"]
@@ -29,11 +33,33 @@ def test_a_state_dict_of_053bcf5_goes_on_to_the_same_parameters(case: str) -> No
     torch.testing.assert_close(found, saved["after"], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["by its name", "without a name"])
 @pytest.mark.parametrize("case", BY_FILE)
-def test_a_safetensors_file_of_053bcf5_goes_on_to_the_same_parameters(case: str) -> None:
+def test_a_safetensors_file_of_053bcf5_goes_on_to_the_same_parameters(
+    case: str, named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     saved = torch.load(FOLDER / f"{case}.pt", weights_only=True)
-    found = writer().resume(case, saved, by_file=True)
-    torch.testing.assert_close(found, saved["after_by_file"], rtol=0, atol=1e-12)
+    wanted = saved["after_by_file"]
+    if not named:
+        saved["name"] = None
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        found = writer().resume(case, saved, by_file=True)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    said = [text for text in caplog.messages if "without a checksum" in text]
+    assert said == [
+        f"{FOLDER / case / 'lowrank_comm.safetensors'} was written by an earlier version, without a"
+        " checksum"
+    ]
+
+
+def test_todays_saves_leave_a_file_of_053bcf5_where_it_is(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "powersgd_plus", tmp_path, dirs_exist_ok=True)
+    written = writer()
+    reducer = written.OPTIMIZERS["powersgd_plus"](written.model()).reducer
+    assert checkpoint.load(reducer, tmp_path)
+    first = checkpoint.save(reducer, tmp_path)
+    assert checkpoint.load(reducer, tmp_path, first)
+    assert (tmp_path / "lowrank_comm.safetensors").is_file()
 
 
 def test_control_a_run_without_the_saved_state_comes_elsewhere() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowrank_comm import PowerSGD, StateMismatchError
+from lowrank_comm.checkpointing.tag import Tag, read_tag
 from lowrank_comm.compressors.base import Compressor
 from tests.support.checkpointed import (
     FIRST,
@@ -30,6 +31,48 @@ def test_the_tag_is_readable() -> None:
     assert {key: tag[key] for key in ("kind", "rank", "world", "step", "seed")} == {
         "kind": "mean", "rank": 0, "world": 1, "step": 3, "seed": 9
     }  # fmt: skip
+
+
+TAG: dict[str, Any] = {"kind": "mean", "rank": 0, "world": 2, "step": 5, "seed": 0, "format": 1}
+
+
+def test_fields_of_a_later_version_are_left_out() -> None:
+    unsteady = {"a": [1, 2, True]}
+    tag = read_tag(TAG | {"unsteady": unsteady, "new": {"key": 1}}, "the file")
+    assert tag == Tag("mean", 0, 2, 5, 0, 1, {"a": (1, 2, True)})
+    # of an earlier version
+    assert read_tag(TAG, "the file").unsteady == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": value} for value in ("7", None, -3, 1.5, float("nan"), True, 2**70)]
+    + [{"unsteady": {"a": value}} for value in ([1, 2], [1, 2, 3, 4], [1, 2.5, True], "abc", None)]
+    + [{"unsteady": []}, {"kind": "theirs"}, {"rank": -2}, {"world": 0}, {"seed": 2**63}],
+    ids=str,
+)
+def test_a_damaged_tag_is_refused_by_key_and_value(change: dict[str, Any]) -> None:
+    with pytest.raises(StateMismatchError, match="the file is damaged: its tag has") as caught:
+        read_tag(TAG | change, "the file")
+    assert next(iter(change)) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["kind", "rank", "world", "step", "seed"])
+def test_a_tag_without_a_field_is_refused(key: str) -> None:
+    with pytest.raises(StateMismatchError, match=f"its tag has no {key}"):
+        read_tag({k: v for k, v in TAG.items() if k != key}, "the file")
+
+
+@pytest.mark.parametrize("entries", [None, "null", [], 3])
+def test_what_is_no_tag_is_refused(entries: Any) -> None:
+    with pytest.raises(StateMismatchError, match="the file is damaged: its tag is"):
+        read_tag(entries, "the file")
+
+
+@pytest.mark.parametrize("layout", [0, 2, "1", None])
+def test_another_format_is_refused(layout: Any) -> None:
+    with pytest.raises(StateMismatchError, match=f"has format {layout}, this version reads 1"):
+        read_tag(TAG | {"format": layout}, "the file")
 
 
 def own_state(rank: int, compressor: Compressor) -> dict[str, Any]:

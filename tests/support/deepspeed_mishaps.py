@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lowrank_comm.checkpointing import file as checkpoint
 from tests.support.deepspeed_toy import (
     FULL_RANK,
     RANK_2,
@@ -322,6 +323,11 @@ def other_runs_checkpoints(rank: int, folder: str, stage: int) -> dict[str, Any]
         engine.save_checkpoint(folder, tag="shared", client_state={"mine": 7})
         engine.save_checkpoint(folder, tag="half_universal")
         saved = state(adapter_of(engine))
+        engine.save_checkpoint(folder, tag="best")
+        train(engine, range(4, 6), rank)
+        # a second save under this tag that dies when our file is there, and DeepSpeed's
+        # own is not
+        checkpoint.save(adapter_of(engine).reducer, Path(folder) / "best")
     with engines(engine_of(plain)) as engine, warnings_of_the_library() as log:
         _, client_state = engine.load_checkpoint(folder, tag="shared")
         found["loaded without the section"] = (
@@ -344,12 +350,14 @@ def other_runs_checkpoints(rank: int, folder: str, stage: int) -> dict[str, Any]
             adapter_of(engine).reducer.step,
             max(float(e.abs().max()) for e in errors.values()),
         )
+    with engines(engine_of(compressed)) as engine:
+        engine.load_checkpoint(folder, tag="best")
+        found["after a second save that died"] = gap(saved, state(adapter_of(engine)))
     # what ds_to_universal does to our file: it stays beside the new folder
     if rank == 0:
         (Path(folder) / "half").mkdir()
-        shutil.move(
-            Path(folder) / "half_universal" / "lowrank_comm.safetensors", Path(folder) / "half"
-        )
+        (ours,) = (Path(folder) / "half_universal").glob("lowrank_comm-*.safetensors")
+        shutil.move(ours, Path(folder) / "half")
     dist.barrier()
     with engines(engine_of(compressed)) as engine:
         engine.load_checkpoint(folder, tag="half_universal")
