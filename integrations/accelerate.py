@@ -37,6 +37,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError, UnsupportedError
+from lowrank_comm.checkpointing.state_dict import drop_compressed_state
 from lowrank_comm.config.enabled import is_left_alone, say_disabled
 from lowrank_comm.integrations._compression_argument import (
     around,
@@ -104,6 +105,9 @@ def prepare(
         return accelerator.prepare(*objects, **keywords)
     if is_disabled(compression) and not mine:
         say_disabled("the engine that Accelerate makes averages the gradients")
+        for one in objects:
+            if isinstance(one, Optimizer):
+                drop_compressed_state(one)
         return accelerator.prepare(*objects, **keywords)
     refuse_fsdp1(accelerator, _WHO)
     if mine and compression is not None:

@@ -54,6 +54,7 @@ from transformers import (
 from typing_extensions import override
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError
+from lowrank_comm.checkpointing.state_dict import drop_compressed_state
 from lowrank_comm.config.enabled import say_disabled
 from lowrank_comm.integrations._compression_argument import (
     around,
@@ -193,6 +194,7 @@ class CompressionCallback(TrainerCallback):
         self._disabled = True
         if isinstance(self.compression, Mapping):
             say_disabled("Trainer's own engine averages the gradients")
+        wrap_method(trainer, "create_optimizer", self._create_plain_optimizer)
 
     def _train(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Wrap `trainer.train`: Trainer's own `is_in_train` stays on after an
@@ -227,6 +229,14 @@ class CompressionCallback(TrainerCallback):
             self._made = weakref.ref(optimizer)
         # Trainer may have made a new accelerator since the last time
         wrap_method(trainer.accelerator, "prepare", self._prepare)
+        return optimizer
+
+    def _create_plain_optimizer(self, create: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        """Wrap `create_optimizer` of a Trainer that is left alone: its optimizer says
+        what it leaves out of a compressed checkpoint.
+        """
+        optimizer = create(*args, **kw)
+        drop_compressed_state(optimizer)
         return optimizer
 
     def _prepare(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

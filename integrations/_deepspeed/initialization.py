@@ -7,6 +7,7 @@ Before it, `section_of` finds what can be found wrong in the configuration. Afte
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +16,10 @@ import deepspeed
 import deepspeed.runtime.utils
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.optim import Optimizer
 
 from lowrank_comm import CompressedOptimizer
+from lowrank_comm.checkpointing.state_dict import take_from
 from lowrank_comm.communication import Group, check_same
 from lowrank_comm.config import SECTION, Section
 from lowrank_comm.errors import ConfigError, UnsupportedError
@@ -34,6 +37,8 @@ from lowrank_comm.integrations._deepspeed.topology import node_size
 from lowrank_comm.integrations._deepspeed.unsupported import of_engine, of_settings, raise_first
 from lowrank_comm.integrations._deepspeed.whole import BF16Gradients, PlainGradients
 from lowrank_comm.integrations._deepspeed.zero import PartitionedGradients, PartitionedParameters
+
+_log = logging.getLogger("lowrank_comm")
 
 
 def asks_for_compression(engine: Any) -> bool:
@@ -53,7 +58,13 @@ def section_of(given: Mapping[str, Any]) -> Section | None:
         ConfigError: on all ranks, for everything that can be found wrong before an
             engine is built.
     """
-    _refuse_compressed(given.get("optimizer"))
+    optimizer = given.get("optimizer")
+    _refuse_compressed(optimizer)
+    if isinstance(optimizer, Optimizer) and take_from(optimizer) is not None:
+        _log.warning(
+            "the optimizer that DeepSpeed is given had loaded a compressed checkpoint: its error"
+            " memory is dropped; engine.load_checkpoint() restores that of engine.save_checkpoint()"
+        )
     config = given["config_class"]
     settings = config._param_dict
     section = settings.get(SECTION)

@@ -30,7 +30,7 @@ from lowrank_comm.bidirectional.refusals import (
     refuse_deepspeed,
     refuse_model,
 )
-from lowrank_comm.bidirectional.saved import KEY, agree_on_saved
+from lowrank_comm.bidirectional.saved import KEY, agree_on_saved, refuse_loaded_gradients
 from lowrank_comm.bidirectional.vectors import FlatParameters
 from lowrank_comm.communication.group import Group
 from lowrank_comm.communication.workers import Workers
@@ -38,7 +38,7 @@ from lowrank_comm.config.enabled import leave_alone
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.grad_scaler import LossScaling
-from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.optimizer.parameter_names import Namer, keeping_names
 from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper
 from lowrank_comm.options import Seed, check
@@ -84,6 +84,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
 
     # a GradScaler must call step() on every worker, also where it saw an overflow
     _step_supports_amp_scaling = True
+    # by `checkpoint.save_all`: each rank's state is another one
+    saves_each_rank = True
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
         super().__init__(base, "base")
+        refuse_loaded_gradients(base)
         if not isinstance(method, Method):
             raise ConfigError(
                 f"method must be one such as InkheartSGD(uplink_fraction=0.25), got {method!r}."
@@ -158,6 +161,11 @@ class BidirectionalOptimizer(OptimizerWrapper):
         refuse_model(model)
         self._namer.learn(model.named_parameters())
         self._scaling.attach(scaler)
+
+    @property
+    def workers(self) -> Workers:
+        """The ranks that train together."""
+        return self._workers
 
     @property
     def step_was_skipped(self) -> bool:
@@ -351,5 +359,5 @@ class BidirectionalOptimizer(OptimizerWrapper):
         if agreed is not None and not self.is_server:
             # the base steps on rank 0 only; its state is not used elsewhere
             plain["state"] = {}
-        self.base.load_state_dict(plain)
+        self.base.load_state_dict(keeping_names(plain, self.base.param_groups))
         party.restore(agreed)

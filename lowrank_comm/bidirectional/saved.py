@@ -15,23 +15,51 @@ All are plain values, for torch.load with weights_only.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import TypedDict
 
 from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.ledger import LinkLedger
 from lowrank_comm.checkpointing.state_dict import BIDIRECTIONAL_KEY as KEY
 from lowrank_comm.checkpointing.state_dict import KEY as GRADIENTS
-from lowrank_comm.checkpointing.state_dict import PREFIX
+from lowrank_comm.checkpointing.state_dict import PREFIX, take_from
+from lowrank_comm.checkpointing.tag import WAY_OUT, readable
 from lowrank_comm.communication.group import LENGTH_BYTES
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.errors import StateMismatchError
+from lowrank_comm.options import Seed
 
 FORMAT = 1
 
 Shapes = dict[str, list[int]]
 """Parameter name -> shape, in the order of the vectors."""
+
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Entry(TypedDict):
+    """What `t` and the like may be; keys that a later version adds are let through."""
+
+    __pydantic_config__ = ConfigDict(  # type: ignore[misc]
+        strict=True, extra="ignore", arbitrary_types_allowed=True
+    )
+
+    seed: Seed
+    t: _Count
+    rank: _Count
+    n: Annotated[int, Field(ge=1, lt=2**62)]
+    tensors: dict[str, Tensor]
+
+
+_ENTRY = TypeAdapter(_Entry)
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,21 @@ class Agreed:
     server_state: list[str]
 
 
+def refuse_loaded_gradients(base: Optimizer) -> None:
+    """Raise a StateMismatchError for a base that has loaded the state of a
+    CompressedOptimizer.
+    """
+    if take_from(base) is not None:
+        raise StateMismatchError(_OF_GRADIENTS)
+
+
+_OF_GRADIENTS = (
+    "the state is of a CompressedOptimizer that compresses gradients, and its error memory"
+    f" would be lost here; load it into such a one, or take {GRADIENTS!r} and the entries"
+    f" '{PREFIX}...' out of it."
+)
+
+
 def agree_on_saved(
     state_dict: Mapping[str, Any],
     method: Method,
@@ -69,7 +112,11 @@ def agree_on_saved(
     """
     rank, n = workers.group.rank, workers.group.size
     entry = state_dict.get(KEY)
-    problem = _problem(state_dict, entry, method, shapes, is_server=rank == 0)
+    try:
+        problem = _problem(state_dict, entry, method, shapes, is_server=rank == 0)
+    # a damaged state leads to many kinds of them, and the others wait to be told
+    except Exception as error:
+        problem = str(readable(error, "the state dict"))
     told: dict[str, Any] = {"problem": problem, "plain": entry is None}
     if entry is not None and problem is None:
         told["is_own"] = (entry["rank"], entry["n"]) == (rank, n)
@@ -106,11 +153,7 @@ def _problem(
     if entry is None:
         if GRADIENTS not in state_dict:
             return None
-        return (
-            "the state is of a CompressedOptimizer that compresses gradients, and its error memory"
-            f" would be lost here; load it into such a one, or take {GRADIENTS!r} and the entries"
-            f" '{PREFIX}...' out of it."
-        )
+        return _OF_GRADIENTS
     if entry.get("format") != FORMAT:
         return (
             f"the state has format {entry.get('format')!r}, and {FORMAT} is read here; load it"
@@ -131,6 +174,18 @@ def _problem(
         return (
             f"the state is of other parameters ({what}); build the optimizer from the same model."
         )
+    try:
+        _ENTRY.validate_python(dict(entry))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        return f"the state is damaged at {key!r} ({first['msg']}); {WAY_OUT}"
+    d = sum(math.prod(shape) for shape in shapes.values())
+    for symbol, tensor in entry["tensors"].items():
+        if tensor.shape[-1:] != (d,) and tensor.numel() > 1:
+            return f"the saved {symbol} has shape {tuple(tensor.shape)} for {d} numbers; {WAY_OUT}"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"the saved {symbol} is not finite; resume from an earlier checkpoint."
     if is_server and "x" not in entry["tensors"]:
         return (
             f"the state was saved by rank {entry['rank']} and has no x; on rank 0 load what rank 0"

@@ -46,9 +46,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_comm.checkpointing import durable
-from lowrank_comm.checkpointing.tag import Tag, read_tag, tag_of
+from lowrank_comm.checkpointing.tag import WAY_OUT, Tag, read_tag, readable, tag_of
 from lowrank_comm.checkpointing.tensors import _log, check_fits, restore, whole_tensors_of
-from lowrank_comm.errors import LowRankCommError, StateMismatchError
+from lowrank_comm.errors import StateMismatchError
 from lowrank_comm.reduction.reducer import Reducer
 
 FILE_NAME = "lowrank_comm.safetensors"
@@ -57,7 +57,6 @@ FILE_NAME = "lowrank_comm.safetensors"
 # of files with a checksum
 _FORMAT = "2"
 _UNFINISHED = "lowrank_comm.unfinished"
-_ELSEWHERE = "restore it, or resume from another checkpoint."
 
 
 def file_of(folder: str | os.PathLike[str], name: str) -> Path:
@@ -215,28 +214,16 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
             workers only; then nothing is changed.
     """
     found: Saved | None = None
-    mine = {"found": "missing", "error": ""}
+    seen, problem = "missing", None
     try:
         found = _newest(folder, reducer.workers.is_writer) if name is None else _named(folder, name)
         if found is not None:
             check_fits(reducer, found.tag, found.tensors)
-            mine["found"] = f"of step {found.tag.step} ({found.path.name})"
-    except LowRankCommError as error:
-        mine["error"] = str(error)
+            seen = f"of step {found.tag.step} ({found.path.name})"
     # the others wait to be told
     except Exception as error:
-        mine["error"] = f"{folder} cannot be read ({type(error).__name__}: {error}); {_ELSEWHERE}"
-    told = _tell(reducer, mine)
-    for rank, one in enumerate(told):
-        if one["error"]:
-            raise StateMismatchError(
-                one["error"] if len(told) == 1 else f"rank {rank}: {one['error']}"
-            )
-    if len({one["found"] for one in told}) > 1:
-        seen = ", ".join(f"{one['found']} on rank {rank}" for rank, one in enumerate(told))
-        raise StateMismatchError(
-            f"the compressor's file in {folder} is {seen}; all workers must see the same files."
-        )
+        problem = readable(error, str(folder))
+    reducer.workers.refuse_together(problem, f"the compressor's file in {folder}", seen)
     if found is None:
         memory = reducer.assignment.error_feedback.memory
         if name is not None:
@@ -336,7 +323,7 @@ def read(path: Path) -> Saved:
                 flat[key] = file.get_tensor(key)
     # a damaged header leads to many kinds of them
     except Exception as error:
-        raise StateMismatchError(f"{path} cannot be read ({error}); {_ELSEWHERE}") from None
+        raise StateMismatchError(f"{path} cannot be read ({error}); {WAY_OUT}") from None
     if "tag" not in metadata:
         raise StateMismatchError(
             f"{path} was not written by lowrank_comm.checkpoint.save; remove it or restore it."
@@ -346,13 +333,13 @@ def read(path: Path) -> Saved:
         _log.warning("%s was written by an earlier version, without a checksum", path)
     elif metadata.get("checksum") != durable.checksum(flat, metadata):
         raise StateMismatchError(
-            f"{path} is damaged: its checksum is not that of its content; {_ELSEWHERE}"
+            f"{path} is damaged: its checksum is not that of its content; {WAY_OUT}"
         )
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         symbol, slash, parameter = key.partition("/")
         if not slash:
-            raise StateMismatchError(f"{path} is damaged: it has a tensor {key!r}; {_ELSEWHERE}")
+            raise StateMismatchError(f"{path} is damaged: it has a tensor {key!r}; {WAY_OUT}")
         tensors.setdefault(parameter, {})[symbol] = tensor
     return Saved(path, tag, tensors, metadata)
 

@@ -31,8 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lowrank_comm.checkpointing.tag import Tag
+from lowrank_comm.checkpointing.tag import WAY_OUT, Tag, check_format, read_tag
 from lowrank_comm.errors import StateMismatchError
 from lowrank_comm.reduction.reducer import Reducer
 
@@ -43,6 +44,7 @@ KEY = "lowrank_comm"
 # of the other kind of optimizer; neither loads what the other saved
 BIDIRECTIONAL_KEY = "lowrank_comm_bidirectional"
 _KINDS = ("own", "mean")
+_WHAT = "the state dict"
 # as numbers: of a parameter of whose past there is nothing to say
 _STEADY = (-1, -1, 0)
 
@@ -84,6 +86,18 @@ def _steps_of(base_state: Mapping[str, Any]) -> int:
     return -1 if steps is None else int(steps)
 
 
+def check_groups(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise torch's error for other parameter groups before anything is changed."""
+    saved = [len(group["params"]) for group in state_dict["param_groups"]]
+    if len(saved) != len(groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if saved != [len(group["params"]) for group in groups]:
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of"
+            " optimizer's group"
+        )
+
+
 def split(
     state_dict: dict[str, Any], numbered: Sequence[tuple[str, Any]]
 ) -> tuple[dict[str, Any], Tag | None, dict[str, dict[str, Tensor]]]:
@@ -107,7 +121,8 @@ def split(
         # SGD without momentum has no state at all
         if kept:
             base_state[number] = kept
-    tag, stale = Tag(**state_dict[KEY]) if KEY in state_dict else None, ""
+    tag = read_tag(state_dict[KEY], _WHAT) if KEY in state_dict else None
+    stale, of_first = "", ""
     tensors: dict[str, dict[str, Tensor]] = {}
     unsteady: dict[str, tuple[int, int, bool]] = {}
     for name, number in numbered:
@@ -117,17 +132,26 @@ def split(
             tensors[name] = found
         if numbers is None:
             continue
-        layout, kind, rank, world, step, seed, *further = map(int, numbers.tolist())
-        # neither in what earlier versions saved
-        counted, history = further[:1], further[1:]
-        if history and history != list(_STEADY):
-            unsteady[name] = (history[0], history[1], bool(history[2]))
+        if _is_rounded(numbers):
+            stale = f"it has rounded {name}'s to {numbers.dtype}"
+            continue
+        read, counted, history = _read_numbers(numbers, name)
+        if history is not None:
+            unsteady[name] = history
         if KEY in state_dict:
             continue
         now = _steps_of(base_state.get(number, {}))
-        if counted and counted[0] != now:
-            stale = f"{name}, which went on from step {counted[0]} to {now}"
-        tag = Tag(_KINDS[kind], rank, world, step, seed, layout)
+        if counted is not None and counted != now:
+            stale = f"{name}, which went on from step {counted} to {now}"
+        # torch.distributed.checkpoint takes some from this rank, some from that
+        if read.kind == "mean":
+            read = replace(read, rank=0)
+        if tag is not None and tag != read:
+            raise StateMismatchError(
+                f"{_WHAT} is put together from several saves: the compressor's state of {name!r} is"
+                f" {read}, that of {of_first!r} {tag}; {WAY_OUT}"
+            )
+        tag, of_first = read, of_first or name
     if stale:
         _log.warning(
             "the state dict was saved by an optimizer without compression (%s): the compressor"
@@ -138,6 +162,109 @@ def split(
     tag = replace(tag, unsteady=unsteady) if tag else None
     plain = {key: value for key, value in state_dict.items() if key != KEY}
     return {**plain, "state": base_state}, tag, tensors
+
+
+def _is_rounded(numbers: Tensor) -> bool:
+    """Return whether a plain optimizer has cast a tag to a parameter's dtype that
+    cannot hold its numbers.
+    """
+    return numbers.is_floating_point() and numbers.itemsize < 4
+
+
+def _read_numbers(
+    numbers: Tensor, name: str
+) -> tuple[Tag, int | None, tuple[int, int, bool] | None]:
+    """Return the tag that stands as numbers in a parameter's state, the base's count of
+    steps, and the irregular history; None where earlier versions saved none.
+    """
+    values = numbers.tolist()
+    if numbers.dim() != 1 or len(values) not in (6, 7, 10) or any(map(_is_broken, values)):
+        raise StateMismatchError(
+            f"{_WHAT} is damaged: the tag of {name!r} is {values!r:.80}; {WAY_OUT}"
+        )
+    layout, kind, rank, world, step, seed, *further = map(int, values)
+    check_format(layout, _WHAT)
+    history = further[1:]
+    irregular = history and history != list(_STEADY)
+    entries = {
+        "kind": _KINDS[kind] if 0 <= kind < len(_KINDS) else kind,
+        "rank": rank,
+        "world": world,
+        "step": step,
+        # one that a plain optimizer has kept as float32 may be a little too large
+        "seed": min(seed, 2**63 - 1),
+        "format": layout,
+        "unsteady": {name: (history[0], history[1], bool(history[2]))} if irregular else {},
+    }
+    tag = read_tag(entries, _WHAT)
+    counted = further[0] if further else None
+    return replace(tag, unsteady={}), counted, tag.unsteady.get(name)
+
+
+def _is_broken(value: float) -> bool:
+    return value != value or value in (float("inf"), float("-inf")) or value != int(value)
+
+
+def take_from(base: Optimizer) -> dict[str, Any] | None:
+    """Take what a base optimizer has loaded of a compressor's state, and does not know,
+    out of its live state.
+
+    Returns:
+        A state dict with these entries, and the base's counts of steps; None if there
+        are none.
+    """
+    if not any(_ours(entries) for entries in base.state.values()):
+        return None
+    whole = base.state_dict()
+    state = {
+        number: {key: entries[key] for key in (*_ours(entries), "step") if key in entries}
+        for number, entries in whole["state"].items()
+    }
+    for entries in base.state.values():
+        for key in _ours(entries):
+            del entries[key]
+    return {"state": state, "param_groups": whole["param_groups"]}
+
+
+def refuse_rounded(found: Mapping[str, Any], base: Optimizer) -> None:
+    """Raise a StateMismatchError for what `take_from` has returned, if the base has
+    rounded it to its parameters' dtype.
+    """
+    for entries in found["state"].values():
+        numbers = entries.get(f"{PREFIX}tag")
+        if isinstance(numbers, Tensor) and _is_rounded(numbers):
+            raise StateMismatchError(
+                f"{type(base).__name__} has loaded a compressed checkpoint before it was wrapped,"
+                f" and has rounded the error memory to {numbers.dtype}. Wrap it first, and load the"
+                " state dict into the CompressedOptimizer."
+            )
+
+
+def _ours(entries: Mapping[Any, Any]) -> list[str]:
+    return [key for key in entries if isinstance(key, str) and key.startswith(PREFIX)]
+
+
+def drop_compressed_state(optimizer: Optimizer) -> None:
+    """Let a plain optimizer leave out what a state dict that it loads has of a
+    compressor's state, and say so: it would keep it, as much as the model, and save it.
+    """
+
+    def leave_out(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        kept = {
+            number: {key: value for key, value in entries.items() if key not in _ours(entries)}
+            for number, entries in state_dict["state"].items()
+        }
+        dropped = [n for n, entries in state_dict["state"].items() if len(kept[n]) < len(entries)]
+        if not dropped and KEY not in state_dict:
+            return None
+        _log.warning(
+            "the state dict was saved with compression, and this run has none: the error memory of"
+            " %d parameters is dropped",
+            len(dropped),
+        )
+        return {**{k: v for k, v in state_dict.items() if k != KEY}, "state": kept}
+
+    optimizer.register_load_state_dict_pre_hook(leave_out)
 
 
 def refuse_other_kind(state_dict: Mapping[str, Any]) -> None:

@@ -4,18 +4,22 @@ format.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from lowrank_comm.errors import StateMismatchError
+from lowrank_comm.communication.workers import Workers
+from lowrank_comm.errors import LowRankCommError, StateMismatchError
 from lowrank_comm.options import Seed
 from lowrank_comm.reduction.reducer import Reducer
 
 FORMAT = 1
 
+WAY_OUT = "restore it, or resume from another checkpoint."
 
 # as a rank: a state of one rank that no rank may take for its own
 NOBODY = -1
@@ -23,6 +27,35 @@ NOBODY = -1
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 # JSON has lists in the place of tuples
 _History = Annotated[tuple[_Count, _Count, bool], Strict(False)]
+
+
+def readable(error: Exception, what: str) -> Exception:
+    """Return an error as this library says it: another one than ours means that what
+    was being read is damaged.
+    """
+    if isinstance(error, LowRankCommError):
+        return error
+    return StateMismatchError(f"{what} cannot be read ({type(error).__name__}: {error}); {WAY_OUT}")
+
+
+@contextlib.contextmanager
+def refused_together(workers: Workers, what: str) -> Iterator[None]:
+    """Check inside what was given to load; a collective, whose end all workers reach.
+
+    Args:
+        workers: who load together.
+        what: is loaded, for messages.
+
+    Raises:
+        StateMismatchError: on every worker, if the check has failed on some.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    # the others wait to be told; torch's own words for other groups are a ValueError
+    except Exception as error:
+        problem = error if type(error) is ValueError else readable(error, what)
+    workers.refuse_together(problem)
 
 
 def check_format(found: object, what: str) -> None:
@@ -53,7 +86,7 @@ class Tag:
     step: _Count
     seed: Seed
     format: int = FORMAT
-    unsteady: dict[str, _History] = field(default_factory=dict)
+    unsteady: Mapping[str, _History] = field(default_factory=dict)
 
     @property
     def whose(self) -> str:
@@ -91,7 +124,7 @@ def read_tag(entries: Any, what: str) -> Tag:
             format is another one.
     """
     if not isinstance(entries, dict):
-        raise StateMismatchError(f"{what} is damaged: its tag is {entries!r:.80}; {_WAY_OUT}")
+        raise StateMismatchError(f"{what} is damaged: its tag is {entries!r:.80}; {WAY_OUT}")
     check_format(entries.get("format"), what)
     try:
         return Tag(**{str(key): value for key, value in entries.items()})
@@ -100,11 +133,8 @@ def read_tag(entries: Any, what: str) -> Tag:
         key = ".".join(map(str, first["loc"]))
         found = "no" if first["type"] == "missing" else f"{first['input']!r:.80} as"
         raise StateMismatchError(
-            f"{what} is damaged: its tag has {found} {key} ({first['msg']}); {_WAY_OUT}"
+            f"{what} is damaged: its tag has {found} {key} ({first['msg']}); {WAY_OUT}"
         ) from None
-
-
-_WAY_OUT = "restore it, or resume from another checkpoint."
 
 
 def tag_of(reducer: Reducer) -> Tag:
@@ -113,5 +143,5 @@ def tag_of(reducer: Reducer) -> Tag:
     rank, world = state.worker or (reducer.workers.global_rank, reducer.workers.world_size)
     # before the first step all errors are zero
     shared = state.consolidated or world == 1 or state.step == 0
-    kind = "mean" if shared or not state.keeps_private_state else "own"
+    kind: Literal["own", "mean"] = "mean" if shared or not state.keeps_private_state else "own"
     return Tag(kind, rank, world, state.step, state.seed, unsteady=state.restarts.irregular())

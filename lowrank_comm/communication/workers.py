@@ -18,7 +18,7 @@ import torch
 from lowrank_comm.communication.agreement import check_same, raise_if_different
 from lowrank_comm.communication.group import LENGTH_BYTES, Group
 from lowrank_comm.communication.intra_node import IntraNodeGroup
-from lowrank_comm.errors import ConfigMismatchError
+from lowrank_comm.errors import ConfigMismatchError, LowRankCommError, StateMismatchError
 
 
 class Workers:
@@ -82,6 +82,31 @@ class Workers:
             json.loads(part) for part in self._gather_in_the_node(json.dumps(by_worker).encode())
         ]
         return [block[k] for k in range(self.group.size) for block in by_block]
+
+    def refuse_together(self, error: Exception | None, what: str = "", found: str = "") -> None:
+        """Raise on every rank if some rank cannot use what it was given to load; a
+        collective.
+
+        Args:
+            error: this rank's reason; None if it can.
+            what: is being loaded, in words.
+            found: how this rank found it, which must be the same on all ranks.
+
+        Raises:
+            StateMismatchError: on every rank, with the first rank's reason; `error`
+                itself on a rank by itself.
+        """
+        words = str(error) if isinstance(error, LowRankCommError) else repr(error)
+        mine = json.dumps({"error": "" if error is None else words, "found": found})
+        told = [json.loads(text) for text in self.all_gather_text(mine)]
+        if error is not None and len(told) == 1:
+            raise error
+        for rank, one in enumerate(told):
+            if one["error"]:
+                raise StateMismatchError(f"rank {rank}: {one['error']}") from error
+        if len({one["found"] for one in told}) > 1:
+            seen = ", ".join(f"{one['found']} on rank {rank}" for rank, one in enumerate(told))
+            raise StateMismatchError(f"{what} is {seen}; all workers must see the same files.")
 
     def agree(
         self, description: Mapping[str, Any], in_the_node: Mapping[str, Any] | None = None

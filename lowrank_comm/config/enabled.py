@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from lowrank_comm.checkpointing.state_dict import drop_compressed_state
+
 _LEFT_ALONE = "_lowrank_comm_left_alone"
 
 
@@ -29,6 +31,7 @@ def leave_alone(base: Optimizer) -> Optimizer:
     The adapters know it by a mark, and leave its engine alone too.
     """
     vars(base)[_LEFT_ALONE] = True
+    drop_compressed_state(base)
     say_disabled(
         "DDP or FSDP averages the gradients, and for a plain model on several workers nothing does"
     )

@@ -189,6 +189,7 @@ class CompressedOptimizer(OptimizerWrapper):
             Namer(named_parameters),
             settings=self._settings,
             on_rebuild=lambda: self._backward.watch(),
+            on_first=lambda reducer: self._saved.take_over(reducer),
         )
         self._backward = BackwardReduction(
             self._attachment, self._lazy, self._reduce, reduce_at, bool(overlap)
@@ -348,6 +349,7 @@ class CompressedOptimizer(OptimizerWrapper):
             "reduce_at": self._backward.reduces_at,
             "optimizer": type(self.base).__name__,
             "engine": engine.name,
+            "state found in the base optimizer": self._saved.not_taken_over,
         }
         # blocks differ
         comparable = engine.compares_values and not (in_the_node and not engine.saves_whole)
@@ -471,6 +473,7 @@ class CompressedOptimizer(OptimizerWrapper):
             self._backward.begins(reducer)
         # before anything whose sizes follow from what is compared
         reducer.ensure_agreed()
+        self._saved.check_taken_over()
         # other engines are known not to average over these workers any more
         if self._attachment.is_plain and reducer.state.last_pass is None:
             gradients = [p.grad for p in parameters]
@@ -518,6 +521,11 @@ class CompressedOptimizer(OptimizerWrapper):
         when it is first asked for.
         """
         return self._lazy.prepare()
+
+    @property
+    def workers(self) -> Workers:
+        """The ranks that train together."""
+        return self._saved.workers()
 
     def error_memory(self) -> dict[str, Tensor]:
         """Return this worker's error memory, e_i = Delta_i - sent_i of the last step.
@@ -580,16 +588,19 @@ class CompressedOptimizer(OptimizerWrapper):
         return self._state_dict_with_hooks(self._saved.save)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the base and the compressor.
+        """Restore the base and the compressor; a collective, to be called by every
+        worker.
 
         Args:
             state_dict: from `state_dict()`, at any world size if it holds the mean; a
                 plain optimizer's is accepted too, with a warning that the error memory
-                starts from zero.
+                starts from zero. Parameters are matched by their order, as torch does,
+                and keep the names that they have here.
 
         Raises:
-            StateMismatchError: it holds another worker's own error memory, or error
-                memory would be lost.
+            StateMismatchError: on every worker, if that of some worker holds another
+                worker's own error memory, is not finite or damaged, or error memory
+                would be lost; then nothing is changed.
         """
         self._load_with_hooks(state_dict, self._saved.load)
         self._backward.forget()

@@ -26,6 +26,7 @@ class LazyReducer:
         namer: finds the names of the parameters.
         settings: `further_settings` of the reducer.
         on_rebuild: called when the reducer is built, for parameters that are new.
+        on_first: called with a reducer that has no state to go on with.
 
     Attributes:
         made: the reducer as it was built last; None before that, and after a new engine
@@ -46,9 +47,11 @@ class LazyReducer:
         namer: Namer,
         settings: Callable[[bool], dict[str, Any]],
         on_rebuild: Callable[[], None],
+        on_first: Callable[[Reducer], None],
     ) -> None:
         self._base, self._make, self._attachment = base, make, attachment
-        self._namer, self._settings, self._on_rebuild = namer, settings, on_rebuild
+        self._namer, self._settings = namer, settings
+        self._on_rebuild, self._on_first = on_rebuild, on_first
         self.made: Reducer | None = None
         self.parameters: list[Tensor] = []
         self.named: dict[str, Tensor] = {}
@@ -128,4 +131,6 @@ class LazyReducer:
         self._on_rebuild()
         if old is not None:
             reducer.take_over(old)
+        else:
+            self._on_first(reducer)
         return reducer

@@ -4,6 +4,7 @@ state is keyed by them.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from lowrank_comm.optimizer.environment import warn_user
+
+_log = logging.getLogger("lowrank_comm")
 
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -41,6 +44,36 @@ def own_name(name: str, depth: int) -> str:
     for _ in range(depth):
         name = name.removeprefix("module.")
     return name
+
+
+def keeping_names(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], said: bool = True
+) -> dict[str, Any]:
+    """Return a state dict whose groups have this run's names of the parameters, or none
+    where it has none: torch loads by order, and takes the saved names over with it.
+
+    Args:
+        state_dict: to be loaded into a base optimizer.
+        groups: the base's own.
+        said: whether to warn where names differ.
+    """
+    renamed, differing = [], []
+    for group, own in zip(state_dict["param_groups"], groups, strict=True):
+        kept = {key: value for key, value in group.items() if key != "param_names"}
+        if "param_names" in own:
+            kept["param_names"] = own["param_names"]
+        both = [one.get("param_names", ()) for one in (group, own)]
+        there, here = ([own_name(n, wrappers_in_front(names)) for n in names] for names in both)
+        differing += [pair for pair in zip(there, here, strict=False) if pair[0] != pair[1]]
+        renamed.append(kept)
+    if differing and said:
+        _log.warning(
+            "the saved run called %d parameters otherwise (first: %r there, %r here): the state is"
+            " loaded by their order, as torch does; random draws go by name, and differ",
+            len(differing),
+            *differing[0],
+        )
+    return {**state_dict, "param_groups": renamed}
 
 
 class Namer:

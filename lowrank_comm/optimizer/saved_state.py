@@ -16,11 +16,15 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lowrank_comm.checkpointing import state_dict as entries
-from lowrank_comm.checkpointing.tag import NOBODY, Tag, tag_of
+from lowrank_comm.checkpointing.tag import NOBODY, Tag, refused_together, tag_of
 from lowrank_comm.checkpointing.tensors import check_fits, restore, whole_tensors_of
+from lowrank_comm.communication.workers import Workers
+from lowrank_comm.errors import StateMismatchError
 from lowrank_comm.optimizer.attachment import Attachment
 from lowrank_comm.optimizer.environment import warn_user
 from lowrank_comm.optimizer.lazy_reducer import LazyReducer
+from lowrank_comm.optimizer.parameter_names import keeping_names
+from lowrank_comm.optimizer.wrapper import parameters_of
 from lowrank_comm.reduction.reducer import Reducer
 
 _log = logging.getLogger("lowrank_comm")
@@ -33,11 +37,23 @@ class SavedState:
         base: the optimizer that steps.
         lazy: makes the reducer.
         attachment: knows the engine.
+
+    Attributes:
+        not_taken_over: why the state that the base had loaded could not be used.
+
+    Raises:
+        StateMismatchError: the base has rounded what it had loaded.
     """
 
     def __init__(self, base: Optimizer, lazy: LazyReducer, attachment: Attachment) -> None:
         self._base, self._lazy, self._attachment = base, lazy, attachment
-        self._warned_own = False
+        self._warned_own = self._warned_not_finite = False
+        # what the base has loaded of a compressor's state before it was wrapped, until
+        # there is a reducer for it
+        self._found = entries.take_from(base)
+        if self._found is not None:
+            entries.refuse_rounded(self._found, base)
+        self.not_taken_over = ""
 
     @property
     def _holds_blocks(self) -> bool:
@@ -61,6 +77,8 @@ class SavedState:
         result = self._base.state_dict()
         reducer, engine = self._lazy.made, self._attachment.engine
         if reducer is None:
+            for number, found in (self._found or {"state": {}})["state"].items():
+                result["state"][number] = {**found, **result["state"].get(number, {})}
             return result
         whole = reducer.state.whole if reducer.state.consolidated else None
         tag = self._tag(reducer, gathered=whole is not None)
@@ -71,6 +89,10 @@ class SavedState:
                 " consolidate_error_memory() on all ranks before saving; then it fits every"
                 " worker, at any world size."
             )
+        bad = reducer.state.not_finite()
+        if bad and not self._warned_not_finite:
+            self._warned_not_finite = True
+            warn_user(f"state_dict(): {bad}; no run will load it. See consolidate_error_memory().")
         numbered = self._numbered(result["param_groups"])
         entries.add(result, reducer, engine.saved(reducer, whole), tag, numbered)
         return result
@@ -87,27 +109,75 @@ class SavedState:
         return tag
 
     def load(self, state_dict: dict[str, Any]) -> None:
-        """Restore the base and the reducer.
+        """Restore the base and the reducer; a collective.
 
         Raises:
-            StateMismatchError: what is saved does not fit; then nothing is changed.
+            StateMismatchError: on every worker, if what is saved does not fit on some;
+                then nothing is changed.
         """
-        entries.refuse_other_kind(state_dict)
-        # Names only where they are needed: Accelerate loads an empty state before it
-        # has wrapped the model that has them.
-        numbered = self._numbered(state_dict["param_groups"]) if state_dict["state"] else []
-        plain, tag, tensors = entries.split(state_dict, numbered)
-        if tag is not None:
-            check_fits(self._lazy.prepare(), tag, tensors)
-        self._base.load_state_dict(plain)
+        with refused_together(self.workers(), "the state dict"):
+            # Names only where they are needed: Accelerate loads an empty state before
+            # it has wrapped the model that has them.
+            entries.refuse_other_kind(state_dict)
+            entries.check_groups(state_dict, self._base.param_groups)
+            numbered = self._numbered(state_dict["param_groups"]) if state_dict["state"] else []
+            plain, tag, tensors = entries.split(state_dict, numbered)
+            waits = self._lazy.made is None and self._found is not None
+            if tag is not None and not waits:
+                check_fits(self._lazy.prepare(), tag, tensors)
+        self._base.load_state_dict(keeping_names(plain, self._base.param_groups))
+        self._found, self.not_taken_over = None, ""
         if tag is None:
             self._start_from_zero(is_empty=not state_dict["state"])
-            return
-        reducer = self._lazy.prepare()
+        elif waits:
+            # Accelerate gives back what it was given before the model is attached
+            self._found = copy.deepcopy(state_dict)
+        else:
+            self._restore(self._lazy.prepare(), tag, tensors)
+
+    def _restore(self, reducer: Reducer, tag: Tag, tensors: Mapping[str, Any]) -> None:
         restore(reducer, tag, tensors)
         # what was given is whole, and right until the next step
         if self._holds_blocks and tag.kind == "mean":
-            reducer.state.whole = copy.deepcopy(tensors)
+            reducer.state.whole = copy.deepcopy(dict(tensors))
+
+    def take_over(self, reducer: Reducer) -> None:
+        """Go on with the state that the base had loaded before it was wrapped, if it
+        had; no communication. What does not fit is told at the first step, by all.
+        """
+        found, self._found = self._found, None
+        if found is None:
+            return
+        try:
+            _, tag, tensors = entries.split(found, self._numbered(found["param_groups"]))
+            if tag is None:
+                return
+            self._restore(reducer, tag, tensors)
+        except StateMismatchError as error:
+            self.not_taken_over = str(error)
+            return
+        _log.warning(
+            "%s had loaded a compressed checkpoint before it was wrapped: its %s goes on from step"
+            " %d",
+            type(self._base).__name__,
+            self._lazy.memory,
+            tag.step,
+        )
+
+    def check_taken_over(self) -> None:
+        """Raise what `take_over` could not say; all workers have compared it."""
+        if self.not_taken_over:
+            raise StateMismatchError(
+                "the base optimizer had loaded a compressed checkpoint before it was wrapped:"
+                f" {self.not_taken_over}"
+            )
+
+    def workers(self) -> Workers:
+        """Return those who load together, also before there is a reducer."""
+        if self._lazy.made is not None:
+            return self._lazy.made.workers
+        engine, parameters = self._attachment.engine, parameters_of(self._base)
+        return Workers(engine.group, engine.intra_node, parameters[0].device)
 
     def _start_from_zero(self, is_empty: bool) -> None:
         reducer = self._lazy.made

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any
 
+import torch
 from pydantic import AllowInfNan, Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -71,11 +72,12 @@ def check_saved(
             f"the state dict is not one of {owner}: its groups have no {sorted(keys)}. Load it"
             " into the optimizer that it was saved from."
         )
-    if [len(group["params"]) for group in groups] != [
-        len(group["params"]) for group in param_groups
-    ]:
-        # torch's own load_state_dict names the difference
-        return
+    for group in groups:
+        if not float(group["t"]).is_integer() or group["t"] < 0:
+            raise StateMismatchError(
+                f"the state dict is damaged: a group has t={group['t']!r}; resume from another"
+                " checkpoint."
+            )
     saved_groups = [(key, group) for group in groups for key in group["params"]]
     parameters = [p for group in param_groups for p in group["params"]]
     for (key, group), parameter in zip(saved_groups, parameters, strict=True):
@@ -91,6 +93,21 @@ def check_saved(
                 f" {found}, this run one of {expected}; resume with the same model and"
                 f" side={projection.side!r} as saved."
             )
+        coordinates = torch.empty(parameter.shape, device="meta")
+        if expected is not None:
+            coordinates = projection.project(coordinates, torch.empty(expected, device="meta"))
+        for symbol, value in saved.items():
+            shape = expected if symbol == "projector" else tuple(coordinates.shape)
+            if value.dim() and tuple(value.shape) != shape:
+                raise StateMismatchError(
+                    f"a parameter of shape {tuple(parameter.shape)} has a saved {symbol} of shape"
+                    f" {tuple(value.shape)}, this run one of {shape}; resume with the same model."
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise StateMismatchError(
+                    f"the saved {symbol} of a parameter of shape {tuple(parameter.shape)} is not"
+                    " finite; resume from an earlier checkpoint."
+                )
 
 
 def describe(

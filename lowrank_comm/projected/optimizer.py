@@ -37,13 +37,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_comm.checkpointing.state_dict import check_groups
+from lowrank_comm.checkpointing.tag import refused_together
 from lowrank_comm.communication import Ledger
+from lowrank_comm.communication.workers import Workers
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.environment import refuse_with_deepspeed
 from lowrank_comm.optimizer.grad_scaler import LossScaling
-from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.optimizer.parameter_names import Namer, keeping_names
 from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.options import PositiveInt, check
 from lowrank_comm.projected.averaging import Averaged, Averaging, Entry
@@ -232,6 +235,11 @@ class ProjectedOptimizer(Optimizer):
         return self._averaging.ledger
 
     @property
+    def workers(self) -> Workers:
+        """The ranks that train together."""
+        return self._averaging.workers
+
+    @property
     def step_was_skipped(self) -> bool:
         """Whether the last step was skipped, on all workers, since some worker's
         numbers were not finite.
@@ -365,21 +373,27 @@ class ProjectedOptimizer(Optimizer):
     # ---------------------------------------------------------------- state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict()` gave, at any number of workers. All workers must
-        load the same.
+        """Restore what `state_dict()` gave, at any number of workers; a collective. All
+        workers must load the same. Parameters are matched by their order, as torch
+        does, and keep the names that they have here.
 
         Raises:
-            StateMismatchError: it is of another optimizer, or of other ranks or sides
-                of the basis.
+            StateMismatchError: on every worker, if that of some worker is of another
+                optimizer, or of other ranks or sides of the basis, is not finite or
+                damaged; then nothing is changed.
         """
-        check_saved(
-            type(self).__name__,
-            state_dict,
-            self.param_groups,
-            {"t", *self.defaults},
-            self._projection,
-        )
-        super().load_state_dict(state_dict)
+        workers = self._averaging.workers
+        workers.device = self._parameters[0].device
+        with refused_together(workers, "the state dict"):
+            check_groups(state_dict, self.param_groups)
+            check_saved(
+                type(self).__name__,
+                state_dict,
+                self.param_groups,
+                {"t", *self.defaults},
+                self._projection,
+            )
+        super().load_state_dict(keeping_names(state_dict, self.param_groups))
         # torch has cast the state of a bfloat16 parameter to bfloat16: moments and
         # bases must be as they were saved
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
