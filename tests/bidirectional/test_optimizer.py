@@ -533,11 +533,8 @@ def the_page(rank: int, folder: str) -> float:
 def test_the_pages_example_trains(gloo: GlooPool, tmp_path: Path) -> None:
     losses = gloo.run(the_page, 2, str(tmp_path))
     assert all(loss < 0.8 * math.log(10) for loss in losses)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "model.pt",
-        "optimizer_0.pt",
-        "optimizer_1.pt",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "checkpoints"}
+    assert len(list(tmp_path.glob("checkpoints/save-00000001/optimizer_?.pt"))) == 2
 
 
 def of_the_other_kind(rank: int) -> tuple[str, str]:

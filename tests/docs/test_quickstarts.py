@@ -138,7 +138,9 @@ def test_ddp(tmp_path: Path) -> None:
     ratio, loss = ratio_and_loss(printed)
     assert ratio > 2
     assert loss < 2.2
-    assert (tmp_path / "checkpoint.pt").stat().st_size > 100_000
+    saves = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saves == ["save-00000001", "save-00000002"]
+    assert (tmp_path / "checkpoints" / saves[1] / "state.pt").stat().st_size > 100_000
 
 
 @pytest.mark.slow
@@ -150,6 +152,8 @@ def test_fsdp2_and_hsdp(tmp_path: Path) -> None:
         ratio, loss = ratio_and_loss(printed)
         assert ratio > 2
         assert loss < 2.2
+    # the second went on from the first's
+    assert ratio_and_loss(flat)[1] < ratio_and_loss(hsdp)[1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,473 @@
+"""Everything of a run in one folder for each save: the model, the optimizer with the
+compressor's state, and what else the caller gives.
+
+    <folder>/save-00000003/      the newest complete save
+        manifest.json            which files belong to it, their sizes and SHA-256
+        state.pt                 model and optimizer, by torch.save
+        optimizer_<rank>.pt      where each rank has an optimizer's state of its own
+        *.distcp, .metadata      model and optimizer by torch.distributed.checkpoint,
+                                 where parameters are sharded (FSDP2, HSDP)
+        extra.pt                 what else the caller has given
+    <folder>/save-00000002/      the one before
+    <folder>/save-00000004.unfinished
+                                 left by a killed job; the next save removes it
+
+A save is written as `<name>.unfinished`, brought to the disk, and renamed. An older one
+is renamed back before it is removed. So a job that is killed at any moment leaves whole
+saves and what is called unfinished, and `load_all` takes the newest that is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lowrank_comm.checkpointing import durable
+from lowrank_comm.checkpointing.state_dict import PREFIX, check_groups
+from lowrank_comm.checkpointing.tag import refused_together
+from lowrank_comm.communication.group import Group
+from lowrank_comm.communication.workers import Workers
+from lowrank_comm.errors import ConfigError, StateMismatchError, UnsupportedError
+
+_log = logging.getLogger("lowrank_comm")
+
+_NAME = re.compile(r"save-(\d{8})")
+_UNFINISHED = ".unfinished"
+_MANIFEST, _STATE, _EXTRA = "manifest.json", "state.pt", "extra.pt"
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What a save consists of; fields that a later version adds are left out."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    format: Annotated[int, Field(ge=1, le=1)] = 1
+    sharded: bool
+    world: Annotated[int, Field(ge=1)]
+    files: dict[str, _File]
+
+
+def save_all(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    keep: int = 2,
+    **extra: Any,
+) -> Path:
+    """Save model, optimizer and compressor state as one; a collective, between steps,
+    to be called by every rank. When it returns, the save is on the disk.
+
+    A job that is killed in the middle loses nothing: the save before is as it was.
+
+    Args:
+        folder: of all saves of this run, in a file system that all ranks share.
+        model: plain, or wrapped by DDP or fully_shard.
+        optimizer: a `CompressedOptimizer`, one of this library's other optimizers, or
+            any of torch's.
+        keep: how many complete saves stay, this one included.
+        extra: what else belongs to the run, such as `epoch=3` and
+            `scheduler=scheduler.state_dict()`: tensors, numbers, text, and lists and
+            dicts of them. Rank 0's are saved.
+
+    Returns:
+        The folder of this save.
+
+    Raises:
+        StateMismatchError: on every rank, if some rank could not write, or its state is
+            not finite.
+        UnsupportedError: the model is a DeepSpeed engine, which saves by itself.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lowrank_comm import CompressedOptimizer, PowerSGD, checkpoint
+        >>> model = torch.nn.Linear(8, 8)
+        >>> base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+        >>> optimizer = CompressedOptimizer(base, PowerSGD(rank=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save_all(folder, model, optimizer, epoch=3).name
+        ...     checkpoint.load_all(folder, model, optimizer)
+        'save-00000001'
+        {'epoch': 3}
+    """
+    _refuse_deepspeed(model)
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise ConfigError(f"save_all: keep={keep!r} must be an integer of at least 1.")
+    workers, root = _workers_of(model, optimizer), Path(folder)
+    if hasattr(optimizer, "consolidate_error_memory"):
+        optimizer.consolidate_error_memory()
+    path = Path(_on_rank_0(workers, lambda: str(_begin(root))))
+    sharded = _is_sharded(model)
+    files = _on_all(workers, lambda: _write(path, workers, model, optimizer, sharded, extra), path)
+    manifest = _Manifest(sharded=sharded, world=workers.world_size, files=files)
+    return Path(_on_rank_0(workers, lambda: str(_finish(path, manifest, keep)), path))
+
+
+def load_all(
+    folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer
+) -> dict[str, Any] | None:
+    """Load the newest complete save of a folder; a collective, to be called by every
+    rank, at any number of ranks.
+
+    Call it where the optimizer is ready for its first step: after `attach`, if that is
+    called at all. The engine may be another one than that of the save.
+
+    Args:
+        folder, model, optimizer: see `save_all`.
+
+    Returns:
+        What `save_all` was given as `extra`, {} if nothing; None if the folder has no
+        save, and the run starts from the beginning.
+
+    Raises:
+        StateMismatchError: on every rank, if the save does not fit this run, or none is
+            undamaged; then nothing is changed.
+    """
+    _refuse_deepspeed(model)
+    # Accelerate's and Lightning's wrappers have it there
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    workers, root = _workers_of(model, optimizer), Path(folder)
+    names = _on_rank_0(workers, lambda: ",".join(_complete(root))).split(",")
+    if names == [""]:
+        return None
+    reasons = []
+    for name in names:
+        path = root / name
+        manifest, reason = _verified(path, workers)
+        if manifest is None:
+            reasons.append(reason)
+            continue
+        if workers.is_writer:
+            for text in reasons:
+                _log.warning("passed over: %s", text)
+            _log.info("%s is loaded", path)
+        load = _load_sharded if manifest.sharded else _load_whole
+        load(path, manifest, workers, model, optimizer)
+        extra: dict[str, Any] = _read(path / _EXTRA)
+        return extra
+    raise StateMismatchError(
+        f"no save in {root} is undamaged: {reasons[0]}; restore one, or remove them to start from"
+        " the beginning."
+    )
+
+
+# ---------------------------------------------------------------- together
+
+
+def _workers_of(model: nn.Module, optimizer: Optimizer) -> Workers:
+    """Return all ranks that hold a part of the run."""
+    workers = getattr(optimizer, "workers", None)
+    if isinstance(workers, Workers):
+        return workers
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Workers(Group(None), device=device)
+
+
+def _on_rank_0(workers: Workers, call: Callable[[], str], unfinished: Path | None = None) -> str:
+    """Return on every rank what `call` returns on rank 0; raise on every rank what it
+    raises there.
+    """
+    return _on_all(workers, lambda: call() if workers.is_writer else "", unfinished, first=True)
+
+
+def _on_all(
+    workers: Workers, call: Callable[[], Any], unfinished: Path | None, first: bool = False
+) -> Any:
+    """Return on every rank what `call` returns on rank 0 (first), or the dictionaries
+    that it returns on all, as one; raise on every rank what it raises on some.
+    """
+    result, problem = None, ""
+    try:
+        result = call()
+    # the others wait to be told
+    except Exception as error:
+        problem = (
+            f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else f"{error}"
+        )
+    told = [
+        json.loads(text)
+        for text in workers.all_gather_text(json.dumps({"result": result, "problem": problem}))
+    ]
+    failed = [(rank, one["problem"]) for rank, one in enumerate(told) if one["problem"]]
+    if failed:
+        if unfinished is not None and workers.is_writer:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        rank, words = failed[0]
+        raise StateMismatchError(f"the checkpoint failed on rank {rank}: {words}")
+    if first:
+        return told[0]["result"]
+    return {key: value for one in told for key, value in one["result"].items()}
+
+
+def _refuse_deepspeed(model: nn.Module) -> None:
+    if type(model).__name__ == "DeepSpeedEngine":
+        raise UnsupportedError(
+            "save_all and load_all: the model is a DeepSpeedEngine, whose save_checkpoint and"
+            " load_checkpoint carry the compressor's state; call these."
+        )
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _complete(root: Path) -> list[str]:
+    """Return the names of the complete saves, the newest first."""
+    if not root.is_dir():
+        return []
+    return sorted((p.name for p in root.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def _begin(root: Path) -> Path:
+    """Make the folder of a new save, and remove what killed jobs have left."""
+    durable.make_folder(root)
+    for left in root.glob(f"save-*{_UNFINISHED}"):
+        shutil.rmtree(left)
+    newest = max((int(name[5:]) for name in _complete(root)), default=0)
+    path = root / f"save-{newest + 1:08d}{_UNFINISHED}"
+    path.mkdir()
+    return path
+
+
+def _write(
+    path: Path,
+    workers: Workers,
+    model: nn.Module,
+    optimizer: Optimizer,
+    sharded: bool,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write this rank's files, and return what the manifest has of them."""
+    if sharded:
+        of_model, of_optimizer = get_state_dict(model, optimizer)
+        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=path)
+        written = list(path.glob(f"__{dist.get_rank()}_*"))
+        written += [path / ".metadata"] if workers.is_writer else []
+    else:
+        written = list(_write_whole(path, workers, model, optimizer))
+    if workers.is_writer:
+        written.append(_put(path / _EXTRA, dict(extra)))
+    for file in written:
+        durable.sync(file)
+    return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in written}
+
+
+def _write_whole(
+    path: Path, workers: Workers, model: nn.Module, optimizer: Optimizer
+) -> Iterator[Path]:
+    of_each = getattr(optimizer, "saves_each_rank", False)
+    if of_each:
+        yield _put(path / f"optimizer_{workers.global_rank}.pt", optimizer.state_dict())
+    if workers.is_writer:
+        state = {"model": _inner(model).state_dict()}
+        if not of_each:
+            state["optimizer"] = optimizer.state_dict()
+        yield _put(path / _STATE, state)
+
+
+def _put(path: Path, what: dict[str, Any]) -> Path:
+    """Write a file of torch.save, and see that it can be read back safely."""
+    torch.save(what, path)
+    try:
+        torch.load(path, weights_only=True, mmap=True, map_location="meta")
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise ConfigError(
+            f"{path.name} could be saved, but not be loaded without running code from it"
+            f" ({text[-1] if text else type(error).__name__}); give tensors, numbers, text, and"
+            " lists and dicts of them."
+        ) from None
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finish(path: Path, manifest: _Manifest, keep: int) -> Path:
+    """Give a save its name, and remove the oldest."""
+    (path / _MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    durable.sync(path / _MANIFEST)
+    done = path.with_name(path.name.removesuffix(_UNFINISHED))
+    durable.put_in_place(path, done)
+    for name in _complete(path.parent)[keep:]:
+        leaving = path.with_name(name + _UNFINISHED)
+        path.with_name(name).replace(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+    return done
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _verified(path: Path, workers: Workers) -> tuple[_Manifest | None, str]:
+    """Check that a save is as it was written, each rank a part of its files.
+
+    Returns:
+        The manifest, or None and what is wrong with the save; the same on all ranks.
+    """
+    problem = ""
+    try:
+        manifest = _Manifest.model_validate_json((path / _MANIFEST).read_bytes())
+        for k, (name, file) in enumerate(sorted(manifest.files.items())):
+            found = path / name
+            if Path(name).name != name or found.stat().st_size != file.size:
+                problem = problem or f"{found} is damaged: it has not its size"
+            elif k % workers.world_size == workers.global_rank and _sha256(found) != file.sha256:
+                problem = problem or f"{found} is damaged: its checksum is not that of its content"
+    except (OSError, ValidationError, ValueError) as error:
+        problem = f"{path} cannot be read ({str(error).splitlines()[0]})"
+    told = workers.all_gather_text(problem)
+    for rank, words in enumerate(told):
+        if words:
+            return None, words if len(told) == 1 else f"rank {rank}: {words}"
+    return manifest, ""
+
+
+def _read(path: Path) -> Any:
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """Return the model that DDP or torch.compile has wrapped."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _check_model(path: Path, saved: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse another model before anything is changed."""
+    here = model.state_dict()
+    for name in sorted(here.keys() | saved.keys()):
+        there, own = (getattr(one.get(name), "shape", None) for one in (saved, here))
+        if name not in saved or name not in here or there != own:
+            shapes = [
+                "missing" if name not in one else f"{tuple(shape or ())}"
+                for one, shape in ((saved, there), (here, own))
+            ]
+            raise StateMismatchError(
+                f"{path} was saved by another model: {name!r} is {shapes[0]} there and"
+                f" {shapes[1]} here."
+            )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    return [_copied(one) for one in value] if isinstance(value, list) else value
+
+
+def _load_whole(
+    path: Path, manifest: _Manifest, workers: Workers, model: nn.Module, optimizer: Optimizer
+) -> None:
+    """Load what `torch.save` has written."""
+    with refused_together(workers, str(path)):
+        state = _read(path / _STATE)
+        if "optimizer" not in state:
+            # each rank's own, or at another number of ranks rank 0's
+            rank = workers.global_rank if manifest.world == workers.world_size else 0
+            state["optimizer"] = _read(path / f"optimizer_{rank}.pt")
+        check_groups(state["optimizer"], optimizer.param_groups)
+        inner = _inner(model)
+        _check_model(path, state["model"], inner)
+    of_model = state["model"]
+    if _is_sharded(model):
+        whole = StateDictOptions(full_state_dict=True)
+        by_name = _by_name(state["optimizer"], inner, optimizer)
+        set_optimizer_state_dict(model, optimizer, by_name, options=whole)
+        set_model_state_dict(model, of_model, options=whole)
+        return
+    optimizer.load_state_dict(state["optimizer"])
+    if getattr(optimizer, "saves_each_rank", False):
+        # it has written this rank's parameters, which are not those of rank 0
+        own = {name for name, p in inner.named_parameters() if p.requires_grad}
+        of_model = {name: value for name, value in of_model.items() if name not in own}
+    inner.load_state_dict(of_model, strict=len(of_model) == len(state["model"]))
+
+
+def _by_name(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state dict with the model's names in the place of numbers,
+    by the order of the parameters.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups, entries = [], {}
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        called = [names[id(p)] for p in own["params"]]
+        entries |= {
+            name: state["state"][number]
+            for name, number in zip(called, saved["params"], strict=True)
+            if number in state["state"]
+        }
+        groups.append({**saved, "params": called})
+    return {"state": entries, "param_groups": groups}
+
+
+def _load_sharded(
+    path: Path, manifest: _Manifest, workers: Workers, model: nn.Module, optimizer: Optimizer
+) -> None:
+    """Load what `torch.distributed.checkpoint` has written."""
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    # it reads in place, and nothing is to be touched before all has been checked
+    target = _copied({"model": of_model, "optimizer": of_optimizer})
+    wanted = {f"model.{name}" for name in of_model} | {
+        f"optimizer.state.{name}.{key}"
+        for name, entries in target["optimizer"]["state"].items()
+        for key in entries
+    }
+    with refused_together(workers, str(path)):
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys()
+        missing = sorted(key for key in wanted - saved if PREFIX not in key)
+        if missing:
+            raise StateMismatchError(
+                f"{path} has no {missing[0]!r}: it was saved by another model or optimizer."
+            )
+    ours = [
+        sorted(key for key in keys if PREFIX in key) for keys in (wanted - saved, saved - wanted)
+    ]
+    for keys, words in zip(ours, (_ANEW, _DROPPED), strict=True):
+        if keys and workers.is_writer:
+            _log.warning(words, path, len(keys), keys[0])
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(target, checkpoint_id=path, planner=planner)
+    set_optimizer_state_dict(model, optimizer, target["optimizer"])
+    set_model_state_dict(model, target["model"])
+
+
+_ANEW = "%s does not have %d parts of the compressor's state (first: %s): they start anew"
+_DROPPED = "%s has %d parts of a compressor's state that this run does not have (first: %s)"

@@ -1,0 +1,434 @@
+"""`save_all` and `load_all`: everything of a run, whole at any moment."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lowrank_comm import (
+    CompressedOptimizer,
+    ConfigError,
+    PowerSGD,
+    PowerSGDPlus,
+    ProjectedAdamW,
+    StateMismatchError,
+    UnsupportedError,
+    checkpoint,
+)
+from lowrank_comm.bidirectional import M4, BidirectionalOptimizer
+from tests.support.checkpointed import equal
+from tests.support.gloo import GlooPool
+
+MORE = 3
+
+
+def plain_model(norm: type[nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(9, 12), norm(12), nn.Linear(12, 6)).double()
+
+
+def built(engine: str, compressor: Any = None, **options: Any) -> tuple[nn.Module, Any]:
+    """A model under an engine, and a fresh optimizer that is ready for its first
+    step.
+    """
+    # of the engines, DDP alone keeps running means equal on all ranks
+    keeps_means = engine in ("plain", "projected", "uncompressed", "DDP") and not compressor
+    model: nn.Module = plain_model(nn.BatchNorm1d if keeps_means else nn.LayerNorm)
+    if engine == "projected":
+        return model, ProjectedAdamW(model.named_parameters(), lr=0.01, rank=2, restart_every=2)
+    if engine == "bidirectional":
+        base = torch.optim.AdamW(model.named_parameters(), lr=0.01)
+        return model, BidirectionalOptimizer(base, M4(uplink_fraction=0.5))
+    if engine == "DDP":
+        model = DistributedDataParallel(model)
+    if engine in ("FSDP2", "HSDP"):
+        world = dist.get_world_size()
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("nodes", "inside"))
+        fully_shard(model, mesh=mesh if engine == "HSDP" else None)
+    base = torch.optim.AdamW(model.named_parameters(), lr=0.01)
+    if engine == "uncompressed":
+        return model, base
+    optimizer = CompressedOptimizer(
+        base, compressor or PowerSGDPlus(2, restart_every=4), min_compression_rate=0, **options
+    )
+    optimizer.attach(model)
+    return model, optimizer
+
+
+def train(model: nn.Module, optimizer: Any, first: int, steps: int, rank: int = 0) -> None:
+    for t in range(first, first + steps):
+        optimizer.zero_grad()
+        x = torch.randn(8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        (model(x) - rank).pow(2).sum().backward()
+        optimizer.step()
+
+
+def whole(value: Tensor) -> Tensor:
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().clone()
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): whole(v) for name, v in model.state_dict().items()}
+
+
+def interrupted(rank: int, engine: str, folder: str) -> tuple[bool, Any, list[str]]:
+    """Save, go on; and the same from the save, in new objects."""
+    model, optimizer = built(engine)
+    train(model, optimizer, 0, 5, rank)
+    checkpoint.save_all(folder, model, optimizer, epoch=5, more={"a": torch.ones(2)})
+    train(model, optimizer, 5, MORE, rank)
+    fresh, resumed = built(engine)
+    found = checkpoint.load_all(folder, fresh, resumed)
+    train(fresh, resumed, 5, MORE, rank)
+    return (
+        equal(values(model), values(fresh)),
+        found,
+        sorted(path.name for path in Path(folder).rglob("*")),
+    )
+
+
+@pytest.mark.parametrize("engine", ["plain", "projected", "bidirectional", "uncompressed"])
+def test_one_process_goes_on_bit_by_bit(engine: str, tmp_path: Path) -> None:
+    same, found, _ = interrupted(0, engine, str(tmp_path))
+    assert same
+    assert found["epoch"] == 5
+    assert torch.equal(found["more"]["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("engine", "world"),
+    [("plain", 2), ("DDP", 2), ("FSDP2", 2), ("HSDP", 4), ("projected", 2), ("bidirectional", 2)],
+)
+def test_several_workers_go_on_bit_by_bit(
+    gloo: GlooPool, engine: str, world: int, tmp_path: Path
+) -> None:
+    for same, found, files in gloo.run(interrupted, world, engine, str(tmp_path)):
+        assert same
+        assert found["epoch"] == 5
+        sharded = engine in ("FSDP2", "HSDP")
+        assert (".metadata" in files) == sharded
+        assert ("state.pt" in files) != sharded
+        assert ("optimizer_1.pt" in files) == (engine == "bidirectional")
+
+
+def saved_under(rank: int, engine: str, folder: str) -> tuple[dict[str, Tensor], float]:
+    model, optimizer = built(engine, PowerSGD(2), shard_scope="matrix")
+    train(model, optimizer, 0, 5)
+    checkpoint.save_all(folder, model, optimizer)
+    train(model, optimizer, 5, MORE)
+    return values(model), error_norm(optimizer)
+
+
+def error_norm(optimizer: CompressedOptimizer) -> float:
+    return sum(float(whole(e).norm()) for e in optimizer.error_memory().values())
+
+
+def loaded_under(rank: int, engine: str, folder: str) -> tuple[dict[str, Tensor], float]:
+    model, optimizer = built(engine, PowerSGD(2), shard_scope="matrix")
+    assert checkpoint.load_all(folder, model, optimizer) == {}
+    assert error_norm(optimizer) > 1e-3
+    train(model, optimizer, 5, MORE)
+    return values(model), error_norm(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("there", "world", "here", "other_world"),
+    [
+        ("DDP", 2, "FSDP2", 2),
+        ("FSDP2", 2, "DDP", 2),
+        ("HSDP", 4, "plain", 1),
+        ("DDP", 2, "HSDP", 4),
+        ("FSDP2", 2, "plain", 1),
+        ("plain", 1, "DDP", 3),
+    ],
+)
+def test_a_run_goes_on_under_another_engine(
+    gloo: GlooPool, there: str, world: int, here: str, other_world: int, tmp_path: Path
+) -> None:
+    """All workers have the same gradients, so that their number does not matter."""
+    expected, norm = gloo.run(saved_under, world, there, str(tmp_path))[0]
+    for found, other_norm in gloo.run(loaded_under, other_world, here, str(tmp_path)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        assert other_norm == pytest.approx(norm, rel=1e-8)
+
+
+# --- several saves ---
+
+
+def test_the_newest_is_loaded_and_as_many_stay_as_asked_for(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    for step in range(4):
+        train(model, optimizer, step, 1)
+        path = checkpoint.save_all(tmp_path, model, optimizer, step=step)
+        assert path == tmp_path / f"save-{step + 1:08d}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["save-00000003", "save-00000004"]
+    assert checkpoint.load_all(tmp_path, model, optimizer) == {"step": 3}
+    checkpoint.save_all(tmp_path, model, optimizer, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["save-00000005"]
+
+
+def test_without_a_save_the_run_starts_from_the_beginning(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    assert checkpoint.load_all(tmp_path / "none", model, optimizer) is None
+    (tmp_path / "save-00000001.unfinished").mkdir()
+    assert checkpoint.load_all(tmp_path, model, optimizer) is None
+
+
+@pytest.mark.parametrize("file", ["state.pt", "extra.pt", "manifest.json"])
+@pytest.mark.parametrize("how", ["a bit", "cut", "gone"])
+def test_a_damaged_save_is_passed_over_and_said(
+    file: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = built("plain")
+    for step in range(2):
+        train(model, optimizer, step, 1)
+        path = checkpoint.save_all(tmp_path, model, optimizer, step=step)
+    damaged = path / file
+    data = bytearray(damaged.read_bytes())
+    if how == "gone":
+        damaged.unlink()
+    else:
+        # within a hash, where it is the manifest
+        place = data.index(b"sha256") + 12 if file == "manifest.json" else len(data) // 2
+        data[place] ^= 1
+        damaged.write_bytes(data if how == "a bit" else data[:-20])
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        assert checkpoint.load_all(tmp_path, model, optimizer) == {"step": 0}
+    assert f"passed over: {path}" in caplog.text
+    (tmp_path / "save-00000001" / "state.pt").unlink()
+    with pytest.raises(StateMismatchError, match=r"no save in .* is undamaged"):
+        checkpoint.load_all(tmp_path, model, optimizer)
+
+
+# --- refusals ---
+
+
+def test_another_model_is_refused_with_nothing_touched(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    train(model, optimizer, 0, 2)
+    checkpoint.save_all(tmp_path, model, optimizer)
+    other = nn.Sequential(nn.Linear(9, 13), nn.BatchNorm1d(13), nn.Linear(13, 6)).double()
+    base = torch.optim.AdamW(other.named_parameters(), lr=0.01)
+    again = CompressedOptimizer(base, PowerSGD(2), min_compression_rate=0)
+    before = values(other)
+    with pytest.raises(StateMismatchError, match=r"'0.bias' is \(12,\) there and \(13,\) here"):
+        checkpoint.load_all(tmp_path, other, again)
+    assert equal(values(other), before)
+    assert not base.state
+
+
+def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    train(model, optimizer, 0, 2)
+    checkpoint.save_all(tmp_path, model, optimizer)
+    other = plain_model()
+    base = torch.optim.AdamW(other.named_parameters(), lr=0.01)
+    dense = CompressedOptimizer(base, PowerSGD(2), min_compression_rate=1000)
+    before = values(other)
+    with pytest.raises(StateMismatchError, match="it would be lost"):
+        checkpoint.load_all(tmp_path, other, dense)
+    assert equal(values(other), before)
+
+
+def test_what_could_not_be_loaded_safely_is_not_saved(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    with pytest.raises(StateMismatchError, match="give tensors, numbers, text"):
+        checkpoint.save_all(tmp_path, model, optimizer, scheduler=random.Random(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("keep", [0, -1, True, 1.5])
+def test_a_keep_that_keeps_nothing_is_refused(keep: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"keep={keep}"):
+        checkpoint.save_all(tmp_path, *built("plain"), keep=keep)
+
+
+def test_a_deepspeed_engine_saves_by_itself(tmp_path: Path) -> None:
+    engine = type("DeepSpeedEngine", (nn.Linear,), {})(2, 2)
+    base = torch.optim.SGD(engine.parameters(), lr=0.1)
+    for call in (checkpoint.save_all, checkpoint.load_all):
+        with pytest.raises(UnsupportedError, match="save_checkpoint"):
+            call(tmp_path, engine, base)
+
+
+def fails_on_one(rank: int, folder: str) -> str:
+    """Rank 1's error memory is damaged; then rank 0's disk is full."""
+    model, optimizer = built("DDP")
+    train(model, optimizer, 0, 2, rank)
+    checkpoint.save_all(folder, model, optimizer)
+    said, real = [], torch.save
+    kept = {name: error.clone() for name, error in optimizer.error_memory().items()}
+    if rank == 1:
+        optimizer.error_memory()["0.weight"][0, 0] = float("nan")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for disk in (real, full):
+        torch.save = disk
+        try:
+            checkpoint.save_all(folder, model, optimizer)
+        except StateMismatchError as error:
+            said.append(str(error))
+        finally:
+            torch.save = real
+        for name, error in optimizer.error_memory().items():
+            error.copy_(kept[name])
+    dist.barrier()
+    assert [path.name for path in Path(folder).iterdir()] == ["save-00000001"]
+    return " | ".join(said)
+
+
+def test_a_failure_on_one_rank_is_told_to_all(gloo: GlooPool, tmp_path: Path) -> None:
+    one, other = gloo.run(fails_on_one, 2, str(tmp_path))
+    assert one == other
+    assert "'0.weight' has the number nan on rank 1" in one
+    assert "the checkpoint failed on rank 0: [Errno 28] No space left on device" in one
+
+
+def loads_where_one_is_blind(rank: int, folder: str) -> str:
+    model, optimizer = built("DDP")
+    train(model, optimizer, 0, 1, rank)
+    mine = Path(folder) / "shared"
+    checkpoint.save_all(mine, model, optimizer)
+    before = copy.deepcopy(values(model))
+    try:
+        checkpoint.load_all(mine if rank == 0 else Path(folder) / "elsewhere", model, optimizer)
+    except StateMismatchError as error:
+        assert equal(values(model), before)
+        return str(error)
+    return "loaded"
+
+
+def test_a_save_that_one_rank_does_not_see_is_refused_by_all(
+    gloo: GlooPool, tmp_path: Path
+) -> None:
+    one, other = gloo.run(loads_where_one_is_blind, 2, str(tmp_path))
+    assert "rank 1: " in one
+    assert "save-00000001 cannot be read" in one
+    assert one.split(": ", 1)[1].split(":")[1:] == other.split(": ", 1)[1].split(":")[1:]
+
+
+# --- killed at any moment ---
+
+
+def weights_after(step: int) -> dict[str, Tensor]:
+    model, optimizer = built("plain")
+    train(model, optimizer, 0, step)
+    return values(model)
+
+
+def life(folder: Path, dies_at: int | None) -> int:
+    """Resume, then train and save until dead; in a child process.
+
+    dies_at: the process is gone before this file event; None: it is killed from
+        outside.
+    """
+    events = 0
+
+    def event(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal events
+        if name in FILE_EVENTS and str(folder) in str(arguments):
+            events += 1
+            if events == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(event)
+    model, optimizer = built("plain")
+    found = checkpoint.load_all(folder, model, optimizer)
+    first = found["step"] if found else 0
+    for step in range(first, first + (2 if dies_at is not None else 10**6)):
+        train(model, optimizer, step, 1)
+        checkpoint.save_all(folder, model, optimizer, step=step + 1)
+    return events
+
+
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
+
+
+def child(folder: Path, dies_at: int | None) -> int:
+    """Fork a life, which returns by exit; the child's number."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            logging.disable(logging.CRITICAL)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            life(folder, dies_at)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def state_of(folder: Path, at_least: int) -> int:
+    """The step that a new run goes on from, whose weights are those of that step."""
+    model, optimizer = built("plain")
+    found = checkpoint.load_all(folder, model, optimizer)
+    step = found["step"] if found else 0
+    assert step >= at_least
+    assert equal(values(model), weights_after(step))
+    return step
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork")
+def test_a_run_that_is_killed_at_any_file_event_loses_at_most_one_save(tmp_path: Path) -> None:
+    """Each run dies one file event later than the one before it, which it resumes,
+    until one comes to its end.
+    """
+    at, first = 0, tmp_path / "0"
+    assert os.waitpid(child(first, 10**9), 0)[1] == 0
+    before = state_of(first, 2)
+    assert before == 2
+    while True:
+        at += 1
+        folder = Path(shutil.copytree(first, tmp_path / str(at)))
+        _, status = os.waitpid(child(folder, at), 0)
+        step = state_of(folder, before)
+        if not os.WIFSIGNALED(status):
+            break
+    assert at > 20
+    assert step == before + 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork")
+def test_a_run_that_is_killed_at_random_moments_goes_on(tmp_path: Path) -> None:
+    draws, step = random.Random(0), 0
+    for _ in range(12):
+        pid = child(tmp_path, None)
+        time.sleep(0.1 + draws.random() * 0.2)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        step = state_of(tmp_path, step)
+    assert step > 10
+
+
+def test_the_manifest_says_what_belongs_to_a_save(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    path = checkpoint.save_all(tmp_path, model, optimizer)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"state.pt", "extra.pt"}
+    assert (manifest["format"], manifest["sharded"], manifest["world"]) == (1, False, 1)
+    # a later version's
+    manifest["new"] = 1
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.load_all(tmp_path, model, optimizer) == {}
