@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import TypedDict
 
 from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.ledger import LinkLedger
@@ -45,21 +44,16 @@ Shapes = dict[str, list[int]]
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
-class _Entry(TypedDict):
+class _Entry(BaseModel):
     """What `t` and the like may be; keys that a later version adds are let through."""
 
-    __pydantic_config__ = ConfigDict(  # type: ignore[misc]
-        strict=True, extra="ignore", arbitrary_types_allowed=True
-    )
+    model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
 
     seed: Seed
     t: _Count
     rank: _Count
     n: Annotated[int, Field(ge=1, lt=2**62)]
     tensors: dict[str, Tensor]
-
-
-_ENTRY = TypeAdapter(_Entry)
 
 
 @dataclass(frozen=True)
@@ -175,7 +169,7 @@ def _problem(
             f"the state is of other parameters ({what}); build the optimizer from the same model."
         )
     try:
-        _ENTRY.validate_python(dict(entry))
+        _Entry.model_validate(dict(entry))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -361,7 +361,8 @@ def _read(path: Path) -> Any:
 def _inner(model: nn.Module) -> nn.Module:
     """Return the model that DDP or torch.compile has wrapped."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        name = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
+        model = model.get_submodule(name)
     return model
 
 
@@ -426,7 +427,8 @@ def _by_name(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -
     by the order of the parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    groups, entries = [], {}
+    groups: list[dict[str, Any]] = []
+    entries: dict[str, Any] = {}
     for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
         called = [names[id(p)] for p in own["params"]]
         entries |= {

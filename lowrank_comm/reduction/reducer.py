@@ -369,17 +369,23 @@ class Reducer:
         """
         self.state.last_report()
         self.ensure_agreed()
-        for rank, found in enumerate(self.workers.all_gather_text(self.state.not_finite())):
-            if found:
-                raise StateMismatchError(
-                    f"{found} on rank {rank}: a checkpoint would carry it on, and every step after"
-                    " it would be skipped. Resume from an earlier checkpoint, or call"
-                    " optimizer.reducer.reset() on all ranks, which starts the"
-                    f" {self.assignment.error_feedback.memory} and the bases anew."
-                )
-        if self.workers.group.size > 1:
-            self.state.average_errors(self._mean)
-        self.state.mark_consolidated()
+        state, workers, unsound_here = self.state, self.workers, self.state.not_finite()
+        sound = not workers.any_in_the_node(bool(unsound_here))
+        if workers.group.size > 1 and state.keeps_private_state:
+            sound = state.average_errors(self._mean, sound)
+        elif workers.group.size > 1 and state.batches:
+            # nothing is averaged that could tell the others
+            sound = not any(workers.all_gather_text(unsound_here))
+        if not sound:
+            told = enumerate(workers.all_gather_text(unsound_here))
+            rank, found = next((rank, found) for rank, found in told if found)
+            raise StateMismatchError(
+                f"{found} on rank {rank}: a checkpoint would carry it on, and every step after it"
+                " would be skipped. Resume from an earlier checkpoint, or call"
+                " optimizer.reducer.reset() on all ranks, which starts the"
+                f" {self.assignment.error_feedback.memory} and the bases anew."
+            )
+        state.mark_consolidated()
 
     def _mean(self, tensor: Tensor) -> Tensor:
         self.ledger.collectives += self.workers.group.sum_([tensor])

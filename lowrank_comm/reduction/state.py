@@ -21,6 +21,7 @@ from torch import Tensor
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import unsound
 from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.batches import Batch, build_batches
 from lowrank_comm.reduction.params import ParamInfo
@@ -332,28 +333,23 @@ class CompressionState:
         return self.last_pass.report(self.batches) if self.last_pass else None
 
     def not_finite(self) -> str:
-        """Return which parameter's error memory or basis is not finite on this rank, or
-        too large for a sum over the workers, as the start of a sentence; "" if all are.
+        """Return which numbers of this rank are not finite, or too large for a sum over
+        the workers; "" for none.
         """
-        for batch in self.batches:
-            limit = torch.finfo(batch.dtype).max / self._workers.group.size
-            kept = {"error": batch.memory.tensor} if batch.memory.kept else {}
-            for symbol, tensor in (kept | batch.state).items():
-                if not tensor.is_floating_point() or tensor.numel() == 0:
-                    continue
-                sizes = torch.linalg.vector_norm(tensor.flatten(1), ord=float("inf"), dim=1)
-                for name, size in zip(batch.names, sizes.tolist(), strict=True):
-                    if not size <= limit:
-                        what = "error memory" if symbol == "error" else symbol
-                        return f"the {what} of parameter {name!r} has the number {size}"
-        return ""
+        largest = min((torch.finfo(batch.dtype).max for batch in self.batches), default=0.0)
+        return unsound(self.numbers(), largest / self._workers.group.size)
 
-    def average_errors(self, mean: Callable[[Tensor], Tensor]) -> None:
+    def average_errors(self, mean: Callable[[Tensor], Tensor], sound: bool) -> bool:
         """Replace this worker's errors, and what else of the state is its own, by the
         mean over the workers.
 
         Args:
             mean: averages a tensor over the workers, in place; a collective.
+            sound: whether this worker's numbers are fit for it. One that has others
+                sends NaN in the place of the first tensor, which all see.
+
+        Returns:
+            False, with nothing changed, if some worker's numbers are not sound.
         """
         assignment = self.assignment
         inexact = [] if assignment.linear else [assignment.compressor.json_name]
@@ -362,12 +358,29 @@ class CompressionState:
             words = "%s: not linear; the workers' mean %s is a valid start, not an exact one"
             which = ", ".join(dict.fromkeys(inexact))
             _log.warning(words, which, assignment.error_feedback.memory)
+        told = False
+
+        def averaged(own: Tensor) -> Tensor | None:
+            nonlocal told
+            if not told and not sound:
+                own.fill_(float("nan"))
+            result, told, first = mean(own), True, not told
+            refused = first and not bool(torch.isfinite(result).all())
+            return None if first and self._workers.any_in_the_node(refused) else result
+
         for batch in self.batches:
             if batch.memory.kept:
                 errors = batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True)
-                batch.memory.store(mean(errors), t=self.step, shared=True)
+                result = averaged(errors)
+                if result is None:
+                    return False
+                batch.memory.store(result, t=self.step, shared=True)
             for symbol in batch.compressor.private:
-                batch.state[symbol] = mean(batch.state[symbol].clone())
+                result = averaged(batch.state[symbol].clone())
+                if result is None:
+                    return False
+                batch.state[symbol] = result
+        return True
 
     @property
     def keeps_private_state(self) -> bool:

@@ -315,8 +315,8 @@ def test_state_that_is_not_finite_is_not_saved(
 ) -> None:
     """1.7e308 is finite, and the mean over two workers would not be."""
     for said, unchanged, files in gloo.run(saves_bad_state, 2, str(tmp_path), where, value):
-        what = "the error memory" if where == "error" else "the Q"
-        assert said.startswith(f"{what} of parameter '1.weight' has the number"), said
+        what = "the error memory" if where == "error" else "the state Q"
+        assert said.startswith(f"{what} of 1.weight holds "), said
         assert "on rank 1" in said
         assert unchanged
         assert files == 0

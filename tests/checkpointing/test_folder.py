@@ -301,7 +301,7 @@ def fails_on_one(rank: int, folder: str) -> str:
 def test_a_failure_on_one_rank_is_told_to_all(gloo: GlooPool, tmp_path: Path) -> None:
     one, other = gloo.run(fails_on_one, 2, str(tmp_path))
     assert one == other
-    assert "'0.weight' has the number nan on rank 1" in one
+    assert "the error memory of 0.weight holds nan on rank 1" in one
     assert "the checkpoint failed on rank 0: [Errno 28] No space left on device" in one
 
 

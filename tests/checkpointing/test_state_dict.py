@@ -469,7 +469,7 @@ def test_a_state_dict_that_no_run_will_load_is_said() -> None:
     trainer = Trainer(PowerSGD(2))
     trainer.train(0, 2, 0)
     trainer.optimizer.error_memory()["1.weight"][0, 0] = float("nan")
-    with pytest.warns(UserWarning, match=r"error memory of parameter '1\.weight'"):
+    with pytest.warns(UserWarning, match=r"the error memory of 1\.weight holds nan"):
         state = trainer.optimizer.state_dict()
     with pytest.raises(StateMismatchError, match="is not finite"):
         Trainer(PowerSGD(2)).optimizer.load_state_dict(state)
