@@ -36,6 +36,7 @@ from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.optimizer.compressed import CompressedOptimizer
 from lowrank_comm.reduction.monitoring import Figures, StepLog
 from lowrank_comm.reduction.policy import Rule
+from lowrank_comm.version import __version__
 
 if TYPE_CHECKING:
     from lowrank_comm.projected import ProjectedAdamW, ProjectedSGD
@@ -47,8 +48,6 @@ if (
     and (Path(__file__).parents[1] / "integrations").is_dir()
 ):
     __path__.append(str(Path(__file__).parents[1]))
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Acp",
@@ -74,6 +73,7 @@ __all__ = [
     "StateMismatchError",
     "StepLog",
     "UnsupportedError",
+    "__version__",
 ]
 
 # Modules that are loaded when one of these names is asked for.

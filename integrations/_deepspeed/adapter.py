@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lowrank_comm.communication import Group, Ledger
+from lowrank_comm.communication.agreement import options_of
 from lowrank_comm.config import SECTION, Section
 from lowrank_comm.errors import LowRankCommError, UnsupportedError
 from lowrank_comm.integrations._deepspeed import checkpoints
@@ -80,6 +81,9 @@ class DeepSpeedAdapter:
             intra_node=self._levels.intra_node,
             **section.reducer_options(),
         )
+        self.reducer.further_settings = lambda in_the_node: {
+            "param_groups": options_of(engine.optimizer.param_groups)
+        }
         self._skipped = SkippedSteps(
             "a gradient (with the error memory) was not finite, or too large for the wire",
             section.max_vetoes,

@@ -245,7 +245,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         gradients = party.flat.gradients()
         if not self._workers.agreed:
             self.ledger.bytes["start"] += self._double_averaging.check([gradients], self._workers)
-            party.agree(type(self.base).__name__)
+            party.agree(type(self.base).__name__, self.param_groups)
             self._watch.remove()
         state = party.exchange(gradients, self._descend)
         bad = ""

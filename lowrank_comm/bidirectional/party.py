@@ -5,7 +5,7 @@ the server with x.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lowrank_comm.bidirectional.ledger import LinkLedger
 from lowrank_comm.bidirectional.saved import FORMAT, Agreed
 from lowrank_comm.bidirectional.transport import Context
 from lowrank_comm.bidirectional.vectors import FlatParameters
-from lowrank_comm.communication.agreement import fingerprint
+from lowrank_comm.communication.agreement import fingerprint, options_of
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.numerics.linalg import full_precision
 
@@ -62,11 +62,13 @@ class Party:
         group = self.workers.group
         return Context(self.seed, self.t, group.size, self.flat.d, (group.rank,))
 
-    def agree(self, base: str) -> None:
+    def agree(self, base: str, groups: Sequence[Mapping[str, Any]]) -> None:
         """Compare settings and parameters with the other workers; a collective.
 
         Args:
             base: name of the optimizer that steps on x.
+            groups: its parameter groups, whose options count until a state is loaded,
+                which rank 0 alone has the use of.
 
         Raises:
             ConfigMismatchError: on every worker, if any two differ.
@@ -79,6 +81,7 @@ class Party:
             "step": self.t,
         }
         if not self._loaded:
+            description["param_groups"] = options_of(groups)
             same = (
                 "values of the parameters (seed all workers alike, or broadcast the parameters from"
                 " rank 0)"

@@ -1,10 +1,10 @@
 """Workers must agree on the settings and the model before the first step, or their
 buffers differ and they hang.
 
-At the first step every worker gathers a fingerprint (a hash of all settings and of the
-list of parameters). If the fingerprints differ, all workers see that, all gather the
-whole description, and all raise the same error, which names the settings that differ
-and the values on two workers.
+At the first step every worker gathers a fingerprint (a hash of all settings, of the
+library's version and of the list of parameters). If the fingerprints differ, all
+workers see that, all gather the whole description, and all raise the same error, which
+names the settings that differ and the values on two workers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowrank_comm.communication.group import LENGTH_BYTES, Group
 from lowrank_comm.errors import ConfigMismatchError
+from lowrank_comm.numerics.hashing import hash_of
 
 
 def check_same(description: Mapping[str, Any], group: Group, device: torch.device) -> int:
@@ -81,14 +82,33 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprint(parameters: Sequence[Tensor]) -> str:
-    """Return a short text that two workers share if their parameters are equal, even on
-    different devices: the bits of each parameter are added up as integers, whose sum
-    does not depend on the order.
+    """Return a short text that two workers share if their parameters, of equal shapes,
+    are equal bit for bit, even on different devices; see `numerics.hashing`.
     """
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [
-        p.detach().contiguous().view(integers[p.itemsize]).sum(dtype=torch.int64)
-        for p in parameters
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return f"{int(hash_of(parameters, device)) % (1 << 64):016x}"
+
+
+def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what is equal on all workers of an optimizer's parameter groups: numbers
+    (lr, betas, weight_decay, ...), also those in tensors, flags and words.
+
+    Learning rates that a scheduler changes are equal as well whenever workers agree: at
+    the first step, and after a state was loaded or parameters were added.
+    """
+    return [
+        {
+            key: value.item() if isinstance(value, Tensor) else value
+            for key, value in group.items()
+            if key not in ("params", "param_names") and _is_plain(value)
+        }
+        for group in groups
     ]
-    numbers = torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []
-    return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return value is None or isinstance(value, bool | int | float | str)

@@ -19,6 +19,7 @@ from lowrank_comm.communication.agreement import check_same, raise_if_different
 from lowrank_comm.communication.group import LENGTH_BYTES, Group
 from lowrank_comm.communication.intra_node import IntraNodeGroup
 from lowrank_comm.errors import ConfigMismatchError, LowRankCommError, StateMismatchError
+from lowrank_comm.version import __version__
 
 
 class Workers:
@@ -111,8 +112,8 @@ class Workers:
     def agree(
         self, description: Mapping[str, Any], in_the_node: Mapping[str, Any] | None = None
     ) -> int:
-        """Compare settings with the other workers, and between the ranks of this node;
-        a collective.
+        """Compare settings and the library's version with the other workers, and
+        between the ranks of this node; a collective.
 
         A difference that one rank sees is told to the other ranks of its node, which
         would wait for it otherwise.
@@ -129,6 +130,7 @@ class Workers:
             ConfigMismatchError: on every rank, if any two differ.
         """
         error, sent = "", 0
+        description = {**description, "version of lowrank_comm": __version__}
         try:
             sent = check_same(description, self.group, self.device)
         except ConfigMismatchError as mismatch:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_comm.communication import Ledger
-from lowrank_comm.communication.agreement import fingerprint
+from lowrank_comm.communication.agreement import fingerprint, options_of
 from lowrank_comm.communication.topology import grid
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
@@ -348,6 +348,7 @@ class CompressedOptimizer(OptimizerWrapper):
             "max_grad_norm": self.max_grad_norm,
             "reduce_at": self._backward.reduces_at,
             "optimizer": type(self.base).__name__,
+            "param_groups": options_of(self.base.param_groups),
             "engine": engine.name,
             "state found in the base optimizer": self._saved.not_taken_over,
         }

@@ -12,7 +12,7 @@ from pydantic import AllowInfNan, Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lowrank_comm.communication.agreement import fingerprint
+from lowrank_comm.communication.agreement import fingerprint, options_of
 from lowrank_comm.errors import ConfigError, StateMismatchError, UnsupportedError
 from lowrank_comm.options import check
 from lowrank_comm.projected.averaging import Entry
@@ -126,17 +126,9 @@ def describe(
             leaves the values out. They are compared at the start and after a load only:
             in between unlike processors may have rounded them apart by a last bit.
     """
-    options = [
-        {
-            key: float(v) if isinstance(v, Tensor) else v
-            for key, v in group.items()
-            if key not in ("params", "param_names")
-        }
-        for group in param_groups
-    ]
     description = {
         **settings,
-        "groups": options,
+        "groups": options_of(param_groups),
         "parameters": {
             e.name: f"#{k} {tuple(e.parameter.shape)} {e.parameter.dtype}"
             for k, e in enumerate(entries)

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_comm import CompressedOptimizer, ConfigMismatchError, Identity, PowerSGD, PowerSGDPlus
+from lowrank_comm import (
+    CompressedOptimizer,
+    ConfigMismatchError,
+    Identity,
+    PowerSGD,
+    PowerSGDPlus,
+    __version__,
+)
+from lowrank_comm.communication import workers
 from tests.support.gloo import GlooPool
 
 
@@ -17,7 +25,7 @@ def disagree(rank: int, settings: list[dict[str, Any]]) -> str:
     mine = dict(settings[rank % len(settings)])
     shapes = mine.pop("shapes", {"w": (12, 9), "b": (4,)})
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    base = mine.pop("base", torch.optim.SGD)(parameters.items(), lr=0.1)
+    base = mine.pop("base", torch.optim.SGD)(parameters.items(), **{"lr": 0.1} | mine.pop("of", {}))
     made = CompressedOptimizer(base, min_compression_rate=mine.pop("rate", 0), **mine)
     for p in parameters.values():
         p.grad = torch.ones_like(p)
@@ -73,6 +81,21 @@ DIFFERENT = {
     "the base optimizer": (
         [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "base": torch.optim.Adam}],
         ["optimizer", "SGD", "Adam"],
+    ),
+    "the learning rate": (
+        [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "of": {"lr": 0.2}}],
+        ["param_groups[0].lr: 0.1 on rank 0, 0.2 on rank 1"],
+    ),
+    "betas": (
+        [
+            {"compressor": PowerSGD(2), "base": torch.optim.AdamW},
+            {
+                "compressor": PowerSGD(2),
+                "base": torch.optim.AdamW,
+                "of": {"betas": (0.9, 0.99), "weight_decay": 0.5, "lr": torch.tensor(0.5)},
+            },
+        ],
+        ["param_groups[0].betas", "0.99", "param_groups[0].weight_decay", "param_groups[0].lr"],
     ),
     "clipping": (
         [{"compressor": PowerSGD(2)}, {"compressor": PowerSGD(2), "max_grad_norm": 1.0}],
@@ -184,3 +207,43 @@ def test_one_rank_of_four_that_differs(gloo: GlooPool) -> None:
 
 def test_equal_settings_raise_nothing(gloo: GlooPool) -> None:
     assert gloo.run(disagree, 2, [{"compressor": PowerSGD(2)}]) == ["no error", "no error"]
+
+
+def versions(rank: int) -> str:
+    """Rank 1 has another version of the library."""
+    workers.__version__ = f"0.1.{rank}"  # type: ignore[attr-defined]
+    try:
+        return disagree(rank, [{"compressor": PowerSGD(2)}])
+    finally:
+        workers.__version__ = __version__  # type: ignore[attr-defined]
+
+
+def test_another_version_of_the_library_is_refused(gloo: GlooPool) -> None:
+    for text in gloo.run(versions, 2):
+        assert "version of lowrank_comm: '0.1.0' on rank 0, '0.1.1' on rank 1" in text
+
+
+def differ(rank: int, how: str) -> str:
+    """Rank 1 has the same numbers, in another order or with exchanged signs."""
+    w = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
+    if rank == 1:
+        w = {
+            "rows": w.flip(0),
+            "transposed": w.t().reshape(12, 9),
+            "two numbers": w.flatten()[[1, 0, *range(2, 108)]].view(12, 9),
+            "signs": torch.where(torch.arange(9) < 2, -w, w),
+        }[how]
+    parameter = torch.nn.Parameter(w.contiguous())
+    made = CompressedOptimizer(torch.optim.SGD([("w", parameter)], lr=0.1), PowerSGD(2))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        made.step()
+    except ConfigMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("how", ["rows", "transposed", "two numbers", "signs"])
+def test_values_in_other_places_are_different_values(gloo: GlooPool, how: str) -> None:
+    for text in gloo.run(differ, 2, how):
+        assert "values of the parameters" in text
