@@ -201,7 +201,9 @@ def strike(
     began, checkpoint = time.time(), expected.measured.bytes
     on_disk = planned.kind in ("full disk", "read-only disk")
     with network(planned) as (drawn, lab):
-        job = Job(planned.engine, str(folder), STEPS, EVERY, drawn.timeout, compressed, drawn.fault)
+        job = Job(
+            planned.engine, str(folder), STEPS, EVERY, drawn.timeout, compressed, fault=drawn.fault
+        )
         # room for all checkpoints, and for one that is being written
         with disk(job, int(checkpoint * 6 + 2e6) if on_disk else None):
             first = start(job, 0, lab=lab)

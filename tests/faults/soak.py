@@ -34,7 +34,7 @@ def held() -> dict[str, int]:
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return {
         "RSS (kB)": next(int(line.split()[1]) for line in status if line.startswith("VmRSS")),
-        "live tensors": sum(isinstance(one, torch.Tensor) for one in gc.get_objects()),
+        "live tensors": sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()),
         "file descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
         "threads": sum(1 for _ in Path("/proc/self/task").iterdir()),
     }
