@@ -33,7 +33,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_comm.checkpointing.tag import WAY_OUT, Tag, check_format, read_tag
+from lowrank_comm.checkpointing.tag import (
+    WAY_OUT,
+    OtherGroupsError,
+    Tag,
+    check_format,
+    read_tag,
+)
 from lowrank_comm.errors import StateMismatchError
 from lowrank_comm.reduction.reducer import Reducer
 
@@ -90,9 +96,9 @@ def check_groups(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
     """Raise torch's error for other parameter groups before anything is changed."""
     saved = [len(group["params"]) for group in state_dict["param_groups"]]
     if len(saved) != len(groups):
-        raise ValueError("loaded state dict has a different number of parameter groups")
+        raise OtherGroupsError("loaded state dict has a different number of parameter groups")
     if saved != [len(group["params"]) for group in groups]:
-        raise ValueError(
+        raise OtherGroupsError(
             "loaded state dict contains a parameter group that doesn't match the size of"
             " optimizer's group"
         )

@@ -29,6 +29,10 @@ _Count = Annotated[int, Field(ge=0, lt=2**62)]
 _History = Annotated[tuple[_Count, _Count, bool], Strict(False)]
 
 
+class OtherGroupsError(ValueError):
+    """The parameter groups of a state dict are others, said in torch's words."""
+
+
 def readable(error: Exception, what: str) -> Exception:
     """Return an error as this library says it: another one than ours means that what
     was being read is damaged.
@@ -52,9 +56,9 @@ def refused_together(workers: Workers, what: str) -> Iterator[None]:
     problem: Exception | None = None
     try:
         yield
-    # the others wait to be told; torch's own words for other groups are a ValueError
+    # the others wait to be told
     except Exception as error:
-        problem = error if type(error) is ValueError else readable(error, what)
+        problem = error if isinstance(error, OtherGroupsError) else readable(error, what)
     workers.refuse_together(problem)
 
 

@@ -5,8 +5,10 @@ resume, GradScaler, what is refused.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -509,6 +511,50 @@ def test_a_state_dict_goes_through_torch_save() -> None:
     again = parameters()
     build(again, M4(1, uplink_fraction=0.5)).load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(flat(again), flat(named))
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "nan": lambda entry: entry["tensors"]["w"].view(-1)[2].fill_(float("nan")),
+    "infinite x": lambda entry: entry["tensors"]["x"].fill_(float("inf")),
+    "another length": lambda entry: entry["tensors"].update(x=torch.ones(3)),
+    "no tensor": lambda entry: entry["tensors"].update(x="x"),
+    "no tensors": lambda entry: entry.update(tensors=None),
+    "steps": lambda entry: entry.update(t="3"),
+    "negative steps": lambda entry: entry.update(t=-3),
+    "no seed": lambda entry: entry.pop("seed"),
+    "no shapes": lambda entry: entry.update(shapes=None),
+    "no method": lambda entry: entry.pop("method"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_state_is_refused_with_nothing_touched(what: str) -> None:
+    named = parameters()
+    optimizer = build(named, M4(1, uplink_fraction=0.5))
+    train(optimizer, named, 0, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    DAMAGE[what](state["lowrank_comm_bidirectional"])
+    train(optimizer, named, 0, range(3, 4))
+    before, t = flat(named), optimizer.t
+    with pytest.raises(StateMismatchError):
+        optimizer.load_state_dict(state)
+    assert torch.equal(flat(named), before)
+    assert optimizer.t == t
+    train(optimizer, named, 0, range(4, 5))
+
+
+def test_a_base_that_had_loaded_compressed_gradients_is_refused() -> None:
+    one, other = parameters(), parameters()
+    gradients = CompressedOptimizer(
+        torch.optim.SGD(one.items(), lr=0.1), PowerSGD(2), min_compression_rate=0
+    )
+    for p in one.values():
+        p.grad = torch.ones_like(p)
+    gradients.step()
+    base = torch.optim.SGD(other.items(), lr=0.1)
+    base.load_state_dict(copy.deepcopy(gradients.state_dict()))
+    with pytest.raises(StateMismatchError, match="its error memory would be lost here"):
+        BidirectionalOptimizer(base, M4(1))
 
 
 # --- the page, and states of the other kind ---

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 from lowrank_comm import ConfigError, ProjectedAdamW, StateMismatchError
+from tests.support.gloo import GlooPool
 from tests.support.projected_model import give, parameters, run
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -56,3 +58,74 @@ def test_states_that_do_not_fit_are_refused_before_anything_is_changed() -> None
         torch.equal(optimizer.state[held[name]]["exp_avg"], value) for name, value in before.items()
     )
     assert optimizer.t == 2
+
+
+# --- states that are damaged, and other names ---
+
+DAMAGE: dict[str, Any] = {
+    "nan": lambda state: state["state"][0]["exp_avg"].view(-1)[1].fill_(float("nan")),
+    "infinite projector": lambda state: state["state"][0]["projector"].fill_(float("inf")),
+    "no tensor": lambda state: state["state"][0].update(exp_avg="x"),
+    "another shape": lambda state: state["state"][0].update(exp_avg=torch.ones(3, 3)),
+    "steps": lambda state: state["param_groups"][0].update(t=float("nan")),
+    "negative steps": lambda state: state["param_groups"][0].update(t=-1),
+    "words for steps": lambda state: state["param_groups"][0].update(t="two"),
+}
+
+
+def contents(optimizer: ProjectedAdamW) -> list[Any]:
+    return [
+        value.clone() for state in optimizer.state.values() for _, value in sorted(state.items())
+    ]
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_state_is_refused_with_nothing_touched(what: str) -> None:
+    held = parameters()
+    optimizer = ProjectedAdamW(held.items(), rank=3)
+    run(optimizer, held, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    DAMAGE[what](state)
+    run(optimizer, held, 1)
+    before = contents(optimizer)
+    with pytest.raises(StateMismatchError):
+        optimizer.load_state_dict(state)
+    assert all(map(torch.equal, contents(optimizer), before))
+    assert optimizer.t == 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("prefix", ["module.", "net.", None])
+def test_other_names_load_by_order_and_are_kept(prefix: str | None) -> None:
+    held, other = parameters(), parameters()
+    first = ProjectedAdamW(held.items(), rank=3)
+    run(first, held, 2)
+    named = other.values() if prefix is None else [(prefix + n, p) for n, p in other.items()]
+    second = ProjectedAdamW(named, rank=3)
+    names = second.param_groups[0].get("param_names")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.param_groups[0].get("param_names") == names
+    assert all(map(torch.equal, contents(second), contents(first)))
+    run(second, other, 1)
+
+
+def refused_on_one(rank: int) -> tuple[str, bool]:
+    held = parameters()
+    optimizer = ProjectedAdamW(held.items(), rank=3)
+    run(optimizer, held, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    if rank == 1:
+        DAMAGE["nan"](state)
+    before = contents(optimizer)
+    try:
+        optimizer.load_state_dict(state)
+    except StateMismatchError as error:
+        return str(error), all(map(torch.equal, contents(optimizer), before))
+    return "loaded", False
+
+
+def test_a_refusal_on_one_rank_is_told_to_all(gloo: GlooPool) -> None:
+    for said, unchanged in gloo.run(refused_on_one, 2):
+        assert said.startswith("rank 1: the saved exp_avg of a parameter of shape")
+        assert "is not finite" in said
+        assert unchanged
