@@ -221,15 +221,20 @@ def take_from(base: Optimizer) -> dict[str, Any] | None:
     """
     if not any(_ours(entries) for entries in base.state.values()):
         return None
-    whole = base.state_dict()
-    state = {
-        number: {key: entries[key] for key in (*_ours(entries), "step") if key in entries}
-        for number, entries in whole["state"].items()
-    }
+    found = of_compressor(base.state_dict())
     for entries in base.state.values():
         for key in _ours(entries):
             del entries[key]
-    return {"state": state, "param_groups": whole["param_groups"]}
+    return found
+
+
+def of_compressor(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without what is the base's alone, but its counts of steps."""
+    state = {
+        number: {key: entries[key] for key in (*_ours(entries), "step") if key in entries}
+        for number, entries in state_dict["state"].items()
+    }
+    return {"state": state, "param_groups": state_dict["param_groups"]}
 
 
 def refuse_rounded(found: Mapping[str, Any], base: Optimizer) -> None:

@@ -131,7 +131,7 @@ class SavedState:
             self._start_from_zero(is_empty=not state_dict["state"])
         elif waits:
             # Accelerate gives back what it was given before the model is attached
-            self._found = copy.deepcopy(state_dict)
+            self._found = entries.of_compressor(state_dict)
         else:
             self._restore(self._lazy.prepare(), tag, tensors)
 

@@ -67,6 +67,36 @@ def test_an_interrupted_run_goes_on(
         assert worst(expected, resumed) < 1e-5
 
 
+@every_engine
+def test_everything_is_kept_by_one_call(gloo: GlooPool, engine: Setup, tmp_path: Path) -> None:
+    setup = replace(engine, compressor=PowerSGDPlus(2, restart_every=5), adam=True)
+    for expected, resumed in gloo.run(cases.kept_whole, WORLD, setup, 7, 6, str(tmp_path)):
+        assert worst(expected, resumed) < 1e-5
+
+
+@every_engine
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("how", ["wrapped afterwards", "unnamed", "renamed"])
+def test_a_state_dict_goes_on_however_it_is_loaded(gloo: GlooPool, engine: Setup, how: str) -> None:
+    setup = replace(engine, compressor=PowerSGDPlus(2, restart_every=5), adam=True)
+    for expected, resumed in gloo.run(cases.loaded_otherwise, WORLD, setup, 7, 6, how):
+        assert worst(expected, resumed) < 1e-5
+
+
+@every_engine
+@pytest.mark.parametrize("culprit", [0, 3])
+def test_state_that_is_not_finite_is_saved_by_nobody(
+    gloo: GlooPool, engine: Setup, culprit: int, tmp_path: Path
+) -> None:
+    setup = replace(engine, compressor=RANK_2)
+    for said in gloo.run(cases.bad_state, WORLD, setup, culprit, str(tmp_path)):
+        assert len(said) == 3
+        for words in said:
+            assert words.startswith("the error memory of ")
+            assert words.endswith(f"holds nan on rank {culprit}")
+    assert list(tmp_path.iterdir()) == []
+
+
 CROSSINGS = {
     "DDP on 4 -> FSDP2 flat on 2": ("DDP", 4, "FSDP2, flat", 2),
     "FSDP2 flat on 2 -> DDP on 4": ("FSDP2, flat", 2, "DDP", 4),

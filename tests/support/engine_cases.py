@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lowrank_comm import CompressedOptimizer, PowerSGD
+from lowrank_comm import CompressedOptimizer, PowerSGD, StateMismatchError
+from lowrank_comm.checkpoint import load_all, save_all
 from lowrank_comm.checkpointing import file as checkpoint
 from tests.support.engines import Setup, backward, full, loss_of, plain_names, wrapped
 
@@ -209,6 +210,94 @@ def interrupted(
     load_state(fresh, again, way, folder, saved)
     run(rank, fresh, again, stop, more, setup)
     return expected, {name: full(p) for name, p in plain_names(fresh).items()}
+
+
+def kept_whole(
+    rank: int, setup: Setup, stop: int, more: int, folder: str
+) -> tuple[dict[str, Tensor], ...]:
+    """As `interrupted`, by `save_all` and `load_all`."""
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, stop, setup)
+    save_all(folder, model, optimizer, step=stop)
+    run(rank, model, optimizer, stop, more, setup)
+    expected = {name: full(p) for name, p in plain_names(model).items()}
+    optimizer.detach()
+    fresh, again = built(setup)
+    assert load_all(folder, fresh, again) == {"step": stop}
+    run(rank, fresh, again, stop, more, setup)
+    return expected, {name: full(p) for name, p in plain_names(fresh).items()}
+
+
+def copied(value: Any) -> Any:
+    """A deep copy, also of DTensors that are views."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: copied(one) for key, one in value.items()}
+    return type(value)(map(copied, value)) if isinstance(value, list | tuple) else value
+
+
+def loaded_otherwise(
+    rank: int, setup: Setup, stop: int, more: int, how: str
+) -> tuple[dict[str, Tensor], ...]:
+    """As `interrupted`, by a state dict. how: the base loads it and is wrapped
+    afterwards; or it is loaded where parameters have no names, or others, and no model
+    is attached before.
+    """
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, stop, setup)
+    optimizer.consolidate_error_memory()
+    state, weights = copied((optimizer.state_dict(), model.state_dict()))
+    run(rank, model, optimizer, stop, more, setup)
+    expected = {name: full(p) for name, p in plain_names(model).items()}
+    optimizer.detach()
+    fresh, process_group = wrapped(setup)
+    fresh.load_state_dict(weights)
+    named = list(plain_names(fresh).items())
+    given: list[Any] = {
+        "unnamed": [p for _, p in named],
+        "renamed": [(f"net.{name}", p) for name, p in named],
+    }.get(how, named)
+    base = setup.base(given)
+    if how == "wrapped afterwards":
+        base.load_state_dict(state)
+    options = {"min_compression_rate": 0, "seed": 3, **setup.options}
+    assert setup.compressor is not None
+    again = CompressedOptimizer(
+        base, setup.compressor, process_group, shard_scope=setup.scope, **options
+    )
+    again.attach(fresh)
+    if how != "wrapped afterwards":
+        again.load_state_dict(state)
+    assert again.reducer.step == stop
+    run(rank, fresh, again, stop, more, setup)
+    return expected, {name: full(p) for name, p in plain_names(fresh).items()}
+
+
+def bad_state(rank: int, setup: Setup, culprit: int, folder: str) -> list[str]:
+    """One rank's error memory holds NaN: what saving says, and whether it changed
+    anything. The last rank of a node may hold no row of the head.
+    """
+    model, optimizer = built(setup)
+    run(rank, model, optimizer, 0, 2, setup)
+    if rank == culprit:
+        name = max(
+            optimizer.error_memory(), key=lambda n: local(optimizer.error_memory()[n]).numel()
+        )
+        optimizer.reducer.state.error_memory()[name].view(-1)[1] = float("nan")
+    before = repr(state_of(model, optimizer))
+    said = []
+    for save in (
+        optimizer.consolidate_error_memory,
+        lambda: checkpoint.save(optimizer.reducer, folder),
+        lambda: save_all(folder, model, optimizer),
+    ):
+        try:
+            save()
+        except StateMismatchError as error:
+            said.append(str(error).split(":")[0])
+    assert repr(state_of(model, optimizer)) == before
+    return said
 
 
 def run(
