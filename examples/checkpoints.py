@@ -15,20 +15,27 @@ from __future__ import annotations
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether everything of a checkpoint has been written: its
-    trainer_state.json can be read, and where several ranks save their random numbers'
-    state, rank 0 is not the only one that has.
+    """Return whether everything of a checkpoint has been written: trainer_state.json
+    can be read, what torch.save wrote beside it has its end, and where several ranks
+    save their random numbers' state, rank 0 is not the only one that has.
     """
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    # rank 0 may have finished when another rank was killed
     ranks = {int(file.stem.rpartition("_")[2]) for file in folder.glob("rng_state_[0-9]*.pth")}
-    return "global_step" in state and (not ranks or ranks == set(range(max(2, len(ranks)))))
+    saved = [*folder.glob("*.pth"), *folder.glob("*.pt")]
+    return (
+        "global_step" in state
+        and (not ranks or ranks == set(range(max(2, len(ranks)))))
+        and all(zipfile.is_zipfile(file) for file in saved)
+    )
 
 
 def newest_complete(output_dir: Path) -> Path | None:

@@ -36,6 +36,7 @@ into its configuration, and `lowrank_comm.integrations.deepspeed` does the rest;
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -70,6 +71,7 @@ from lowrank_comm.reduction.monitoring import Compressing, Figures
 __all__ = ["CompressionCallback"]
 
 _WHO = "CompressionCallback"
+_log = logging.getLogger("lowrank_comm")
 
 
 class CompressionCallback(TrainerCallback):
@@ -150,6 +152,13 @@ class CompressionCallback(TrainerCallback):
                 f"{_WHO}: Trainer trains with {type(trainer.optimizer).__name__}, in which there is"
                 " no compression. A subclass that makes its optimizer elsewhere than in"
                 " create_optimizer() has to make it a compressed one."
+            )
+        if state.global_step and not source.reducer.step:
+            # Trainer loads an optimizer's state where it finds one, else says nothing
+            _log.warning(
+                "the run goes on from step %d, but no optimizer's state was loaded: base optimizer,"
+                " bases and error memory start anew",
+                state.global_step,
             )
         self._figures = Figures(source)
 

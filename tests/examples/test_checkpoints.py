@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import find_checkpoint, is_complete, newest_complete
 
 from tests.support import ROOT
@@ -22,7 +23,7 @@ def put(folder: Path, step: int, state: str | None = STATE, ranks: tuple[int, ..
     if state is not None:
         (made / "trainer_state.json").write_text(state)
     for rank in ranks:
-        (made / f"rng_state_{rank}.pth").write_bytes(b"")
+        torch.save(rank, made / f"rng_state_{rank}.pth")
     return made
 
 
@@ -44,6 +45,17 @@ def test_complete_is_what_trainer_has_finished(
     tmp_path: Path, state: str | None, ranks: tuple[int, ...], complete: bool
 ) -> None:
     assert is_complete(put(tmp_path, 5, state, ranks)) is complete
+
+
+@pytest.mark.parametrize("name", ["rng_state_1.pth", "optimizer.pt", "scheduler.pt"])
+def test_a_file_that_was_cut_off_is_seen(tmp_path: Path, name: str) -> None:
+    """Rank 1 is killed in the middle of its file, and rank 0 finishes."""
+    folder = put(tmp_path, 5, ranks=(0, 1))
+    file = folder / name
+    torch.save(torch.arange(100), file)
+    assert is_complete(folder)
+    file.write_bytes(file.read_bytes()[:-40])
+    assert not is_complete(folder)
 
 
 def test_true_and_auto_pass_over_what_a_kill_left(tmp_path: Path) -> None:

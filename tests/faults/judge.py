@@ -51,7 +51,7 @@ def loop(name: str, engine: str, compressed: bool, points: int = 16, ranks: int 
     return Target(
         name,
         ["-m", "tests.faults.worker", words],
-        "{out}/checkpoints/step-*",
+        "{out}/checkpoints/save-*[0-9]",
         "{out}/final.pt",
         r"going on from step (\d+)",
         points,

@@ -82,11 +82,11 @@ def _head(rows: list[dict[str, Any]]) -> list[str]:
     seeds = Counter((row["engine"], row["kind"]) for row in rows)
     least = min(seeds.values(), default=0)
     went, back = (sum(row["outcome"] == o for row in rows) for o in ("went on", "resumed"))
-    refused = sum(row["outcome"].startswith("refused") for row in rows)
+    refused = sum(row["outcome"].startswith(("refused", "passed")) for row in rows)
     bad = [row for row in rows if row["wrong"]]
     ours = [row for row in bad if not _upstream(row)]
     useful, done = STEPS * len(rows), sum(row["executed"] for row in rows)
-    finite = [row for row in rows if not row["wrong"]]
+    finite = [row for row in rows if not row["wrong"] and not row["outcome"].startswith("told")]
     worst = max((max(row["worst loss"], row["worst parameter"]) for row in finite), default=0.0)
     slowest = max(
         (
@@ -106,7 +106,8 @@ def _head(rows: list[dict[str, Any]]) -> list[str]:
         "", "| | |", "| --- | ---: |",
         f"| the run went on, nothing lost | {went} |",
         f"| it ended on all ranks, and was started again from its newest checkpoint | {back} |",
-        f"| a damaged checkpoint was refused, and the one before it loaded | {refused} |",
+        f"| a damaged checkpoint was passed over or refused, and the one before it loaded | {refused} |",
+        f"| the optimizer's file was gone: told, and the optimizer started anew | {sum(row['outcome'].startswith('told') for row in rows)} |",
         f"| **hung** beyond the fault's length and the group's timeout | **{sum('hang' in row['wrong'] for row in rows)}** |",
         f"| **diverged** from the uninterrupted run | **{sum('diverged' in row['wrong'] or 'ranks differ' in row['wrong'] for row in rows)}** |",
         f"| lost more than one save interval | {sum('more than one save interval lost' in row['wrong'] for row in rows)} |",
@@ -128,8 +129,9 @@ def _head(rows: list[dict[str, Any]]) -> list[str]:
 def _matrix(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## The matrix", "",
-        "Faults that ended as they must / faults injected; beside it what the runs did: `c` went on, `r` resumed, `x` refused a"
-        " damaged checkpoint and resumed from the one before.", "",
+        "Faults that ended as they must / faults injected; beside it what the runs did: `c` went on, `r` resumed, `p` passed over a"
+        " damaged checkpoint by itself, `x` refused it, and a person had to remove it; `t` Trainer found no"
+        " optimizer.pt and went on with a new optimizer, which the callback says.", "",
         "| | " + " | ".join(NAMES[engine] for engine in ENGINES) + " |",
         "| --- |" + " --- |" * len(ENGINES),
     ]  # fmt: skip
@@ -141,7 +143,13 @@ def _matrix(rows: list[dict[str, Any]]) -> list[str]:
                 cells.append(IMPOSSIBLE.get((engine, kind), "not run"))
                 continue
             marks = Counter(
-                {"went on": "c", "resumed": "r"}.get(row["outcome"], "x") for row in mine
+                {
+                    "went on": "c",
+                    "resumed": "r",
+                    "passed over": "p",
+                    "told that the optimizer starts anew": "t",
+                }.get(row["outcome"], "x")
+                for row in mine
             )
             good = sum(not row["wrong"] for row in mine)
             did = " ".join(f"{count}{mark}" for mark, count in sorted(marks.items()))

@@ -81,7 +81,6 @@ class Soaking(Run):
         elif fault == "save and load":
             recipes.save(self.job.checkpoints, step, self.net, self.optimizer)
             recipes.load(self.job.checkpoints, self.net, self.optimizer)
-            recipes.remove_all_but_newest(self.job.checkpoints)
 
     def failing_save(self) -> None:
         """Save where a file lies in the place of the folder: an error on all ranks."""

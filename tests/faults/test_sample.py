@@ -46,7 +46,18 @@ def test_a_run_that_is_struck_ends_as_if_it_had_not_been(
     # else nothing has been compared
     assert row["executed"] >= STEPS
     if kind == "damaged file":
-        assert row["outcome"].startswith("refused")
+        assert row["outcome"].startswith(("refused", "passed over"))
+
+
+@pytest.mark.slow
+def test_a_trainer_whose_optimizer_is_gone_says_so(folder: Path) -> None:
+    """Trainer itself goes on with a new optimizer, and without a word."""
+    expected = reference("trainer", folder / "trainer")
+    planned = plan("trainer", "damaged file", 0, expected.measured)
+    assert planned.damage == "removed"
+    row = struck(planned, folder / "run", expected)
+    assert row["damaged"] == "optimizer.pt"
+    assert row["outcome"] == "told that the optimizer starts anew", json.dumps(row, indent=1)
 
 
 MEASURED = Measured(seconds=0.05, events=[6, 3, 3, 3], bytes=30_000)
