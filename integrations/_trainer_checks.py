@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from lowrank_comm import CompressedOptimizer, ConfigError, UnsupportedError
 from lowrank_comm.integrations._compression_argument import Compression
-from lowrank_comm.integrations.accelerate import compressed, refuse_fsdp1
+from lowrank_comm.integrations.accelerate import compressed, refuse_alone, refuse_fsdp1
 
 SAVING = "_save_optimizer_and_scheduler"
 """The method of a Trainer before which the error memory is averaged."""
@@ -39,7 +39,8 @@ def check_trainer(trainer: Trainer, compression: Compression, who: str) -> None:
         who: the callback, in whose name errors are raised.
 
     Raises:
-        ConfigError: its optimizer is another one, or there is nothing to compress with.
+        ConfigError: its optimizer is another one, there is nothing to compress with,
+            or it runs one process, where a launcher has started several.
         UnsupportedError: an argument that cannot go with compression, FSDP1, or a
             Trainer that lacks what the callback relies on.
     """
@@ -60,6 +61,7 @@ def check_trainer(trainer: Trainer, compression: Compression, who: str) -> None:
             raise UnsupportedError(
                 f"{who}: TrainingArguments({key}=True) is not possible with compression: {why}"
             )
+    refuse_alone(trainer.accelerator, who)
     refuse_fsdp1(trainer.accelerator, who)
     if compression is None:
         raise ConfigError(

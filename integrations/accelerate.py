@@ -38,6 +38,8 @@ from torch.optim import Optimizer
 
 from lowrank_comm import CompressedOptimizer, Compressor, ConfigError, UnsupportedError
 from lowrank_comm.checkpointing.state_dict import drop_compressed_state
+from lowrank_comm.communication import Group
+from lowrank_comm.communication.topology import launched_ranks
 from lowrank_comm.config.enabled import is_left_alone, say_disabled
 from lowrank_comm.integrations._compression_argument import (
     around,
@@ -80,8 +82,8 @@ def prepare(
         What `accelerator.prepare` returns.
 
     Raises:
-        ConfigError: nothing to compress with, or twice; or a CompressedOptimizer with
-            DeepSpeed.
+        ConfigError: nothing to compress with, or twice; a CompressedOptimizer with
+            DeepSpeed; or one process, where a launcher has started several.
         UnsupportedError: FSDP1, or another wrapper that cannot be compressed.
 
     Example:
@@ -96,6 +98,11 @@ def prepare(
                 optimizer.step()
                 optimizer.zero_grad()
     """
+    if not isinstance(accelerator, Accelerator):
+        raise ConfigError(
+            f"{_WHO}: the accelerator comes first, and got {type(accelerator).__name__}; write"
+            " prepare(accelerator, model, optimizer, ...)."
+        )
     check(compression, _WHO)
     if compression is None and any(map(is_left_alone, objects)):
         return accelerator.prepare(*objects, **keywords)
@@ -109,6 +116,7 @@ def prepare(
             if isinstance(one, Optimizer):
                 drop_compressed_state(one)
         return accelerator.prepare(*objects, **keywords)
+    refuse_alone(accelerator, _WHO)
     refuse_fsdp1(accelerator, _WHO)
     if mine and compression is not None:
         raise ConfigError(
@@ -227,6 +235,21 @@ def _consolidating(accelerator: Accelerator) -> Callable[..., Any]:
 
     setattr(wrapped, _OURS, True)
     return wrapped
+
+
+def refuse_alone(accelerator: Accelerator, who: str) -> None:
+    """Raise ConfigError where a launcher has started several processes, or there is a
+    group of them, and Accelerate is not distributed: each would train on all data.
+    """
+    launched = max(launched_ranks(), Group().size)
+    alone = accelerator.distributed_type == DistributedType.NO or accelerator.num_processes == 1
+    if launched > 1 and alone:
+        raise ConfigError(
+            f"{who}: there are WORLD_SIZE={launched} processes, but Accelerate is not distributed"
+            f" (distributed_type {accelerator.distributed_type.value}, on {accelerator.device}):"
+            " each process would train on all data. On CPUs, set ACCELERATE_USE_CPU=true in the environment"
+            " (of Trainer, too), or write Accelerator(cpu=True); else unset WORLD_SIZE."
+        )
 
 
 def refuse_fsdp1(accelerator: Accelerator, who: str) -> None:

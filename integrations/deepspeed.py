@@ -45,10 +45,15 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import deepspeed.comm.torch
 import deepspeed.ops
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch.utils.cpp_extension import get_default_build_root
 
 from lowrank_comm.config import SECTION
 from lowrank_comm.errors import UnsupportedError
@@ -64,6 +69,7 @@ from lowrank_comm.integrations._deepspeed.internals import does_not_train
 __all__ = ["DeepSpeedAdapter", "get", "install", "skip_shm_extension"]
 
 _KEY = "_lowrank_comm"
+_SHM = "deepspeed_shm_comm"
 
 
 def get(engine: Any) -> DeepSpeedAdapter | None:
@@ -80,7 +86,34 @@ def skip_shm_extension() -> None:
     Call it before the process group is made (by deepspeed.initialize,
     TrainingArguments, ...).
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__[_SHM] = False
+
+
+def _telling(build: Callable[[], Any]) -> Callable[[], Any]:
+    """Return DeepSpeed's `build_shm_op` with a line before it compiles, on one rank of
+    a host: it is silent for minutes.
+    """
+
+    @functools.wraps(build)
+    def build_shm_op() -> Any:
+        asked = deepspeed.ops.__compatible_ops__.get(_SHM, False)
+        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+        found = {path.suffix or path.name for path in cache.glob(f"**/{_SHM}/*")}
+        if asked and ".so" not in found and os.environ.get("LOCAL_RANK", "0") == "0":
+            line = (
+                f"lowrank_comm: DeepSpeed compiles {_SHM} in {cache}, once, which takes minutes"
+                " and serves inference only; skip_shm_extension() of"
+                " lowrank_comm.integrations.deepspeed spares it."
+            )
+            if "lock" in found:
+                line += (
+                    " A file 'lock' is there: another process compiles, or was killed while it"
+                    " did. If none does, delete it, or this one waits for ever."
+                )
+            print(line, flush=True)
+        return build()
+
+    return build_shm_op
 
 
 def install() -> None:
@@ -114,6 +147,10 @@ def install() -> None:
 
     setattr(__init__, _KEY, True)
     DeepSpeedEngine.__init__ = __init__
+    # on a CPU, DeepSpeed calls it when it makes the process group
+    build = getattr(deepspeed.comm.torch, "build_shm_op", None)
+    if build is not None:
+        deepspeed.comm.torch.build_shm_op = _telling(build)
 
 
 install()

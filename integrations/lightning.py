@@ -32,6 +32,7 @@ from lightning.pytorch.strategies import (
 )
 from torch.optim import Optimizer
 
+from lowrank_comm.communication.topology import launched_ranks
 from lowrank_comm.config.enabled import is_left_alone
 from lowrank_comm.errors import ConfigError, UnsupportedError
 from lowrank_comm.optimizer.compressed import CompressedOptimizer
@@ -99,6 +100,13 @@ class CompressionCallback(Callback):
                 f'CompressionCallback: {name} is not supported; use Trainer(strategy="ddp"), or a'
                 " plain loop and optimizer.attach(model) for FSDP2 (fully_shard). FSDP1 has no"
                 " rows to compress."
+            )
+        launched = launched_ranks()
+        if launched > 1 and isinstance(strategy, SingleDeviceStrategy):
+            raise ConfigError(
+                f"CompressionCallback: WORLD_SIZE={launched} is in the environment, but {name} runs"
+                " one process: each would train by itself, on all data. Write"
+                ' Trainer(strategy="ddp", devices=..., num_nodes=...), or unset WORLD_SIZE.'
             )
         if not pl_module.automatic_optimization:
             raise UnsupportedError(

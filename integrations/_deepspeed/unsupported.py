@@ -107,7 +107,9 @@ def of_engine(engine: Any) -> Iterator[Refusal]:
     modules = dict(engine.module.named_modules())
     if engine.has_moe_layers:
         layers = [name for name, module in modules.items() if "MoE" in type(module).__name__]
-        found = f"MoE layers {', '.join(layers[:3])}"
+        # the model itself has no name
+        named = [name or type(engine.module).__name__ for name in layers[:3]]
+        found = f"MoE layers {', '.join(named)}"
         yield "model", found, _EXPERTS, "Remove the 'lowrank_comm' section"
     optimizer = type(engine.basic_optimizer).__name__
     if "Muon" in optimizer:

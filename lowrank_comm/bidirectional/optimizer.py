@@ -40,7 +40,7 @@ from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer, keeping_names
 from lowrank_comm.optimizer.step import run_step
-from lowrank_comm.optimizer.wrapper import OptimizerWrapper
+from lowrank_comm.optimizer.wrapper import OptimizerWrapper, refuse_meta
 from lowrank_comm.options import Seed, check
 from lowrank_comm.reduction.skipped_steps import SkippedSteps, unsound_gradients
 
@@ -279,6 +279,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         """
         if self._party is None:
             named = self._namer.name_all(self.param_groups)
+            refuse_meta(named)
             flat = FlatParameters([(name, p) for name, p in named if p.requires_grad])
             self._party = Party(self.method, self._seed, flat, self._workers, self.ledger)
         elif [id(p) for p in self._trainable()] != [id(p) for p in self._party.flat.parameters]:

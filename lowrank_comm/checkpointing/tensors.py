@@ -187,8 +187,9 @@ def check_fits(
         if "error" in saved and "error" not in here and bool(saved["error"].float().any()):
             raise StateMismatchError(
                 f"{name!r} has a saved error memory but is not a compressed parameter of this run"
-                " with one; it would be lost. Resume with the same model, names, rank,"
-                " min_compression_rate, rules and error_feedback; to give it up on purpose, take"
+                f" with one; it would be lost. {_kept_here(reducer, saved)} Resume with the same"
+                " compressor, model, names, rank, min_compression_rate, rules and error_feedback;"
+                " to give it up on purpose, take"
                 " the compressor's state out of the checkpoint (in a state dict the key"
                 " 'lowrank_comm' and the entries 'lowrank_comm_...')."
             )
@@ -224,6 +225,17 @@ def _check_numbers(name: str, symbol: str, saved: Tensor, here: Tensor | None) -
             " this one (in a state dict the key 'lowrank_comm' and the entries"
             " 'lowrank_comm_...')."
         )
+
+
+def _kept_here(reducer: Reducer, saved: Mapping[str, Tensor]) -> str:
+    """Say what the saved run kept of a parameter, and what decides that in this one."""
+    assignment = reducer.assignment
+    symbols = ", ".join(sorted(symbol.split(_OF)[0] for symbol in saved))
+    return (
+        f"(The saved run kept {symbols} of it; this one has compressor"
+        f" {assignment.compressor.json_name!r} with error_feedback form"
+        f" {assignment.error_feedback.form!r}.)"
+    )
 
 
 def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -114,6 +114,14 @@ def covered_ranks(process_group: Any) -> list[int]:
     return dist.get_process_group_ranks(process_group or dist.group.WORLD)
 
 
+def launched_ranks() -> int:
+    """Return how many ranks the launcher says that it has started; 1 if it says
+    nothing.
+    """
+    value = os.environ.get("WORLD_SIZE", "")
+    return int(value) if value.isdecimal() else 1
+
+
 def ranks_in_a_node() -> int | None:
     """Return how many ranks the launcher started on this node, if it tells."""
     # of torchrun, or of deepspeed

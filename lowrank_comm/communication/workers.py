@@ -18,7 +18,13 @@ import torch
 from lowrank_comm.communication.agreement import check_same, raise_if_different
 from lowrank_comm.communication.group import LENGTH_BYTES, Group
 from lowrank_comm.communication.intra_node import IntraNodeGroup
-from lowrank_comm.errors import ConfigMismatchError, LowRankCommError, StateMismatchError
+from lowrank_comm.communication.topology import launched_ranks
+from lowrank_comm.errors import (
+    ConfigError,
+    ConfigMismatchError,
+    LowRankCommError,
+    StateMismatchError,
+)
 from lowrank_comm.version import __version__
 
 
@@ -128,7 +134,17 @@ class Workers:
 
         Raises:
             ConfigMismatchError: on every rank, if any two differ.
+            ConfigError: on every rank, if there is no process group though a launcher
+                has started several.
         """
+        launched = launched_ranks()
+        if launched > 1 and not self.group.initialised:
+            raise ConfigError(
+                f"WORLD_SIZE={launched} is in the environment, as torchrun sets it, but there is no"
+                " process group: each process would train a model of its own. Call"
+                ' torch.distributed.init_process_group("nccl") (on CPUs "gloo") before the first'
+                " step; or unset WORLD_SIZE if each process is to train by itself."
+            )
         error, sent = "", 0
         description = {**description, "version of lowrank_comm": __version__}
         try:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import pkgutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,19 +46,22 @@ from lowrank_comm.numerics.linalg import all_finite
 from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.optimizer.attachment import Attachment
 from lowrank_comm.optimizer.backward_reduction import BackwardReduction
+from lowrank_comm.optimizer.double_averaging import ATTACH
 from lowrank_comm.optimizer.engine import hint_of_two_levels, wrapper_of
 from lowrank_comm.optimizer.environment import refuse_with_deepspeed
 from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.saved_state import SavedState
 from lowrank_comm.optimizer.step import run_step
-from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of
+from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of, refuse_meta
 from lowrank_comm.options import Positive, PositiveInt, check
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
 from lowrank_comm.reduction.report import StepReport
 from lowrank_comm.reduction.skipped_steps import MAX_VETOES, SkippedSteps
+
+_log = logging.getLogger("lowrank_comm")
 
 
 class CompressedOptimizer(OptimizerWrapper):
@@ -181,12 +185,13 @@ class CompressedOptimizer(OptimizerWrapper):
         )
         # not by assignment, which would reach a base that has attributes of these names
         vars(self).update(compressor=compressor, max_grad_norm=max_grad_norm)
+        self._told_plan = False
         self._attachment = Attachment(self, process_group, shard_scope)
         self._lazy = LazyReducer(
             optimizer,
             make,
             self._attachment,
-            Namer(named_parameters),
+            Namer(named_parameters, in_ddp=f"{ATTACH[0].lower()}{ATTACH[1:]}"),
             settings=self._settings,
             on_rebuild=lambda: self._backward.watch(),
             on_first=lambda reducer: self._saved.take_over(reducer),
@@ -322,6 +327,7 @@ class CompressedOptimizer(OptimizerWrapper):
         self._lazy.learn(model.named_parameters())
         attachment.scaling.attach(scaler)
         plan = self.plan
+        self._told_plan = True
         if self.reducer.workers.is_writer:
             print(plan, flush=True)
         return plan
@@ -470,6 +476,8 @@ class CompressedOptimizer(OptimizerWrapper):
         self._backward.settle(stepping=False)
         reducer, engine = self._lazy.prepare(), self._attachment.engine
         parameters = self._lazy.parameters
+        if reducer.state.last_pass is None:
+            self._look_before_the_first_pass(reducer)
         if self._backward.overlap:
             self._backward.begins(reducer)
         # before anything whose sizes follow from what is compared
@@ -495,6 +503,18 @@ class CompressedOptimizer(OptimizerWrapper):
             reducer.step, applied, outcome.grads, reducer.workers, outcome.unsound, scale
         )
         return applied
+
+    def _look_before_the_first_pass(self, reducer: Reducer) -> None:
+        """Refuse parameters without values; say that nothing is compressed where no
+        plan was printed that says so.
+        """
+        refuse_meta(self._lazy.named.items())
+        if self._told_plan or not self.compressor.low_rank or not reducer.workers.is_writer:
+            return
+        self._told_plan = True
+        nothing = reducer.plan.nothing_compressed
+        if nothing:
+            _log.warning("%s (attach(model) prints the whole plan)", nothing)
 
     def _take_part_without_gradients(self) -> None:
         """Take part in a pass of the other workers when this one's data are exhausted:

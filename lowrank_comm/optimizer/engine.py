@@ -190,7 +190,15 @@ refused.
 def wrapper_of(model: nn.Module) -> str | None:
     """Return the class name of the wrapper that reduces gradients by itself, or None
     for a plain model.
+
+    Raises:
+        ConfigError: it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"attach: it takes the model, as it is wrapped, and got {type(model).__name__}; write"
+            " optimizer.attach(model)."
+        )
     for module in model.modules():
         for kind in type(module).__mro__:
             if kind.__name__ in ADAPTERS:

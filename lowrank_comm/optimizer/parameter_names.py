@@ -82,9 +82,19 @@ class Namer:
     Looked for in this order: what `learn` was told (a model, or named_parameters=), the
     group's `param_names` (torch's own, where the optimizer was built from
     named_parameters()), and else "group.index", with a warning.
+
+    Args:
+        named_parameters: names that are known.
+        in_ddp: what to do where the names look like those of a model in DDP that nobody
+            has told of.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        in_ddp: str = "build the base optimizer from the plain model, and do not wrap it.",
+    ) -> None:
+        self._in_ddp = in_ddp
         self._known: dict[int, str] = {}
         # of wrappers in torch's own names
         self._depth: int | None = None
@@ -127,6 +137,6 @@ class Namer:
             warn_user(
                 "the names of all parameters start with 'module.', as in a model wrapped by"
                 " DistributedDataParallel. If it is, gradients are averaged by it and then once"
-                " more: build the base optimizer from the plain model, and do not wrap it.",
+                f" more: {self._in_ddp}",
             )
         return named

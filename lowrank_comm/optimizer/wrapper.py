@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -31,6 +31,20 @@ _FROM_A_SCALER = ("found_inf", "grad_scale")
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """Return the parameters of all groups, in their order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def refuse_meta(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters without values, before a step.
+
+    Raises:
+        ConfigError: one is on the meta device.
+    """
+    for name, parameter in named:
+        if parameter.is_meta:
+            raise ConfigError(
+                f"parameter {name!r} is on the meta device and has no values. Give the model some"
+                " before the first step: model.to_empty(device=...), then initialise or load it."
+            )
 
 
 def _property_of_the_base(name: str) -> Any:

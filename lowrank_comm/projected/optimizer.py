@@ -48,6 +48,7 @@ from lowrank_comm.optimizer.environment import refuse_with_deepspeed
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer, keeping_names
 from lowrank_comm.optimizer.step import run_step
+from lowrank_comm.optimizer.wrapper import refuse_meta
 from lowrank_comm.options import PositiveInt, check
 from lowrank_comm.projected.averaging import Averaged, Averaging, Entry
 from lowrank_comm.projected.checks import (
@@ -172,7 +173,16 @@ class ProjectedOptimizer(Optimizer):
         """Add a group; its parameters take part from the next step on, on all workers.
         See torch's method.
         """
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "non-leaf" not in str(error):
+                raise
+            raise ConfigError(
+                f"{type(self).__name__}: a parameter is computed from other tensors ({error}), so"
+                " no gradient of its own can be averaged. Give the optimizer the tensors that it"
+                " is computed from."
+            ) from None
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -324,6 +334,7 @@ class ProjectedOptimizer(Optimizer):
                     f"{entry.name}: sparse gradients cannot be averaged here; use sparse=False."
                 )
         if not workers.agreed:
+            refuse_meta((entry.name, entry.parameter) for entry in entries)
             state = None if self._compared else self.state
             description = describe(self.settings(), self.param_groups, entries, state)
             self.ledger.bytes["fingerprint"] += workers.agree(description)

@@ -44,6 +44,9 @@ class Figures:
     Args:
         source: a `CompressedOptimizer`, or the adapter of a DeepSpeed engine.
 
+    Raises:
+        ConfigError: something else, such as a plain optimizer.
+
     Example:
         >>> import torch
         >>> from lowrank_comm import CompressedOptimizer, PowerSGD
@@ -58,6 +61,18 @@ class Figures:
     """
 
     def __init__(self, source: Compressing) -> None:
+        lacks = [
+            name
+            for name in ("ledger", "last_report", "reducer")
+            if not hasattr(type(source), name) and name not in getattr(source, "__dict__", ())
+        ]
+        if lacks:
+            raise ConfigError(
+                f"Figures: {type(source).__name__} has no {' and no '.join(lacks)}; give a"
+                " CompressedOptimizer (of what Accelerate has prepared,"
+                " lowrank_comm.integrations.accelerate.get(optimizer); of a DeepSpeed engine,"
+                " lowrank_comm.integrations.deepspeed.get(engine))."
+            )
         self._source = source
         self._before = self._totals()
 

@@ -188,6 +188,15 @@ class Plan:
             return counted(self.workers, "worker")
         return f"{counted(self.workers, 'node')} of {self.ranks_in_a_node} ranks"
 
+    @property
+    def nothing_compressed(self) -> str:
+        """A line that says that nothing is compressed, and why the largest parameters
+        are not; empty if something is.
+        """
+        if not self.rows or any(row.scheme != "dense" for row in self.rows):
+            return ""
+        return f"nothing is compressed; the largest: {_largest(self.rows)}"
+
     def _cap(self, dense: Sequence[PlanRow]) -> list[str]:
         """Return the dense parameters that set the ceiling of the ratio, if they are
         more than a fifth of what is sent.
@@ -195,11 +204,16 @@ class Plan:
         share = _sent(dense) / self.step_bytes if self.step_bytes else 0.0
         if share < 0.2:
             return []
-        largest = sorted(dense, key=lambda row: -row.elements)[:3]
-        names = ", ".join(f"{row.name} ({row.reason})" for row in largest)
-        if len(dense) == len(self.rows):
-            return [f"  nothing is compressed; the largest: {names}"]
+        if self.nothing_compressed:
+            return [f"  {self.nothing_compressed}"]
+        names = _largest(dense)
         return [f"  the ratio is capped by what stays dense, {share:.0%} of the bytes: {names}"]
+
+
+def _largest(rows: Sequence[PlanRow]) -> str:
+    """Name the largest parameters, and say what decides their treatment."""
+    largest = sorted(rows, key=lambda row: -row.elements)[:3]
+    return ", ".join(f"{row.name} ({row.reason})" for row in largest)
 
 
 def _sent(rows: Sequence[PlanRow]) -> float:

@@ -60,6 +60,13 @@ class Rule:
                 " out, or the treatment."
             )
 
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the rule leaves its parameters to the rate, as if it were not
+        there.
+        """
+        return self.treatment is self.rank is self.min_compression_rate is None
+
     def matches(self, name: str) -> bool:
         """Return whether the pattern fits the whole name."""
         return fnmatch.fnmatchcase(name, self.match)
@@ -105,6 +112,9 @@ class Policy:
         min_compression_rate: see this file's first lines.
         rules: exceptions by name; the first that matches wins.
         codes: format of what would go dense, or None for the wire dtype.
+
+    Raises:
+        ConfigError: a bad rate, or a last rule that says nothing.
     """
 
     compressor: Compressor
@@ -114,6 +124,12 @@ class Policy:
 
     def __post_init__(self) -> None:
         check("min_compression_rate", self.min_compression_rate, Rate)
+        if self.rules and self.rules[-1].says_nothing:
+            raise ConfigError(
+                f"rules[match={self.rules[-1].match!r}] has no effect: it says nothing of its"
+                " parameters, and no rule follows from which it would except them. Give it a"
+                ' treatment such as "dense", a rank or a min_compression_rate, or leave it out.'
+            )
 
     def treat(self, name: str, shape: Sequence[int]) -> Treatment:
         """Return the treatment of the parameter `name` of full shape `shape`."""

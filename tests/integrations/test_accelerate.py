@@ -82,5 +82,8 @@ def test_wrong_use(gloo: GlooPool) -> None:
         assert "nothing to compress with" in said["nothing"]
         assert "CompressedOptimizer already" in said["twice"]
         assert "one model and its optimizer" in said["no model"]
+        assert "WORLD_SIZE=2" in said["one process of two"]
+        assert "ACCELERATE_USE_CPU" in said["one process of two"]
+        assert "the accelerator comes first, and got Sequential" in said["no accelerator"]
         assert 'reduce_at="step"' in said["reduces too late"]
         assert "attach(model, scaler=scaler)" in said["a scaler that nobody knows"]

@@ -584,3 +584,52 @@ def test_a_missing_private_name_is_reported_with_the_version() -> None:
     )
     assert f"tested with DeepSpeed {seams.TESTED}" in str(raised.value)
     assert "_take_model_step" not in str(raised.value)
+
+
+# --- what is said ---
+
+
+def test_what_deepspeed_compiles_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once a host, if it is not there; and that a lock may be left over."""
+    from lowrank_comm.integrations import deepspeed as adapter
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    ops = {"deepspeed_shm_comm": True}
+    monkeypatch.setattr(adapter.deepspeed.ops, "__compatible_ops__", ops)
+    build = adapter._telling(lambda: "built")
+
+    def said() -> str:
+        assert build() == "built"
+        return capsys.readouterr().out
+
+    assert "skip_shm_extension()" in said()
+    folder = tmp_path / "py311_cpu" / "deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    assert "'lock' is there" in said()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert said() == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    (folder / "deepspeed_shm_comm.so").touch()
+    assert said() == ""
+    (folder / "deepspeed_shm_comm.so").unlink()
+    adapter.skip_shm_extension()
+    assert said() == ""
+
+
+def test_experts_are_refused_by_name() -> None:
+    from types import SimpleNamespace
+
+    from lowrank_comm.integrations._deepspeed.unsupported import of_engine
+
+    class ToyMoE(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+
+    engine = SimpleNamespace(module=ToyMoE(), has_moe_layers=True)
+    _, found, *_ = next(iter(of_engine(engine)))
+    assert found == "MoE layers ToyMoE"

@@ -27,7 +27,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    SingleDeviceStrategy,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -362,6 +367,13 @@ def test_other_strategies_are_refused(strategy: type, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         CompressionCallback().setup(trainer, SimpleNamespace(), "fit")  # type: ignore[arg-type]
     CompressionCallback().setup(trainer, SimpleNamespace(), "test")  # type: ignore[arg-type]
+
+
+def test_one_process_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trainer = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"))
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2.*SingleDeviceStrategy.*strategy=.ddp"):
+        CompressionCallback().setup(trainer, SimpleNamespace(), "fit")  # type: ignore[arg-type]
 
 
 def test_ddp_is_taken() -> None:

@@ -322,6 +322,8 @@ def test_wrong_use_is_said_when_trainer_is_built(gloo: GlooPool, folder: Path) -
         assert "optimizers=(optimizer, None)" in said["another optimizer"]
         assert "needs something to compress with" in said["nothing"]
         assert "has a CompressedOptimizer already" in said["twice"]
+        assert "WORLD_SIZE=2" in said["one process of two"]
+        assert "ACCELERATE_USE_CPU" in said["one process of two"]
         assert "callback.connect(trainer)" in said["added late"]
         assert said["added late, and connected"] == "no error"
         assert 'reduce_at="step"' in said["reduces too late"]

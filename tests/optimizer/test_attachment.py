@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD
+from lowrank_comm.bidirectional import BidirectionalOptimizer, InkheartSGD
 from tests.support.engines import (
     ENGINES,
     WORLD,
@@ -505,6 +506,18 @@ def test_a_state_that_was_loaded_before_is_not_lost() -> None:
     # a plain model goes on as it is
     again.attach(model)
     assert torch.equal(again.error_memory()["weight"], before)
+
+
+@pytest.mark.parametrize("kind", ["compressed", "bidirectional"])
+def test_what_is_no_model_is_refused(kind: str) -> None:
+    base = torch.optim.SGD(nn.Linear(16, 16).named_parameters(), lr=0.1)
+    optimizer = (
+        CompressedOptimizer(base, PowerSGD(rank=1))
+        if kind == "compressed"
+        else BidirectionalOptimizer(base, InkheartSGD(uplink_fraction=0.5))
+    )
+    with pytest.raises(ConfigError, match=r"takes the model.*got SGD"):
+        optimizer.attach(base)  # type: ignore[arg-type]
 
 
 def load_then_attach(rank: int) -> str:

@@ -310,6 +310,22 @@ def missing(rank: int) -> dict[str, Any]:
     return report
 
 
+def test_a_loop_that_compresses_nothing_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Where nobody has attached the model, which prints the plan."""
+    for attached in (False, True):
+        model = network()
+        optimizer = CompressedOptimizer(BASES["SGD"](model.named_parameters()), PowerSGD(99))
+        if attached:
+            optimizer.attach(model)
+        for t in range(2):
+            loss_of(model, t).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    lines = [one.getMessage() for one in caplog.records if "nothing is" in one.getMessage()]
+    assert len(lines) == 1
+    assert "0.weight (rate" in lines[0]
+
+
 def test_gradients_that_are_missing_on_some_ranks_or_on_all(gloo: GlooPool) -> None:
     """On some: they count as zero, and what the others had is applied everywhere, also
     where there was none. On all: the gradient stays None, the base leaves the parameter

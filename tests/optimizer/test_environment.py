@@ -82,3 +82,45 @@ def test_deepspeed_of_another_run_is_left_alone(libraries: tuple[Any, Any]) -> N
     del ours
     gc.collect()
     assert all(there() is None for there in gone)
+
+
+# --- started wrongly ---
+
+
+def stepped(kind: str, device: str = "cpu") -> None:
+    """A step of an optimizer of a plain model."""
+    with torch.device(device):
+        model = torch.nn.Linear(8, 8)
+        x = torch.ones(2, 8)
+    named = list(model.named_parameters())
+    optimizer = OURS[kind][0](torch.optim.SGD(named, lr=0.1), named)
+    model(x).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_several_processes_without_a_group_are_refused(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train a model of its own, without a word."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2.*init_process_group"):
+        stepped(kind)
+    for alone in ("1", "", "auto"):
+        monkeypatch.setenv("WORLD_SIZE", alone)
+        stepped(kind)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_parameters_without_values_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"'weight' is on the meta device.*to_empty"):
+        stepped(kind, "meta")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_parameters_that_are_computed_are_refused(kind: str) -> None:
+    computed = [("w", torch.ones(4, 4, requires_grad=True) * 2)]
+    # torch takes them where it can differentiate through a step
+    base = torch.optim.SGD(computed, lr=0.1, differentiable=True)
+    with pytest.raises(ConfigError, match=r"computed from other tensors"):
+        OURS[kind][0](base, computed)

@@ -109,3 +109,5 @@ def test_names_that_look_wrapped_are_told() -> None:
         optimizer.error_memory()
     # whose line it is
     assert caught[0].filename == __file__
+    # and what to do, as the error at the first step says
+    assert "optimizer.attach(model)" in str(caught[0].message)

@@ -112,3 +112,8 @@ def test_json_lines_are_written_by_one_process_and_go_on(gloo: GlooPool, tmp_pat
 def test_a_wrong_interval(every: object, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="every must be an integer of at least 1, got"):
         StepLog(small()[1], tmp_path / "log.jsonl", every=every)  # type: ignore[arg-type]
+
+
+def test_what_has_no_figures() -> None:
+    with pytest.raises(ConfigError, match=r"SGD has no ledger.*accelerate\.get\(optimizer\)"):
+        Figures(small()[1].base)  # type: ignore[arg-type]

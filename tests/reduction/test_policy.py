@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lowrank_comm import PowerSGD
+from lowrank_comm import ConfigError, PowerSGD
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.simulation import Simulation
 from tests.support.matrices import drawn
@@ -30,3 +31,16 @@ def test_rules_override_by_name_and_the_first_match_wins() -> None:
     assert set(sim.error_memory(0)) == {"a.weight", "b.weight", "tiny.weight"}
     assert sim.last_reports[0].bytes["factors"] == 8 * (2 * 80 + 7 * 80 + 4 * 10)
     assert sim.last_reports[0].bytes["dense"] == 8 * 60 * 20
+
+
+def test_a_last_rule_that_says_nothing_is_refused() -> None:
+    """Before others it excepts its parameters from them."""
+    shapes = {"head.weight": (60, 20), "a.weight": (60, 20)}
+    rules = [Rule("head.*"), Rule("*", treatment="dense")]
+    sim = Simulation(shapes, PowerSGD(4), 1, rules=rules)
+    assert {row.name: row.scheme for row in sim.reducers[0].plan.rows} == {
+        "head.weight": "low_rank",
+        "a.weight": "dense",
+    }
+    with pytest.raises(ConfigError, match=r"rules\[match='head\.\*'\] has no effect.*treatment"):
+        Simulation(shapes, PowerSGD(4), 1, rules=[rules[1], rules[0]])

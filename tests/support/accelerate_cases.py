@@ -4,6 +4,7 @@ test_accelerate.py.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,19 @@ def wrong_use(rank: int) -> dict[str, str]:
     attempt("twice", "", compression=PowerSGDPlus(rank=2))
     attempt("no model", None, together=False, compression=PowerSGDPlus(rank=2))
     attempt("reduces too late", "step")
+
+    def one_process(first: bool) -> None:
+        with environment("plain"):
+            # of torchrun, and nobody has told Accelerate to use CPUs
+            os.environ["WORLD_SIZE"] = "2"
+            del os.environ["ACCELERATE_USE_CPU"]
+            model, _ = model_and_data()
+            base = torch.optim.SGD(model.parameters(), lr=0.1)
+            given = [Accelerator(), model] if first else [model]
+            prepare(*given, base, compression=PowerSGDPlus(rank=2))  # type: ignore[arg-type]
+
+    said["one process of two"] = message(lambda: one_process(True))
+    said["no accelerator"] = message(lambda: one_process(False))
 
     def scaler_that_nobody_knows() -> None:
         with environment("ddp"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,18 @@ def wrong_use(rank: int, folder: str) -> dict[str, str]:
     build("twice", True, PowerSGDPlus(rank=2))
     build("unknown key", False, {"rnk": 4})
     build("not a compressor", False, 4)
+
+    def one_process() -> None:
+        with environment("plain") as of_the_engine:
+            # of torchrun, and nobody has told Accelerate to use CPUs
+            os.environ["WORLD_SIZE"] = "2"
+            del os.environ["ACCELERATE_USE_CPU"]
+            model = new_model("plain", Path(folder))
+            args = arguments("plain", Path(folder), 1, of_the_engine | {"use_cpu": False})
+            callbacks = [CompressionCallback(RANK_2)]
+            Trainer(model, args, train_dataset=Sentences(), callbacks=callbacks)
+
+    said["one process of two"] = message(one_process)
 
     # accelerate makes a plugin for it on accelerators only
     def fsdp1() -> None:
