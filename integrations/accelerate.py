@@ -247,8 +247,8 @@ def refuse_alone(accelerator: Accelerator, who: str) -> None:
         raise ConfigError(
             f"{who}: there are WORLD_SIZE={launched} processes, but Accelerate is not distributed"
             f" (distributed_type {accelerator.distributed_type.value}, on {accelerator.device}):"
-            " each process would train on all data. On CPUs, set ACCELERATE_USE_CPU=true in the environment"
-            " (of Trainer, too), or write Accelerator(cpu=True); else unset WORLD_SIZE."
+            " each process would train on all data. On CPUs, set ACCELERATE_USE_CPU=true in the"
+            " environment (of Trainer, too), or write Accelerator(cpu=True); else unset WORLD_SIZE."
         )
 
 
