@@ -28,6 +28,7 @@ from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import (
     ConfigError,
     ConfigMismatchError,
+    DivergenceError,
     LowRankCommError,
     StateMismatchError,
     UnsupportedError,
@@ -56,6 +57,7 @@ __all__ = [
     "Compressor",
     "ConfigError",
     "ConfigMismatchError",
+    "DivergenceError",
     "ErrorFeedback",
     "Figures",
     "GaLore",

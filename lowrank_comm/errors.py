@@ -24,6 +24,12 @@ class ConfigMismatchError(LowRankCommError):
     """
 
 
+class DivergenceError(LowRankCommError):
+    """Ranks that should hold the same parameters or bases, bit for bit, do not; raised
+    on all of them.
+    """
+
+
 class StateMismatchError(LowRankCommError):
     """A checkpoint does not fit this run: loading it would lose or mix up what was
     learnt.

@@ -12,6 +12,7 @@ from lowrank_comm import errors
     [
         (errors.ConfigError, ValueError),
         (errors.ConfigMismatchError, RuntimeError),
+        (errors.DivergenceError, RuntimeError),
         (errors.StateMismatchError, RuntimeError),
         (errors.UnsupportedError, NotImplementedError),
     ],

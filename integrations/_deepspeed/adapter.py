@@ -41,6 +41,7 @@ from lowrank_comm.integrations._deepspeed.topology import node_size
 from lowrank_comm.integrations._methods import wrap_method
 from lowrank_comm.optimizer.engine import hint_of_two_levels
 from lowrank_comm.optimizer.parameter_names import own_name, wrappers_in_front
+from lowrank_comm.reduction.divergence import DivergenceCheck
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.reducer import Outcome, Reducer
@@ -81,8 +82,13 @@ class DeepSpeedAdapter:
             intra_node=self._levels.intra_node,
             **section.reducer_options(),
         )
+        self._divergence = DivergenceCheck(
+            section.check_every, section.on_divergence, f"{SECTION}."
+        )
+        store.check_replicas(section.on_divergence)
         self.reducer.further_settings = lambda in_the_node: {
-            "param_groups": options_of(engine.optimizer.param_groups)
+            "param_groups": options_of(engine.optimizer.param_groups),
+            **self._divergence.describe(),
         }
         self._skipped = SkippedSteps(
             "a gradient (with the error memory) was not finite, or too large for the wire",
@@ -173,6 +179,9 @@ class DeepSpeedAdapter:
                 " engine.zero_grad()."
             )
         gradients, scale = self._store.gradients(), self._store.loss_scale
+        if self._divergence.is_due:
+            self.reducer.ensure_agreed()
+            self._divergence.run(self.reducer, self._store.replicas())
         self._outcome = outcome = self._levels.reduce(self.reducer, gradients, scale)
         with torch.no_grad():
             self._store.hand_over(outcome.grads)
@@ -194,6 +203,7 @@ class DeepSpeedAdapter:
                 " did: the gradients are not reduced. Call engine.backward(loss) on what the"
                 " engine's forward returned, outside engine.no_sync(), before the step."
             )
+        self._divergence.steps += 1
         self._stepping = True
         try:
             with self._store.step(outcome.applied):

@@ -33,6 +33,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from lowrank_comm.errors import UnsupportedError
+from lowrank_comm.reduction.divergence import Replicas
 
 TESTED = "0.19.8"
 """Version of DeepSpeed that the tests ran with."""
@@ -139,6 +140,22 @@ class GradientStore(ABC):
     def loss_scale(self) -> float:
         """Factor that the gradients carry now; it changes over time in fp16."""
         return float(getattr(self.optimizer, "loss_scale", 1.0) or 1.0)
+
+    def replicas(self) -> Replicas:
+        """Return the parameters that every rank holds, and the optimizer's state of
+        them where every rank holds that, too: not the parts of ZeRO.
+        """
+        by_torch = isinstance(self.optimizer, torch.optim.Optimizer)
+        state = self.optimizer.state if by_torch else {}
+        return Replicas(
+            dict(self.named),
+            True,
+            self.optimizer.param_groups,
+            {name: state[p] for name, p in self.named if p in state},
+        )
+
+    def check_replicas(self, on_divergence: str) -> None:  # noqa: B027 - nothing to refuse
+        """Refuse an `on_divergence` that cannot be carried out."""
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
         """Return the dtype in which this parameter's gradient is accumulated."""

@@ -27,6 +27,14 @@ class PlainGradients(GradientStore):
         if not self._skips_by_itself:
             self.optimizer.overflow = False
 
+    def check_replicas(self, on_divergence: str) -> None:
+        if self._skips_by_itself and on_divergence == "resync":
+            raise UnsupportedError(
+                f'lowrank_comm.on_divergence="resync": {type(self.optimizer).__name__} at stage 0'
+                " keeps fp32 copies of the weights of its own, which would overwrite what was"
+                ' copied; use ZeRO stage 1, or on_divergence="error".'
+            )
+
     def gradients(self) -> Gradients:
         known = {id(p) for p in self.parameters}
         for name, p in self.engine.module.named_parameters():

@@ -7,6 +7,7 @@ takes the part that it owns.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from lowrank_comm.integrations._deepspeed.internals import (
     shape,
     unreduced,
 )
+from lowrank_comm.reduction.divergence import Replicas
 
 # ZeRO-1/2's count of micro-steps before the first
 _NO_MICRO_STEP = -1
@@ -194,6 +196,10 @@ class PartitionedParameters(ZeroGradients):
         "_get_param_partition_world_size",
     )
     groups = "fp16_groups"
+
+    def replicas(self) -> Replicas:
+        # every rank holds other parts
+        return dataclasses.replace(super().replicas(), parameters={}, state={})
 
     def install(self, end_of_backward: Callable[..., None], reduce: Callable[..., None]) -> None:
         super().install(end_of_backward, reduce)

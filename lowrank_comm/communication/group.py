@@ -123,12 +123,37 @@ class Group:
         self, numbers: list[int], dtype: torch.dtype, device: torch.device
     ) -> list[list[int]]:
         """Return every worker's numbers, as many from each."""
-        own = torch.tensor(numbers, dtype=dtype, device=device)
-        gather = AllGather(own, own.new_empty(self.size, len(numbers)))
+        gathered = self.gather(torch.tensor(numbers, dtype=dtype, device=device))
+        everyone: list[list[int]] = gathered.tolist()
+        return everyone
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Return the vector of every worker, of one length on all: (N, numel)."""
+        gather = AllGather(own, own.new_empty(self.size, own.numel()))
         for work in self.start([gather]):
             work.wait()
-        everyone: list[list[int]] = gather.everyone.tolist()
-        return everyone
+        return gather.everyone
+
+    def copy_from(self, worker: int, tensors: Sequence[Tensor], device: torch.device) -> None:
+        """Overwrite tensors by those of a worker; a collective.
+
+        Args:
+            worker: its number within the group.
+            tensors: of the same shapes and dtypes on all workers, anywhere.
+            device: which the group can send from.
+        """
+        if not self.initialised:
+            return
+        source = worker
+        if self.process_group is not None:
+            source = dist.get_global_rank(self.process_group, worker)
+        for tensor in tensors:
+            if not tensor.numel():
+                continue
+            # as bytes, since not every backend knows every dtype
+            sent = tensor.detach().to(device).reshape(-1).view(torch.uint8)
+            dist.broadcast(sent, source, group=self.process_group)
+            tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
 
 
 def collectives_so_far() -> int:

@@ -10,10 +10,11 @@ first collective whose size depends on them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowrank_comm.communication.agreement import check_same, raise_if_different
 from lowrank_comm.communication.group import LENGTH_BYTES, Group
@@ -89,6 +90,32 @@ class Workers:
             json.loads(part) for part in self._gather_in_the_node(json.dumps(by_worker).encode())
         ]
         return [block[k] for k in range(self.group.size) for block in by_block]
+
+    def all_gather_numbers(self, numbers: Tensor) -> list[list[int]]:
+        """Gather a vector of int64 from every rank of every node, in the order of
+        `global_rank`; a collective, for whose result the host waits.
+        """
+        of_all = by_worker = self.group.gather(numbers)
+        if self.intra_node.size > 1:
+            by_block = self.intra_node.gather(by_worker.view(-1), "fingerprint")
+            of_all = by_block.view(self.intra_node.size, *by_worker.shape).transpose(0, 1)
+        everyone: list[list[int]] = of_all.reshape(-1, len(numbers)).tolist()
+        return everyone
+
+    def copy_from(self, rank: int, tensors: Sequence[Tensor], whole: bool) -> None:
+        """Overwrite tensors by those of a rank; a collective.
+
+        Args:
+            rank: whose tensors to take, by `global_rank`.
+            tensors: of the same shapes and dtypes on all ranks that take part.
+            whole: whether the other ranks of the nodes hold the same; else only those
+                with the place of `rank` in its node take part.
+        """
+        worker, place = divmod(rank, self.intra_node.size)
+        if self.intra_node.rank == place:
+            self.group.copy_from(worker, tensors, self.device)
+        if whole and self.intra_node.size > 1:
+            Group(self.intra_node.process_group).copy_from(place, tensors, self.device)
 
     def refuse_together(self, error: Exception | None, what: str = "", found: str = "") -> None:
         """Raise on every rank if some rank cannot use what it was given to load; a

@@ -44,6 +44,7 @@ from lowrank_comm.options import (
     descriptions,
     settings_of,
 )
+from lowrank_comm.reduction.divergence import OnDivergence
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
 from lowrank_comm.reduction.skipped_steps import MAX_VETOES
@@ -133,6 +134,12 @@ class Section(Strict):
         seed: of the random draws, equal on all workers.
         max_vetoes: after how many skipped steps in a row to raise on all ranks; null
             for never. Steps for which a loss scale will be lowered do not count.
+        check_every: compare parameters, bases and step between ranks that should hold
+            the same bits, before every so manieth step; null for never. On unlike
+            processors, whose roundings differ, leave it off.
+        on_divergence: what to do where they differ: "error" raises on all ranks;
+            "resync" copies parameters, the optimizer's state and bases from the
+            majority, and raises where there is none.
         topology: who is a worker: every rank, or the node.
     """
 
@@ -149,6 +156,8 @@ class Section(Strict):
     rules: Annotated[list[Annotated[Rule, _Object()]], _RULES] = Field(default_factory=list)
     seed: Seed = 0
     max_vetoes: PositiveInt | None = MAX_VETOES
+    check_every: PositiveInt | None = None
+    on_divergence: OnDivergence = "error"
     topology: Annotated[Topology, _Object(), _SIZE] = Field(default_factory=Topology)
 
     @classmethod

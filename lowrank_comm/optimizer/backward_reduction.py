@@ -25,6 +25,7 @@ from lowrank_comm.numerics.device import current_stream
 from lowrank_comm.optimizer.attachment import Attachment
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.lazy_reducer import LazyReducer
+from lowrank_comm.reduction.divergence import DivergenceCheck
 from lowrank_comm.reduction.reducer import Reducer
 
 
@@ -38,6 +39,8 @@ class BackwardReduction:
             False for a veto.
         reduce_at: "step", "backward", or None for what the engine needs.
         overlap: whether buckets start during the backward pass.
+        divergence: a comparison of all ranks that comes before some passes, if there is
+            one; then no bucket starts early.
 
     Attributes:
         asked, overlap: `reduce_at` and `overlap` as they were given.
@@ -55,7 +58,9 @@ class BackwardReduction:
         reduce: Callable[[float], bool],
         reduce_at: str | None,
         overlap: bool,
+        divergence: DivergenceCheck | None = None,
     ) -> None:
+        self._divergence = divergence
         self._attachment, self._lazy, self._reduce = attachment, lazy, reduce
         self.asked, self.overlap = reduce_at, overlap
         self.verdict: bool | None = None
@@ -201,6 +206,8 @@ class BackwardReduction:
 
     def _begin_early(self, reducer: Reducer, parameter: Tensor) -> None:
         """Start the buckets that are complete with this parameter's gradient."""
+        if self._divergence is not None and self._divergence.is_due:
+            return
         if not self._is_last_backward() or not self._attachment.engine.begins_early:
             return
         scheduler = self._scheduler_of(reducer)

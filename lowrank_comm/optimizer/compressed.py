@@ -51,10 +51,12 @@ from lowrank_comm.optimizer.engine import hint_of_two_levels, wrapper_of
 from lowrank_comm.optimizer.environment import refuse_with_deepspeed
 from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.optimizer.parameter_names import Namer
+from lowrank_comm.optimizer.replicas import replicas_of
 from lowrank_comm.optimizer.saved_state import SavedState
 from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of, refuse_meta
 from lowrank_comm.options import Positive, PositiveInt, check
+from lowrank_comm.reduction.divergence import DivergenceCheck
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
@@ -104,6 +106,15 @@ class CompressedOptimizer(OptimizerWrapper):
         max_vetoes: after how many skipped steps in a row to raise on all workers; None
             for never. While a GradScaler known by `attach` still lowers its scale they
             do not count.
+        check_every: compare parameters, bases and step between the ranks that should
+            hold the same bits, before every so manieth call of `step()`, vetoed ones
+            included; None for never. Replicas of a parameter are compared: with flat
+            FSDP2 there are none, and the check is of bases and step. On unlike
+            processors, whose roundings differ, leave it off.
+        on_divergence: "error" raises a DivergenceError on all workers, with nothing of
+            the step averaged or applied; "resync" copies parameters, the base's state
+            and bases from a rank of the majority, tells so in a line, and raises where
+            there is none.
 
     Raises:
         ConfigError: a bad argument.
@@ -148,6 +159,8 @@ class CompressedOptimizer(OptimizerWrapper):
         overlap: bool = False,
         bucket_cap_mb: float = 25.0,
         max_vetoes: int | None = MAX_VETOES,
+        check_every: int | None = None,
+        on_divergence: str = "error",
     ) -> None:
         super().__init__(optimizer, "optimizer")
         if not isinstance(compressor, Compressor):
@@ -167,6 +180,8 @@ class CompressedOptimizer(OptimizerWrapper):
         check("CompressedOptimizer: reduce_at", reduce_at, Literal["step", "backward"] | None)
         check("CompressedOptimizer: bucket_cap_mb", bucket_cap_mb, Positive, 25.0)
         check("CompressedOptimizer: max_vetoes", max_vetoes, PositiveInt | None, MAX_VETOES)
+        divergence = DivergenceCheck(check_every, on_divergence, "CompressedOptimizer: ")
+        self._divergence = divergence if check_every is not None else None
         if overlap and reduce_at == "step":
             raise ConfigError(
                 'overlap=True works at the end of backward only; leave reduce_at="step" out.'
@@ -197,7 +212,7 @@ class CompressedOptimizer(OptimizerWrapper):
             on_first=lambda reducer: self._saved.take_over(reducer),
         )
         self._backward = BackwardReduction(
-            self._attachment, self._lazy, self._reduce, reduce_at, bool(overlap)
+            self._attachment, self._lazy, self._reduce, reduce_at, bool(overlap), self._divergence
         )
         self._saved = SavedState(optimizer, self._lazy, self._attachment)
         self._skipped = SkippedSteps(
@@ -255,6 +270,8 @@ class CompressedOptimizer(OptimizerWrapper):
             **parsed.reducer_options(),
             "shard_scope": parsed.topology.shard_scope,
             "max_vetoes": parsed.max_vetoes,
+            "check_every": parsed.check_every,
+            "on_divergence": parsed.on_divergence,
             **keywords,
         }
         if parsed.topology.shard_size != 1 and options.get("process_group") is None:
@@ -358,6 +375,8 @@ class CompressedOptimizer(OptimizerWrapper):
             "engine": engine.name,
             "state found in the base optimizer": self._saved.not_taken_over,
         }
+        if self._divergence is not None:
+            settings |= self._divergence.describe()
         # blocks differ
         comparable = engine.compares_values and not (in_the_node and not engine.saves_whole)
         # Later, unlike processors may have rounded the values apart by a last bit.
@@ -410,6 +429,8 @@ class CompressedOptimizer(OptimizerWrapper):
         verdict = self._backward.verdict
         applied = self._reduce(1.0) if verdict is None else verdict
         self._backward.verdict = None
+        if self._divergence is not None:
+            self._divergence.steps += 1
         return applied or None
 
     def _update(self, _: bool) -> None:
@@ -467,8 +488,12 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         return self._backward.no_sync()
 
-    def _reduce(self, scale: float) -> bool:
+    def _reduce(self, scale: float, stale: bool = False) -> bool:
         """Average gradients that carry this loss scale into `p.grad`; a collective.
+
+        Args:
+            scale: of the loss.
+            stale: this worker's parameters stand still, since its data are exhausted.
 
         Returns:
             False for a veto: then nothing has changed, on all workers.
@@ -483,6 +508,8 @@ class CompressedOptimizer(OptimizerWrapper):
         # before anything whose sizes follow from what is compared
         reducer.ensure_agreed()
         self._saved.check_taken_over()
+        if self._divergence is not None and self._divergence.is_due:
+            self._divergence.run(reducer, replicas_of(self._lazy.named, self.base, engine, stale))
         # other engines are known not to average over these workers any more
         if self._attachment.is_plain and reducer.state.last_pass is None:
             gradients = [p.grad for p in parameters]
@@ -523,7 +550,9 @@ class CompressedOptimizer(OptimizerWrapper):
         self._lazy.prepare()
         for parameter in self._lazy.parameters:
             parameter.grad = None
-        self._reduce(1.0)
+        self._reduce(1.0, stale=True)
+        if self._divergence is not None:
+            self._divergence.steps += 1
         self._backward.settle(stepping=True)
         self.zero_grad()
 

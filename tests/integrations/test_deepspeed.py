@@ -275,6 +275,19 @@ def test_skipped_steps_are_told_and_end_the_run_on_all_ranks(look: Look, stage: 
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_bit_that_flips_on_one_rank_is_told_on_all(look: Look, stage: int) -> None:
+    """Of two ranks none is a majority."""
+    for found in look(f"flipped {stage}"):
+        what = "the state P of " if stage == 3 else "the parameter first.weight on rank 0 against "
+        assert found["told"].startswith("DivergenceError")
+        assert "before call 4 of step() (check_every=2), ranks differ" in found["told"]
+        assert what in found["told"]
+        assert "No majority" in found["told"]
+        assert not found["moved"]
+        assert found["step"] == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_layer_that_is_frozen_in_mid_run_moves_as_without_the_section(
     look: Look, stage: int
 ) -> None:

@@ -321,3 +321,17 @@ def test_an_engine_that_only_some_ranks_have(look: Look) -> None:
         if rank != 0:
             assert "lowrank_comm.topology.shard_size" in found["uneven"]
             assert "only where all are in equally many" in found["uneven"]
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_bit_that_flips_on_one_rank_is_told_on_all_or_mended(look: Look, stage: int) -> None:
+    for found in look(f"flipped {stage} error"):
+        assert "the parameter first.weight on rank 2 (not on 0, 1, 3)" in found["told"]
+        assert not found["moved"]
+    mended = look(f"flipped {stage} resync")
+    for found in mended:
+        assert found["told"] == ""
+        assert found["step"] == 6
+        for name, p in found["parameters"].items():
+            assert torch.equal(p, mended[0]["parameters"][name])
+    assert "parameters of rank 0 go to the others" in mended[0]["log"]

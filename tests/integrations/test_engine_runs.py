@@ -219,7 +219,15 @@ def test_what_ef21_keeps_goes_on_in_other_blocks(
 
 @pytest.mark.parametrize("nodes", [0, 2], ids=["one level", "two levels"])
 @pytest.mark.parametrize(
-    "options", [{}, {"reduce_at": "step"}, {"overlap": True, "bucket_cap_mb": 0.001}], ids=str
+    "options",
+    [
+        {},
+        {"reduce_at": "step"},
+        {"overlap": True, "bucket_cap_mb": 0.001},
+        {"check_every": 1},
+        {"check_every": 2, "overlap": True, "bucket_cap_mb": 0.001},
+    ],
+    ids=str,
 )
 def test_exhausted_data_under_ddps_join(gloo: GlooPool, nodes: int, options: dict) -> None:
     if nodes and "overlap" in options:

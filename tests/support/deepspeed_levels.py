@@ -417,6 +417,10 @@ def cases(folder: str) -> dict[str, Case]:
             add(f"some users {stage}", some_users, stage)
         scope = SCOPES[stage % 2]
         add(f"checkpoints {stage}", checkpoints, f"{folder}/levels_{stage}", stage, scope)
+    for stage in range(3):
+        for how in ("error", "resync"):
+            section = two_levels({"on_divergence": how})
+            add(f"flipped {stage} {how}", mishaps.flipped, stage, 2, section)
     accumulate = {"data_types": {"grad_accum_dtype": "fp32"}}
     for stage in (1, 3):
         add(f"veto {stage} fp16", training.veto, stage, "fp16", two_levels(RESTARTS), nan_on=3)

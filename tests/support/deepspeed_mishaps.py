@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lowrank_comm.checkpointing import file as checkpoint
+from tests.support.bit_flips import flip
 from tests.support.deepspeed_toy import (
     FULL_RANK,
     RANK_2,
@@ -157,6 +159,38 @@ def stuck(rank: int, stage: int) -> dict[str, Any]:
                 "at": step,
             }
     return {}
+
+
+def flipped(rank: int, stage: int, culprit: int, section: dict[str, Any]) -> dict[str, Any]:
+    """A bit that flips on one rank before the fourth step, and a comparison in every
+    second: of a weight, or at stage 3, where no other rank has it, of a basis.
+    """
+    galore = {"compressor": "galore", "rank": 2, "min_compression_rate": 0, "check_every": 2}
+    with (
+        engines(engine_of(config(stage, section=galore | section), "sgd")) as engine,
+        warnings_of_the_library() as log,
+    ):
+        train(engine, range(3), rank)
+        told = ""
+        if rank == culprit:
+            tensor = engine.module.first.weight
+            if stage == 3:
+                states = [batch.state for batch in adapter_of(engine).reducer.state.batches]
+                tensor = next(t for s in states for t in s.values() if t.numel())
+            flip(tensor.detach(), random.Random(stage))
+        before = {} if stage == 3 else parameters(engine)
+        try:
+            train(engine, range(3, 6), rank)
+        except RuntimeError as error:
+            told = f"{type(error).__name__}: {error}"
+        after = {} if stage == 3 else parameters(engine)
+        return {
+            "told": told,
+            "log": log.getvalue(),
+            "step": adapter_of(engine).reducer.step,
+            "moved": any(not torch.equal(after[name], p) for name, p in before.items()),
+            "parameters": after,
+        }
 
 
 def dropped_micro_steps(rank: int, stage: int) -> dict[str, Any]:

@@ -295,6 +295,7 @@ def cases(folder: str) -> dict[str, Case]:
             add(f"dropped pass {stage} {whose}", mishaps.dropped_pass, stage, whose)
         add(f"frozen midway {stage}", mishaps.frozen_midway, stage)
         add(f"stuck {stage}", mishaps.stuck, stage)
+        add(f"flipped {stage}", mishaps.flipped, stage, 1, {"on_divergence": "resync"})
         add(f"dropped micro-steps {stage}", mishaps.dropped_micro_steps, stage)
         add(
             f"zero_grad after own boundaries {stage}", mishaps.zero_grad_after_own_boundaries, stage
