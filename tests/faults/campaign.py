@@ -449,7 +449,7 @@ def judge_scripts(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Option(help="Where the rows lie.")] = Path("runs/faults"),
-    page: Annotated[Path, typer.Option(help="What is written.")] = ROOT / "docs/reliability.md",
+    page: Annotated[Path, typer.Option(help="What is written.")] = ROOT / "docs" / "reliability.md",
 ) -> None:
     """Write the page from the rows."""
     from tests.faults.page import write
