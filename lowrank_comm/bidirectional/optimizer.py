@@ -15,11 +15,13 @@ theory covers plain SGD only; Adam and others are offered because they work in p
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.config import parse
@@ -191,6 +193,31 @@ class BidirectionalOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r}, {self.base!r})"
+
+    @override
+    def _of_the_base(self, name: str, value: Any) -> Any:
+        if name in ("first_step", "second_step"):
+            raise AttributeError(
+                f"{type(self).__name__}: {name}() would step on each worker's own gradient; the"
+                " base steps on the server, in step()."
+            )
+        # schedule-free optimizers change the parameters when they change their mode
+        return functools.partial(self._at_x, value) if name in ("train", "eval") else value
+
+    def _at_x(self, change: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the base that may change the parameters: x on the server,
+        and nothing elsewhere.
+        """
+        if self._party is None:
+            return change(*args, **kwargs)
+        flat, own = self._party.flat, self._party.flat.read()
+        if self.is_server:
+            flat.write(self._party.state["x"])
+        result = change(*args, **kwargs)
+        if self.is_server:
+            self._party.state["x"] = flat.read()
+        flat.write(own)
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none=set_to_none)

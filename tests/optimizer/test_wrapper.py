@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -311,3 +312,182 @@ def sharpness_aware_on_two(rank: int) -> float:
 def test_sharpness_aware_around_a_compressed_optimizer(gloo: GlooPool) -> None:
     """The recipe of the refusal: gradients are the mean in both passes, in float64."""
     assert max(gloo.run(sharpness_aware_on_two, 2)) < 1e-12
+
+
+class InTwoCalls(torch.optim.Optimizer):
+    """Sharpness-aware minimisation as most write it: the caller computes the gradients
+    between the calls.
+    """
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+        self.inner = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+
+    def _parameters(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        norm = torch.stack([p.grad.norm() for p in self._parameters()]).norm() + 1e-12
+        for p in self._parameters():
+            self.state[p]["before"] = p.clone()
+            p.add_(p.grad * (0.05 / norm))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for p in self._parameters():
+            p.copy_(self.state[p]["before"])
+        self.inner.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Any = None) -> None:
+        raise RuntimeError("it has two")
+
+
+def in_two_calls(rank: int, engine: str, compressor: Any, spikes: bool) -> list[Any]:
+    """Parameters and errors after steps, of which one may have a gradient that is not
+    finite, in the first or in the second call.
+    """
+    model = network()
+    run = DistributedDataParallel(model) if engine == "ddp" else model
+    optimizer: Any = InTwoCalls(model.named_parameters())
+    if compressor is not None:
+        optimizer = CompressedOptimizer(
+            optimizer,
+            compressor,
+            min_compression_rate=0,
+            reduce_at="backward" if engine == "backward" else None,
+        )
+        optimizer.attach(run)
+    for t in range(4):
+        if spikes and t in (1, 2):
+            for name in ("first_step", "second_step"):
+                bad = rank == 1 and (name == "second_step" or t == 2)
+                (loss_of(run, t, rank) * (float("inf") if bad else 1.0)).backward()
+                getattr(optimizer, name)(zero_grad=True)
+            assert optimizer.step_was_skipped
+        loss_of(run, t, rank).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_of(run, t, rank).backward()
+        optimizer.second_step(zero_grad=True)
+    found = [p.detach().clone() for p in model.parameters()]
+    if compressor is not None:
+        found += [e.clone() for _, e in sorted(optimizer.error_memory().items())]
+    return found
+
+
+@pytest.mark.parametrize("engine", ["step", "backward", "ddp"])
+def test_sharpness_aware_in_two_calls(gloo: GlooPool, engine: str) -> None:
+    """The uncompressed method under DDP, in float64; ranks stay equal under
+    compression; a veto in either call leaves no trace.
+    """
+    expected = gloo.run(in_two_calls, 2, "ddp", None, False)[0]
+    for found in gloo.run(in_two_calls, 2, engine, Identity(), False):
+        for one, other in zip(found, expected, strict=False):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    calm = gloo.run(in_two_calls, 2, engine, PowerSGD(2), False)
+    wild = gloo.run(in_two_calls, 2, engine, PowerSGD(2), True)
+    parameters = len(expected)
+    assert all(map(torch.equal, calm[0][:parameters], calm[1][:parameters]))
+    for one, other in zip(wild, calm, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_sharpness_aware_in_two_calls_is_not_for_a_server() -> None:
+    outer = around(InTwoCalls(network().named_parameters()), "bidirectional")
+    assert not hasattr(outer, "first_step")
+    with pytest.raises(AttributeError, match="the base steps on the server"):
+        outer.first_step()
+
+
+def test_a_schedule_free_base(gloo: GlooPool) -> None:
+    """Its modes change the weights: what is evaluated is what it is without
+    compression, and training goes on.
+    """
+    pytest.importorskip("schedulefree")
+    for found in gloo.run(schedule_free, 2):
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def schedule_free(rank: int) -> list[list[Any]]:
+    import schedulefree
+
+    ends = []
+    for wrapped in (False, True):
+        model, seen = network(), []
+        optimizer = schedulefree.AdamWScheduleFree(model.named_parameters(), lr=0.01)
+        if wrapped:
+            optimizer = CompressedOptimizer(optimizer, Identity())
+        for t in range(4):
+            optimizer.train()
+            for worker in [rank] if wrapped else [0, 1]:
+                (loss_of(model, t, worker) / (1 if wrapped else 2)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.eval()
+            seen += [p.detach().clone() for p in model.parameters()]
+        ends.append(seen)
+    return ends
+
+
+def test_a_schedule_free_base_on_a_server(gloo: GlooPool) -> None:
+    """x is what it evaluates; elsewhere the parameters stay each worker's own."""
+    pytest.importorskip("schedulefree")
+    for x, other, moved, stayed in gloo.run(schedule_free_server, 2):
+        assert all(map(torch.equal, x, other))
+        assert moved > 0
+        assert stayed
+
+
+def schedule_free_server(rank: int) -> tuple[Any, ...]:
+    import schedulefree
+
+    model = network()
+    base = schedulefree.SGDScheduleFree(model.named_parameters(), lr=0.05)
+    optimizer = around(base, "bidirectional")
+    optimizer.train()
+    for t in range(3):
+        loss_of(model, t, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    own, at_y = [p.detach().clone() for p in model.parameters()], optimizer.server_parameters()
+    optimizer.eval()
+    stayed = all(map(torch.equal, own, model.parameters()))
+    at_x = optimizer.server_parameters()
+    with optimizer.at_server_parameters():
+        seen = [p.detach().clone() for p in model.parameters()]
+    moved = max(float((at_x[name] - at_y[name]).abs().max()) for name in at_x)
+    return [at_x[name] for name, _ in model.named_parameters()], seen, moved, stayed
+
+
+def test_a_base_with_eight_bit_state_goes_on_from_its_state_dict() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def made() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(128, 64)
+        base = bitsandbytes.optim.AdamW8bit(model.named_parameters(), min_8bit_size=1024)
+        return model, CompressedOptimizer(base, PowerSGD(4))
+
+    def train(model: Any, optimizer: Any, first: int, last: int) -> None:
+        for t in range(first, last):
+            x = torch.randn(8, 128, generator=torch.Generator().manual_seed(t))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = made()
+    train(model, optimizer, 0, 3)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 3, 5)
+    again, resumed = made()
+    again.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    train(again, resumed, 3, 5)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    kinds = {v.dtype for one in resumed.state.values() for v in one.values() if torch.is_tensor(v)}
+    assert torch.uint8 in kinds
