@@ -174,7 +174,8 @@ class _Hook:
     def __call__(self, bucket: dist.GradBucket) -> Future[Tensor]:
         engine = self.in_use_by
         if engine is None:
-            return allreduce_hook(self._group, bucket)
+            # None is the default group to it
+            return allreduce_hook(self._group, bucket)  # type: ignore[arg-type]
         engine.bucket(bucket)
         return noop_hook(None, bucket)
 
