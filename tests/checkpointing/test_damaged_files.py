@@ -29,9 +29,9 @@ from tests.checkpointing.test_old_checkpoints import writer
 from tests.support.checkpointed import Trainer
 
 CASES = int(os.environ.get("DAMAGED_FILES", "300"))
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error)
-MEGABYTES = 64
-"""By which the peak of the process may grow over all cases."""
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
+MEGABYTES = 16
+"""By which one load may raise the peak of the process; the files are of some kB."""
 
 RUNS: dict[str, Callable[[], Trainer]] = {
     "powersgd_plus": lambda: Trainer(PowerSGDPlus(2, restart_every=4)),
@@ -279,7 +279,6 @@ def peak() -> float:
 def test_a_damaged_file_is_refused_or_gives_the_right_state(run: str) -> None:
     trainer, (file, data) = started(run), good(run)
     right, seen = loaded_from(run, data), {"refused": 0, "right": 0}
-    before_all = peak()
 
     @corpus
     def check(damage: Any, more: Any, named: bool) -> None:
@@ -291,10 +290,11 @@ def test_a_damaged_file_is_refused_or_gives_the_right_state(run: str) -> None:
         name = file.removeprefix("lowrank_comm-").removesuffix(".safetensors") if named else None
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / file).write_bytes(damaged)
-            before = everything(trainer)
+            before, room = everything(trainer), peak()
             try:
                 assert checkpoint.load(trainer.optimizer.reducer, folder, name)
             except LowRankCommError as error:
+                assert peak() - room < MEGABYTES
                 assert file in str(error) or "is damaged" in str(error)
                 assert same(everything(trainer), before)
                 seen["refused"] += 1
@@ -307,7 +307,6 @@ def test_a_damaged_file_is_refused_or_gives_the_right_state(run: str) -> None:
     check()
     assert seen["refused"] > 0.5 * CASES
     assert seen["right"] > 0
-    assert peak() - before_all < MEGABYTES
 
 
 @pytest.mark.timeout(60 + CASES)
