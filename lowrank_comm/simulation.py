@@ -162,7 +162,12 @@ class Simulation:
                 raise LowRankCommError(
                     f"{name}: workers applied different numbers; the compressor is not consistent."
                 )
-        return dict(zip(names, outcomes[0].grads, strict=True))
+        # in the dtype in which the first worker gave it
+        given = [gradients[0].get(name) for name in names]
+        return {
+            name: mean if mean is None or grad is None else mean.to(grad.dtype)
+            for name, mean, grad in zip(names, outcomes[0].grads, given, strict=True)
+        }
 
     def _run(self, gradients: Sequence[Mapping[str, Tensor | None]]) -> list[Outcome]:
         if len(gradients) != len(self.reducers):

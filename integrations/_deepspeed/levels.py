@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowrank_comm.communication import Group, IntraNodeGroup
 from lowrank_comm.integrations._deepspeed.topology import groups
+from lowrank_comm.reduction.gradients import writable
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.plan import human_bytes
 from lowrank_comm.reduction.reducer import Outcome, Reducer
@@ -75,7 +76,8 @@ class Levels:
         """
         # ranks of a node with different models would wait for each other in the scatter
         reducer.ensure_agreed()
-        outcome = reducer.reduce(self._rows.scatter(gradients), scale=scale)
+        blocks = self._rows.scatter(gradients)
+        outcome = reducer.reduce(blocks, scale=scale, refused=self._rows.refused)
         if outcome.applied:
             return replace(outcome, grads=self._rows.gather(outcome.grads, gradients))
         return replace(outcome, grads=self._nan(gradients))
@@ -85,7 +87,7 @@ class Levels:
             g.fill_(torch.nan)
             if g is not None
             else torch.full(info.shape, torch.nan, dtype=info.dtype, device=info.device)
-            for g, info in zip(gradients, self._whole, strict=True)
+            for g, info in zip(writable(self._whole, gradients), self._whole, strict=True)
         ]
 
     def notes(self) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_comm.errors import UnsupportedError
 from lowrank_comm.integrations._deepspeed.internals import Gradients, GradientStore
+from lowrank_comm.reduction.params import gradient_dtype
 
 
 class PlainGradients(GradientStore):
@@ -35,6 +36,9 @@ class PlainGradients(GradientStore):
                 ' copied; use ZeRO stage 1, or on_divergence="error".'
             )
 
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        return gradient_dtype(parameter)
+
     def gradients(self) -> Gradients:
         known = {id(p) for p in self.parameters}
         for name, p in self.engine.module.named_parameters():
@@ -53,7 +57,7 @@ class PlainGradients(GradientStore):
             elif p.requires_grad:
                 # Zero, as with DeepSpeed: the step counts for a parameter without one,
                 # too; but not for one that was frozen, which stands still.
-                p.grad = torch.zeros_like(p)
+                p.grad = torch.zeros_like(p, dtype=self.dtype(p))
 
     @contextlib.contextmanager
     def step(self, applied: bool) -> Iterator[None]:

@@ -77,10 +77,8 @@ class FSDPEngine(Engine):
         for parameter, result in zip(parameters, results, strict=True):
             if result is None:
                 continue
-            if parameter.grad is None:
+            if parameter.grad is None or local(parameter.grad).data_ptr() != result.data_ptr():
                 parameter.grad = placed_like(parameter, result)
-            elif local(parameter.grad) is not result:
-                local(parameter.grad).copy_(result)
 
     @override
     def forget(self) -> None:

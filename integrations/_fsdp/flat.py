@@ -22,7 +22,7 @@ from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.integrations._fsdp.base import FSDPEngine, local, placed_like, shard_dim
 from lowrank_comm.integrations._methods import wrap_method
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
-from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.params import ParamInfo, gradient_dtype
 from lowrank_comm.reduction.plan import human_bytes
 
 _SYNC = "set_requires_gradient_sync"
@@ -90,7 +90,7 @@ class FlatEngine(FSDPEngine):
             if result is None:
                 continue
             rows = block_of(result.shape[0], self.group.size, self.group.rank)
-            mine = result[rows].to(parameter.dtype, copy=True)
+            mine = result[rows].to(gradient_dtype(parameter), copy=True)
             if parameter.grad is None:
                 parameter.grad = placed_like(parameter, mine)
             else:

@@ -19,7 +19,7 @@ from lowrank_comm.communication import Group, IntraNodeGroup
 from lowrank_comm.errors import UnsupportedError
 from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.integrations._fsdp.base import FSDPEngine, local, padded, shard_dim
-from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.params import ParamInfo, gradient_dtype
 from lowrank_comm.reduction.plan import human_bytes
 from lowrank_comm.reduction.policy import Treatment
 from lowrank_comm.reduction.reducer import Reducer
@@ -68,7 +68,8 @@ class HSDPEngine(FSDPEngine):
                     ' needs blocks of rows; use Shard(0), or shard_scope="shard".'
                 )
             whole = tuple(p.shape) if self.intra_node.size > 1 else None
-            slots.append(ParamInfo(name, tuple(held.shape), p.dtype, held.device, whole, dim))
+            dtype = gradient_dtype(p)
+            slots.append(ParamInfo(name, tuple(held.shape), dtype, held.device, whole, dim))
         return slots
 
     @override

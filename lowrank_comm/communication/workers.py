@@ -72,12 +72,18 @@ class Workers:
         """Return whether the flag is raised on any rank of this node; a collective of
         these ranks.
         """
+        return self.sum_in_the_node(flag) != 0.0
+
+    def sum_in_the_node(self, number: float) -> float:
+        """Return the sum of a number over the ranks of this node; a collective of these
+        ranks.
+        """
         if self.intra_node.size == 1:
-            return flag
+            return number
         # filled by a kernel, not by a transfer
-        raised = torch.full((1,), float(flag), dtype=torch.float32, device=self.device)
-        self.intra_node.sum_(raised, "control")
-        return float(raised) != 0.0
+        summed = torch.full((1,), float(number), dtype=torch.float32, device=self.device)
+        self.intra_node.sum_(summed, "control")
+        return float(summed)
 
     def all_gather_text(self, text: str) -> list[str]:
         """Gather a text from every rank of every node, in the order of `global_rank`

@@ -563,7 +563,8 @@ class CompressedOptimizer(OptimizerWrapper):
             gradients = [p.grad for p in parameters]
             sent = self._backward.double_averaging.check(gradients, reducer.workers)
             reducer.ledger.bytes["fingerprint"] += sent
-        outcome = reducer.reduce(engine.collect(parameters), scale=scale)
+        gradients = engine.collect(parameters)
+        outcome = reducer.reduce(gradients, scale=scale, refused=engine.refused)
         applied = outcome.applied
         # the same on all workers, since they all hold the same numbers now
         if applied and _overflows_float16(outcome.grads, parameters, reducer.workers):

@@ -84,7 +84,15 @@ class DoubleAveragingGuard:
         self._checked = True
         if workers.world_size == 1 or not workers.group.initialised:
             return 0
-        there = [grad for grad in grads if grad is not None]
+        # without those that no worker can average, of which the reduction tells
+        there = [
+            grad
+            for grad in grads
+            if grad is not None
+            and grad.layout is torch.strided
+            and grad.is_floating_point()
+            and not grad.is_meta
+        ]
         mine = ""
         if any(bool(grad.any()) for grad in there):
             mine = f"{fingerprint(there)} {self._collectives_happened:d}"

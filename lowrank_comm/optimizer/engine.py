@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -29,7 +31,8 @@ from lowrank_comm.checkpointing.tensors import tensors_of, untouched
 from lowrank_comm.communication.topology import levels, ranks_in_a_node
 from lowrank_comm.errors import ConfigError, UnsupportedError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
-from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.gradients import own_memory
+from lowrank_comm.reduction.params import ParamInfo, gradient_dtype
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.reducer import Reducer
 from lowrank_comm.reduction.row_scatter import RowScatter
@@ -54,6 +57,8 @@ class Engine:
             of them.
         accumulates_by: what a user writes around all backward passes but the last of a
             step.
+        refused: of what was collected last, place of a slot -> why a gradient of this
+            node cannot be averaged; see `RowScatter`.
     """
 
     name = "plain model"
@@ -61,6 +66,7 @@ class Engine:
     compares_values = True
     accumulates_by = "with optimizer.no_sync(): loss.backward()"
     saves_whole = True
+    refused: Mapping[int, str] = MappingProxyType({})
 
     def __init__(self, process_group: Any = None, shard_scope: str = "shard") -> None:
         self.group, self.intra_node = levels(process_group, shard_scope)
@@ -89,7 +95,7 @@ class Engine:
                 f"parameter {sharded[0]!r} is a DTensor, as fully_shard makes them, and the"
                 " optimizer was not told: call optimizer.attach(model) before the first step."
             )
-        whole = [ParamInfo(name, tuple(p.shape), p.dtype, p.device) for name, p in named]
+        whole = [ParamInfo(name, tuple(p.shape), gradient_dtype(p), p.device) for name, p in named]
         self._rows = RowScatter(whole, self.intra_node)
         return self._rows.slots
 
@@ -97,7 +103,9 @@ class Engine:
         """Return the local gradients in slot order, to be overwritten; None where there
         is none. With two levels a collective.
         """
-        return self._rows.scatter([p.grad for p in parameters])
+        blocks = self._rows.scatter([p.grad for p in parameters])
+        self.refused = self._rows.refused
+        return blocks
 
     def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
         """Put the averaged gradients into `p.grad`; None means that no worker had one.
@@ -114,8 +122,13 @@ class Engine:
     def fill_nan(self, parameters: Sequence[Tensor]) -> None:
         """Put NaN into every gradient that is there."""
         for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.fill_(float("nan"))
+            if parameter.grad is None:
+                continue
+            held = self.local(parameter.grad)
+            if own_memory(held):
+                held.fill_(float("nan"))
+            else:
+                parameter.grad = torch.full_like(parameter.grad, float("nan"))
 
     def drop(self) -> None:
         """Forget what waits elsewhere than in `p.grad`; the user clears gradients."""

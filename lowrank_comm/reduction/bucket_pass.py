@@ -5,6 +5,7 @@ averages, and from what the workers agreed on to gradients and to the next state
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,9 @@ from torch import Tensor
 from lowrank_comm.communication.driver import Flight
 from lowrank_comm.communication.quantized_mean import Noise
 from lowrank_comm.compressors.base import Context, Delta, Result
-from lowrank_comm.errors import LowRankCommError
 from lowrank_comm.numerics.randomness import uniform
 from lowrank_comm.reduction.batches import Batch, copy_to
+from lowrank_comm.reduction.gradients import unusable
 from lowrank_comm.reduction.lockstep import lockstep
 from lowrank_comm.reduction.passes import Pass, Presence, Steps, Wire
 from lowrank_comm.reduction.report import PassRecord
@@ -99,14 +100,14 @@ class BucketPass:
         wire: how it communicates.
         grads: this worker's gradients in slot order; those of the bucket are final.
         scale: the loss scale that they carry.
+        refused: place of a slot -> why a rank of this node cannot have its gradient
+            averaged, "" where that is another rank's; known before the pass.
 
     Attributes:
         jobs: its batches.
         one: what the protocol averages.
         flight: the pass on its way; its first phase is started, a collective.
-
-    Raises:
-        LowRankCommError: a gradient cannot be averaged.
+        refused: as given, and of this worker's gradients; they veto the pass.
     """
 
     def __init__(
@@ -116,12 +117,17 @@ class BucketPass:
         wire: Wire,
         grads: Sequence[Tensor | None],
         scale: float,
+        refused: Mapping[int, str],
     ) -> None:
         clock = time.perf_counter()
         self.bucket = bucket = state.buckets[number]
         group = wire.workers.group
         self._state, self._wire, self._scale = state, wire, scale
-        self._check(grads)
+        self.refused = unusable(state.slots, grads, bucket.slots)
+        if refused:
+            self.refused |= {k: refused[k] for k in bucket.slots if k in refused}
+        if self.refused:
+            grads = [None if k in self.refused else grad for k, grad in enumerate(grads)]
         rank, size = group.rank, group.size
         nearest = state.assignment.quantization.rounding == "nearest"
         self.jobs = [job for batch in bucket.batches for job in self._jobs(batch, rank, size)]
@@ -133,7 +139,7 @@ class BucketPass:
                 for job in self.jobs
             ],
             [_flat(dense, grads, scale) for dense in bucket.dense_groups],
-            [grads[k] is not None for k in bucket.slots],
+            [math.nan if k in self.refused else grads[k] is not None for k in bucket.slots],
             wire,
             rank,
             size,
@@ -141,22 +147,6 @@ class BucketPass:
         )
         self.one.stats.seconds["compress"] += time.perf_counter() - clock
         self.flight = Flight(lockstep(self.one), group.start)
-
-    def _check(self, grads: Sequence[Tensor | None]) -> None:
-        slots = self._state.slots
-        for k in self.bucket.slots:
-            grad, slot = grads[k], slots[k]
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                raise LowRankCommError(
-                    f"{slot.name}: sparse gradients cannot be averaged here; use sparse=False."
-                )
-            if grad.numel() != slot.numel:
-                raise LowRankCommError(
-                    f"{slot.name}: the gradient has shape {tuple(grad.shape)}, the parameter"
-                    f" {slot.shape}; they must agree."
-                )
 
     def _jobs(self, batch: Batch, rank: int, size: int) -> list[Job]:
         """Cut a batch into jobs: several where some of its matrices restart, have a
@@ -184,8 +174,11 @@ class BucketPass:
         return jobs
 
     def decode(self, grads: list[Tensor | None]) -> dict[int, bool]:
-        """Write the means into the gradients; make a gradient where only other workers
-        had one.
+        """Write the means into the gradients; make a gradient where there is none to be
+        written to.
+
+        Args:
+            grads: from `gradients.writable`.
 
         Returns:
             Place of a slot -> whether any worker had a gradient.

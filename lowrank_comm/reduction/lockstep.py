@@ -72,10 +72,12 @@ def lockstep(one: Pass) -> Generator[list[Exchange], int, Agreed | None]:
             if decisions:
                 answers = veto.read(decisions)
                 if answers is None:
+                    one.refused = veto.refused
                     steps.close()
                     return None
                 steps.answer(answers)
         if veto.suspects and veto.read({}) is None:
+            one.refused = veto.refused
             steps.close()
             return None
         if steps.waiting and veto.present is not None:

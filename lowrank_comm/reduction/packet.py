@@ -5,7 +5,8 @@ the control numbers:
 
     [0] 1 if this worker holds a number that is not finite (or next to the end of its
           dtype's range), else 0
-    [1:]  for each parameter, 1 if this worker had a gradient, else 0
+    [1:]  for each parameter, 1 if this worker had a gradient, else 0; NaN, which vetoes
+          the pass, if that cannot be averaged (`gradients.unusable`)
 
 Where the ranks of a node compute whole matrices together, a request is shared out among
 them on the way in and put together on the way back (`intra_node_requests`).

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lowrank_comm.communication.intra_node import IntraNodeGroup
 
@@ -52,3 +53,10 @@ class ParamInfo:
     def compute_dtype(self) -> torch.dtype:
         """The wider of float32 and the parameter's dtype."""
         return torch.promote_types(self.dtype, torch.float32)
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype that a parameter's gradient must have: its own, unless
+    `grad_dtype` (torch 2.10 and later) says otherwise.
+    """
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype

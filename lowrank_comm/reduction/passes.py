@@ -65,21 +65,25 @@ class Pass:
         starts: begin the compressors' generators, in the same order on all workers; a
             generator may ask for `Presence` first.
         dense: tensors to be averaged as they are.
-        has_gradient: for each parameter, whether this worker has one.
+        has_gradient: for each parameter, whether this worker has one; NaN for one that
+            cannot be averaged.
         wire: how it communicates.
         rank, size: this worker's number, and how many workers there are.
         noise: number of a packet -> its draws for stochastic rounding.
         stats: filled while the pass runs, vetoed or not.
+        refused: set if the pass was vetoed since some worker's gradient cannot be
+            averaged.
     """
 
     starts: Sequence[Callable[[], Steps]]
     dense: Sequence[Tensor]
-    has_gradient: Sequence[bool]
+    has_gradient: Sequence[float]
     wire: Wire
     rank: int
     size: int
     noise: Callable[[int], Noise] | None = None
     stats: PassStats = field(default_factory=PassStats)
+    refused: bool = False
 
 
 @dataclass

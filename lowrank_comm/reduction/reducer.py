@@ -13,7 +13,8 @@ The order of a step:
    which gradients are missing. A matrix with a deferred restart (`restarts`) waits for
    that, and makes it in the phases that follow, if any worker has a gradient for it.
 4. Veto. If any worker's numbers are not finite, the pass ends here on all workers;
-   nothing has been changed.
+   nothing has been changed. So it does for a gradient that cannot be averaged
+   (`gradients`), and all workers raise.
 5. Decode. P Q^T, times the scale, is written into the gradients.
 6. The pass leaves a pending transaction. `commit` writes e <- Delta - sent, the bases,
    what restarts go by, and the step; `rollback` forgets it. Whoever takes the optimizer
@@ -37,10 +38,12 @@ one process run the same code.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -57,6 +60,7 @@ from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.options import Seed, check
 from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.bucket_pass import BucketPass, Job
+from lowrank_comm.reduction.gradients import writable
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.passes import Wire
 from lowrank_comm.reduction.plan import Plan, make_plan
@@ -75,7 +79,8 @@ class Outcome:
         applied: False if it was vetoed: some worker's numbers were not finite, and
             nothing was changed.
         grads: in slot order; the tensors given, holding the result; a new tensor where
-            this worker had none but another had; None where no worker had one.
+            this worker had none but another had, or one that cannot be written to (see
+            `gradients.writable`); None where no worker had one.
         unsound: after a veto, which of this worker's numbers were not finite, or huge;
             "" for none.
     """
@@ -179,7 +184,13 @@ class Reducer:
         """t of the next pass."""
         return self.state.step
 
-    def reduce(self, grads: Sequence[Tensor | None], *, scale: float = 1.0) -> Outcome:
+    def reduce(
+        self,
+        grads: Sequence[Tensor | None],
+        *,
+        scale: float = 1.0,
+        refused: Mapping[int, str] = MappingProxyType({}),
+    ) -> Outcome:
         """Make one lock-step pass over all parameters; a collective, to be called by
         every worker.
 
@@ -188,6 +199,8 @@ class Reducer:
                 overwritten with the result.
             scale: the loss scale that the gradients carry. The error memory is kept
                 without it.
+            refused: place of a slot -> why the gradient of a rank of this node cannot
+                be averaged; see `RowScatter`.
 
         Returns:
             The outcome. Unless it was vetoed, `commit` or `rollback` must follow.
@@ -196,12 +209,13 @@ class Reducer:
             ConfigMismatchError: first pass only, on every worker, if settings or
                 parameters differ.
             LowRankCommError: the last pass was neither committed nor rolled back, or
-                the list does not fit the slots.
+                the list does not fit the slots; on all workers, if some worker's
+                gradient cannot be averaged.
         """
         self.ensure_agreed()
         with torch.no_grad(), full_precision(self.device):
             for number in range(len(self._begun), len(self.state.buckets)):
-                self._begun.append(self.launch(number, grads, scale))
+                self._begun.append(self.launch(number, grads, scale, refused))
             passes, self._begun = self._begun, []
             complete([one.flight for one in passes])
             return self.finish(grads, passes)
@@ -234,7 +248,13 @@ class Reducer:
             one.flight.abandon()
         self._begun = []
 
-    def launch(self, number: int, grads: Sequence[Tensor | None], scale: float) -> BucketPass:
+    def launch(
+        self,
+        number: int,
+        grads: Sequence[Tensor | None],
+        scale: float,
+        refused: Mapping[int, str] = MappingProxyType({}),
+    ) -> BucketPass:
         """Start the pass of a bucket, to be taken to its end by `complete`, and handed
         to `finish`. Autograd and autocast are off.
         """
@@ -247,7 +267,7 @@ class Reducer:
                 f"got {len(grads)} gradients for {len(self.slots)} parameters; give one for each"
                 " slot."
             )
-        return BucketPass(self.state, number, self._wire, grads, scale)
+        return BucketPass(self.state, number, self._wire, grads, scale, refused)
 
     def finish(self, grads: Sequence[Tensor | None], passes: Sequence[BucketPass]) -> Outcome:
         """Decode what all buckets have agreed on, or find out that some worker vetoed
@@ -257,15 +277,20 @@ class Reducer:
         node, first = workers.intra_node, passes[0].one
         state.worker = (first.rank * node.size + node.rank, first.size * node.size)
         applied = None not in [one.flight.result for one in passes]
+        refused = not applied and any(one.one.refused for one in passes)
         # where the ranks of a node compute whole matrices, all have seen it
         if node.size > 1 and not node.whole_matrices:
-            applied = not workers.any_in_the_node(not applied)
+            vetoes = workers.sum_in_the_node(math.nan if refused else not applied)
+            applied, refused = vetoes == 0.0, math.isnan(vetoes)
+        if refused:
+            self._refuse([text for one in passes for text in one.refused.values() if text])
         stats, results = first.stats, list(grads)
         present: dict[int, bool] = {}
         for other in passes[1:]:
             stats.add(other.one.stats)
         if applied:
             clock = time.perf_counter()
+            results = writable(self.slots, grads)
             for one in passes:
                 present |= one.decode(results)
             stats.seconds["decompress"] = time.perf_counter() - clock
@@ -285,6 +310,20 @@ class Reducer:
             return Outcome(False, results, self._unsound(grads))
         self._pending = _Pending(jobs, present)
         return Outcome(True, results)
+
+    def _refuse(self, mine: Sequence[str]) -> NoReturn:
+        """Raise, on all workers, for gradients that cannot be averaged; a collective
+        before it tells whose they are.
+
+        Args:
+            mine: what is wrong with this worker's.
+        """
+        told = self.workers.all_gather_text("; the gradient of ".join(mine[:4]))
+        whose = [f"on rank {rank} the gradient of {text}" for rank, text in enumerate(told) if text]
+        raise LowRankCommError(
+            "lowrank_comm: gradients that cannot be averaged, so no worker steps:"
+            f" {'; '.join(whose) or 'on another worker'}."
+        )
 
     def _unsound(self, grads: Sequence[Tensor | None]) -> str:
         """Return which numbers of this worker can have vetoed the pass: those that are

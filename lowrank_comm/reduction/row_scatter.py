@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lowrank_comm.communication import IntraNodeGroup
 from lowrank_comm.numerics.device import numbers_on
+from lowrank_comm.reduction.gradients import unusable, writable
 from lowrank_comm.reduction.params import ParamInfo
 
 # bytes of gradients in one collective: a buffer is needed for one portion at a time
@@ -46,6 +47,9 @@ class RowScatter:
     Attributes:
         slots: what the reducer averages: this rank's blocks, or the parameters
             themselves where every rank is a worker.
+        refused: of the last pass with two levels, place of a slot -> why its gradient
+            cannot be averaged; "" where that is another rank's of the node. The blocks
+            of these are None, and the reducer tells the other nodes.
     """
 
     def __init__(self, whole: Sequence[ParamInfo], intra_node: IntraNodeGroup) -> None:
@@ -54,6 +58,7 @@ class RowScatter:
         if intra_node.size > 1:
             self.slots = [self._block(info) for info in whole]
         self._portions = self._cut()
+        self.refused: dict[int, str] = {}
 
     def _block(self, info: ParamInfo) -> ParamInfo:
         whole = replace(
@@ -97,7 +102,13 @@ class RowScatter:
         """
         if self._intra_node.size == 1:
             return list(gradients)
-        present = numbers_on(self._device, [float(g is not None) for g in gradients], torch.float32)
+        self.refused = unusable(self._whole, gradients, range(len(gradients)))
+        if self.refused:
+            gradients = [None if k in self.refused else g for k, g in enumerate(gradients)]
+        numbers = [
+            math.nan if k in self.refused else g is not None for k, g in enumerate(gradients)
+        ]
+        present = numbers_on(self._device, list(map(float, numbers)), torch.float32)
         self._intra_node.sum_(present, "control")
         blocks: list[Tensor | None] = [None] * len(gradients)
         for portion in self._portions:
@@ -113,10 +124,11 @@ class RowScatter:
             mine = self._intra_node.scatter_mean(buffer, "gradients")
             for k, piece in zip(portion, mine.split(lengths), strict=True):
                 blocks[k] = piece[: self.slots[k].numel].view(self.slots[k].shape)
-        return [
-            block if there else None
-            for block, there in zip(blocks, (present > 0).tolist(), strict=True)
-        ]
+        counts = present.tolist()
+        for k, count in enumerate(counts):
+            if math.isnan(count):
+                self.refused.setdefault(k, "")
+        return [block if count > 0 else None for block, count in zip(blocks, counts, strict=True)]
 
     def _spread(self, gradient: Tensor, room: Tensor) -> None:
         """Write block f of the gradient into row f of room (F, padded)."""
@@ -137,11 +149,12 @@ class RowScatter:
             gradients: as given to `scatter`; overwritten.
 
         Returns:
-            In slot order: these tensors, or new ones where this rank had none.
+            In slot order: these tensors, or new ones where this rank had none that can
+            be written to.
         """
         if self._intra_node.size == 1:
             return list(blocks)
-        results = list(gradients)
+        results = writable(self._whole, gradients)
         for portion in self._portions:
             members = [k for k in portion if blocks[k] is not None]
             if not members:

@@ -10,6 +10,7 @@ the same veto.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,6 +31,7 @@ class Veto:
         suspects: flags of packets; any that is not zero is a veto.
         present: for each parameter, whether any worker had a gradient; None before that
             was read.
+        refused: after a veto, whether some worker's gradient cannot be averaged.
     """
 
     def __init__(self, in_the_node: IntraNodeGroup) -> None:
@@ -37,6 +39,7 @@ class Veto:
         self.suspects: list[Tensor] = []
         self._control: Tensor | None = None
         self.present: list[bool] | None = None
+        self.refused = False
 
     def suspect(self, packet: Packet) -> None:
         """Remember what a packet brought, to be read with what comes next."""
@@ -77,4 +80,7 @@ class Veto:
             flags.append(mask[0])
             self.present = [value > 0 for value in mask[1:]]
         self.suspects, self._control = [], None
-        return None if any(flags) else answers
+        if any(flags):
+            self.refused = any(map(math.isnan, mask))
+            return None
+        return answers

@@ -1,0 +1,102 @@
+"""The gradients that a caller hands in: which of them cannot be averaged, and which may
+be overwritten with the result.
+
+A gradient that cannot be averaged is found on one worker, and all must come to the same
+end. That worker sends NaN as the control number that says whether it has the gradient
+(`packet`), which vetoes the pass on all workers, and each reads from the sum why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_comm.reduction.params import ParamInfo
+
+
+def unusable(
+    slots: Sequence[ParamInfo], grads: Sequence[Tensor | None], places: Iterable[int]
+) -> dict[int, str]:
+    """Find gradients that cannot be averaged.
+
+    Args:
+        slots: the parameters.
+        grads: in slot order, None where there is none.
+        places: of the slots to look at.
+
+    Returns:
+        Place of a slot -> what is wrong with its gradient, and what to do about it.
+    """
+    found = {}
+    for k in places:
+        grad, slot = grads[k], slots[k]
+        if grad is None or (
+            grad.dtype is slot.dtype
+            and grad.layout is torch.strided
+            and grad.device == slot.device
+            and grad.shape == slot.shape
+        ):
+            continue
+        if grad.layout is not torch.strided:
+            found[k] = f"{slot.name} is sparse ({grad.layout}); use sparse=False, or to_dense()"
+        elif not grad.dtype.is_floating_point:
+            found[k] = f"{slot.name} is of {grad.dtype}; give it a real floating dtype"
+        elif grad.device != slot.device:
+            found[k] = (
+                f"{slot.name} is on {grad.device}, and its parameter's is expected on"
+                f" {slot.device}; move it there"
+            )
+        elif grad.shape != slot.shape:
+            found[k] = (
+                f"{slot.name} has shape {tuple(grad.shape)}, its parameter {slot.shape}; they"
+                " must agree"
+            )
+    return found
+
+
+def writable(slots: Sequence[ParamInfo], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the gradients that may be overwritten, None in the place of the others.
+
+    Those are left out that share memory with another gradient or with themselves (an
+    expanded tensor), since what is written to one would be read from the other; and
+    those of another dtype than the slot's, since the result must be the same on all
+    workers, also on those that had no gradient.
+    """
+    targets = list(grads)
+    spans: list[tuple[int, int, int]] = []
+    for k, (slot, grad) in enumerate(zip(slots, grads, strict=True)):
+        if grad is None:
+            continue
+        if grad.dtype is not slot.dtype:
+            targets[k] = None
+        elif grad.is_contiguous():
+            spans.append((grad.data_ptr(), slot.numel, k))
+        elif own_memory(grad):
+            reach = sum((n - 1) * s for n, s in zip(grad.shape, grad.stride(), strict=True))
+            spans.append((grad.data_ptr(), reach + 1, k))
+        else:
+            targets[k] = None
+    spans.sort()
+    end = last = 0
+    for start, elements, k in spans:
+        if start < end and elements:
+            targets[k] = targets[last] = None
+        stop = start + elements * slots[k].dtype.itemsize
+        if stop > end:
+            end, last = stop, k
+    return targets
+
+
+def own_memory(tensor: Tensor) -> bool:
+    """Return whether each element surely has memory of its own, as those of an expanded
+    tensor have not.
+    """
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += (size - 1) * stride
+    return True
