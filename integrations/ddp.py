@@ -159,7 +159,7 @@ class _Hook:
     that a copy of the model gets, but does not use.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: Any = None) -> None:
         self.engine: weakref.ref[DDPEngine] | None = None
         self._group = group
 

@@ -23,8 +23,9 @@ from tests.support import ROOT
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import (
@@ -374,6 +375,38 @@ def test_one_process_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     trainer = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"))
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=2.*SingleDeviceStrategy.*strategy=.ddp"):
         CompressionCallback().setup(trainer, SimpleNamespace(), "fit")  # type: ignore[arg-type]
+
+
+def test_lightnings_wrapper_shows_its_class_and_reaches_the_base() -> None:
+    class WithModes(torch.optim.SGD):
+        mode = ""
+
+        def train(self) -> None:
+            self.mode = "train"
+
+    base = WithModes(torch.nn.Linear(4, 4).named_parameters(), lr=0.1)
+    outer = LightningOptimizer(CompressedOptimizer(base, PowerSGD(1)))
+    assert repr(outer).startswith("LightningCompressedOptimizer(")
+    outer.train()
+    assert base.mode == "train"
+    assert not hasattr(outer, "eval")
+    assert outer.param_groups is base.param_groups
+    assert not outer.step_was_skipped
+
+
+def test_a_fit_that_was_broken_off_gives_the_model_back(tmp_path: Path) -> None:
+    """To the next one, by another callback."""
+
+    class Unplugged(Callback):
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            raise ZeroDivisionError
+
+    module = Toy(1, reduce_at="backward")
+    # whose traceback keeps the first fit and its optimizer
+    with pytest.raises(ZeroDivisionError) as broken_off:
+        fit(module, tmp_path, devices=1, accumulate_grad_batches=1, callbacks=[Unplugged()])
+    fit(module, tmp_path, devices=1, accumulate_grad_batches=1)
+    assert broken_off.tb is not None
 
 
 def test_ddp_is_taken() -> None:
