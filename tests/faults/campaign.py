@@ -382,6 +382,8 @@ def run(
             return {"key": planned.key, "skipped": why}
         place = folder / planned.key.replace(" ", "-").replace("/", "_")
         row = struck(planned, place, expected[planned.engine])
+        if not row["struck"]:
+            return {"key": planned.key, "skipped": "the run ended before the fault came"}
         if row["wrong"]:
             # whose is it? the same again, without the library
             bare = strike(planned, place.with_name(place.name + "-bare"), without(cell[0]), False)

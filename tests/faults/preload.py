@@ -2,6 +2,8 @@
 is a fork of it that starts in a moment. No process group and no thread exists yet.
 """
 
+import gc
+
 import accelerate  # noqa: F401
 import deepspeed  # noqa: F401
 import torch
@@ -15,3 +17,6 @@ import lowrank_comm.integrations.transformers  # noqa: F401
 from tests.faults import worker  # noqa: F401
 
 torch.set_num_threads(1)
+# else every fork copies what the collector touches
+gc.collect()
+gc.freeze()

@@ -150,7 +150,7 @@ def _wait(processes: list[Any], job: Job, patience: float) -> tuple[list[float],
                 processes[rank].kill()
                 processes[rank].join()
                 ends[rank] = time.time()
-        time.sleep(0.05)
+        time.sleep(0.1)
     return ends, hung
 
 

@@ -303,7 +303,7 @@ def finish(job: Job, log: Log, parameters: dict[str, Tensor]) -> None:
     """Write what the run ended with."""
     if log.rank == 0:
         torch.save(parameters, Path(job.folder) / "final.pt")
-    log.write(event="end", digest=digest(parameters))
+    log.write(event="end", digest=digest(parameters), cpu=time.process_time())
 
 
 def trainer_run(job: Job, log: Log) -> None:
