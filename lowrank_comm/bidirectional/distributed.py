@@ -16,6 +16,8 @@ at the first step.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +27,17 @@ from torch import Tensor
 from lowrank_comm.bidirectional.ledger import LinkLedger
 from lowrank_comm.bidirectional.permk import Blocks
 from lowrank_comm.bidirectional.transport import Context, Transport
+from lowrank_comm.communication.failures import collective_failed
 from lowrank_comm.communication.group import Group
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """Ask, where the collective in the block fails, whether all ranks made the call."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise collective_failed(error) from error
 
 
 class ProcessGroupTransport(Transport):
@@ -70,13 +82,15 @@ class ProcessGroupTransport(Transport):
             for number, part in enumerate(parts):
                 if context.serves or number == own:
                     message = block(number)
-                    dist.broadcast(message, self._server, group=part)
+                    with _asking():
+                        dist.broadcast(message, self._server, group=part)
                     if number == own:
                         received = message
         else:
             received = like.new_zeros(length)
             messages = [block(int(number)) for number in blocks.group] if context.serves else None
-            dist.scatter(received, messages, src=self._server, group=self.group.process_group)
+            with _asking():
+                dist.scatter(received, messages, self._server, group=self.group.process_group)
         return blocks.place(received[: len(blocks.coordinates(own))], worker)[None]
 
     def from_server(self, tensor: Tensor, kind: str) -> Tensor:
@@ -93,7 +107,8 @@ class ProcessGroupTransport(Transport):
             return values, finite
         message = torch.cat([values[0], values.new_tensor([float(finite)])])
         messages = [torch.empty_like(message) for _ in range(n)] if serves else None
-        dist.gather(message, messages, dst=self._server, group=self.group.process_group)
+        with _asking():
+            dist.gather(message, messages, self._server, group=self.group.process_group)
         if messages is None:
             return None
         rows = torch.stack(messages)
@@ -104,7 +119,8 @@ class ProcessGroupTransport(Transport):
 
     def _from_server(self, tensor: Tensor) -> Tensor:
         if self.group.size > 1:
-            dist.broadcast(tensor, self._server, group=self.group.process_group)
+            with _asking():
+                dist.broadcast(tensor, self._server, group=self.group.process_group)
         return tensor
 
     def _process_groups(self, n: int, count: int) -> list[Any] | None:

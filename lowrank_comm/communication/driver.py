@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 from lowrank_comm.communication.collectives import Exchange
+from lowrank_comm.communication.failures import collective_failed
 
 T = TypeVar("T")
 
@@ -45,8 +46,11 @@ class Flight(Generic[T]):
         """Wait for what was started, and start the next phase; return False, with the
         result at hand, where there is none.
         """
-        for work in self._works:
-            work.wait()
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            raise collective_failed(error) from error
         try:
             exchanges = self._passing.send(len(self._works))
         except StopIteration as end:

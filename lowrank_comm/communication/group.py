@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_comm.communication.collectives import AllGather, AllToAll, Exchange, alone
+from lowrank_comm.communication.failures import collective_failed
 from lowrank_comm.errors import ConfigError
 
 LENGTH_BYTES = torch.int64.itemsize
@@ -82,8 +83,7 @@ class Group:
         took.
         """
         works = self.start(buffers)
-        for work in works:
-            work.wait()
+        _wait(works)
         return len(works)
 
     def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
@@ -94,18 +94,22 @@ class Group:
                 alone(exchange)
             return works
         group = self.process_group
-        for one in exchanges:
-            if isinstance(one, AllGather):
-                if one.own.numel():
-                    parts = list(one.everyone.unbind(0))
-                    works.append(dist.all_gather(parts, one.own, group=group, async_op=True))
-            elif isinstance(one, AllToAll):
-                if one.given.numel():
-                    works.append(
-                        dist.all_to_all_single(one.received, one.given, group=group, async_op=True)
-                    )
-            elif one.numel():
-                works.append(dist.all_reduce(one, group=group, async_op=True))
+        try:
+            for one in exchanges:
+                if isinstance(one, AllGather):
+                    if one.own.numel():
+                        parts = list(one.everyone.unbind(0))
+                        works.append(dist.all_gather(parts, one.own, group=group, async_op=True))
+                elif isinstance(one, AllToAll):
+                    if one.given.numel():
+                        received, given = one.received, one.given
+                        works.append(
+                            dist.all_to_all_single(received, given, group=group, async_op=True)
+                        )
+                elif one.numel():
+                    works.append(dist.all_reduce(one, group=group, async_op=True))
+        except RuntimeError as error:
+            raise collective_failed(error) from error
         return works
 
     def gather_bytes(self, payload: bytes, device: torch.device) -> list[bytes]:
@@ -130,8 +134,7 @@ class Group:
     def gather(self, own: Tensor) -> Tensor:
         """Return the vector of every worker, of one length on all: (N, numel)."""
         gather = AllGather(own, own.new_empty(self.size, own.numel()))
-        for work in self.start([gather]):
-            work.wait()
+        _wait(self.start([gather]))
         return gather.everyone
 
     def copy_from(self, worker: int, tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -152,8 +155,19 @@ class Group:
                 continue
             # as bytes, since not every backend knows every dtype
             sent = tensor.detach().to(device).reshape(-1).view(torch.uint8)
-            dist.broadcast(sent, source, group=self.process_group)
+            try:
+                dist.broadcast(sent, source, group=self.process_group)
+            except RuntimeError as error:
+                raise collective_failed(error) from error
             tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
+
+
+def _wait(works: Sequence[Any]) -> None:
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        raise collective_failed(error) from error
 
 
 def collectives_so_far() -> int:

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_comm.communication.failures import collective_failed
 from lowrank_comm.options import check
 
 Scope = Literal["shard", "matrix"]
@@ -96,7 +97,10 @@ class IntraNodeGroup:
         """Sum a tensor over the node, in place."""
         if self.size > 1:
             self.bytes[kind] += tensor.nbytes
-            dist.all_reduce(tensor, group=self.process_group)
+            try:
+                dist.all_reduce(tensor, group=self.process_group)
+            except RuntimeError as error:
+                raise collective_failed(error) from error
 
     def gather(self, flat: Tensor, kind: str) -> Tensor:
         """Gather a 1-D tensor of every rank of the node, of one length on all: (F,
@@ -104,7 +108,10 @@ class IntraNodeGroup:
         """
         self.bytes[kind] += flat.nbytes
         everything = flat.new_empty(self.size * flat.numel())
-        _all_gather(everything, flat.contiguous(), group=self.process_group)
+        try:
+            _all_gather(everything, flat.contiguous(), group=self.process_group)
+        except RuntimeError as error:
+            raise collective_failed(error) from error
         return everything.view(self.size, -1)
 
     def sum_in_order(self, tensors: Sequence[Tensor], kind: str) -> list[Tensor]:
@@ -144,5 +151,8 @@ class IntraNodeGroup:
         """Return (numel,), the mean over the node of row `rank` of (F, numel)."""
         self.bytes[kind] += rows_by_rank.nbytes
         mine = rows_by_rank.new_empty(rows_by_rank.shape[1])
-        _reduce_scatter(mine, rows_by_rank.reshape(-1), group=self.process_group)
+        try:
+            _reduce_scatter(mine, rows_by_rank.reshape(-1), group=self.process_group)
+        except RuntimeError as error:
+            raise collective_failed(error) from error
         return mine.div_(self.size)

@@ -50,6 +50,7 @@ from torch import Tensor
 
 from lowrank_comm.communication import Group, IntraNodeGroup, Ledger
 from lowrank_comm.communication.driver import complete
+from lowrank_comm.communication.failures import saying_so
 from lowrank_comm.communication.flat_buffers import wire_dtype_called
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
@@ -403,10 +404,12 @@ class Reducer:
         pass does not read any more.
 
         Raises:
+            LowRankCommError: workers make this call after unlike numbers of steps.
             StateMismatchError: on every worker, if some worker's error memory or basis
                 is not finite; then nothing is changed.
         """
         self.state.last_report()
+        self._meet()
         self.ensure_agreed()
         state, workers, unsound_here = self.state, self.workers, self.state.not_finite()
         sound = not workers.any_in_the_node(bool(unsound_here))
@@ -425,6 +428,28 @@ class Reducer:
                 f" {self.assignment.error_feedback.memory} and the bases anew."
             )
         state.mark_consolidated()
+
+    def _meet(self) -> None:
+        """Wait for all ranks, and compare the step; a collective.
+
+        It is a gather of one number, since gloo aborts a process, without a traceback,
+        where one rank's all-reduce meets another one's of fewer bytes: so it would if
+        one rank alone consolidated and the others went on to the next step.
+        """
+        workers = self.workers
+        if workers.world_size == 1 or (workers.intra_node.size == 1 and not self.state.batches):
+            # no collective follows
+            return
+        with saying_so():
+            steps = workers.all_gather_numbers(torch.tensor([self.step], device=self.device))
+        self.ledger.collectives += 1
+        self.ledger.bytes["consolidation"] += torch.int64.itemsize
+        if len({step for (step,) in steps}) > 1:
+            told = ", ".join(f"{step} on rank {rank}" for rank, (step,) in enumerate(steps))
+            raise LowRankCommError(
+                f"lowrank_comm: the error memory is consolidated, but after unlike numbers of"
+                f" steps: {told}. Do all ranks make the same calls, in the same order?"
+            )
 
     def _mean(self, tensor: Tensor) -> Tensor:
         self.ledger.collectives += self.workers.group.sum_([tensor])
