@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from lowrank_comm.communication.topology import covered_ranks
 from lowrank_comm.errors import ConfigError, UnsupportedError
-from lowrank_comm.optimizer.engine import Engine
+from lowrank_comm.optimizer.engine import Engine, kept_local
 
 # Not on the model, which people copy and pickle.
 _hooks: weakref.WeakKeyDictionary[DistributedDataParallel, _Hook] = weakref.WeakKeyDictionary()
@@ -59,6 +59,7 @@ class DDPEngine(Engine):
     def __init__(self, ddp: DistributedDataParallel, process_group: Any, shard_scope: str) -> None:
         super().__init__(ddp.process_group if process_group is None else process_group, shard_scope)
         self._ddp, self._syncs = ddp, True
+        self.kept_local = kept_local(ddp)
         self._on_join: Callable[[], Callable[[], None] | None] = lambda: None
         self._forward = ddp.register_forward_pre_hook(_BeforeForward(self))
         # With find_unused_parameters a joined rank has one collective more after its
@@ -126,6 +127,11 @@ class DDPEngine(Engine):
             "DDP: its own all-reduce is off; gradients are averaged when the backward pass has"
             " ended"
         ]
+        if self.kept_local:
+            notes.append(
+                f"{len(self.kept_local)} parameters that DDP was told to ignore keep each rank's"
+                " own gradients"
+            )
         if not self.begins_early:
             notes.append(
                 "find_unused_parameters=True has a collective during backward: overlap=True starts"
@@ -250,5 +256,12 @@ def connect(model: nn.Module, process_group: Any, shard_scope: str) -> Engine:
         raise UnsupportedError(
             "attach: DistributedDataParallel(mixed_precision=...) reduces in a hook of its own; use"
             " torch.autocast."
+        )
+    if getattr(ddp, "_use_python_reducer", False):
+        raise UnsupportedError(
+            'attach: torch._dynamo.config.optimize_ddp="python_reducer" makes'
+            " DistributedDataParallel average each gradient by itself, in compiled autograd, past"
+            ' a communication hook. Leave it at its default, "ddp_optimizer", and wrap the model'
+            " again."
         )
     return DDPEngine(ddp, process_group, shard_scope)

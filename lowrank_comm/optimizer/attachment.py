@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
-from lowrank_comm.optimizer.engine import Engine, connect
+from lowrank_comm.optimizer.engine import Engine, connect, kept_local
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of
 from lowrank_comm.reduction.reducer import Reducer
@@ -170,7 +170,10 @@ class Attachment:
         Args:
             on_gradient, at_end: see `BackwardWatch`; methods.
         """
-        parameters = [p for p in parameters_of(self._owner) if p.requires_grad]
+        local = self.engine.kept_local
+        parameters = [
+            p for p in parameters_of(self._owner) if p.requires_grad and id(p) not in local
+        ]
         if self._watch is not None:
             self._watch.add(parameters)
             return
@@ -210,6 +213,7 @@ class Attachment:
                 " the parameters."
             )
         holds = {id(p) for p in everything}
+        holds |= kept_local(model)
         left_out = [
             name for name, p in model.named_parameters() if p.requires_grad and id(p) not in holds
         ]

@@ -109,6 +109,13 @@ class BackwardWatch:
         _take_off(self._handles)
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
+        compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+        if compiled is not None and getattr(compiled, "in_compiled_autograd_region", False):
+            raise UnsupportedError(
+                "compiled autograd (torch._dynamo.config.compiled_autograd) is not supported: in a"
+                " compiled backward pass nobody can tell when all gradients are there. Compile the"
+                " model by torch.compile, and leave the backward pass to autograd itself."
+            )
         on_gradient = self._on_gradient()
         if on_gradient is None:
             return

@@ -48,7 +48,7 @@ from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.optimizer.attachment import Attachment
 from lowrank_comm.optimizer.backward_reduction import BackwardReduction
 from lowrank_comm.optimizer.double_averaging import ATTACH
-from lowrank_comm.optimizer.engine import hint_of_two_levels, wrapper_of
+from lowrank_comm.optimizer.engine import hint_of_two_levels, kept_local, wrapper_of
 from lowrank_comm.optimizer.environment import refuse_with_deepspeed
 from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.optimizer.parameter_names import Namer
@@ -329,6 +329,13 @@ class CompressedOptimizer(OptimizerWrapper):
             )
         attachment, wrapper = self._attachment, wrapper_of(model)
         attachment.check_model(model, wrapper)
+        if self.max_grad_norm is not None and kept_local(model):
+            raise ConfigError(
+                f"max_grad_norm={self.max_grad_norm}: DistributedDataParallel was told to ignore"
+                " parameters of the model, whose gradients differ between ranks, so each would clip"
+                " by another norm. Leave it out, and clip the averaged gradients alone between"
+                " optimizer.reduce_gradients() and step()."
+            )
         self._backward.is_last = is_last_backward
         attachment.in_use = in_use or (lambda: True)
         # the engine anew, or this very model after it was given back

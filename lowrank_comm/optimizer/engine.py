@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm.checkpointing.tensors import tensors_of, untouched
 from lowrank_comm.communication.topology import levels, ranks_in_a_node
@@ -57,6 +58,8 @@ class Engine:
             of them.
         accumulates_by: what a user writes around all backward passes but the last of a
             step.
+        kept_local: ids of parameters whose gradients the engine averages over no ranks;
+            they are left as they are.
         refused: of what was collected last, place of a slot -> why a gradient of this
             node cannot be averaged; see `RowScatter`.
     """
@@ -66,6 +69,7 @@ class Engine:
     compares_values = True
     accumulates_by = "with optimizer.no_sync(): loss.backward()"
     saves_whole = True
+    kept_local: Set[int] = frozenset()
     refused: Mapping[int, str] = MappingProxyType({})
 
     def __init__(self, process_group: Any = None, shard_scope: str = "shard") -> None:
@@ -217,6 +221,20 @@ def wrapper_of(model: nn.Module) -> str | None:
             if kind.__name__ in ADAPTERS:
                 return kind.__name__
     return None
+
+
+def kept_local(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that DistributedDataParallel was told to ignore:
+    each rank keeps its own gradient for them.
+    """
+    found: set[int] = set()
+    for ddp in model.modules():
+        names = getattr(ddp, "parameters_to_ignore", ())
+        if isinstance(ddp, DistributedDataParallel) and names:
+            named = list(ddp.module.named_parameters(remove_duplicate=False))
+            found |= {id(p) for name, p in named if name in names}
+            found -= {id(p) for name, p in named if name not in names}
+    return found
 
 
 def connect(wrapper: str, model: nn.Module, process_group: Any, shard_scope: str) -> Engine:

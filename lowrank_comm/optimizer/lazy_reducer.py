@@ -119,12 +119,16 @@ class LazyReducer:
                 " call attach(model) before the first step, or build the base from"
                 " named_parameters()."
             )
-        taking_part = [(name, p) for name, p in named.items() if p.requires_grad or name in known]
+        engine = self._attachment.engine
+        taking_part = [
+            (name, p)
+            for name, p in named.items()
+            if (p.requires_grad or name in known) and id(p) not in engine.kept_local
+        ]
         if old is not None and len(taking_part) == len(known) and not self._outdated:
             return old
         self._outdated = False
         self._attachment.check_added(taking_part)
-        engine = self._attachment.engine
         slots = engine.slots(taking_part)
         reducer = self._make(slots, group=engine.group, intra_node=engine.intra_node)
         reducer.further_settings = self._settings

@@ -12,6 +12,7 @@ import pytest
 from lowrank_comm import Atomo, ErrorFeedback, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from tests.support import engine_cases as cases
+from tests.support import gradient_cases
 from tests.support.engines import (
     ENGINES,
     FULL,
@@ -423,3 +424,30 @@ def test_an_unconsolidated_state_fits_its_own_rank_or_none(gloo: GlooPool, engin
             assert "consolidate_error_memory()" in said
         else:
             assert said == "loaded"
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_at": "step"}, {"overlap": True}])
+@pytest.mark.parametrize("differ", [False, True], ids=["alike", "of each rank's own"])
+@pytest.mark.parametrize("held", [True, False], ids=["held", "not held"])
+def test_what_ddp_was_told_to_ignore_stays_local(
+    gloo: GlooPool, held: bool, differ: bool, options: dict
+) -> None:
+    ours = gloo.run(gradient_cases.ignored, WORLD, True, held, differ, options)
+    own = gloo.run(gradient_cases.ignored, WORLD, False, held, differ, {})
+    for (ends, line), (theirs, _) in zip(ours, own, strict=True):
+        assert worst(ends, theirs) < 1e-5
+        assert line.strip() == (
+            "1 parameters that DDP was told to ignore keep each rank's own gradients"
+        )
+    apart = worst(
+        {"head.weight": ours[0][0]["head.weight"]}, {"head.weight": ours[1][0]["head.weight"]}
+    )
+    assert (apart > 1e-4) is (held or differ)
+
+
+def test_what_would_average_past_us_in_ddp_is_refused_by_name(gloo: GlooPool) -> None:
+    for clipping, reducer in gloo.run(gradient_cases.refused, WORLD):
+        assert clipping.startswith("ConfigError: max_grad_norm=1.0")
+        assert "told to ignore" in clipping
+        assert reducer.startswith("UnsupportedError: ")
+        assert 'optimize_ddp="python_reducer"' in reducer

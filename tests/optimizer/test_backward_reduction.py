@@ -322,3 +322,16 @@ def test_two_models_whose_backward_passes_cross() -> None:
     (made, judge, early), (other_made, other_judge, late) = train("backward"), train("step")
     assert distance(made, other_made) == distance(judge, other_judge) == 0.0
     assert alike(early[0], late[0]) and alike(early[1], late[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_at": "backward"}, {"overlap": True}])
+def test_compiled_autograd_is_refused_by_name(options: dict[str, Any]) -> None:
+    compiled = pytest.importorskip("torch._dynamo.compiled_autograd")
+    model = network()
+    optimizer = compressed(model, **options)
+    with (
+        compiled._enable(torch.compile(backend="eager")),
+        pytest.raises(UnsupportedError, match=r"compiled autograd .* is not supported"),
+    ):
+        loss_of(model, 0).backward()
+    assert optimizer.reducer.step == 0
