@@ -148,6 +148,7 @@ def _write(
         "name": name,
         "lineage": lineage,
         "written": str(time.time_ns()),
+        "base_steps": str(reducer.base_steps()),
         "settings": json.dumps(settings),
     }
     metadata["checksum"] = durable.checksum(flat, metadata)
@@ -203,7 +204,8 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
         folder: where the file is.
         name: what `save` returned for this checkpoint. None takes the newest complete
             file, and says which: it may be of another save than the rest of what the
-            caller loads.
+            caller loads. Where a base optimizer that counts its steps (Adam; not SGD)
+            has been loaded before, one of as many steps is taken.
 
     Returns:
         False, after a warning, where there is no file: all then starts from zero.
@@ -216,7 +218,7 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
     found: Saved | None = None
     seen, problem = "missing", None
     try:
-        found = _newest(folder, reducer.workers.is_writer) if name is None else _named(folder, name)
+        found = _newest(folder, reducer) if name is None else _named(folder, name)
         if found is not None:
             check_fits(reducer, found.tag, found.tensors)
             seen = f"of step {found.tag.step} ({found.path.name})"
@@ -265,11 +267,16 @@ def _named(folder: str | os.PathLike[str], name: str) -> Saved | None:
     return None
 
 
-def _newest(folder: str | os.PathLike[str], says: bool) -> Saved | None:
-    """Return what the newest complete file of a folder holds; None where there is no
-    file.
+def _newest(folder: str | os.PathLike[str], reducer: Reducer) -> Saved | None:
+    """Return what the newest complete file of a folder holds, of as many steps of the
+    base as this one has made; the newest of all where there is none of these; None
+    where there is no file.
     """
+    now, says = reducer.base_steps(), reducer.workers.is_writer
     files = sorted(files_in(folder), key=_written, reverse=True)
+    if now is not None:
+        # a stable sort: the newest come first among each
+        files.sort(key=lambda file: _metadata(file).get("base_steps") != str(now))
     damaged: list[str] = []
     for file in files:
         try:
@@ -279,7 +286,16 @@ def _newest(folder: str | os.PathLike[str], says: bool) -> Saved | None:
             continue
         for text in damaged if says else ():
             _log.warning("passed over: %s", text)
-        if says and (len(files) > 1 or damaged):
+        then = found.metadata.get("base_steps", "None")
+        if says and now is not None and then not in ("None", str(now)):
+            _log.warning(
+                "%s is of another save than what the base optimizer has loaded: %s steps there, %d"
+                " here; give load() the name that save() returned with the rest",
+                file,
+                then,
+                now,
+            )
+        elif says and (len(files) > 1 or damaged):
             _log.warning(
                 "%s of step %d is the newest complete file in %s, and is loaded; give load() the"
                 " name that save() returned, to be sure that it belongs to the rest",

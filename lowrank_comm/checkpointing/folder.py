@@ -285,6 +285,9 @@ def _write_whole(
     path: Path, workers: Workers, model: nn.Module, optimizer: Optimizer
 ) -> Iterator[Path]:
     of_each = getattr(optimizer, "saves_each_rank", False)
+    if hasattr(optimizer, "workers") and not hasattr(optimizer, "consolidate_error_memory"):
+        # of this library's, whose own state vetoes every step if it is not finite
+        _check_finite(optimizer.state_dict())
     if of_each:
         yield _put(path / f"optimizer_{workers.global_rank}.pt", optimizer.state_dict())
     if workers.is_writer:
@@ -292,6 +295,15 @@ def _write_whole(
         if not of_each:
             state["optimizer"] = optimizer.state_dict()
         yield _put(path / _STATE, state)
+
+
+def _check_finite(state: Any, where: str = "the optimizer's state") -> None:
+    """Raise a StateMismatchError for a number that is not finite."""
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            _check_finite(value, f"{where}, {key!r}")
+    elif isinstance(state, Tensor) and not bool(torch.isfinite(state).all()):
+        raise StateMismatchError(f"{where} is not finite; go on from an earlier save.")
 
 
 def _put(path: Path, what: dict[str, Any]) -> Path:

@@ -107,6 +107,11 @@ class LazyReducer:
                 raise ConfigError(f"two parameters are called {name!r}; give each its own name.")
         return named
 
+    def _base_steps(self) -> int | None:
+        """Return how many steps the base counts; None where it counts none."""
+        counts = [state["step"] for state in self._base.state.values() if "step" in state]
+        return max(map(int, counts), default=None)
+
     def _made_of(self, named: dict[str, Tensor]) -> Reducer:
         """Return the reducer as it is, or a new one with its state if further
         parameters are trainable now. Those that were frozen stay in it.
@@ -131,7 +136,7 @@ class LazyReducer:
         self._attachment.check_added(taking_part)
         slots = engine.slots(taking_part)
         reducer = self._make(slots, group=engine.group, intra_node=engine.intra_node)
-        reducer.further_settings = self._settings
+        reducer.further_settings, reducer.base_steps = self._settings, self._base_steps
         self._on_rebuild()
         if old is not None:
             reducer.take_over(old)

@@ -129,6 +129,7 @@ class Reducer:
         device: of the first parameter, for flags and control numbers.
         further_settings: what else of the reducer's owner must be equal: given False
             between workers, True between the ranks of a node.
+        base_steps: the base optimizer's own count of steps; None where it counts none.
 
     Raises:
         ConfigError: a name occurs twice, a dtype is unknown, or an initial basis does
@@ -174,6 +175,7 @@ class Reducer:
         self._wire = Wire(self.workers, wire, self.assignment.quantization)
         self.ledger = Ledger()
         self.further_settings: Callable[[bool], dict[str, Any]] | None = None
+        self.base_steps: Callable[[], int | None] = lambda: None
         self._uncompressed_bytes = sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
         # buckets that have been started
         self._begun: list[BucketPass] = []

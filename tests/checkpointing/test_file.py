@@ -263,6 +263,34 @@ def test_without_a_name_the_newest_complete_file_is_loaded_and_said(
     assert equal(everything(loaded), before)
 
 
+def test_without_a_name_the_file_of_the_bases_steps_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed between the compressor's save and the base's: the base is of step 3, and
+    the newest file of step 5.
+    """
+    trainer = trained(3)
+    library_checkpoint.save(trainer.optimizer.reducer, tmp_path)
+    base, weights = saved(trainer.optimizer.base.state_dict()), saved(trainer.model.state_dict())
+    expected = trained(3).train(3, MORE, 0)
+    trainer.train(3, 2, 0)
+    library_checkpoint.save(trainer.optimizer.reducer, tmp_path)
+    resumed = Trainer(PowerSGD(2))
+    resumed.model.load_state_dict(read(weights))
+    resumed.optimizer.base.load_state_dict(read(base))
+    assert library_checkpoint.load(resumed.optimizer.reducer, tmp_path)
+    assert resumed.optimizer.reducer.step == 3
+    assert largest_difference(resumed.train(3, MORE, 0), expected) == 0.0
+    # and where there is none, that is said
+    other = trained(4)
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        assert library_checkpoint.load(other.optimizer.reducer, tmp_path)
+    assert other.optimizer.reducer.step == 5
+    assert "of another save than what the base optimizer has loaded: 5 steps there, 4" in (
+        caplog.text
+    )
+
+
 @pytest.mark.parametrize("name", ["", "../other", "/etc/passwd", "a/b", 3])
 def test_a_name_that_no_save_has(tmp_path: Path, name: Any) -> None:
     with pytest.raises(StateMismatchError, match="is not one that lowrank_comm"):

@@ -256,6 +256,25 @@ def test_what_could_not_be_loaded_safely_is_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [("projected", "'exp_avg'"), ("bidirectional", "'w'"), ("plain", "holds nan")],
+)
+def test_state_that_is_not_finite_is_not_saved(engine: str, words: str, tmp_path: Path) -> None:
+    model, optimizer = built(engine)
+    train(model, optimizer, 0, 2)
+    if engine == "plain":
+        state = optimizer.error_memory()["0.weight"]
+    elif engine == "projected":
+        state = optimizer.state[model[0].weight]["exp_avg"]
+    else:
+        state = optimizer.state_dict()["lowrank_comm_bidirectional"]["tensors"]["w"]
+    state.view(-1)[1] = float("nan")
+    with pytest.raises(StateMismatchError, match=words):
+        checkpoint.save_all(tmp_path, model, optimizer)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("keep", [0, -1, True, 1.5])
 def test_a_keep_that_keeps_nothing_is_refused(keep: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"keep={keep}"):
