@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_comm import CompressedOptimizer, ConfigError
+from lowrank_comm import CompressedOptimizer, ConfigError, PowerSGD
 from lowrank_comm.bidirectional import BidirectionalOptimizer
 from lowrank_comm.config import Section
 from tests.support import ROOT
@@ -61,8 +62,27 @@ def test_the_rest_of_the_section_is_checked(section: dict[str, Any]) -> None:
         CompressedOptimizer.from_config(base_of(nn.Linear(6, 8)), section)
 
 
+def says_what_it_drops(optimizer: Any, caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether an optimizer that is left alone drops a compressor's state, and says
+    so.
+    """
+    model = nn.Linear(6, 8)
+    shapes = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+    named = {tuple(p.shape): (name, p) for name, p in model.named_parameters()}
+    groups = [{"params": [named[shape] for shape in group]} for group in shapes]
+    base = torch.optim.SGD(groups, lr=0.1)
+    compressed = CompressedOptimizer(base, PowerSGD(1), min_compression_rate=0)
+    model(torch.ones(2, 6)).sum().backward()
+    compressed.step()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        optimizer.load_state_dict(compressed.state_dict())
+    kept = [key for entries in optimizer.state.values() for key in entries]
+    return "is dropped" in caplog.text and not any("lowrank_comm" in key for key in kept)
+
+
 @engines
-def test_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
+def test_accelerate(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     accelerate = pytest.importorskip("accelerate")
     from lowrank_comm.integrations.accelerate import get, prepare
 
@@ -78,11 +98,17 @@ def test_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
         assert get(optimizer) is None
         assert optimizer.optimizer is base
         assert capsys.readouterr().out.count(SAID) == 1
+        assert says_what_it_drops(optimizer, caplog)
 
 
 @engines
 @pytest.mark.parametrize("form", ["section", "optimizer"])
-def test_trainer(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trainer(
+    form: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     transformers = pytest.importorskip("transformers")
     from lowrank_comm.integrations.transformers import CompressionCallback
 
@@ -109,6 +135,7 @@ def test_trainer(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     trainer.train()
     assert callback.compressing is None
     assert capsys.readouterr().out.count(SAID) == 1
+    assert says_what_it_drops(trainer.optimizer, caplog)
 
 
 @engines
