@@ -21,7 +21,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import override
 
 from lowrank_comm.bidirectional.base import Method, State
 from lowrank_comm.bidirectional.config import parse
@@ -194,7 +193,6 @@ class BidirectionalOptimizer(OptimizerWrapper):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r}, {self.base!r})"
 
-    @override
     def _of_the_base(self, name: str, value: Any) -> Any:
         if name in ("first_step", "second_step"):
             raise AttributeError(

@@ -30,7 +30,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import override
 
 from lowrank_comm.communication import Ledger
 from lowrank_comm.communication.agreement import fingerprint, options_of
@@ -454,7 +453,6 @@ class CompressedOptimizer(OptimizerWrapper):
 
     # ---------------------------------------------------------------- sharpness-aware
 
-    @override
     def _of_the_base(self, name: str, value: Any) -> Any:
         # sharpness-aware minimisation in two calls, by the names that all have given it
         calls = {"first_step": self._first_step, "second_step": self._second_step}
