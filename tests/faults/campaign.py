@@ -401,6 +401,9 @@ def run(
                     file.write(json.dumps(row) + "\n")
             told = row.get("skipped") or ", ".join(row["wrong"]) or row["outcome"]
             print(f"{count}/{len(running)} {row['key']}: {told}", flush=True)
+    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+    useful, executed = STEPS * len(done), sum(row["executed"] for row in done)
+    print(f"{len(done)} faults, goodput {useful / max(executed, 1):.1%}")
 
 
 @app.command()
