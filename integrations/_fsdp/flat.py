@@ -21,7 +21,7 @@ from lowrank_comm.errors import LowRankCommError, UnsupportedError
 from lowrank_comm.integrations._fsdp import internals
 from lowrank_comm.integrations._fsdp.base import FSDPEngine, local, placed_like, shard_dim
 from lowrank_comm.integrations._methods import wrap_method
-from lowrank_comm.optimizer.backward_hooks import BackwardWatch
+from lowrank_comm.optimizer.backward_hooks import BackwardWatch, run_users_hooks
 from lowrank_comm.reduction.params import ParamInfo, gradient_dtype
 from lowrank_comm.reduction.plan import human_bytes
 
@@ -96,11 +96,14 @@ class FlatEngine(FSDPEngine):
             else:
                 # averaged before, and not cleared: torch adds to it, too
                 local(parameter.grad).add_(mine)
+            # FSDP runs them when it has reduced
+            run_users_hooks(parameter)
 
     @override
     def fill_nan(self, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:
             parameter.grad = placed_like(parameter, torch.full_like(local(parameter), torch.nan))
+            run_users_hooks(parameter)
 
     @override
     def drop(self) -> None:

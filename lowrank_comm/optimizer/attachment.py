@@ -183,6 +183,11 @@ class Attachment:
         if at_end is not None:
             vars(self._owner.base)[AVERAGES] = self._owner
 
+    def watch_last(self, parameter: Tensor) -> None:
+        """Let our hook of a parameter that is watched run after its other hooks."""
+        assert self._watch is not None
+        self._watch.move_to_the_end(parameter)
+
     def _stop_watching(self) -> None:
         if self._watch is not None:
             self._watch.remove()

@@ -100,6 +100,14 @@ class BackwardWatch:
         # else it is gone, and another has its place in memory
         return known is not None and known[0]() is parameter
 
+    def move_to_the_end(self, parameter: Tensor) -> None:
+        """Let the hook run after those that users have placed since."""
+        there, handle = self._handles[id(parameter)]
+        # of the function itself: the order is that of registration
+        hook = (parameter._post_accumulate_grad_hooks or {})[handle.id]
+        handle.remove()
+        self._handles[id(parameter)] = (there, parameter.register_post_accumulate_grad_hook(hook))
+
     def remove(self) -> None:
         """Take the hooks off."""
         for there, _ in self._handles.values():
@@ -180,3 +188,23 @@ def after_engines(run: Callable[[], None]) -> None:
     """
     queue = torch.autograd.Variable._execution_engine.queue_callback
     queue(lambda: queue(run))
+
+
+def runs_last(parameter: Tensor) -> bool:
+    """Return whether no hook of a user runs after ours, which would change a gradient
+    that has been read.
+    """
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    return not hooks or _is_ours(next(reversed(hooks.values())))
+
+
+@torch.no_grad()
+def run_users_hooks(parameter: Tensor) -> None:
+    """Run the users' hooks of a parameter that gets its gradient past autograd."""
+    for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+        if not _is_ours(hook):
+            hook(parameter)
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == __name__

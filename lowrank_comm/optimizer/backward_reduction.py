@@ -23,6 +23,7 @@ from torch import Tensor
 from lowrank_comm.errors import LowRankCommError
 from lowrank_comm.numerics.device import current_stream
 from lowrank_comm.optimizer.attachment import Attachment
+from lowrank_comm.optimizer.backward_hooks import runs_last
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.reduction.divergence import DivergenceCheck
@@ -227,6 +228,10 @@ class BackwardReduction:
         if current_stream(reducer.device) != self._stream:
             # of what is made on one stream and freed on another, the allocator may give
             # the memory away too early
+            return
+        if not runs_last(parameter):
+            # its bucket starts when the pass ends, and in the next one with the others
+            self._attachment.watch_last(parameter)
             return
         for bucket in scheduler.complete_with(parameter):
             gradients = [p.grad for p in self._lazy.parameters]

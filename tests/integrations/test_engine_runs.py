@@ -451,3 +451,37 @@ def test_what_would_average_past_us_in_ddp_is_refused_by_name(gloo: GlooPool) ->
         assert "told to ignore" in clipping
         assert reducer.startswith("UnsupportedError: ")
         assert 'optimize_ddp="python_reducer"' in reducer
+
+
+HOOKED = {
+    **ENGINES,
+    "plain model, in step": Setup("plain"),
+    "plain model, overlap": Setup("plain", options={"overlap": True}),
+    "DDP, overlap": Setup("ddp", options={"overlap": True}),
+    "DDP, static graph": Setup("ddp", wrap={"static_graph": True}),
+    "DDP, views of buckets": Setup("ddp", wrap={"gradient_as_bucket_view": True}),
+    "DDP, views of buckets, overlap": Setup(
+        "ddp", wrap={"gradient_as_bucket_view": True}, options={"overlap": True}
+    ),
+    "DDP, unused parameters": Setup(
+        "ddp", wrap={"find_unused_parameters": True}, model={"idle": True}
+    ),
+    "FSDP2, flat, in step": Setup("flat", options={"reduce_at": "step"}),
+}
+
+
+@pytest.mark.parametrize("engine", HOOKED.values(), ids=HOOKED.keys())
+@pytest.mark.parametrize("attach_first", [True, False], ids=["attached before", "attached after"])
+def test_users_hooks_run_as_often_as_without_and_before_a_gradient_is_read(
+    gloo: GlooPool, engine: Setup, attach_first: bool
+) -> None:
+    ours = gloo.run(gradient_cases.hooked, WORLD, engine, True, attach_first)
+    own = gloo.run(gradient_cases.hooked, WORLD, engine, False, attach_first)
+    for found, theirs in zip(ours, own, strict=True):
+        assert found["calls"] == theirs["calls"]
+        assert found["calls"]["post-accumulate"] == 2 * found["calls"]["module"] == 8
+        assert found["moved"] == theirs["moved"] == 0.0
+        assert worst(found["ends"], ours[0]["ends"]) == 0.0
+    # elsewhere the engine averages over a part of the ranks, or over none
+    if engine.engine in ("ddp", "flat", "native"):
+        assert worst(ours[0]["ends"], own[0]["ends"]) < 1e-5

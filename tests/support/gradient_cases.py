@@ -4,13 +4,15 @@ users' hooks.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm import CompressedOptimizer, LowRankCommError, PowerSGD
-from tests.support.engines import Net, loss_of
+from tests.support.engines import Net, Setup, loss_of, plain_names, wrapped
 
 FULL_RANK = PowerSGD(rank=64)
 Ends = dict[str, torch.Tensor]
@@ -66,3 +68,58 @@ def refused(rank: int) -> list[str]:
         except LowRankCommError as error:
             said.append(f"{type(error).__name__}: {error}")
     return said
+
+
+def hooked(rank: int, setup: Setup, compressed: bool, attach_first: bool) -> dict[str, Any]:
+    """Users' hooks of every kind: how often each is called, and parameters in the end.
+
+    The first layer, whose gradients arrive last, is frozen by zeroing them when they
+    are there; the gradient of the head's weight is doubled before.
+    """
+    model, process_group = wrapped(setup)
+    optimizer: Any = setup.base(plain_names(model).items())
+    if compressed:
+        optimizer = CompressedOptimizer(
+            optimizer,
+            FULL_RANK,
+            min_compression_rate=0,
+            process_group=process_group,
+            shard_scope=setup.scope,
+            **setup.options,
+        )
+        if attach_first:
+            optimizer.attach(model)
+    calls: Counter[str] = Counter()
+    parameters = plain_names(model)
+    frozen = [parameters["first.weight"], parameters["first.bias"]]
+    start = [whole(p) for p in frozen]
+
+    def zeroed(p: Any) -> None:
+        calls["post-accumulate"] += 1
+        p.grad.mul_(0.0)
+
+    def double(grad: torch.Tensor) -> torch.Tensor:
+        calls["tensor"] += 1
+        return grad * 2.0
+
+    for p in frozen:
+        p.register_post_accumulate_grad_hook(zeroed)
+    parameters["head.weight"].register_hook(double)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_full_backward_hook(lambda *_: calls.update(["module"]))
+    if compressed and not attach_first:
+        optimizer.attach(model)
+    for step in range(4):
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ends = {name: whole(p) for name, p in parameters.items()}
+    if compressed:
+        optimizer.detach()
+    moved = max(float((whole(p) - s).abs().max()) for p, s in zip(frozen, start, strict=True))
+    return {"calls": dict(calls), "moved": moved, "ends": ends}
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
