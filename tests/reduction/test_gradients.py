@@ -214,7 +214,12 @@ def a_transposed_alias(model: Model) -> None:
     model.rest["twin"].grad = square[:30].view(5, 6).t()
 
 
+def the_parameter_itself(model: Model) -> None:
+    model.rest["one"].grad = model.rest["one"].detach()
+
+
 LAYOUTS = (
+    the_parameter_itself,
     expanded,
     the_same_tensor,
     overlapping_views,
