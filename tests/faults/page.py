@@ -86,6 +86,14 @@ def text(found: Found) -> str:
 
 
 TORCHRUN = [
+    "## What the engines do by themselves", "",
+    "Seen while the campaign was written:", "",
+    "- **DeepSpeed** names a tag in `latest` before it waits for the other ranks. If one of them cannot write its part (seen once: ZeRO-1, a full"
+    " disk), `latest` names a tag that does not load; write the tag before it into `latest`.",
+    "- **Trainer** resumes from the folder with the highest number, complete or not; where optimizer.pt is missing, it goes on with a new"
+    " optimizer. `examples/checkpoints.py` finds the newest complete one, and `CompressionCallback` says when the optimizer starts anew.",
+    "- **torch.load** checks no sums: a flipped bit in the data of optimizer.pt is loaded. `save_all` keeps a SHA-256 of every file, and our own"
+    " file beside DeepSpeed's checkpoint a checksum.", "",
     "## torchrun --max-restarts", "",
     "`tests/faults/test_elastic.py` kills a rank of two in mid-step. With `--max-restarts` both start again and go on from the newest"
     " save; without, the job comes back with one rank. Both end within 1e-9 of the uninterrupted run's parameters (DDP, float64).", "",
@@ -142,12 +150,12 @@ def _head(rows: list[dict[str, Any]], machines: list[dict[str, Any]]) -> list[st
         f"| **diverged** from the uninterrupted run | **{sum('diverged' in row['wrong'] or 'ranks differ' in row['wrong'] for row in rows)}** |",
         f"| lost more than one save interval | {sum('more than one save interval lost' in row['wrong'] for row in rows)} |",
         f"| not as it must be, in any way; of these the engine alone does the same | {len(bad)}; {len(bad) - len(ours)} |",
-        f"| largest difference to the uninterrupted run, of all losses and parameters | {worst:.1e} |",
+        f"| largest difference to the uninterrupted run, of all losses and parameters | {f'{worst:.1e}' if worst else '0, to the bit'} |",
         f"| longest until all ranks had ended (SIGSTOP and links aside) | {slowest:.1f} s |",
         f"| goodput: useful steps over all steps, a fault in every {STEPS} steps | {useful / max(done, 1):.1%} |",
         "",
         f"A run has {STEPS} steps with a checkpoint every {EVERY}, in float64 (DeepSpeed: float32), on {WORLD['ddp']} gloo ranks ({WORLD['hsdp']} for HSDP)."
-        " The fault strikes one rank at a seeded moment; then the same command starts the run again until it ends. Every loss that any rank"
+        " The fault strikes one rank at a seeded moment (a hang: ranks that live on for 20 s after fault and timeout are over); then the same command starts the run again until it ends. Every loss that any rank"
         " computed and all parameters at the end are compared with those of a run that nothing struck (tolerance 1e-9, relative), and the"
         " ranks' parameters with each other (bit by bit). Checkpoints follow the documented recipes.", "",
         f"Machine: {here.get('cores')} cores, shared with other work while the campaign ran; {here.get('system')}, Python {here.get('python')}, {versions}."
