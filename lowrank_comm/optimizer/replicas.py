@@ -14,7 +14,8 @@ from lowrank_comm.reduction.divergence import Replicas
 def replicas_of(
     named: Mapping[str, Tensor], base: Optimizer, engine: Engine, stale: bool = False
 ) -> Replicas:
-    """Return the parameters, frozen ones included, as this rank holds them.
+    """Return the parameters, frozen ones included, as this rank holds them, without
+    those whose gradients are not averaged: they differ between ranks.
 
     Args:
         named: all parameters of the base by name.
@@ -23,7 +24,11 @@ def replicas_of(
             rank all, with shards those at the same place of other nodes.
         stale: see `Replicas`.
     """
-    held = named if engine.compares_values else {}
+    held = {
+        name: p
+        for name, p in named.items()
+        if engine.compares_values and id(p) not in engine.kept_local
+    }
     return Replicas(
         {name: engine.local(parameter) for name, parameter in held.items()},
         engine.saves_whole,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm import (
     CompressedOptimizer,
@@ -228,6 +229,42 @@ def vetoed(rank: int) -> list[int]:
 
 def test_vetoed_steps_count_and_a_step_that_is_tried_again_fails_again(gloo: GlooPool) -> None:
     assert gloo.run(vetoed, 2) == [[3, 4, 5]] * 2
+
+
+def ignored_by_ddp(rank: int, on_divergence: str) -> tuple[str, bool]:
+    """A flip before call 3, where DDP leaves a bias to each rank; what was told, and
+    whether that bias differs at the end.
+    """
+    model = network()
+    ignored = model[2].bias
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["2.bias"])
+    ddp = DistributedDataParallel(model)
+    optimizer = compressed(
+        model, BASES["AdamW"], check_every=2, on_divergence=on_divergence, compressor=PowerSGD(2)
+    )
+    optimizer.attach(ddp)
+    told = ""
+    try:
+        for call in range(1, 6):
+            optimizer.zero_grad()
+            if call == 4 and rank == 2:
+                flip(model[2].weight.detach(), random.Random(0))
+            loss_of(ddp, call, rank).backward()
+            optimizer.step()
+    except DivergenceError as error:
+        told = f"{call} {error}"
+    of_all = [torch.empty_like(ignored) for _ in range(3)]
+    torch.distributed.all_gather(of_all, ignored.detach())
+    return told, not torch.equal(of_all[0], of_all[2])
+
+
+def test_parameters_that_ddp_ignores_are_neither_compared_nor_copied(gloo: GlooPool) -> None:
+    for told, differs in gloo.run(ignored_by_ddp, 3, "error"):
+        assert told.startswith("4 ")
+        assert "weight" in told
+        assert "bias" not in told
+        assert differs
+    assert gloo.run(ignored_by_ddp, 3, "resync") == [("", True)] * 3
 
 
 def overlapping(rank: int) -> tuple[list[float], list[float]]:
