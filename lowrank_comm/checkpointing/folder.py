@@ -56,6 +56,8 @@ _log = logging.getLogger("lowrank_comm")
 _NAME = re.compile(r"save-(\d{8})")
 _UNFINISHED = ".unfinished"
 _MANIFEST, _STATE, _EXTRA = "manifest.json", "state.pt", "extra.pt"
+_WRAPPERS = ("AcceleratedOptimizer", "_FabricOptimizer", "LightningOptimizer")
+_WRAPPERS_OF = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
 
 class _File(BaseModel):
@@ -120,7 +122,7 @@ def save_all(
         {'epoch': 3}
     """
     _refuse_deepspeed(model)
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = _unwrapped(optimizer)
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise ConfigError(f"save_all: keep={keep!r} must be an integer of at least 1.")
     workers, root = _workers_of(model, optimizer), Path(folder)
@@ -154,8 +156,7 @@ def load_all(
             undamaged; then nothing is changed.
     """
     _refuse_deepspeed(model)
-    # Accelerate's and Lightning's wrappers have it there
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = _unwrapped(optimizer)
     workers, root = _workers_of(model, optimizer), Path(folder)
     names = _on_rank_0(workers, lambda: ",".join(_complete(root))).split(",")
     if names == [""]:
@@ -179,6 +180,19 @@ def load_all(
         f"no save in {root} is undamaged: {reasons[0]}; restore one, or remove them to start from"
         " the beginning."
     )
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """Return the optimizer inside Accelerate's and Lightning's wrappers. Others with an
+    attribute `optimizer`, as Lookahead, have a state of their own beside it.
+    """
+    while any(
+        kind.__name__ in _WRAPPERS and kind.__module__.partition(".")[0] in _WRAPPERS_OF
+        for kind in type(optimizer).__mro__
+    ):
+        optimizer = optimizer.optimizer
+    unwrapped: Optimizer = optimizer
+    return unwrapped
 
 
 # ---------------------------------------------------------------- together

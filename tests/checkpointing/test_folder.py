@@ -171,6 +171,70 @@ def test_a_run_goes_on_under_another_engine(
         assert other_norm == pytest.approx(norm, rel=1e-8)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """An optimizer that keeps another one as `optimizer`, and slow weights beside."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.optimizer = optimizer
+        self.state, self.param_groups = optimizer.state, optimizer.param_groups
+        self.slow = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.optimizer.state_dict(), "slow": self.slow}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.slow = state_dict["slow"]
+        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "slow"})
+
+    def step(self, closure: Any = None) -> Any:
+        self.slow += 1
+        return self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "compressed"])
+def test_an_optimizer_around_another_one_is_saved_itself(wrapped: bool, tmp_path: Path) -> None:
+    def made() -> tuple[nn.Module, Any, Lookahead]:
+        model = plain_model()
+        inner = Lookahead(torch.optim.AdamW(model.named_parameters(), lr=0.01))
+        if not wrapped:
+            return model, inner, inner
+        return model, CompressedOptimizer(inner, PowerSGD(2), min_compression_rate=0), inner
+
+    model, optimizer, _ = made()
+    train(model, optimizer, 0, 3)
+    checkpoint.save_all(tmp_path, model, optimizer)
+    train(model, optimizer, 3, MORE)
+    fresh, resumed, inner = made()
+    checkpoint.load_all(tmp_path, fresh, resumed)
+    assert inner.slow == 3
+    assert not wrapped or resumed.reducer.step == 3
+    train(fresh, resumed, 3, MORE)
+    assert equal(values(model), values(fresh))
+
+
+@pytest.mark.parametrize("library", ["accelerate", "lightning"])
+def test_the_wrapper_of_a_library_is_looked_through(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrapper_of(optimizer: Any) -> Any:
+        if library == "lightning":
+            found = pytest.importorskip("lightning.pytorch.core.optimizer")
+            return found.LightningOptimizer(optimizer)
+        found = pytest.importorskip("accelerate.optimizer")
+        monkeypatch.setattr(found, "AcceleratorState", lambda: None)
+        monkeypatch.setattr(found, "GradientState", lambda: None)
+        return found.AcceleratedOptimizer(optimizer, device_placement=False)
+
+    model, optimizer = built("plain")
+    train(model, optimizer, 0, 3)
+    checkpoint.save_all(tmp_path, model, wrapper_of(optimizer))
+    fresh, resumed = built("plain")
+    checkpoint.load_all(tmp_path, fresh, wrapper_of(resumed))
+    assert resumed.reducer.step == 3
+    assert error_norm(resumed) == error_norm(optimizer)
+
+
 # --- several saves ---
 
 
