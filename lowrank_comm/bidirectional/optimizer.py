@@ -43,6 +43,7 @@ from lowrank_comm.optimizer.parameter_names import Namer, keeping_names
 from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper, refuse_meta
 from lowrank_comm.options import Seed, check
+from lowrank_comm.reduction.gradients import refuse
 from lowrank_comm.reduction.skipped_steps import SkippedSteps, unsound_gradients
 
 
@@ -275,6 +276,7 @@ class BidirectionalOptimizer(OptimizerWrapper):
         state = party.exchange(gradients, self._descend)
         bad = ""
         if state is None:
+            refuse(self._workers, party.flat.unusable_gradients().values())
             bad = unsound_gradients(self._namer.name_all(self.param_groups), party.state)
         self._skipped.enter(self.t, state is not None, [gradients], self._workers, bad)
         return state

@@ -4,13 +4,15 @@ the groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.bidirectional.refusals import refuse_parameter
-from lowrank_comm.errors import ConfigError, UnsupportedError
+from lowrank_comm.errors import ConfigError
+from lowrank_comm.reduction.gradients import unusable_of
 
 
 class FlatParameters:
@@ -68,20 +70,20 @@ class FlatParameters:
         return torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.parameters])
 
     def gradients(self) -> Tensor:
-        """Return a copy of the gradients, (d,); zero for a parameter that has none.
-
-        Raises:
-            UnsupportedError: a sparse gradient.
+        """Return a copy of the gradients, (d,); zero for a parameter that has none, NaN
+        for one that cannot be averaged.
         """
-        parts = []
+        unusable, parts = self.unusable_gradients(), []
         for name, p in zip(self.names, self.parameters, strict=True):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise UnsupportedError(
-                    f"the gradient of {name!r} is sparse; build the embedding with sparse=False."
-                )
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            if name in unusable:
+                gradient = torch.full_like(p, math.nan)
             parts.append(gradient.reshape(-1).to(self.dtype))
         return torch.cat(parts)
+
+    def unusable_gradients(self) -> dict[str, str]:
+        """Return parameter name -> what is wrong with its gradient."""
+        return unusable_of(zip(self.names, self.parameters, strict=True))
 
     def shaped(self, vector: Tensor) -> dict[str, Tensor]:
         """Return a vector as tensors by name, in the parameters' shapes and dtypes."""

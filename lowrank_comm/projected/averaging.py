@@ -10,11 +10,11 @@ one finite flag and the mask of missing gradients, all in one collective.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowrank_comm.communication import Group, Ledger
@@ -42,6 +42,7 @@ class Entry:
         coordinates: R (l, r) of this worker, where its gradient was not kept.
         refreshed_at: step of the last refresh; -1 before the first, None where it is
             not known.
+        unusable: whether this worker's gradient cannot be averaged; it vetoes the step.
     """
 
     name: str
@@ -51,11 +52,23 @@ class Entry:
     basis: Tensor | None = None
     coordinates: Tensor | None = None
     refreshed_at: int | None = None
+    unusable: bool = False
 
     @property
     def has_gradient(self) -> bool:
         """Whether this worker has a gradient for the parameter."""
         return self.parameter.grad is not None or self.coordinates is not None
+
+    @property
+    def gradient(self) -> Tensor:
+        """This worker's gradient: zero without one, NaN in the place of what cannot be
+        averaged.
+        """
+        grad = self.parameter.grad
+        if self.unusable or grad is None:
+            number = self.parameter.detach().new_full((), math.nan if self.unusable else 0.0)
+            return number.expand(self.parameter.shape)
+        return grad
 
 
 @dataclass(frozen=True)
@@ -177,19 +190,13 @@ class Averaging:
 
 
 def _whole_gradient(entry: Entry) -> Tensor:
-    """Return this worker's gradient, widened for the computation; zero without one."""
-    parameter, gradient = entry.parameter, entry.parameter.grad
-    if gradient is None:
-        gradient = torch.zeros_like(parameter)
-    return gradient.to(computation_dtype(parameter))
+    """Return this worker's gradient, widened for the computation."""
+    return entry.gradient.to(computation_dtype(entry.parameter)).contiguous()
 
 
 def _delta(entry: Entry) -> Delta:
-    """Return this worker's gradient for the compressor; zero without one."""
-    parameter, gradient = entry.parameter, entry.parameter.grad
-    m, n = parameter.shape
+    """Return this worker's gradient for the compressor."""
+    m, n = entry.parameter.shape
     if entry.coordinates is not None:
         return Coordinates(entry.coordinates, (m, n))
-    if gradient is None:
-        gradient = parameter.new_zeros(()).expand(m, n)
-    return Gradient(gradient, computation_dtype(parameter))
+    return Gradient(entry.gradient, computation_dtype(entry.parameter))

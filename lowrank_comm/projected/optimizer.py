@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
@@ -67,6 +68,7 @@ from lowrank_comm.projected.update import (
     last_refresh,
     update,
 )
+from lowrank_comm.reduction.gradients import refuse, unusable_of
 from lowrank_comm.reduction.skipped_steps import SkippedSteps, unsound_gradients
 
 
@@ -313,9 +315,14 @@ class ProjectedOptimizer(Optimizer):
                 " looks at gradients that are gone by then; train in bfloat16, or leave"
                 " free_gradients out."
             )
+        bad_gradients = unusable_of((e.name, e.parameter) for e in entries)
+        if bad_gradients:
+            entries = [replace(entry, unusable=entry.name in bad_gradients) for entry in entries]
         averaged = self._averaging.average(entries, self.t)
         self._coordinates.clear()
         applied = averaged is not None
+        if not applied:
+            refuse(self._averaging.workers, bad_gradients.values())
         bad = "" if applied else unsound_gradients((e.name, e.parameter) for e in entries)
         self._skipped.enter(self.t, applied, averaged or (), self._averaging.workers, bad)
         if averaged is None:
@@ -328,11 +335,6 @@ class ProjectedOptimizer(Optimizer):
         """
         workers = self._averaging.workers
         workers.device = entries[0].parameter.device
-        for entry in entries:
-            if entry.parameter.grad is not None and entry.parameter.grad.is_sparse:
-                raise LowRankCommError(
-                    f"{entry.name}: sparse gradients cannot be averaged here; use sparse=False."
-                )
         if not workers.agreed:
             refuse_meta((entry.name, entry.parameter) for entry in entries)
             state = None if self._compared else self.state

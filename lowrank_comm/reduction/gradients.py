@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.communication.workers import Workers
+from lowrank_comm.errors import LowRankCommError
+from lowrank_comm.reduction.params import ParamInfo, gradient_dtype
 
 
 def unusable(
@@ -54,6 +56,38 @@ def unusable(
                 " must agree"
             )
     return found
+
+
+def unusable_of(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return parameter name -> what is wrong with its `.grad`, and what to do about it,
+    for gradients that cannot be averaged.
+    """
+    there = [(name, p) for name, p in named if p.grad is not None]
+    slots = [ParamInfo(n, tuple(p.shape), gradient_dtype(p), p.device) for n, p in there]
+    found = unusable(slots, [p.grad for _, p in there], range(len(there)))
+    return {there[k][0]: text for k, text in found.items()}
+
+
+def refuse(workers: Workers, mine: Iterable[str], vetoed_by_them: bool = False) -> None:
+    """Raise, on all workers, for gradients that cannot be averaged; called by all of
+    them after a veto. A collective tells whose they are.
+
+    Args:
+        workers: who have seen the veto.
+        mine: what is wrong with this worker's.
+        vetoed_by_them: whether it is known that such a gradient has vetoed. Else some
+            worker must say so.
+
+    Raises:
+        LowRankCommError: some worker has such a gradient.
+    """
+    told = workers.all_gather_text("; the gradient of ".join(list(mine)[:4]))
+    whose = [f"on rank {rank} the gradient of {text}" for rank, text in enumerate(told) if text]
+    if whose or vetoed_by_them:
+        raise LowRankCommError(
+            "lowrank_comm: gradients that cannot be averaged, so no worker steps:"
+            f" {'; '.join(whose) or 'on another worker'}."
+        )
 
 
 def writable(slots: Sequence[ParamInfo], grads: Sequence[Tensor | None]) -> list[Tensor | None]:

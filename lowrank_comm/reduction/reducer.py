@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ from lowrank_comm.numerics.quantization import Quantization
 from lowrank_comm.options import Seed, check
 from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.bucket_pass import BucketPass, Job
-from lowrank_comm.reduction.gradients import writable
+from lowrank_comm.reduction.gradients import refuse, writable
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.passes import Wire
 from lowrank_comm.reduction.plan import Plan, make_plan
@@ -286,7 +286,8 @@ class Reducer:
             vetoes = workers.sum_in_the_node(math.nan if refused else not applied)
             applied, refused = vetoes == 0.0, math.isnan(vetoes)
         if refused:
-            self._refuse([text for one in passes for text in one.refused.values() if text])
+            mine = [text for one in passes for text in one.refused.values() if text]
+            refuse(workers, mine, vetoed_by_them=True)
         stats, results = first.stats, list(grads)
         present: dict[int, bool] = {}
         for other in passes[1:]:
@@ -313,20 +314,6 @@ class Reducer:
             return Outcome(False, results, self._unsound(grads))
         self._pending = _Pending(jobs, present)
         return Outcome(True, results)
-
-    def _refuse(self, mine: Sequence[str]) -> NoReturn:
-        """Raise, on all workers, for gradients that cannot be averaged; a collective
-        before it tells whose they are.
-
-        Args:
-            mine: what is wrong with this worker's.
-        """
-        told = self.workers.all_gather_text("; the gradient of ".join(mine[:4]))
-        whose = [f"on rank {rank} the gradient of {text}" for rank, text in enumerate(told) if text]
-        raise LowRankCommError(
-            "lowrank_comm: gradients that cannot be averaged, so no worker steps:"
-            f" {'; '.join(whose) or 'on another worker'}."
-        )
 
     def _unsound(self, grads: Sequence[Tensor | None]) -> str:
         """Return which numbers of this worker can have vetoed the pass: those that are

@@ -21,6 +21,7 @@ from lowrank_comm import (
     CompressedOptimizer,
     ConfigError,
     ConfigMismatchError,
+    LowRankCommError,
     PowerSGD,
     StateMismatchError,
     UnsupportedError,
@@ -255,6 +256,34 @@ def vetoed(rank: int, method: Method, at: str) -> tuple[bool, bool, int]:
 )
 def test_a_vetoed_step_leaves_all_state_as_it_was(gloo: GlooPool, method: Method, at: str) -> None:
     assert gloo.run(vetoed, 4, method, at) == [(True, True, 5)] * 4
+
+
+def sparse(rank: int, method: Method) -> tuple[str, int]:
+    named = parameters(torch.float32)
+    optimizer = build(named, method, "adamw")
+    train(optimizer, named, rank, range(2))
+    set_gradients(named, pull(flat(named), 2, rank))
+    name, parameter = next(iter(named.items()))
+    if rank == 2:
+        grad = parameter.grad.to_sparse()
+        parameter.grad = None
+        parameter.grad = grad
+    try:
+        optimizer.step()
+    except LowRankCommError as error:
+        told = str(error)
+    parameter.grad = None
+    train(optimizer, named, rank, range(2, 3))
+    return told.replace(name, "PARAMETER"), optimizer.t
+
+
+@pytest.mark.parametrize("method", [METHODS_RUN[0], METHODS_RUN[4], METHODS_RUN[5]], ids=repr)
+def test_a_gradient_that_cannot_be_averaged_ends_the_step_on_all_workers(
+    gloo: GlooPool, method: Method
+) -> None:
+    for told, t in gloo.run(sparse, 4, method):
+        assert "on rank 2 the gradient of PARAMETER is sparse" in told
+        assert t == 3
 
 
 def scaled(rank: int) -> tuple[list[float], list[bool]]:

@@ -132,6 +132,35 @@ def test_one_worker_with_nan_stops_all_and_changes_nothing(
         assert torch.equal(tall, expected[0][at]["tall"])
 
 
+def one_cannot_be_averaged(rank: int, kind: str) -> tuple[str, int]:
+    held = parameters()
+    optimizer = of(kind, held)
+    for t in range(2):
+        give(held, t, [rank])
+        optimizer.step()
+    give(held, 2, [rank])
+    if rank == 1:
+        grad = held["wide"].grad.to_sparse()
+        held["wide"].grad = None
+        held["wide"].grad = grad
+    try:
+        optimizer.step()
+    except LowRankCommError as error:
+        told = str(error)
+    give(held, 2, [rank])
+    optimizer.step()
+    return told, optimizer.t
+
+
+@pytest.mark.parametrize("kind", ["galore", "golore"])
+def test_a_gradient_that_cannot_be_averaged_ends_the_step_on_all_workers(
+    gloo: GlooPool, kind: str
+) -> None:
+    for told, t in gloo.run(one_cannot_be_averaged, 3, kind):
+        assert "on rank 1 the gradient of wide is sparse" in told and "use sparse=False" in told
+        assert t == 3
+
+
 def some_are_missing(rank: int, kind: str) -> list[dict[str, Tensor]]:
     """At step 2 and at the refresh 4 rank 0 has no gradient for `wide` and `bias`, and
     nobody for `square` and `filter`.
