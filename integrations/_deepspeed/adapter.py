@@ -93,6 +93,8 @@ class DeepSpeedAdapter:
         self._skipped = SkippedSteps(
             "a gradient (with the error memory) was not finite, or too large for the wire",
             section.max_vetoes,
+            "error memory and bases start anew by"
+            " lowrank_comm.integrations.deepspeed.get(engine).reducer.reset() on all ranks",
         )
         # of the pass whose step has not been taken yet
         self._outcome: Outcome | None = None

@@ -72,6 +72,11 @@ def section_of(given: Mapping[str, Any]) -> Section | None:
     presence = "absent" if section is None else "present"
     check_same({f"section {SECTION!r}": presence}, group, device)
     if section is None:
+        if SECTION in settings:
+            raise ConfigError(
+                f"{SECTION!r} in the DeepSpeed configuration is null; write {{}} for the defaults,"
+                ' {"enabled": false} for no compression, or leave it out.'
+            )
         keys = [key for key in settings if isinstance(key, str)]
         close = difflib.get_close_matches(SECTION, keys, n=1, cutoff=0.8)
         if close:

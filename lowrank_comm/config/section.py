@@ -133,10 +133,10 @@ class Section(Strict):
             the plan names patterns without a match.
         seed: of the random draws, equal on all workers.
         max_vetoes: after how many skipped steps in a row to raise on all ranks; null
-            for never. Steps for which a loss scale will be lowered do not count.
+            for never. With a loss scale s, which is lowered first, 2 log2(s) more.
         check_every: compare parameters, bases and step between ranks that should hold
-            the same bits, before every so manieth step; null for never. On unlike
-            processors, whose roundings differ, leave it off.
+            the same bits, each time that many steps were called; null for never. On
+            unlike processors, whose roundings differ, leave it off.
         on_divergence: what to do where they differ: "error" raises on all ranks;
             "resync" copies parameters, the optimizer's state and bases from the
             majority, and raises where there is none.
@@ -166,7 +166,7 @@ class Section(Strict):
 
         Args:
             section: the value of the key "lowrank_comm". "$schema" is ignored, and so
-                is an option of a compressor that is null.
+                is an option of another compressor that is null.
 
         Returns:
             The checked section.
@@ -188,7 +188,8 @@ class Section(Strict):
                 " CompressedOptimizer.from_config(base, section), or"
                 " lowrank_comm.bidirectional.BidirectionalOptimizer."
             )
-        optional = hints.all_options() - {"rank"}
+        # of other compressors
+        optional = hints.all_options() - set(kind.options())
         given = {
             key: value
             for key, value in section.items()

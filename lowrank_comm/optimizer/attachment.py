@@ -197,9 +197,13 @@ class Attachment:
 
     # ---------------------------------------------------------------- checks
 
-    def check_model(self, model: nn.Module, wrapper: str | None) -> None:
+    def check_model(self, model: nn.Module, wrapper: str | None) -> list[str]:
         """Refuse a model that does not hold the optimizer's parameters: the optimizer
         was built from another one, or before the model's parameters were replaced.
+
+        Returns:
+            Names of the trainable parameters of a plain model that the optimizer does
+            not hold.
 
         Raises:
             ConfigError: parameters are not the model's, or, if it is wrapped, trainable
@@ -229,6 +233,7 @@ class Attachment:
                 " gradients any more. Give them to this optimizer, as a parameter group of its own"
                 " if they need other settings, or freeze them."
             )
+        return left_out
 
     def check_added(self, taking_part: Sequence[tuple[str, Tensor]]) -> None:
         """Refuse a parameter that the engine of the attached model has never seen.

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lowrank_comm.errors import LowRankCommError
 from lowrank_comm.numerics.device import current_stream
@@ -73,6 +75,7 @@ class BackwardReduction:
         self._averaged: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         # the backward pass in which it was last asked whether they were zeroed
         self._looked_in = -1
+        self._look_before_adding = RemovableHandle(OrderedDict())
         self._scheduler: BucketScheduler | None = None
         # that of the last reduction
         self._stream: Any = None
@@ -121,6 +124,9 @@ class BackwardReduction:
             for k, p in enumerate(self._lazy.parameters)
             if p.grad is not None
         }
+        self._look_before_adding.remove()
+        if len(self._averaged) == 1:
+            self._look_before_adding = self._looks_before_adding(*self._averaged)
 
     def forget(self) -> None:
         """Give averaged gradients up: forget them, and the pass that has made them."""
@@ -167,12 +173,27 @@ class BackwardReduction:
         """
         return self.verdict is not None and bool(self._in_use(stepping=False))
 
-    def _notice_zeroed(self, parameter: Tensor) -> None:
+    def _looks_before_adding(self, place: int) -> RemovableHandle:
+        """Let the next backward pass look at the only averaged gradient before it adds
+        to it; where there are several, the others tell.
+        """
+        me = weakref.ref(self)
+
+        def look(_: Tensor) -> None:
+            there = me()
+            if there is not None:
+                there._notice_zeroed(None)
+
+        handle: RemovableHandle = self._lazy.parameters[place].register_hook(look)
+        return handle
+
+    def _notice_zeroed(self, parameter: Tensor | None) -> None:
         """Give averaged gradients up that were set to zero in place, as by
         `model.zero_grad(set_to_none=False)`.
 
         Args:
-            parameter: the first one to which the new backward pass has added.
+            parameter: the first one to which the new backward pass has added; None
+                before it has added to any.
         """
         this_pass = torch._C._current_graph_task_id()
         if self._looked_in == this_pass or not self._averaged:

@@ -104,12 +104,12 @@ class CompressedOptimizer(OptimizerWrapper):
             on; for a plain model and DDP, with reduce_at="backward".
         bucket_cap_mb: size of such a bucket, in MB of gradients.
         max_vetoes: after how many skipped steps in a row to raise on all workers; None
-            for never. While a GradScaler known by `attach` still lowers its scale they
-            do not count.
+            for never. With a GradScaler, which lowers its scale s first, 2 log2(s)
+            more.
         check_every: compare parameters, bases and step between the ranks that should
-            hold the same bits, before every so manieth call of `step()`, vetoed ones
-            included; None for never. Replicas of a parameter are compared: with flat
-            FSDP2 there are none, and the check is of bases and step. On unlike
+            hold the same bits, each time `step()` was called that many times, vetoed
+            ones included; None for never. Replicas of a parameter are compared: with
+            flat FSDP2 there are none, and the check is of bases and step. On unlike
             processors, whose roundings differ, leave it off.
         on_divergence: "error" raises a DivergenceError on all workers, with nothing of
             the step averaged or applied; "resync" copies parameters, the base's state
@@ -221,6 +221,7 @@ class CompressedOptimizer(OptimizerWrapper):
             "a gradient (with the error memory) was not finite, or too large for the wire or the"
             " parameter's dtype",
             max_vetoes,
+            "error memory and bases start anew by optimizer.reducer.reset() on all ranks",
             empty=": was the optimizer built, or attached, before fully_shard replaced the"
             " parameters, or was every backward pass told not to be the last?",
         )
@@ -327,7 +328,7 @@ class CompressedOptimizer(OptimizerWrapper):
                 " when a backward pass is the last one of its step.)"
             )
         attachment, wrapper = self._attachment, wrapper_of(model)
-        attachment.check_model(model, wrapper)
+        left_out = attachment.check_model(model, wrapper)
         if self.max_grad_norm is not None and kept_local(model):
             raise ConfigError(
                 f"max_grad_norm={self.max_grad_norm}: DistributedDataParallel was told to ignore"
@@ -352,9 +353,11 @@ class CompressedOptimizer(OptimizerWrapper):
         self._backward.watch()
         self._lazy.learn(model.named_parameters())
         attachment.scaling.attach(scaler)
-        plan = self.plan
+        plan, workers = self.plan, self.reducer.workers
+        if left_out and workers.world_size > 1:
+            plan = replace(plan, notes=(*plan.notes, _nobody_averages(left_out)))
         self._told_plan = True
-        if self.reducer.workers.is_writer:
+        if workers.is_writer:
             print(plan, flush=True)
         return plan
 
@@ -436,6 +439,9 @@ class CompressedOptimizer(OptimizerWrapper):
         vetoed.
         """
         verdict = self._backward.verdict
+        # where step() is the only one to average, other workers may have new gradients
+        if self._backward.reduces_at == "step" and self._backward.were_dropped():
+            verdict = None
         applied = self._reduce(1.0) if verdict is None else verdict
         self._backward.verdict = None
         if self._divergence is not None:
@@ -581,7 +587,12 @@ class CompressedOptimizer(OptimizerWrapper):
             engine.forget()
         self._backward.ended(applied)
         self._skipped.enter(
-            reducer.step, applied, outcome.grads, reducer.workers, outcome.unsound, scale
+            reducer.step,
+            applied,
+            outcome.grads,
+            reducer.workers,
+            outcome.unsound,
+            self._attachment.scaling.known_scale,
         )
         return applied
 
@@ -708,6 +719,15 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         self._load_with_hooks(state_dict, self._saved.load)
         self._backward.forget()
+        self._skipped.start_anew()
+
+
+def _nobody_averages(names: Sequence[str]) -> str:
+    return (
+        f"{len(names)} trainable parameters of the model are not this optimizer's (the first:"
+        f" {names[0]}): unless another CompressedOptimizer holds them, nothing averages their"
+        " gradients, and the workers drift apart; freeze them, or give them to an optimizer"
+    )
 
 
 def _overflows_float16(

@@ -32,10 +32,17 @@ class LossScaling:
     def __init__(self, key: int) -> None:
         self._key = key
         self.scaler: Any = None
+        # of a scaler that is not known, when it last called step()
+        self._seen = 1.0
 
     def attach(self, scaler: Any) -> None:
         """Make a scaler known; one that is switched off is none."""
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+
+    @property
+    def known_scale(self) -> float:
+        """The loss scale that is in use; 1 where none is known."""
+        return float(self.scaler.get_scale()) if self.scaler is not None else self._seen
 
     def scale_of_gradients(self) -> float:
         """Return the loss scale that gradients carry outside `step()`: the attached
@@ -74,7 +81,8 @@ class LossScaling:
                     found[device] = torch.zeros((), device=device)
         grads = [p.grad for p in parameters if p.grad is not None]
         if optimizer.grad_scale is not None and grads:
-            torch._foreach_div_(grads, float(optimizer.grad_scale))
+            self._seen = float(optimizer.grad_scale)
+            torch._foreach_div_(grads, self._seen)
 
     def overflowed(self) -> None:
         """Record a veto as an overflow for the scaler of every worker, so that their

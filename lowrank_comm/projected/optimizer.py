@@ -323,7 +323,15 @@ class ProjectedOptimizer(Optimizer):
         applied = averaged is not None
         if not applied:
             refuse(self._averaging.workers, bad_gradients.values())
-        bad = "" if applied else unsound_gradients((e.name, e.parameter) for e in entries)
+        bad = ""
+        if not applied:
+            held = {
+                f"{symbol} of {e.name}": tensor
+                for e in entries
+                for symbol, tensor in self.state[e.parameter].items()
+                if isinstance(tensor, Tensor) and tensor.is_floating_point()
+            }
+            bad = unsound_gradients([(e.name, e.parameter) for e in entries], held)
         self._skipped.enter(self.t, applied, averaged or (), self._averaging.workers, bad)
         if averaged is None:
             return None

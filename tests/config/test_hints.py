@@ -70,6 +70,14 @@ def optimizer(compressor: Any = None, **options: Any) -> object:
     return made.plan
 
 
+@pytest.mark.parametrize("compressor", ["powersgd_plus", "galore", "greedylore"])
+def test_null_is_no_value_of_a_setting_that_needs_one(compressor: str) -> None:
+    """Who means "never" by it must not get the default."""
+    with pytest.raises(ConfigError, match=r"restart_every=None is not possible") as told:
+        Section.parse({"compressor": compressor, "restart_every": None})
+    assert compressor != "powersgd_plus" or '"powersgd"' in str(told.value)
+
+
 def test_what_is_not_meant_for_settings_is_left_out() -> None:
     """`$schema`, `enabled`, and options that are null."""
     section = {"$schema": "lowrank_comm.schema.json", "enabled": True, "probes": None}

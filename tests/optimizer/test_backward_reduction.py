@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_comm import ConfigError, LowRankCommError, PowerSGDPlus, UnsupportedError
+from lowrank_comm import ConfigError, LowRankCommError, PowerSGD, PowerSGDPlus, UnsupportedError
 from tests.support.gloo import GlooPool
 from tests.support.networks import batch, compressed, distance, loss_of, network
 
@@ -246,6 +246,52 @@ def test_a_gradient_that_the_caller_replaces_is_in_use(options: dict[str, Any]) 
             model.zero_grad()
     assert distance(one, other) == 0.0
     assert alike(state_of(early), state_of(late))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_at": "backward"}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_that_are_zeroed_in_place_are_given_up(
+    options: dict[str, Any], bias: bool
+) -> None:
+    """Also where the optimizer has one parameter, and no other can tell."""
+    x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def train(spike: bool) -> tuple[nn.Module, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 6, bias=bias).double()
+        optimizer = compressed(model, compressor=PowerSGD(1), **options)
+        for t in range(4):
+            if spike and t == 2:
+                for _ in range(2):
+                    (100 * model(x)).square().mean().backward()
+                    optimizer.reduce_gradients()
+                    model.zero_grad(set_to_none=False)
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+            model.zero_grad(set_to_none=False)
+        return model, state_of(optimizer)
+
+    (one, ours), (other, theirs) = train(False), train(True)
+    assert distance(one, other) == 0.0
+    assert alike(ours, theirs)
+
+
+def dropped_on_one_side(rank: int) -> tuple[int, float]:
+    """Rank 1 has no further batch after averaged gradients were dropped."""
+    model = network()
+    optimizer = compressed(model)
+    averaged(optimizer, model, 0)
+    model.zero_grad()
+    if rank == 0:
+        loss_of(model, 1).backward()
+    optimizer.step()
+    return optimizer.reducer.step, distance(model, network())
+
+
+def test_a_worker_without_a_new_batch_takes_part_in_the_step(gloo: GlooPool) -> None:
+    (one, moved), (other, _) = gloo.run(dropped_on_one_side, 2)
+    assert one == other == 1
+    assert moved > 0
 
 
 def test_gradients_that_are_added_to_averaged_ones_keep_those() -> None:
