@@ -2,7 +2,8 @@
 compressor's state, and what else the caller gives.
 
     <folder>/save-00000003/      the newest complete save
-        manifest.json            which files belong to it, their sizes and SHA-256
+        manifest.json            which files belong to it, their sizes and SHA-256, and
+                                 one of itself
         state.pt                 model and optimizer, by torch.save
         optimizer_<rank>.pt      where each rank has an optimizer's state of its own
         *.distcp, .metadata      model and optimizer by torch.distributed.checkpoint,
@@ -32,7 +33,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -56,6 +57,8 @@ _log = logging.getLogger("lowrank_comm")
 _NAME = re.compile(r"save-(\d{8})")
 _UNFINISHED = ".unfinished"
 _MANIFEST, _STATE, _EXTRA = "manifest.json", "state.pt", "extra.pt"
+_passed_over: set[Path] = set()
+"""The saves that this process has found damaged; they do not count as kept."""
 _WRAPPERS = ("AcceleratedOptimizer", "_FabricOptimizer", "LightningOptimizer")
 _WRAPPERS_OF = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
@@ -96,7 +99,9 @@ def save_all(
         model: plain, or wrapped by DDP or fully_shard.
         optimizer: a `CompressedOptimizer`, one of this library's other optimizers, or
             any of torch's.
-        keep: how many complete saves stay, this one included.
+        keep: how many complete saves stay, this one included. One that is damaged does
+            not count, if its files are not as long as they were, or `load_all` has
+            passed it over in this process.
         extra: what else belongs to the run, such as `epoch=3` and
             `scheduler=scheduler.state_dict()`: tensors, numbers, text, and lists and
             dicts of them. Rank 0's are saved.
@@ -166,15 +171,18 @@ def load_all(
         path = root / name
         manifest, reason = _verified(path, workers)
         if manifest is None:
+            _passed_over.add(path.resolve())
             reasons.append(reason)
             continue
         if workers.is_writer:
             for text in reasons:
                 _log.warning("passed over: %s", text)
             _log.info("%s is loaded", path)
+        # before anything is changed
+        with refused_together(workers, str(path)):
+            extra: dict[str, Any] = _read(path / _EXTRA)
         load = _load_sharded if manifest.sharded else _load_whole
         load(path, manifest, workers, model, optimizer)
-        extra: dict[str, Any] = _read(path / _EXTRA)
         return extra
     raise StateMismatchError(
         f"no save in {root} is undamaged: {reasons[0]}; restore one, or remove them to start from"
@@ -342,18 +350,59 @@ def _sha256(path: Path) -> str:
 
 def _finish(path: Path, manifest: _Manifest, keep: int) -> Path:
     """Give a save its name, and remove the oldest."""
-    (path / _MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    content = manifest.model_dump()
+    content["sha256"] = _sha256_of(content)
+    (path / _MANIFEST).write_text(json.dumps(content, indent=1))
     durable.sync(path / _MANIFEST)
     done = path.with_name(path.name.removesuffix(_UNFINISHED))
     durable.put_in_place(path, done)
-    for name in _complete(path.parent)[keep:]:
-        leaving = path.with_name(name + _UNFINISHED)
-        path.with_name(name).replace(leaving)
-        shutil.rmtree(leaving, ignore_errors=True)
+    # of a folder that was removed and made again
+    _passed_over.discard(done.resolve())
+    kept = 0
+    for name in _complete(path.parent):
+        save = path.with_name(name)
+        if kept >= keep:
+            leaving = path.with_name(name + _UNFINISHED)
+            save.replace(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+        elif save.resolve() not in _passed_over and not _seen_damage(save):
+            kept += 1
     return done
 
 
+def _seen_damage(path: Path) -> str:
+    """Return what is wrong with a save as far as that can be told without reading it
+    all; "" if nothing is.
+    """
+    try:
+        for name, file in _read_manifest(path).files.items():
+            if (path / name).stat().st_size != file.size:
+                return f"{path / name} is damaged: it has not its size"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{path} cannot be read ({str(error).splitlines()[0]})"
+    return ""
+
+
 # ---------------------------------------------------------------- reading
+
+
+def _sha256_of(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest, but for its entry of this name."""
+    entries = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    """Read what belongs to a save.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, or is not as it was
+            written.
+    """
+    content = json.loads((path / _MANIFEST).read_bytes())
+    if not isinstance(content, dict) or content.get("sha256") != _sha256_of(content):
+        raise ValueError(f"the checksum in {_MANIFEST} is not that of its content")
+    return _Manifest.model_validate(content)
 
 
 def _verified(path: Path, workers: Workers) -> tuple[_Manifest | None, str]:
@@ -364,14 +413,14 @@ def _verified(path: Path, workers: Workers) -> tuple[_Manifest | None, str]:
     """
     problem = ""
     try:
-        manifest = _Manifest.model_validate_json((path / _MANIFEST).read_bytes())
+        manifest = _read_manifest(path)
         for k, (name, file) in enumerate(sorted(manifest.files.items())):
             found = path / name
             if Path(name).name != name or found.stat().st_size != file.size:
                 problem = problem or f"{found} is damaged: it has not its size"
             elif k % workers.world_size == workers.global_rank and _sha256(found) != file.sha256:
                 problem = problem or f"{found} is damaged: its checksum is not that of its content"
-    except (OSError, ValidationError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = f"{path} cannot be read ({str(error).splitlines()[0]})"
     told = workers.all_gather_text(problem)
     for rank, words in enumerate(told):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -283,6 +284,25 @@ def test_a_damaged_save_is_passed_over_and_said(
         checkpoint.load_all(tmp_path, model, optimizer)
 
 
+@pytest.mark.parametrize("how", ["a bit", "cut", "cut, not loaded"])
+def test_a_damaged_save_is_not_kept_in_the_place_of_a_good_one(how: str, tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    for step in range(2):
+        path = checkpoint.save_all(tmp_path, model, optimizer, step=step)
+    data = bytearray((path / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "state.pt").write_bytes(data if how == "a bit" else data[:-1])
+    if "not loaded" not in how:
+        assert checkpoint.load_all(tmp_path, model, optimizer) == {"step": 0}
+    newest = checkpoint.save_all(tmp_path, model, optimizer, step=2)
+    shutil.rmtree(newest)
+    assert checkpoint.load_all(tmp_path, model, optimizer) == {"step": 0}
+    # damaged ones go when as many good ones are newer
+    for step in (3, 4):
+        checkpoint.save_all(tmp_path, model, optimizer, step=step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["save-00000003", "save-00000004"]
+
+
 # --- refusals ---
 
 
@@ -386,6 +406,36 @@ def test_a_failure_on_one_rank_is_told_to_all(gloo: GlooPool, tmp_path: Path) ->
     assert one == other
     assert "the error memory of 0.weight holds nan on rank 1" in one
     assert "the checkpoint failed on rank 0: [Errno 28] No space left on device" in one
+
+
+def cannot_read_the_extra(rank: int, folder: str) -> str:
+    model, optimizer = built("DDP")
+    train(model, optimizer, 0, 2, rank)
+    checkpoint.save_all(folder, model, optimizer, epoch=1)
+    train(model, optimizer, 2, 1, rank)
+    before, real = copy.deepcopy(values(model)), torch.load
+
+    def broken(path: Any, *arguments: Any, **options: Any) -> Any:
+        if rank == 1 and "extra" in str(path):
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **options)
+
+    torch.load = broken
+    try:
+        checkpoint.load_all(folder, model, optimizer)
+    except StateMismatchError as error:
+        assert equal(values(model), before)
+        assert optimizer.reducer.step == 3
+        return str(error)
+    finally:
+        torch.load = real
+    return "loaded"
+
+
+def test_what_one_rank_cannot_read_changes_nothing_on_any(gloo: GlooPool, tmp_path: Path) -> None:
+    for text in gloo.run(cannot_read_the_extra, 2, str(tmp_path)):
+        assert "rank 1" in text
+        assert "Input/output error" in text
 
 
 def loads_where_one_is_blind(rank: int, folder: str) -> str:
@@ -505,6 +555,34 @@ def test_a_run_that_is_killed_at_random_moments_goes_on(tmp_path: Path) -> None:
     assert step > 10
 
 
+def sha256_of(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("key", ["world", "sharded", "files", "sha256"])
+def test_a_manifest_that_is_not_as_it_was_written_is_refused(key: str, tmp_path: Path) -> None:
+    """Each of these is a manifest of some save; the last is of an earlier version."""
+    model, optimizer = built("plain")
+    path = checkpoint.save_all(tmp_path, model, optimizer) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if key == "sha256":
+        del manifest[key]
+    else:
+        manifest[key] = {"world": 3, "sharded": True, "files": {}}[key]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StateMismatchError, match=r"checksum in manifest\.json is not that of its"):
+        checkpoint.load_all(tmp_path, model, optimizer)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "[" * 100_000, '{"sha256": 1}'])
+def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    (checkpoint.save_all(tmp_path, model, optimizer) / "manifest.json").write_text(text)
+    with pytest.raises(StateMismatchError, match="cannot be read"):
+        checkpoint.load_all(tmp_path, model, optimizer)
+
+
 def test_the_manifest_says_what_belongs_to_a_save(tmp_path: Path) -> None:
     model, optimizer = built("plain")
     path = checkpoint.save_all(tmp_path, model, optimizer)
@@ -513,5 +591,6 @@ def test_the_manifest_says_what_belongs_to_a_save(tmp_path: Path) -> None:
     assert (manifest["format"], manifest["sharded"], manifest["world"]) == (1, False, 1)
     # a later version's
     manifest["new"] = 1
+    manifest["sha256"] = sha256_of(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.load_all(tmp_path, model, optimizer) == {}
