@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_comm.errors import UnsupportedError
 from lowrank_comm.integrations._deepspeed.internals import Gradients, GradientStore
+from lowrank_comm.reduction.gradients import separate_from_parameters
 from lowrank_comm.reduction.params import gradient_dtype
 
 
@@ -48,6 +49,7 @@ class PlainGradients(GradientStore):
                     " has a gradient now, which would not be averaged. Unfreeze parameters before"
                     " deepspeed.initialize."
                 )
+        separate_from_parameters(self.parameters, self.engine.module.parameters())
         return [p.grad for p in self.parameters]
 
     def hand_over(self, gradients: Gradients) -> None:

@@ -57,6 +57,7 @@ from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of, refuse_meta
 from lowrank_comm.options import Positive, PositiveInt, check
 from lowrank_comm.reduction.divergence import DivergenceCheck
+from lowrank_comm.reduction.gradients import separate_from_parameters
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
@@ -574,6 +575,7 @@ class CompressedOptimizer(OptimizerWrapper):
             gradients = [p.grad for p in parameters]
             sent = self._backward.double_averaging.check(gradients, reducer.workers)
             reducer.ledger.bytes["fingerprint"] += sent
+        separate_from_parameters(parameters, self._lazy.named.values(), engine.local)
         gradients = engine.collect(parameters)
         outcome = reducer.reduce(gradients, scale=scale, refused=engine.refused)
         applied = outcome.applied

@@ -107,15 +107,6 @@ class Engine:
         """Return the local gradients in slot order, to be overwritten; None where there
         is none. With two levels a collective.
         """
-        for p in parameters:
-            grad = p.grad
-            # the result would be written into the parameter (`p.grad = p.detach()`)
-            if (
-                grad is not None
-                and grad.layout is torch.strided
-                and grad.data_ptr() == p.data_ptr()
-            ):
-                p.grad = grad.clone()
         blocks = self._rows.scatter([p.grad for p in parameters])
         self.refused = self._rows.refused
         return blocks

@@ -8,7 +8,9 @@ end. That worker sends NaN as the control number that says whether it has the gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -108,8 +110,7 @@ def writable(slots: Sequence[ParamInfo], grads: Sequence[Tensor | None]) -> list
         elif grad.is_contiguous():
             spans.append((grad.data_ptr(), slot.numel, k))
         elif own_memory(grad):
-            reach = sum((n - 1) * s for n, s in zip(grad.shape, grad.stride(), strict=True))
-            spans.append((grad.data_ptr(), reach + 1, k))
+            spans.append((grad.data_ptr(), _reach(grad), k))
         else:
             targets[k] = None
     spans.sort()
@@ -121,6 +122,47 @@ def writable(slots: Sequence[ParamInfo], grads: Sequence[Tensor | None]) -> list
         if stop > end:
             end, last = stop, k
     return targets
+
+
+def separate_from_parameters(
+    holders: Iterable[Tensor],
+    parameters: Iterable[Tensor],
+    local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> None:
+    """Copy the gradients that share memory with a parameter (`a.grad = b.detach()`),
+    since the result would be written into the parameter.
+
+    Args:
+        holders: the parameters whose `.grad` will be overwritten.
+        parameters: whose memory is to be left alone.
+        local: returns this rank's part of a parameter or gradient.
+    """
+    spans = sorted(span for p in parameters if (span := _span(local(p))) is not None)
+    starts = [start for start, _ in spans]
+    # of a parameter and those before it, since parameters may overlap
+    ends = list(itertools.accumulate((end for _, end in spans), max))
+    for holder in holders:
+        span = _span(local(holder.grad)) if holder.grad is not None else None
+        if span is not None:
+            before = bisect_left(starts, span[1])
+            if before and ends[before - 1] > span[0]:
+                holder.grad = holder.grad.clone()  # type: ignore[union-attr]
+
+
+def _span(tensor: Tensor) -> tuple[int, int] | None:
+    """Return the addresses of a tensor's first byte and of the one behind its last;
+    None if it has none.
+    """
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    elements = tensor.numel() if tensor.is_contiguous() else _reach(tensor)
+    start = tensor.data_ptr()
+    return start, start + elements * tensor.itemsize
+
+
+def _reach(tensor: Tensor) -> int:
+    """Return how many elements of memory a tensor spans, those between its own too."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def own_memory(tensor: Tensor) -> bool:

@@ -218,8 +218,18 @@ def the_parameter_itself(model: Model) -> None:
     model.rest["one"].grad = model.rest["one"].detach()
 
 
+def another_parameter(model: Model) -> None:
+    model.rest["one"].grad = model.rest["twin"].detach()
+
+
+def part_of_another_parameter(model: Model) -> None:
+    model.rest["bias"].grad = model.rest["twin"].detach().view(-1)[3:10]
+
+
 LAYOUTS = (
     the_parameter_itself,
+    another_parameter,
+    part_of_another_parameter,
     expanded,
     the_same_tensor,
     overlapping_views,
