@@ -53,6 +53,7 @@ from lowrank_comm.optimizer.lazy_reducer import LazyReducer
 from lowrank_comm.optimizer.parameter_names import Namer
 from lowrank_comm.optimizer.replicas import replicas_of
 from lowrank_comm.optimizer.saved_state import SavedState
+from lowrank_comm.optimizer.sharpness_aware import SharpnessAware
 from lowrank_comm.optimizer.step import run_step
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of, refuse_meta
 from lowrank_comm.options import Positive, PositiveInt, check
@@ -202,8 +203,6 @@ class CompressedOptimizer(OptimizerWrapper):
         # not by assignment, which would reach a base that has attributes of these names
         vars(self).update(compressor=compressor, max_grad_norm=max_grad_norm)
         self._told_plan = False
-        # parameters before the climb of a sharpness-aware base
-        self._before_climb: list[Tensor] = []
         self._attachment = Attachment(self, process_group, shard_scope)
         self._lazy = LazyReducer(
             optimizer,
@@ -218,6 +217,7 @@ class CompressedOptimizer(OptimizerWrapper):
             self._attachment, self._lazy, self._reduce, reduce_at, bool(overlap), self._divergence
         )
         self._saved = SavedState(optimizer, self._lazy, self._attachment)
+        self._sharpness_aware = SharpnessAware(optimizer, self._backward)
         self._skipped = SkippedSteps(
             "a gradient (with the error memory) was not finite, or too large for the wire or the"
             " parameter's dtype",
@@ -458,44 +458,8 @@ class CompressedOptimizer(OptimizerWrapper):
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters_of(self.base), self.max_grad_norm)
 
-    # ---------------------------------------------------------------- sharpness-aware
-
     def _of_the_base(self, name: str, value: Any) -> Any:
-        # sharpness-aware minimisation in two calls, by the names that all have given it
-        calls = {"first_step": self._first_step, "second_step": self._second_step}
-        if name in calls and all(callable(getattr(self.base, one, None)) for one in calls):
-            return functools.partial(calls[name], value)
-        return value
-
-    def _first_step(self, climb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let the base climb along the averaged gradients; a collective. The pass is
-        given up: the error memory is about the gradients of the second step.
-        """
-        if not self.reduce_gradients():
-            # all workers stay where they are
-            for parameter in parameters_of(self.base):
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-        self._before_climb = [p.detach().clone() for p in parameters_of(self.base)]
-        result = climb(*args, **kwargs)
-        self._backward.forget()
-        return result
-
-    def _second_step(self, descend: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let the base come back and step with the averaged gradients; a collective. A
-        veto puts the parameters back to where they were before the first step.
-        """
-        before, self._before_climb = self._before_climb, []
-        if self._average():
-            self._clip()
-            self._backward.settle(stepping=True)
-            return descend(*args, **kwargs)
-        with torch.no_grad():
-            for parameter, value in zip(parameters_of(self.base), before, strict=False):
-                parameter.copy_(value)
-        if True in (*args[:1], kwargs.get("zero_grad")):
-            self.zero_grad()
-        return None
+        return self._sharpness_aware.call(name, value, self)
 
     # ---------------------------------------------------------------- gradients
 

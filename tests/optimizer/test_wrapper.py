@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -21,6 +20,7 @@ from lowrank_comm.bidirectional import BidirectionalOptimizer, InkheartSGD
 from lowrank_comm.optimizer.wrapper import OptimizerWrapper
 from tests.support.gloo import GlooPool
 from tests.support.networks import BASES, compressed, distance, every_base, loss_of, network
+from tests.support.sharpness_aware import InTwoCalls, SharpnessAware
 
 
 def test_nothing_stands_between_the_optimizer_and_its_wrapper() -> None:
@@ -233,31 +233,6 @@ def test_transformers_schedule_of_adafactor() -> None:
     assert rates[0] < rates[2]
 
 
-class SharpnessAware(torch.optim.Optimizer):
-    """Climbs along the gradient, takes the gradient there, comes back, steps."""
-
-    def __init__(self, params: Any, inner: Callable[[Any], torch.optim.Optimizer]) -> None:
-        super().__init__(params, {})
-        self.inner = inner(self.param_groups)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if closure is None:
-            raise RuntimeError("it needs a closure")
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        before = [p.clone() for p in parameters]
-        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-        for p in parameters:
-            p.add_(p.grad * (0.05 / norm))
-        self.zero_grad()
-        with torch.enable_grad():
-            loss = closure()
-        for p, value in zip(parameters, before, strict=True):
-            p.copy_(value)
-        self.inner.step()
-        return loss
-
-
 def test_a_base_whose_step_needs_a_closure_is_refused_with_what_to_write() -> None:
     """When it is made if the signature says so, else when it steps."""
 
@@ -280,120 +255,6 @@ def test_a_base_whose_step_needs_a_closure_is_refused_with_what_to_write() -> No
 
         with pytest.raises(ConfigError, match=r"SharpnessAware.*closure.*reduce_at"):
             optimizer.step(closure)
-
-
-def sharpness_aware(wrapped: bool, worker: int) -> torch.nn.Module:
-    """Train by what the refusal says to write, or uncompressed on the mean loss."""
-    model = network()
-
-    def inner(groups: Any) -> torch.optim.Optimizer:
-        sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-        return CompressedOptimizer(sgd, Identity(), reduce_at="backward") if wrapped else sgd
-
-    optimizer = SharpnessAware(model.named_parameters(), inner)
-    for t in range(3):
-
-        def closure(t: int = t) -> Any:
-            workers = [worker] if wrapped else [0, 1]
-            loss = sum(loss_of(model, t, one) for one in workers) / len(workers)
-            loss.backward()
-            return loss
-
-        closure()
-        optimizer.step(closure)
-        optimizer.zero_grad()
-    return model
-
-
-def sharpness_aware_on_two(rank: int) -> float:
-    return distance(sharpness_aware(True, rank), sharpness_aware(False, rank))
-
-
-def test_sharpness_aware_around_a_compressed_optimizer(gloo: GlooPool) -> None:
-    """The recipe of the refusal: gradients are the mean in both passes, in float64."""
-    assert max(gloo.run(sharpness_aware_on_two, 2)) < 1e-12
-
-
-class InTwoCalls(torch.optim.Optimizer):
-    """Sharpness-aware minimisation as most write it: the caller computes the gradients
-    between the calls.
-    """
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {})
-        self.inner = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
-
-    def _parameters(self) -> list[Any]:
-        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
-        norm = torch.stack([p.grad.norm() for p in self._parameters()]).norm() + 1e-12
-        for p in self._parameters():
-            self.state[p]["before"] = p.clone()
-            p.add_(p.grad * (0.05 / norm))
-        if zero_grad:
-            self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self, zero_grad: bool = False) -> None:
-        for p in self._parameters():
-            p.copy_(self.state[p]["before"])
-        self.inner.step()
-        if zero_grad:
-            self.zero_grad()
-
-    def step(self, closure: Any = None) -> None:
-        raise RuntimeError("it has two")
-
-
-def in_two_calls(rank: int, engine: str, compressor: Any, spikes: bool) -> list[Any]:
-    """Parameters and errors after steps, of which one may have a gradient that is not
-    finite, in the first or in the second call.
-    """
-    model = network()
-    run = DistributedDataParallel(model) if engine == "ddp" else model
-    optimizer: Any = InTwoCalls(model.named_parameters())
-    if compressor is not None:
-        optimizer = CompressedOptimizer(
-            optimizer,
-            compressor,
-            min_compression_rate=0,
-            reduce_at="backward" if engine == "backward" else None,
-        )
-        optimizer.attach(run)
-    for t in range(4):
-        if spikes and t in (1, 2):
-            for name in ("first_step", "second_step"):
-                bad = rank == 1 and (name == "second_step" or t == 2)
-                (loss_of(run, t, rank) * (float("inf") if bad else 1.0)).backward()
-                getattr(optimizer, name)(zero_grad=True)
-            assert optimizer.step_was_skipped
-        loss_of(run, t, rank).backward()
-        optimizer.first_step(zero_grad=True)
-        loss_of(run, t, rank).backward()
-        optimizer.second_step(zero_grad=True)
-    found = [p.detach().clone() for p in model.parameters()]
-    if compressor is not None:
-        found += [e.clone() for _, e in sorted(optimizer.error_memory().items())]
-    return found
-
-
-@pytest.mark.parametrize("engine", ["step", "backward", "ddp"])
-def test_sharpness_aware_in_two_calls(gloo: GlooPool, engine: str) -> None:
-    """The uncompressed method under DDP, in float64; ranks stay equal under
-    compression; a veto in either call leaves no trace.
-    """
-    expected = gloo.run(in_two_calls, 2, "ddp", None, False)[0]
-    for found in gloo.run(in_two_calls, 2, engine, Identity(), False):
-        for one, other in zip(found, expected, strict=False):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-    calm = gloo.run(in_two_calls, 2, engine, PowerSGD(2), False)
-    wild = gloo.run(in_two_calls, 2, engine, PowerSGD(2), True)
-    parameters = len(expected)
-    assert all(map(torch.equal, calm[0][:parameters], calm[1][:parameters]))
-    for one, other in zip(wild, calm, strict=True):
-        assert all(map(torch.equal, one, other))
 
 
 def test_sharpness_aware_in_two_calls_is_not_for_a_server() -> None:
