@@ -296,11 +296,15 @@ def _newest(folder: str | os.PathLike[str], reducer: Reducer) -> Saved | None:
                 now,
             )
         elif says and (len(files) > 1 or damaged):
+            which = (
+                "" if then == "None" or now is None else f" of {now} steps of the base optimizer"
+            )
             _log.warning(
-                "%s of step %d is the newest complete file in %s, and is loaded; give load() the"
+                "%s of step %d is the newest complete file%s in %s, and is loaded; give load() the"
                 " name that save() returned, to be sure that it belongs to the rest",
                 file.name,
                 found.tag.step,
+                which,
                 folder,
             )
         elif says:
@@ -344,10 +348,15 @@ def read(path: Path) -> Saved:
         raise StateMismatchError(
             f"{path} was not written by lowrank_comm.checkpoint.save; remove it or restore it."
         )
+    layout = metadata.get("format", _FORMAT)
+    if layout.isdecimal() and layout != _FORMAT:
+        raise StateMismatchError(
+            f"{path} has format {layout}, this version reads {_FORMAT}; update lowrank_comm."
+        )
     tag = read_tag(_entries(metadata["tag"]), str(path))
     if path.name == FILE_NAME and "format" not in metadata:
         _log.warning("%s was written by an earlier version, without a checksum", path)
-    elif metadata.get("checksum") != durable.checksum(flat, metadata):
+    elif layout != _FORMAT or metadata.get("checksum") != durable.checksum(flat, metadata):
         raise StateMismatchError(
             f"{path} is damaged: its checksum is not that of its content; {WAY_OUT}"
         )

@@ -250,12 +250,14 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     """
     unsaved = {slot.name for slot in reducer.slots} - tensors.keys()
     known, tensors = tensors_of(reducer), check_fits(reducer, tag, tensors)
-    narrowed = sorted(
-        f"{name} ({saved['error'].dtype}, here {known[name]['error'].dtype})"
-        for name, saved in tensors.items()
-        if {"error"} <= saved.keys() & known.get(name, {}).keys()
-        and saved["error"].dtype != known[name]["error"].dtype
-    )
+    converted = [
+        f"{_called(symbol)} of {name} from {tensor.dtype} to {known[name][symbol].dtype}"
+        for name, saved in sorted(tensors.items())
+        for symbol, tensor in saved.items()
+        if symbol in known.get(name, {})
+        and tensor.shape == known[name][symbol].shape
+        and tensor.dtype != known[name][symbol].dtype
+    ]
     empty = sorted(name for name, parts in known.items() if parts and name not in tensors)
     # and no others: the saved tensors may be this reducer's own, as in
     # load_state_dict(state_dict())
@@ -281,12 +283,11 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
             reducer.state.reset([name])
         reducer.state.set_state(name, fits.pop("error", None), fits)
     words = reducer.assignment.error_feedback.memory
-    if narrowed:
+    if converted:
         _log.warning(
-            "the saved %s of %d parameters has another dtype, and is converted (first: %s)",
-            words,
-            len(narrowed),
-            narrowed[0],
+            "%d saved tensors have another dtype, and are converted (first: the %s)",
+            len(converted),
+            converted[0],
         )
     if unused:
         _log.warning("the saved run had another scheme: its %s is not used here", ", ".join(unused))

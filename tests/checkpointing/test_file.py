@@ -278,7 +278,9 @@ def test_without_a_name_the_file_of_the_bases_steps_is_loaded(
     resumed = Trainer(PowerSGD(2))
     resumed.model.load_state_dict(read(weights))
     resumed.optimizer.base.load_state_dict(read(base))
-    assert library_checkpoint.load(resumed.optimizer.reducer, tmp_path)
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        assert library_checkpoint.load(resumed.optimizer.reducer, tmp_path)
+    assert "of step 3 is the newest complete file of 3 steps of the base optimizer" in caplog.text
     assert resumed.optimizer.reducer.step == 3
     assert largest_difference(resumed.train(3, MORE, 0), expected) == 0.0
     # and where there is none, that is said
@@ -289,6 +291,23 @@ def test_without_a_name_the_file_of_the_bases_steps_is_loaded(
     assert "of another save than what the base optimizer has loaded: 5 steps there, 4" in (
         caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"), [("3", "format 3, this version reads 2; update"), ("x", "is damaged")]
+)
+def test_a_file_of_a_later_format_is_refused(layout: str, words: str, tmp_path: Path) -> None:
+    """What is the same by its tag may be another by what is around it."""
+    trainer = trained(1)
+    name = library_checkpoint.save(trainer.optimizer.reducer, tmp_path)
+    path = library_checkpoint.file_of(tmp_path, name)
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), "format": layout}
+    tensors = read_safetensors(path)
+    metadata["checksum"] = checksum(tensors, metadata)
+    plain_save(tensors, path, metadata=metadata)
+    with pytest.raises(StateMismatchError, match=words):
+        library_checkpoint.load(trainer.optimizer.reducer, tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["", "../other", "/etc/passwd", "a/b", 3])

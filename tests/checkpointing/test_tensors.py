@@ -52,6 +52,23 @@ def test_what_a_saved_state_does_not_have_starts_anew(caplog: pytest.LogCaptureF
     )
 
 
+@pytest.mark.parametrize("symbols", [("error",), ("Q",), ("error", "Q")], ids=str)
+def test_a_conversion_to_another_dtype_is_said_in_one_line(
+    symbols: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = Trainer(PowerSGD(2)), Trainer(PowerSGD(2))
+    one.train(0, 3, 0)
+    state = one.optimizer.state_dict()
+    for entries in state["state"].values():
+        for key in entries.keys() & {f"lowrank_comm_{symbol}" for symbol in symbols}:
+            entries[key] = entries[key].float()
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        other.optimizer.load_state_dict(state)
+    (line,) = (record.getMessage() for record in caplog.records if "dtype" in record.getMessage())
+    assert line.startswith(f"{2 * len(symbols)} saved tensors have another dtype")
+    assert "of 0.weight from torch.float32 to torch.float64" in line
+
+
 def test_another_rank_keeps_the_error_and_starts_the_basis_anew(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
