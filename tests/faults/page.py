@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.injectors import KINDS
+from tests.faults.judge import TARGETS
 from tests.faults.plan import EVERY, IMPOSSIBLE, STEPS
 from tests.faults.soak import growth
 from tests.faults.worker import ENGINES, WORLD
@@ -263,13 +264,20 @@ def _judged(judged: list[dict[str, Any]]) -> list[str]:
     lines += [
         "[ckpt-chaos](https://pypi.org/project/ckpt-chaos/) (MIT) kills rank 0 before a change of a file, with that file cut in half, or with"
         " all that was not fsynced gone (loops only), starts the same command again, and compares. Points were taken evenly over all that there"
-        f" are. `examples/train.py` runs on two ranks with `--resume_from_checkpoint auto`. Python {versions['python']}.", "",
+        " are. `examples/train.py` runs on two ranks with `--resume_from_checkpoint auto`; lost work (`-`) is not judged where a save is part of"
+        f" its files' names, as with DeepSpeed and compression. Python {versions['python']}, the versions above.", "",
         "| script | points | PASS | HARD_FAIL | SILENT_DIVERGENCE | LOST_WORK |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for one in judged:
-        counts = " | ".join(str(count) for count in one["counts"].values())
+        shown = dict(one["counts"])
+        if not one["judges lost work"]:
+            shown["LOST_WORK"] = "-"
+        counts = " | ".join(map(str, shown.values()))
         lines.append(f"| {one['name']} | {one['points']} | {counts} |")
+    left = [one.name for one in TARGETS if one.name not in {other["name"] for other in judged}]
+    if left:
+        lines += ["", f"Not run in this campaign, for want of time: {'; '.join(left)}."]
     failed = [(one["name"], line) for one in judged for line in one["failed"]]
     lines += ["", *(f"- {name}: {line.replace('|', '/')}" for name, line in failed)]
     return [*lines, ""]
