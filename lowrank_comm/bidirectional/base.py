@@ -6,7 +6,8 @@ step has one order:
 
     workers   gradients at their own points, given to the method
     uplink    `Transport.up`: the server gets mean_i C_i(v_i)
-    server    x+ = a step of any optimizer on x, along the method's estimate
+    server    `Transport.serve`: x+ = a step of any optimizer on x, along the method's
+              estimate
     downlink  `Transport.down`: Q_i(x+ - x) for this party's workers,
               or, on a shared coin, `Transport.broadcast`: x+ for all
 
@@ -21,8 +22,8 @@ Rules that make this correct:
 - A coin, a permutation, a subset of coordinates is drawn from (seed, t, purpose[,
   worker]), so no index is ever sent.
 - There is one uplink in a step. With it every worker tells whether its numbers are
-  finite; if they are not, the step ends there on all parties, the server has not moved,
-  and the state is the one from before.
+  finite; if they are not, the server does not move, the step ends on all parties, and
+  the state is the one from before.
 - The state is never changed in place: a step returns the next one.
 """
 
@@ -163,11 +164,11 @@ class Method(abc.ABC):
         """
         finite = bool(torch.isfinite(gradients).all())
         up = functools.partial(transport.up, context, finite)
+        estimate, remembered = self.estimate(state, gradients, context, up)
         try:
-            estimate, remembered = self.estimate(state, gradients, context, up)
+            x_next = transport.serve(estimate, descend, gradients[0])
         except Vetoed:
             return None
-        x_next = None if estimate is None else descend(estimate)
         if context.coin("downlink coin", self.probability(context.n)):
             whole = transport.broadcast(x_next, gradients[0])
             w = whole.expand_as(state["w"]).clone()

@@ -3,8 +3,10 @@ group is the server too.
 
     uplink     gather on rank 0: K numbers and one flag from each rank; the server draws
                the same coordinates again
-    verdict    broadcast of one number: 1, or 0 where some rank's numbers or the mean
-               are not finite, and the step ends
+    verdict    when the server has stepped, broadcast of one number: 1; 0 where some
+               rank's numbers or the mean are not finite, so that it has not, and the
+               step ends; -1 where the server's optimizer has raised, after which all
+               ranks gather its message and raise
     downlink   if G divides n, G < n, and the workers are all ranks of the default
                group: in each of G fixed process groups, a broadcast of the group's
                block from rank 0; otherwise a scatter of the ranks' blocks
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,7 @@ from lowrank_comm.bidirectional.permk import Blocks
 from lowrank_comm.bidirectional.transport import Context, Transport
 from lowrank_comm.communication.failures import collective_failed
 from lowrank_comm.communication.group import Group
+from lowrank_comm.errors import LowRankCommError
 
 
 @contextlib.contextmanager
@@ -114,8 +117,18 @@ class ProcessGroupTransport(Transport):
         rows = torch.stack(messages)
         return rows[:, :-1], bool((rows[:, -1] > 0).all())
 
-    def _verdict(self, sound: bool, like: Tensor) -> bool:
-        return bool(self._from_server(like.new_tensor([float(sound)])) > 0)
+    def _verdict(self, verdict: float, like: Tensor) -> float:
+        return float(self._from_server(like.new_tensor([verdict])))
+
+    def _tell(self, error: Exception | None, like: Tensor) -> NoReturn:
+        mine = b"" if error is None else f"{type(error).__name__}: {error}".encode()
+        told, *_ = self.group.gather_bytes(mine, like.device)
+        if error is not None:
+            raise error
+        raise LowRankCommError(
+            "lowrank_comm: the base optimizer, which steps on rank 0, has raised there"
+            f" ({told.decode()}). The parameters of all ranks are as before the step."
+        )
 
     def _from_server(self, tensor: Tensor) -> Tensor:
         if self.group.size > 1:

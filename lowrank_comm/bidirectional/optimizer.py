@@ -253,6 +253,8 @@ class BidirectionalOptimizer(OptimizerWrapper):
                 or parameters differ.
             UnsupportedError: at the first step, on every worker, if an engine has
                 averaged the gradients.
+            LowRankCommError: on the other workers, if the base has raised on rank 0,
+                where its own error is raised.
         """
         return run_step(
             self,
@@ -286,16 +288,22 @@ class BidirectionalOptimizer(OptimizerWrapper):
 
     def _descend(self, estimate: Tensor) -> Tensor:
         """Let the base step from x, and return x+. The step is made in the parameters,
-        which get w_0 at the end of it.
+        which get w_0 at the end of it, or at once if the base raises.
         """
         party = self._prepared()
         flat, local = party.flat, [p.grad for p in party.flat.parameters]
+        own = flat.read()
         flat.write(party.state["x"])
         flat.write_gradients(estimate)
-        self._step_base()
-        for parameter, gradient in zip(flat.parameters, local, strict=True):
-            parameter.grad = gradient
-        return flat.read()
+        try:
+            self._step_base()
+            return flat.read()
+        except BaseException:
+            flat.write(own)
+            raise
+        finally:
+            for parameter, gradient in zip(flat.parameters, local, strict=True):
+                parameter.grad = gradient
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]

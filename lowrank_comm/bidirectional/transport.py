@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -64,7 +65,11 @@ Uplink = Callable[[Tensor, RandK], Sent]
 
 
 class Vetoed(Exception):
-    """Raised by an uplink, on all parties, to end a step."""
+    """Raised by `Transport.serve`, on all parties, to end a step."""
+
+
+_RAISED = -1.0
+"""The verdict where the server's optimizer has raised."""
 
 
 class Transport:
@@ -77,6 +82,8 @@ class Transport:
 
     def __init__(self, ledger: LinkLedger) -> None:
         self.ledger = ledger
+        # of the uplink of this step; known where the server is
+        self._sound = False
 
     def up(self, context: Context, finite: bool, vectors: Tensor, compressor: RandK) -> Sent:
         """Send C_i(vectors_i), (W, d), of this party's workers to the server.
@@ -86,16 +93,13 @@ class Transport:
             finite: whether this party's gradients are.
             vectors: (W, d).
             compressor: C.
-
-        Raises:
-            Vetoed: on all parties, if some worker's numbers or the mean are not finite.
         """
         d, n = context.d, context.n
         indices = compressor.indices(context.seed, context.t, n, context.workers, d)
         values = compressor.compress(vectors, indices)
         kind = "uplink_dense" if indices is None else "uplink"
         self.ledger.enter(kind, values.shape[1], values.itemsize)
-        mean, sound = None, False
+        mean = None
         gathered = self._gather(values, finite)
         if gathered is not None:
             messages, sound = gathered
@@ -103,10 +107,39 @@ class Transport:
             if len(context.workers) < n:
                 everyones = compressor.indices(context.seed, context.t, n, range(n), d)
             mean = compressor.mean(messages, everyones, d)
-            sound = sound and bool(torch.isfinite(mean).all())
-        if not self._verdict(sound, values):
-            raise Vetoed
+            self._sound = sound and bool(torch.isfinite(mean).all())
         return Sent(compressor.decompress(values, indices, d), mean)
+
+    def serve(
+        self, estimate: Tensor | None, descend: Callable[[Tensor], Tensor], like: Tensor
+    ) -> Tensor | None:
+        """Let the server step, unless what came up vetoes it, and tell all parties.
+
+        Args:
+            estimate: (d,); None on a party without the server.
+            descend: the server's step, estimate (d,) -> x+ (d,).
+            like: has dtype and device of the vectors.
+
+        Returns:
+            x+, (d,); None on a party without the server.
+
+        Raises:
+            Vetoed: on all parties, if some worker's numbers or the mean are not finite.
+            LowRankCommError: on the other parties, if the server's step has raised;
+                what it has raised, where the server is.
+        """
+        x_next, error = None, None
+        if estimate is not None and self._sound:
+            try:
+                x_next = descend(estimate)
+            except Exception as raised:
+                error = raised
+        verdict = self._verdict(_RAISED if error is not None else float(self._sound), like)
+        if verdict < 0:
+            self._tell(error, like)
+        if not verdict > 0:
+            raise Vetoed
+        return x_next
 
     def down(self, context: Context, change: Tensor | None, blocks: Blocks, like: Tensor) -> Tensor:
         """Send Q_i(change) from the server to worker i.
@@ -137,9 +170,14 @@ class Transport:
         """
         return values, finite
 
-    def _verdict(self, sound: bool, like: Tensor) -> bool:
+    def _verdict(self, verdict: float, like: Tensor) -> float:
         """Return what the server found; `like` has dtype and device of a message."""
-        return sound
+        return verdict
+
+    def _tell(self, error: Exception | None, like: Tensor) -> NoReturn:
+        """Raise on all parties; `error` is there where the server is."""
+        assert error is not None
+        raise error
 
     def _from_server(self, tensor: Tensor) -> Tensor:
         """Return the server's tensor on every party; elsewhere it is overwritten."""

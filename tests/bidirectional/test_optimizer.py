@@ -286,6 +286,54 @@ def test_a_gradient_that_cannot_be_averaged_ends_the_step_on_all_workers(
         assert t == 3
 
 
+def raising(rank: int, method: Method) -> tuple[str, bool, bool]:
+    """What is raised where the base raises on rank 0 in the middle of its step; whether
+    everything is as before; and whether the run then is the one without.
+    """
+    said, ends = "", []
+    for raises in (True, False):
+        named = parameters(torch.float32)
+        optimizer = build(named, method, "adamw")
+        train(optimizer, named, rank, range(3))
+        if raises:
+            step = optimizer.base.step
+
+            def broken(*_: object, named: dict[str, nn.Parameter] = named) -> None:
+                with torch.no_grad():
+                    named["matrix"].zero_()
+                raise ValueError("the base is broken")
+
+            before = everything(optimizer, named)
+            set_gradients(named, pull(flat(named), 3, rank))
+            gradients = [p.grad for p in named.values()]
+            optimizer.base.step = broken  # type: ignore[method-assign]
+            try:
+                optimizer.step()
+            except (LowRankCommError, ValueError) as error:
+                said = f"{type(error).__name__}: {error}"
+            optimizer.base.step = step  # type: ignore[method-assign]
+            after = everything(optimizer, named)
+            untouched = len(before) == len(after) and all(map(torch.equal, before, after))
+            untouched &= all(p.grad is g for p, g in zip(named.values(), gradients, strict=True))
+        train(optimizer, named, rank, range(3, 6))
+        ends.append(flat(named))
+    return said, untouched, torch.equal(*ends)
+
+
+@pytest.mark.parametrize("method", METHODS_RUN[3:], ids=repr)
+def test_what_the_base_raises_on_rank_0_ends_the_step_on_all_ranks(
+    gloo: GlooPool, method: Method
+) -> None:
+    first, *others = gloo.run(raising, 4, method)
+    assert first == ("ValueError: the base is broken", True, True)
+    for said, untouched, goes_on in others:
+        assert said.startswith("LowRankCommError")
+        assert "on rank 0" in said
+        assert "ValueError: the base is broken" in said
+        assert untouched
+        assert goes_on
+
+
 def scaled(rank: int) -> tuple[list[float], list[bool]]:
     named = parameters(torch.float32)
     optimizer = build(named, InkheartSGD(2, uplink_fraction=1.0))
