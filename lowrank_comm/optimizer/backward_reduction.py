@@ -69,6 +69,8 @@ class BackwardReduction:
         self.verdict: bool | None = None
         self.is_last: Callable[[], bool] | None = None
         self.double_averaging = DoubleAveragingGuard()
+        # the verdict of the last pass until its step is counted
+        self._uncounted: bool | None = None
         self._only_accumulates = False
         # the gradients that were averaged last, by place of their slot, each with its
         # version when it was put into p.grad
@@ -118,7 +120,7 @@ class BackwardReduction:
 
     def ended(self, verdict: bool) -> None:
         """Remember the verdict of a pass, and which gradients it is about."""
-        self.verdict = verdict
+        self.verdict = self._uncounted = verdict
         self._averaged = {
             k: (weakref.ref(p.grad), p.grad._version)
             for k, p in enumerate(self._lazy.parameters)
@@ -131,8 +133,24 @@ class BackwardReduction:
     def forget(self) -> None:
         """Give averaged gradients up: forget them, and the pass that has made them."""
         self.verdict, self._averaged = None, {}
+        self._count_skipped()
+        self._uncounted = None
         if self._lazy.made is not None:
             self._lazy.made.rollback()
+
+    def count_step(self) -> None:
+        """Count a step, applied or vetoed, for the comparison of every K-th one."""
+        self._uncounted = None
+        if self._divergence is not None:
+            self._divergence.steps += 1
+
+    def _count_skipped(self) -> None:
+        """Count the step of a vetoed pass, if the loop has skipped it by itself: it saw
+        NaN in `p.grad`, and called neither this optimizer's step nor the base's. Ranks
+        may notice it in different places, but all before their next pass.
+        """
+        if self._uncounted is False:
+            self.count_step()
 
     def settle(self, stepping: bool) -> None:
         """Commit a pending pass for the averaged gradients that are in use, and roll it
@@ -144,6 +162,9 @@ class BackwardReduction:
                 is about to begin, and what matters is whether gradients are still
                 added to the averaged ones.
         """
+        if stepping and self._uncounted is not None:
+            self.count_step()
+        self._count_skipped()
         reducer = self._lazy.made
         if reducer is None or not reducer.pending:
             return
@@ -228,6 +249,7 @@ class BackwardReduction:
 
     def _begin_early(self, reducer: Reducer, parameter: Tensor) -> None:
         """Start the buckets that are complete with this parameter's gradient."""
+        self._count_skipped()
         if self._divergence is not None and self._divergence.is_due:
             return
         if not self._is_last_backward() or not self._attachment.engine.begins_early:

@@ -445,8 +445,7 @@ class CompressedOptimizer(OptimizerWrapper):
             verdict = None
         applied = self._reduce(1.0) if verdict is None else verdict
         self._backward.verdict = None
-        if self._divergence is not None:
-            self._divergence.steps += 1
+        self._backward.count_step()
         return applied or None
 
     def _update(self, _: bool) -> None:
@@ -582,8 +581,6 @@ class CompressedOptimizer(OptimizerWrapper):
         for parameter in self._lazy.parameters:
             parameter.grad = None
         self._reduce(1.0, stale=True)
-        if self._divergence is not None:
-            self._divergence.steps += 1
         self._backward.settle(stepping=True)
         self.zero_grad()
 

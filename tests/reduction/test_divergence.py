@@ -231,6 +231,38 @@ def test_vetoed_steps_count_and_a_step_that_is_tried_again_fails_again(gloo: Glo
     assert gloo.run(vetoed, 2) == [[3, 4, 5]] * 2
 
 
+def past_the_wrapper(rank: int, skips: bool) -> list[int]:
+    """The same where the loop holds the base alone, steps it, and skips the vetoed
+    steps by itself or lets the base step on zeros.
+    """
+    model = network()
+    optimizer = compressed(
+        model, check_every=3, compressor=PowerSGDPlus(2), reduce_at="backward", max_vetoes=None
+    )
+    base, noticed = optimizer.base, []
+    for call in range(1, 9):
+        base.zero_grad()
+        if call == 5 and rank:
+            flip(model[2].bias.detach(), random.Random(0))
+        try:
+            (loss_of(model, call, rank) * (torch.inf if call in (2, 4) else 1.0)).backward()
+        except DivergenceError:
+            noticed.append(call)
+            continue
+        if any(not torch.isfinite(p.grad).all() for p in model.parameters()):
+            if skips:
+                continue
+            for p in model.parameters():
+                p.grad.zero_()
+        base.step()
+    return noticed
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_steps_of_a_loop_that_holds_the_base_alone_count(gloo: GlooPool, skips: bool) -> None:
+    assert gloo.run(past_the_wrapper, 2, skips) == [[6, 7, 8]] * 2
+
+
 def ignored_by_ddp(rank: int, on_divergence: str) -> tuple[str, bool]:
     """A flip before call 3, where DDP leaves a bias to each rank; what was told, and
     whether that bias differs at the end.
