@@ -656,12 +656,17 @@ class CompressedOptimizer(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return the base's state dict with the compressor's state (see
-        `checkpointing.state_dict`); never communicates, never raises.
+        `checkpointing.state_dict`); never communicates.
 
         Returns:
             The state dict. It holds the mean error memory, fit for any worker, if
             `consolidate_error_memory()` was called since the last step; else this
             worker's own, and that is warned about once.
+
+        Raises:
+            StateMismatchError: the compressor's state is not finite, in a run of one
+                rank. Of several, one that raised would leave the others waiting: it
+                warns, and `consolidate_error_memory()` is what raises on all.
         """
         return self._state_dict_with_hooks(self._saved.save)
 

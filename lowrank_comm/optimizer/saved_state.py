@@ -73,7 +73,11 @@ class SavedState:
             reducer.state.whole = whole_tensors_of(reducer)
 
     def save(self) -> dict[str, Any]:
-        """Return the base's state dict with the reducer's state; no communication."""
+        """Return the base's state dict with the reducer's state; no communication.
+
+        Raises:
+            StateMismatchError: the state of the only rank is not finite.
+        """
         result = self._base.state_dict()
         reducer, engine = self._lazy.made, self._attachment.engine
         if reducer is None:
@@ -90,6 +94,12 @@ class SavedState:
                 " worker, at any world size."
             )
         bad = reducer.state.not_finite()
+        if bad and reducer.workers.world_size == 1:
+            raise StateMismatchError(
+                f"state_dict(): {bad}: no run would load it. Resume from an earlier checkpoint, or"
+                " call optimizer.reducer.reset(), which starts it anew."
+            )
+        # raised here, the others would wait for this rank
         if bad and not self._warned_not_finite:
             self._warned_not_finite = True
             warn_user(f"state_dict(): {bad}; no run will load it. See consolidate_error_memory().")

@@ -42,10 +42,11 @@ from lowrank_comm.checkpointing.state_dict import check_groups
 from lowrank_comm.checkpointing.tag import refused_together
 from lowrank_comm.communication import Ledger
 from lowrank_comm.communication.workers import Workers
-from lowrank_comm.errors import ConfigError, LowRankCommError
+from lowrank_comm.errors import ConfigError, LowRankCommError, StateMismatchError
+from lowrank_comm.numerics.linalg import unsound
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
-from lowrank_comm.optimizer.environment import refuse_with_deepspeed
+from lowrank_comm.optimizer.environment import refuse_with_deepspeed, warn_user
 from lowrank_comm.optimizer.grad_scaler import LossScaling
 from lowrank_comm.optimizer.parameter_names import Namer, keeping_names
 from lowrank_comm.optimizer.step import run_step
@@ -325,13 +326,8 @@ class ProjectedOptimizer(Optimizer):
             refuse(self._averaging.workers, bad_gradients.values())
         bad = ""
         if not applied:
-            held = {
-                f"{symbol} of {e.name}": tensor
-                for e in entries
-                for symbol, tensor in self.state[e.parameter].items()
-                if isinstance(tensor, Tensor) and tensor.is_floating_point()
-            }
-            bad = unsound_gradients([(e.name, e.parameter) for e in entries], held)
+            named = [(e.name, e.parameter) for e in entries]
+            bad = unsound_gradients(named, self._held(entries))
         self._skipped.enter(self.t, applied, averaged or (), self._averaging.workers, bad)
         if averaged is None:
             return None
@@ -392,6 +388,32 @@ class ProjectedOptimizer(Optimizer):
             parameter.grad = None
 
     # ---------------------------------------------------------------- state
+
+    def _held(self, entries: Iterable[Entry]) -> dict[str, Tensor]:
+        """Return all numbers of the state, by what they are called in messages."""
+        return {
+            f"{symbol} of {e.name}": tensor
+            for e in entries
+            for symbol, tensor in self.state.get(e.parameter, {}).items()
+            if isinstance(tensor, Tensor) and tensor.is_floating_point()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what torch's optimizers do; never communicates.
+
+        Raises:
+            StateMismatchError: the state is not finite, in a run of one worker. Of
+                several, one that raised would leave the others waiting: it warns, and
+                `checkpoint.save_all` is what raises on all.
+        """
+        bad = unsound(self._held(self._entries()).items(), torch.finfo(torch.float64).max)
+        if bad and self._averaging.workers.world_size == 1:
+            raise StateMismatchError(
+                f"state_dict(): {bad}: no run would load it. Resume from an earlier checkpoint."
+            )
+        if bad:
+            warn_user(f"state_dict(): {bad}; no run will load it. Resume from an earlier one.")
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict()` gave, at any number of workers; a collective. All

@@ -342,7 +342,11 @@ def test_what_could_not_be_loaded_safely_is_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "words"),
-    [("projected", "'exp_avg'"), ("bidirectional", "'w'"), ("plain", "holds nan")],
+    [
+        ("projected", "exp_avg of 0.weight holds nan"),
+        ("bidirectional", "'w'"),
+        ("plain", "holds nan"),
+    ],
 )
 def test_state_that_is_not_finite_is_not_saved(engine: str, words: str, tmp_path: Path) -> None:
     model, optimizer = built(engine)

@@ -109,6 +109,17 @@ def test_other_names_load_by_order_and_are_kept(prefix: str | None) -> None:
     run(second, other, 1)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")], ids=str)
+def test_state_that_is_not_finite_is_not_given_out(bad: float) -> None:
+    held = parameters()
+    optimizer = ProjectedAdamW(held.items(), rank=3)
+    run(optimizer, held, 2)
+    name, parameter = next(iter(held.items()))
+    optimizer.state[parameter]["exp_avg"].view(-1)[1] = bad
+    with pytest.raises(StateMismatchError, match=f"exp_avg of {name} holds {abs(bad)}"):
+        optimizer.state_dict()
+
+
 def refused_on_one(rank: int) -> tuple[str, bool]:
     held = parameters()
     optimizer = ProjectedAdamW(held.items(), rank=3)
