@@ -13,16 +13,63 @@ library only: job.sh of examples/slurm calls this file, too.
 from __future__ import annotations
 
 import json
+import pickletools
 import re
 import sys
 import zipfile
 from pathlib import Path
 
 
+def saved_by(folder: Path) -> int:
+    """Return how many ranks have saved a checkpoint, by what lies in it: the
+    compressor's state in its own file or in optimizer.pt, or else the files that each
+    rank has written of a sharded optimizer; 0 if nothing tells.
+    """
+    files = sorted(folder.rglob("lowrank_comm-*.safetensors"), key=lambda f: f.stat().st_mtime)
+    for number in (_of_safetensors(files[-1]) if files else 0, _of_torch(folder / "optimizer.pt")):
+        if number:
+            return number
+    # DeepSpeed's and FSDP's
+    shards = [*folder.glob("*/*zero_pp_rank_*_optim_states.pt"), *folder.glob("*/__*_*.distcp")]
+    found = (re.search(r"zero_pp_rank_(\d+)|__(\d+)_\d+\.distcp", file.name) for file in shards)
+    return max((int(one[1] or one[2]) + 1 for one in found if one), default=0)
+
+
+def _of_safetensors(file: Path) -> int:
+    """Return the number of ranks in the header of a file of lowrank_comm; 0 if it
+    cannot be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            header = opened.read(min(int.from_bytes(opened.read(8), "little"), 10**8))
+        return int(json.loads(json.loads(header)["__metadata__"]["tag"])["world"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _of_torch(file: Path) -> int:
+    """Return the number of ranks in the entry "lowrank_comm" of a state dict, which is
+    not unpickled; 0 if there is none.
+    """
+    try:
+        with zipfile.ZipFile(file) as opened:
+            (name,) = (name for name in opened.namelist() if name.endswith("/data.pkl"))
+            words = [word for _, word, _ in pickletools.genops(opened.read(name))]
+        # "world", where it is remembered, and its value
+        return int(words[words.index("world", words.index("lowrank_comm")) + 2])
+    except (OSError, ValueError, zipfile.BadZipFile, IndexError, TypeError):
+        return 0
+
+
 def is_complete(folder: Path) -> bool:
     """Return whether everything of a checkpoint has been written: trainer_state.json
     can be read, what torch.save wrote beside it has its end, and where several ranks
-    save their random numbers' state, rank 0 is not the only one that has.
+    save their random numbers' state, all have.
+
+    How many there are is not in Trainer's own files. Where nothing else tells
+    (`saved_by`: DDP without compression), the last ranks of those that had not saved
+    theirs when they were killed are not missed. Such a run goes on from the right
+    weights, and these ranks from other random numbers.
     """
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
@@ -33,7 +80,7 @@ def is_complete(folder: Path) -> bool:
     saved = [*folder.glob("*.pth"), *folder.glob("*.pt")]
     return (
         "global_step" in state
-        and (not ranks or ranks == set(range(max(2, len(ranks)))))
+        and (not ranks or ranks >= set(range(saved_by(folder) or max(2, len(ranks)))))
         and all(zipfile.is_zipfile(file) for file in saved)
     )
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import find_checkpoint, is_complete, newest_complete
+from safetensors.torch import save_file
 
+from lowrank_comm import CompressedOptimizer, PowerSGD
 from tests.support import ROOT
 
 STATE = json.dumps({"global_step": 5, "log_history": [{"loss": 1.0}]})
@@ -45,6 +47,34 @@ def test_complete_is_what_trainer_has_finished(
     tmp_path: Path, state: str | None, ranks: tuple[int, ...], complete: bool
 ) -> None:
     assert is_complete(put(tmp_path, 5, state, ranks)) is complete
+
+
+@pytest.mark.parametrize("what", ["safetensors", "optimizer.pt", "DeepSpeed", "FSDP"])
+def test_the_last_rank_that_had_not_saved_is_missed(tmp_path: Path, what: str) -> None:
+    """Ranks 0 to 2 of 4 have saved their random numbers' state."""
+    folder = put(tmp_path, 5, ranks=(0, 1, 2))
+    assert is_complete(folder)
+    inside = folder / "global_step5"
+    inside.mkdir()
+    if what == "safetensors":
+        tag = json.dumps({"kind": "mean", "world": 4})
+        save_file({"a": torch.ones(2)}, inside / "lowrank_comm-x.safetensors", {"tag": tag})
+    elif what == "optimizer.pt":
+        model = torch.nn.Linear(8, 8)
+        base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+        optimizer = CompressedOptimizer(base, PowerSGD(1))
+        model(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        optimizer.reducer.state.worker = (0, 4)
+        optimizer.reducer.state.mark_consolidated()
+        torch.save(optimizer.state_dict(), folder / what)
+    else:
+        for k in range(4):
+            name = f"bf16_zero_pp_rank_{k}_mp_rank_00_optim_states.pt"
+            (inside / (name if what == "DeepSpeed" else f"__{k}_0.distcp")).write_bytes(b"x")
+    assert not is_complete(folder)
+    torch.save(3, folder / "rng_state_3.pth")
+    assert is_complete(folder)
 
 
 @pytest.mark.parametrize("name", ["rng_state_1.pth", "optimizer.pt", "scheduler.pt"])
