@@ -34,6 +34,7 @@ def leave_alone(base: Optimizer) -> Optimizer:
     drop_compressed_state(base)
     say_disabled(
         "DDP or FSDP averages the gradients, and for a plain model on several workers nothing does"
+        ' ("compressor": "identity" averages them there, uncompressed)'
     )
     return base
 
