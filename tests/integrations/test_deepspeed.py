@@ -271,7 +271,7 @@ def test_skipped_steps_are_told_and_end_the_run_on_all_ranks(look: Look, stage: 
         # the third in a row
         assert found["at"] == 6
         assert found["ended"].startswith("LowRankCommError: ")
-        assert "3 times in a row (max_vetoes): on rank 1 the gradient of " in found["ended"]
+        assert "3 times in a row (max_vetoes=3): on rank 1 the gradient of " in found["ended"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
