@@ -44,7 +44,7 @@ from lowrank_comm.communication import Ledger
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.errors import ConfigError, LowRankCommError, StateMismatchError
 from lowrank_comm.numerics.linalg import unsound
-from lowrank_comm.optimizer.backward_hooks import BackwardWatch
+from lowrank_comm.optimizer.backward_hooks import BackwardWatch, runs_last
 from lowrank_comm.optimizer.double_averaging import DoubleAveragingGuard
 from lowrank_comm.optimizer.environment import refuse_with_deepspeed, warn_user
 from lowrank_comm.optimizer.grad_scaler import LossScaling
@@ -319,6 +319,11 @@ class ProjectedOptimizer(Optimizer):
         bad_gradients = unusable_of((e.name, e.parameter) for e in entries)
         if bad_gradients:
             entries = [replace(entry, unusable=entry.name in bad_gradients) for entry in entries]
+        for entry in entries:
+            # freed in one backward pass, and left whole in another of the same step
+            there = entry.coordinates is not None and entry.parameter.grad is not None
+            if there and entry.basis is not None and not entry.unusable:
+                self._free(entry.parameter, entry.basis)
         averaged = self._averaging.average(entries, self.t)
         self._coordinates.clear()
         applied = averaged is not None
@@ -375,17 +380,25 @@ class ProjectedOptimizer(Optimizer):
         self._double_averaging.gradient()
         state = self.state.get(parameter, {})
         projector = state.get("projector")
+        if self.free_gradients and self._watch is not None and not runs_last(parameter):
+            # a user's hook that was placed since is yet to see, or change, the gradient
+            self._watch.move_to_the_end(parameter)
+            return
         # the first step looks at whole gradients, see `_check`
         if not self.free_gradients or not self._checked or projector is None:
             return
-        if self._projection.refreshes(last_refresh(state), self.t):
+        if self._projection.refreshes(last_refresh(state), self.t) or parameter.grad is None:
             return
+        self._free(parameter, projector)
+
+    @torch.no_grad()
+    def _free(self, parameter: Tensor, projector: Tensor) -> None:
+        """Add a gradient to R, and drop it."""
         assert parameter.grad is not None
-        with torch.no_grad():
-            r = self._projection.project(parameter.grad.to(projector.dtype), projector)
-            before = self._coordinates.get(parameter)
-            self._coordinates[parameter] = r if before is None else before.add_(r)
-            parameter.grad = None
+        r = self._projection.project(parameter.grad.to(projector.dtype), projector)
+        before = self._coordinates.get(parameter)
+        self._coordinates[parameter] = r if before is None else before.add_(r)
+        parameter.grad = None
 
     # ---------------------------------------------------------------- state
 

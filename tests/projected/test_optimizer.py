@@ -252,6 +252,38 @@ def test_accumulated_and_freed_gradients_are_the_sum() -> None:
             torch.testing.assert_close(c, a, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("placed_at", [0, 2])
+def test_hooks_that_are_placed_later_see_gradients_before_they_are_freed(placed_at: int) -> None:
+    """They are placed between two backward passes of a step."""
+    nets, seen = [model(), model()], [0, 0]
+    plain, freed = (
+        ProjectedAdamW(
+            net.named_parameters(), lr=0.01, rank=3, restart_every=8, free_gradients=k == 1
+        )
+        for k, net in enumerate(nets)
+    )
+    for k, (net, optimizer) in enumerate(zip(nets, (plain, freed), strict=True)):
+
+        def shift(p: Tensor, k: int = k) -> None:
+            assert p.grad is not None
+            p.grad += 0.5
+            seen[k] += 1
+
+        for t in range(6):
+            loss_of(net, 20 + t).backward()
+            if t == placed_at:
+                for p in net.parameters():
+                    p.register_post_accumulate_grad_hook(shift)
+            loss_of(net, t).backward()
+            if k == 1 and t > max(placed_at, 1):
+                assert net[0].weight.grad is None
+            optimizer.step()
+            optimizer.zero_grad()
+    assert seen[0] == seen[1] == (11 - 2 * placed_at) * len(list(nets[0].parameters()))
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 def test_freed_gradients_are_dropped_by_zero_grad() -> None:
     nets = [model(), model()]
     plain, freed = (
