@@ -18,6 +18,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 
 def saved_by(folder: Path) -> int:
@@ -54,7 +55,7 @@ def _of_torch(file: Path) -> int:
     try:
         with zipfile.ZipFile(file) as opened:
             (name,) = (name for name in opened.namelist() if name.endswith("/data.pkl"))
-            words = [word for _, word, _ in pickletools.genops(opened.read(name))]
+            words: list[Any] = [word for _, word, _ in pickletools.genops(opened.read(name))]
         # "world", where it is remembered, and its value
         return int(words[words.index("world", words.index("lowrank_comm")) + 2])
     except (OSError, ValueError, zipfile.BadZipFile, IndexError, TypeError):
