@@ -187,11 +187,9 @@ def check_fits(
         if "error" in saved and "error" not in here and bool(saved["error"].float().any()):
             raise StateMismatchError(
                 f"{name!r} has a saved error memory but is not a compressed parameter of this run"
-                f" with one; it would be lost. {_kept_here(reducer, saved)} Resume with the same"
-                " compressor, model, names, rank, min_compression_rate, rules and error_feedback;"
-                " to give it up on purpose, take"
-                " the compressor's state out of the checkpoint (in a state dict the key"
-                " 'lowrank_comm' and the entries 'lowrank_comm_...')."
+                f" with one; it would be lost. {_why_none_here(reducer, name, saved)}; to give it"
+                " up on purpose, take the compressor's state out of the checkpoint (in a state dict"
+                " the key 'lowrank_comm' and the entries 'lowrank_comm_...')."
             )
         for symbol in saved.keys() & here.keys() & set(_in_memory(reducer, name)):
             if saved[symbol].shape != here[symbol].shape:
@@ -227,14 +225,45 @@ def _check_numbers(name: str, symbol: str, saved: Tensor, here: Tensor | None) -
         )
 
 
-def _kept_here(reducer: Reducer, saved: Mapping[str, Tensor]) -> str:
-    """Say what the saved run kept of a parameter, and what decides that in this one."""
-    assignment = reducer.assignment
+def _why_none_here(reducer: Reducer, name: str, saved: Mapping[str, Tensor]) -> str:
+    """Say what the saved run kept of a parameter, why this one keeps no error memory of
+    it, and which settings keep one.
+    """
+    assignment, node = reducer.assignment, reducer.workers.intra_node
     symbols = ", ".join(sorted(symbol.split(_OF)[0] for symbol in saved))
-    return (
-        f"(The saved run kept {symbols} of it; this one has compressor"
+    kept = (
+        f"The saved run kept {symbols} of it; this one has compressor"
         f" {assignment.compressor.json_name!r} with error_feedback form"
-        f" {assignment.error_feedback.form!r}.)"
+        f" {assignment.error_feedback.form!r}"
+    )
+    slot = next((slot for slot in reducer.slots if slot.name == name), None)
+    if slot is None:
+        return f"{kept}, and no trainable parameter of this name. Resume with the same model"
+    # the largest block of a node, which decides for all
+    treatment = assignment.treat(slot, 0)
+    if treatment.batched or not assignment.compressor.low_rank:
+        return f"{kept}. Resume with the same compressor and error_feedback"
+    kept = f"{kept}, and leaves it dense: {treatment.reason}"
+    if not treatment.reason.startswith("rate "):
+        return f"{kept}. Resume with the same model, names, rules and quantization"
+    smaller = (
+        f"min_compression_rate=0 (or below this rate), the rule Rule({name!r},"
+        ' treatment="low_rank") or the rank of the saved run'
+    )
+    if slot.whole is None or node.whole_matrices:
+        shape = tuple(slot.whole or slot.shape)
+        return f"{kept} (min_compression_rate; its shape is {shape}). Resume with {smaller}"
+    scope = ""
+    if (
+        assignment.policy.treat(name, slot.whole).low_rank
+        and assignment.compressor.row_blocks
+        and assignment.low_rank_compressor is assignment.compressor
+    ):
+        scope = 'shard_scope="matrix", which judges whole matrices, '
+    return (
+        f'{kept} (min_compression_rate), judged by shard_scope="shard" from the largest block of a'
+        f" rank, {slot.block(node, 0)} of {slot.whole}. Resume with {scope}as many ranks in a node"
+        f" as the saved run, {smaller}"
     )
 
 

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
-from lowrank_comm import ErrorFeedback, PowerSGD, StateMismatchError
+from lowrank_comm import CompressedOptimizer, ErrorFeedback, PowerSGD, Rule, StateMismatchError
 from tests.support.checkpointed import Trainer, equal, everything
+from tests.support.gloo import GlooPool
 
 
 def test_errors_that_would_be_lost_are_refused() -> None:
@@ -26,6 +29,63 @@ def test_errors_that_would_be_lost_are_refused() -> None:
         Trainer(PowerSGD(2), min_compression_rate=1000).optimizer.load_state_dict(
             one.optimizer.state_dict()
         )
+
+
+def test_the_cause_of_a_refusal_is_named() -> None:
+    """Each reason why a run keeps no error memory, with the setting that mends it; and
+    with that setting it loads.
+    """
+    one = Trainer(PowerSGD(2))
+    one.train(0, 3, 0)
+    state = one.optimizer.state_dict()
+    for options, words in (
+        ({"min_compression_rate": 2.5}, r"dense: rate 1\.76 is not above 2\.5 \(min_compression"),
+        ({"error_feedback": ErrorFeedback(form="none")}, "the same compressor and error_feedback"),
+        ({"rules": [Rule("0.weight", treatment="dense")]}, r"dense: rule '0\.weight'.*rules"),
+    ):
+        with pytest.raises(StateMismatchError, match=words):
+            Trainer(PowerSGD(2), **options).optimizer.load_state_dict(state)
+    mended = Trainer(
+        PowerSGD(2), min_compression_rate=2.5, rules=[Rule("*.weight", treatment="low_rank")]
+    )
+    mended.optimizer.load_state_dict(state)
+    assert mended.optimizer.error_memory()["0.weight"].any()
+
+
+def loads_smaller_blocks(rank: int, state: Any) -> tuple[str, bool]:
+    """A block (3, 8) of a whole (6, 8) matrix: 24 / (2 * 11) is below a rate of 1.5,
+    48 / (2 * 14) above.
+    """
+    mesh = init_device_mesh("cpu", (1, 2))
+    said = ""
+    for scope in ("shard", "matrix"):
+        model = torch.nn.Linear(8, 6, bias=False)
+        optimizer = CompressedOptimizer(
+            torch.optim.SGD(model.named_parameters(), lr=0.1), PowerSGD(2),
+            min_compression_rate=1.5, process_group=mesh, shard_scope=scope,
+        )  # fmt: skip
+        try:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        except StateMismatchError as error:
+            said += str(error)
+    return said, bool(optimizer.error_memory()["weight"].any())
+
+
+def test_blocks_too_small_to_be_compressed_are_named(gloo: GlooPool) -> None:
+    model = torch.nn.Linear(8, 6, bias=False)
+    base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer = CompressedOptimizer(base, PowerSGD(2), min_compression_rate=1.5)
+    model(torch.randn(9, 8)).pow(2).sum().backward()
+    optimizer.step()
+    for said, mended in gloo.run(loads_smaller_blocks, 2, optimizer.state_dict()):
+        assert "'weight' has a saved error memory" in said
+        assert (
+            'rate 1.09 is not above 1.5 (min_compression_rate), judged by shard_scope="shard"'
+            in said
+        )
+        assert "(3, 8) of (6, 8)" in said
+        assert said.count('Resume with shard_scope="matrix"') == 1
+        assert mended
 
 
 def test_what_a_saved_state_does_not_have_starts_anew(caplog: pytest.LogCaptureFixture) -> None:

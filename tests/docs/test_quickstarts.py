@@ -145,6 +145,8 @@ def test_ddp(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fsdp2_and_hsdp(tmp_path: Path) -> None:
+    """They go on from what train_ddp.py has saved in the same folder."""
+    (ddp,) = run_section("DDP", tmp_path)
     hsdp, flat = run_section("FSDP2 and HSDP", tmp_path)
     assert "over 2 nodes of 2 ranks, FSDP2, HSDP" in hsdp
     assert "over 2 workers, FSDP2, flat" in flat
@@ -152,7 +154,8 @@ def test_fsdp2_and_hsdp(tmp_path: Path) -> None:
         ratio, loss = ratio_and_loss(printed)
         assert ratio > 2
         assert loss < 2.2
-    # the second went on from the first's
+    # each went on from the one before
+    assert ratio_and_loss(hsdp)[1] < ratio_and_loss(ddp)[1]
     assert ratio_and_loss(flat)[1] < ratio_and_loss(hsdp)[1]
 
 
