@@ -20,7 +20,9 @@ saves and what is called unfinished, and `load_all` takes the newest that is com
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -28,7 +30,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,11 +48,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowrank_comm.checkpointing import durable
-from lowrank_comm.checkpointing.state_dict import PREFIX, check_groups
+from lowrank_comm.checkpointing.state_dict import (
+    PREFIX,
+    check_groups,
+    without_compressed_state,
+)
 from lowrank_comm.checkpointing.tag import refused_together
 from lowrank_comm.communication.group import Group
 from lowrank_comm.communication.workers import Workers
-from lowrank_comm.errors import ConfigError, StateMismatchError, UnsupportedError
+from lowrank_comm.errors import (
+    ConfigError,
+    LowRankCommError,
+    StateMismatchError,
+    UnsupportedError,
+)
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -61,6 +72,10 @@ _passed_over: set[Path] = set()
 """The saves that this process has found damaged; they do not count as kept."""
 _WRAPPERS = ("AcceleratedOptimizer", "_FabricOptimizer", "LightningOptimizer")
 _WRAPPERS_OF = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+_ARGUMENTS = ("folder", "model", "optimizer")
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class _File(BaseModel):
@@ -71,16 +86,40 @@ class _File(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What a save consists of; fields that a later version adds are left out."""
+    """What a save consists of; fields that a later version adds are left out.
+
+    Attributes:
+        optimizer: the class of the base optimizer; "" in what older versions saved.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
     sharded: bool
     world: Annotated[int, Field(ge=1)]
+    optimizer: str = ""
     files: dict[str, _File]
 
 
+def _refuse_extra_of_these_names(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Refuse an extra that has the name of an argument, which Python would call
+    multiple values for it.
+    """
+
+    @functools.wraps(call)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in _ARGUMENTS[: len(args)]:
+            if name in kwargs:
+                raise ConfigError(
+                    f"save_all: no extra can be called {name!r}, which is an argument of save_all;"
+                    " give it another name."
+                )
+        return call(*args, **kwargs)
+
+    return checked
+
+
+@_refuse_extra_of_these_names
 def save_all(
     folder: str | os.PathLike[str],
     model: nn.Module,
@@ -112,6 +151,9 @@ def save_all(
     Raises:
         StateMismatchError: on every rank, if some rank could not write, or its state is
             not finite.
+        ConfigError: an argument is of another kind, or an extra has an argument's name;
+            the optimizer has none of the model's parameters (in a run of several ranks
+            a StateMismatchError of all).
         UnsupportedError: the model is a DeepSpeed engine, which saves by itself.
 
     Example:
@@ -126,17 +168,26 @@ def save_all(
         'save-00000001'
         {'epoch': 3}
     """
-    _refuse_deepspeed(model)
-    optimizer = _unwrapped(optimizer)
+    optimizer = _checked("save_all", folder, model, optimizer)
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise ConfigError(f"save_all: keep={keep!r} must be an integer of at least 1.")
+        raise ConfigError(
+            f"save_all: keep={keep!r:.80} must be an integer of at least 1, the number of saves"
+            " that stay; give an extra of yours another name."
+        )
     workers, root = _workers_of(model, optimizer), Path(folder)
+    with refused_together(workers, "save_all"):
+        _refuse_optimizer_of_another("save_all", model, optimizer)
     if hasattr(optimizer, "consolidate_error_memory"):
         optimizer.consolidate_error_memory()
     path = Path(_on_rank_0(workers, lambda: str(_begin(root))))
     sharded = _is_sharded(model)
     files = _on_all(workers, lambda: _write(path, workers, model, optimizer, sharded, extra), path)
-    manifest = _Manifest(sharded=sharded, world=workers.world_size, files=files)
+    manifest = _Manifest(
+        sharded=sharded,
+        world=workers.world_size,
+        optimizer=_class_of(optimizer),
+        files=files,
+    )
     return Path(_on_rank_0(workers, lambda: str(_finish(path, manifest, keep)), path))
 
 
@@ -153,18 +204,29 @@ def load_all(
         folder, model, optimizer: see `save_all`.
 
     Returns:
-        What `save_all` was given as `extra`, {} if nothing; None if the folder has no
-        save, and the run starts from the beginning.
+        What `save_all` was given as `extra`, {} if nothing; None, after a warning, if
+        the folder has no save or does not exist: the run starts from the beginning.
 
     Raises:
-        StateMismatchError: on every rank, if the save does not fit this run, or none is
-            undamaged; then nothing is changed.
+        StateMismatchError: on every rank, if the save does not fit this run (another
+            model, another class of base optimizer), none is undamaged, or the ranks do
+            not see the same folder; then nothing is changed.
+        ConfigError: an argument is of another kind; the folder is a file or one save,
+            or the optimizer has none of the model's parameters (in a run of several
+            ranks a StateMismatchError of all).
+        UnsupportedError: the model is a DeepSpeed engine, which loads by itself.
     """
-    _refuse_deepspeed(model)
-    optimizer = _unwrapped(optimizer)
+    optimizer = _checked("load_all", folder, model, optimizer)
     workers, root = _workers_of(model, optimizer), Path(folder)
-    names = _on_rank_0(workers, lambda: ",".join(_complete(root))).split(",")
-    if names == [""]:
+    names = _seen_by_all(workers, root)
+    with refused_together(workers, "load_all"):
+        _refuse_optimizer_of_another("load_all", model, optimizer)
+    if not names:
+        if workers.is_writer:
+            _log.warning(
+                "load_all: %s; nothing is loaded, and the run starts from the beginning",
+                f"{root} has no complete save" if root.exists() else f"{root} does not exist",
+            )
         return None
     reasons = []
     for name in names:
@@ -177,17 +239,40 @@ def load_all(
         if workers.is_writer:
             for text in reasons:
                 _log.warning("passed over: %s", text)
-            _log.info("%s is loaded", path)
         # before anything is changed
         with refused_together(workers, str(path)):
             extra: dict[str, Any] = _read(path / _EXTRA)
         load = _load_sharded if manifest.sharded else _load_whole
         load(path, manifest, workers, model, optimizer)
+        if workers.is_writer:
+            _log.info("%s is loaded", path)
         return extra
     raise StateMismatchError(
         f"no save in {root} is undamaged: {reasons[0]}; restore one, or remove them to start from"
         " the beginning."
     )
+
+
+# ---------------------------------------------------------------- what was given
+
+
+def _checked(call: str, folder: Any, model: Any, optimizer: Any) -> Optimizer:
+    """Return the optimizer that Accelerate's and Lightning's wrappers hold, after a
+    look at the kinds of all three.
+    """
+    _refuse_deepspeed(model)
+    right = (
+        isinstance(folder, (str, os.PathLike)),
+        isinstance(model, nn.Module),
+        hasattr(optimizer, "param_groups") and not isinstance(optimizer, nn.Module),
+    )
+    if not all(right):
+        given = ", ".join(type(one).__name__ for one in (folder, model, optimizer))
+        raise ConfigError(
+            f"{call}: {_ARGUMENTS[right.index(False)]} is of another kind; give {call}(folder,"
+            f" model, optimizer) in this order, got {call}({given})."
+        )
+    return _unwrapped(optimizer)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:
@@ -201,6 +286,38 @@ def _unwrapped(optimizer: Any) -> Optimizer:
         optimizer = optimizer.optimizer
     unwrapped: Optimizer = optimizer
     return unwrapped
+
+
+def _refuse_optimizer_of_another(call: str, model: nn.Module, optimizer: Optimizer) -> None:
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            f"{call}: the optimizer holds none of the model's parameters: it is of another model,"
+            " or was made before the model got other ones (as by fully_shard); make the optimizer"
+            " from this model."
+        )
+
+
+def _class_of(optimizer: Optimizer) -> str:
+    """Return the name of the base optimizer's class."""
+    base = getattr(optimizer, "base", None)
+    return type(base if isinstance(base, Optimizer) else optimizer).__name__
+
+
+def _compresses(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer is one of this library's, or is around one."""
+    return isinstance(getattr(optimizer, "workers", None), Workers) or any(
+        isinstance(one, Optimizer) and _compresses(one) for one in vars(optimizer).values()
+    )
+
+
+def _refuse_other_class(path: Path, manifest: _Manifest, optimizer: Optimizer) -> None:
+    here = _class_of(optimizer)
+    if manifest.optimizer not in ("", here):
+        raise StateMismatchError(
+            f"{path} was saved with {manifest.optimizer}, and the optimizer here is {here}, which"
+            f" cannot go on from its state; resume with {manifest.optimizer}."
+        )
 
 
 # ---------------------------------------------------------------- together
@@ -233,9 +350,8 @@ def _on_all(
         result = call()
     # the others wait to be told
     except Exception as error:
-        problem = (
-            f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else f"{error}"
-        )
+        ours = isinstance(error, (OSError, LowRankCommError))
+        problem = f"{error}" if ours else f"{type(error).__name__}: {error}"
     told = [
         json.loads(text)
         for text in workers.all_gather_text(json.dumps({"result": result, "problem": problem}))
@@ -249,6 +365,27 @@ def _on_all(
     if first:
         return told[0]["result"]
     return {key: value for one in told for key, value in one["result"].items()}
+
+
+def _seen_by_all(workers: Workers, root: Path) -> list[str]:
+    """Return the names of the complete saves, the newest first; a collective.
+
+    Raises:
+        StateMismatchError: on every rank, if `root` is no folder of saves, or some rank
+            sees none of what another sees.
+    """
+    mine: list[str] = []
+    with refused_together(workers, str(root)):
+        mine = _complete_in(root)
+    names, *others = (json.loads(text) for text in workers.all_gather_text(json.dumps(mine)))
+    for rank, other in enumerate(others, 1):
+        if set(other).isdisjoint(names) and (other or names):
+            raise StateMismatchError(
+                f"rank {rank} does not see what rank 0 sees in {root}:"
+                f" {', '.join(names) or 'no save'} on rank 0, {', '.join(other) or 'no save'} on"
+                f" rank {rank}. Give all ranks the same folder, in a file system that all share."
+            )
+    return list(names)
 
 
 def _refuse_deepspeed(model: nn.Module) -> None:
@@ -269,8 +406,30 @@ def _complete(root: Path) -> list[str]:
     return sorted((p.name for p in root.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
 
 
+def _complete_in(root: Path) -> list[str]:
+    """Return the names of the complete saves, the newest first.
+
+    Raises:
+        ConfigError: what was given is a file, or one save.
+    """
+    if root.is_file():
+        folder = root.parent.parent if (root.parent / _MANIFEST).is_file() else root.parent
+        raise ConfigError(
+            f"load_all: folder={str(root)!r} is a file; give the folder of all saves, such as"
+            f" {str(folder)!r}."
+        )
+    if (root / _MANIFEST).is_file():
+        raise ConfigError(
+            f"load_all: folder={str(root)!r} is one save; give the folder of all saves,"
+            f" {str(root.absolute().parent)!r}. To load this one, move the newer ones away."
+        )
+    return _complete(root)
+
+
 def _begin(root: Path) -> Path:
     """Make the folder of a new save, and remove what killed jobs have left."""
+    if root.is_file():
+        raise ConfigError(f"save_all: folder={str(root)!r} is a file; give a folder.")
     durable.make_folder(root)
     for left in root.glob(f"save-*{_UNFINISHED}"):
         shutil.rmtree(left)
@@ -297,7 +456,7 @@ def _write(
     else:
         written = list(_write_whole(path, workers, model, optimizer))
     if workers.is_writer:
-        written.append(_put(path / _EXTRA, dict(extra)))
+        written.append(_put_extra(path / _EXTRA, extra))
     for file in written:
         durable.sync(file)
     return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in written}
@@ -326,6 +485,27 @@ def _check_finite(state: Any, where: str = "the optimizer's state") -> None:
             _check_finite(value, f"{where}, {key!r}")
     elif isinstance(state, Tensor) and not bool(torch.isfinite(state).all()):
         raise StateMismatchError(f"{where} is not finite; go on from an earlier save.")
+
+
+def _put_extra(path: Path, extra: Mapping[str, Any]) -> Path:
+    """Write what the caller gives; say which of it cannot be written."""
+    try:
+        return _put(path, dict(extra))
+    except Exception:
+        for key, value in extra.items():
+            try:
+                buffer = io.BytesIO()
+                torch.save(value, buffer)
+                torch.load(io.BytesIO(buffer.getvalue()), weights_only=True, map_location="meta")
+            # of any kind, from the value's own pickling
+            except Exception as error:
+                text = str(error).strip().splitlines()
+                raise ConfigError(
+                    f"save_all: {key}={value!r:.80} cannot be saved so that it loads without"
+                    f" running code from it ({text[-1] if text else type(error).__name__}); give"
+                    " tensors, numbers, text, and lists and dicts of them."
+                ) from None
+        raise
 
 
 def _put(path: Path, what: dict[str, Any]) -> Path:
@@ -479,10 +659,13 @@ def _load_whole(
             # each rank's own, or at another number of ranks rank 0's
             rank = workers.global_rank if manifest.world == workers.world_size else 0
             state["optimizer"] = _read(path / f"optimizer_{rank}.pt")
+        _refuse_other_class(path, manifest, optimizer)
         check_groups(state["optimizer"], optimizer.param_groups)
         inner = _inner(model)
         _check_model(path, state["model"], inner)
     of_model = state["model"]
+    if not _compresses(optimizer):
+        state["optimizer"] = without_compressed_state(state["optimizer"], says=workers.is_writer)
     if _is_sharded(model):
         whole = StateDictOptions(full_state_dict=True)
         by_name = _by_name(state["optimizer"], inner, optimizer)
@@ -528,6 +711,7 @@ def _load_sharded(
         for key in entries
     }
     with refused_together(workers, str(path)):
+        _refuse_other_class(path, manifest, optimizer)
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys()
         missing = sorted(key for key in wanted - saved if PREFIX not in key)
         if missing:

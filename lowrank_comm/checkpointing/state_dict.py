@@ -255,25 +255,47 @@ def _ours(entries: Mapping[Any, Any]) -> list[str]:
     return [key for key in entries if isinstance(key, str) and key.startswith(PREFIX)]
 
 
+def without_compressed_state(state_dict: dict[str, Any], says: bool = True) -> dict[str, Any]:
+    """Return a state dict without a compressor's state, for a plain optimizer: it would
+    keep it, as much as the model, and save it.
+
+    Args:
+        state_dict: left as it is; returned itself where it has no such state.
+        says: whether to log what is dropped.
+    """
+    state = state_dict.get("state")
+    if not isinstance(state, Mapping) or not all(isinstance(v, Mapping) for v in state.values()):
+        # of an optimizer with another layout, which reads it itself
+        return state_dict
+    ours = [_ours(entries) for entries in state.values()]
+    if not any(ours) and KEY not in state_dict:
+        return state_dict
+    # dense parameters have a tag alone
+    held = [keys for keys in ours if set(keys) - {f"{PREFIX}tag"}]
+    errors = sum(f"{PREFIX}error" in keys for keys in held)
+    if says:
+        _log.warning(
+            "the state dict was saved with compression, and this run has none: the %s of %d"
+            " parameters is dropped",
+            "error memory" if errors else "compressor's state",
+            errors or len(held),
+        )
+    kept = {
+        number: {key: value for key, value in entries.items() if key not in _ours(entries)}
+        for number, entries in state.items()
+    }
+    # SGD without momentum has no state at all
+    kept = {number: entries for number, entries in kept.items() if entries}
+    return {**{k: v for k, v in state_dict.items() if k != KEY}, "state": kept}
+
+
 def drop_compressed_state(optimizer: Optimizer) -> None:
     """Let a plain optimizer leave out what a state dict that it loads has of a
-    compressor's state, and say so: it would keep it, as much as the model, and save it.
+    compressor's state, and say so.
     """
 
-    def leave_out(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        kept = {
-            number: {key: value for key, value in entries.items() if key not in _ours(entries)}
-            for number, entries in state_dict["state"].items()
-        }
-        dropped = [n for n, entries in state_dict["state"].items() if len(kept[n]) < len(entries)]
-        if not dropped and KEY not in state_dict:
-            return None
-        _log.warning(
-            "the state dict was saved with compression, and this run has none: the error memory of"
-            " %d parameters is dropped",
-            len(dropped),
-        )
-        return {**{k: v for k, v in state_dict.items() if k != KEY}, "state": kept}
+    def leave_out(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return without_compressed_state(state_dict)
 
     optimizer.register_load_state_dict_pre_hook(leave_out)
 

@@ -251,11 +251,28 @@ def test_the_newest_is_loaded_and_as_many_stay_as_asked_for(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["save-00000005"]
 
 
-def test_without_a_save_the_run_starts_from_the_beginning(tmp_path: Path) -> None:
+def test_without_a_save_the_run_starts_from_the_beginning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, optimizer = built("plain")
-    assert checkpoint.load_all(tmp_path / "none", model, optimizer) is None
-    (tmp_path / "save-00000001.unfinished").mkdir()
-    assert checkpoint.load_all(tmp_path, model, optimizer) is None
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        assert checkpoint.load_all(tmp_path / "none", model, optimizer) is None
+        (tmp_path / "save-00000001.unfinished").mkdir()
+        assert checkpoint.load_all(tmp_path, model, optimizer) is None
+    start = "nothing is loaded, and the run starts from the beginning"
+    assert caplog.messages == [
+        f"load_all: {tmp_path / 'none'} does not exist; {start}",
+        f"load_all: {tmp_path} has no complete save; {start}",
+    ]
+
+
+def test_what_is_no_folder_of_saves_is_not_a_start_from_the_beginning(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    path = checkpoint.save_all(tmp_path, model, optimizer)
+    for given, words in ((path, "is one save"), (path / "state.pt", "is a file")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            checkpoint.load_all(given, model, optimizer)
+        assert repr(str(tmp_path)) in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["state.pt", "extra.pt", "manifest.json"])
@@ -303,7 +320,126 @@ def test_a_damaged_save_is_not_kept_in_the_place_of_a_good_one(how: str, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["save-00000003", "save-00000004"]
 
 
+# --- other optimizers ---
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_base_optimizer_is_refused_with_nothing_touched(
+    recorded: bool, tmp_path: Path
+) -> None:
+    """Its state would be loaded, and its step would not find what it needs. Earlier
+    versions did not record the class, and load as before.
+    """
+    model, optimizer = built("plain")
+    train(model, optimizer, 0, 2)
+    path = checkpoint.save_all(tmp_path, model, optimizer)
+    if not recorded:
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["optimizer"]
+        manifest["sha256"] = sha256_of(manifest)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    other = plain_model()
+    base = torch.optim.SGD(other.named_parameters(), lr=0.1)
+    again = CompressedOptimizer(base, PowerSGDPlus(2), min_compression_rate=0)
+    before = values(other)
+    if recorded:
+        with pytest.raises(StateMismatchError, match=r"saved with AdamW, and .* here is SGD"):
+            checkpoint.load_all(tmp_path, other, again)
+        assert base.param_groups[0]["lr"] == 0.1
+    else:
+        assert checkpoint.load_all(tmp_path, other, again) == {}
+    assert equal(values(other), before) == recorded
+
+
+def test_an_uncompressed_run_says_what_it_drops_of_a_compressed_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = built("plain")
+    train(model, optimizer, 0, 2)
+    checkpoint.save_all(tmp_path, model, optimizer)
+    other, plain = built("uncompressed")
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        assert checkpoint.load_all(tmp_path, other, plain) == {}
+    assert "the error memory of 2 parameters is dropped" in caplog.text
+    for entries in plain.state.values():
+        assert set(entries) == {"step", "exp_avg", "exp_avg_sq"}
+    train(other, plain, 2, 1)
+
+
+def test_the_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    checkpoint.save_all(tmp_path / "good", model, optimizer)
+    other, _ = built("plain")
+    for call in (checkpoint.save_all, checkpoint.load_all):
+        with pytest.raises(ConfigError, match="holds none of the model's parameters"):
+            call(tmp_path / "good", other, optimizer)
+    assert len(list((tmp_path / "good").iterdir())) == 1
+
+
+class Around(torch.optim.SGD):
+    """An optimizer around another one, whose state it saves as its own."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__([p for group in inner.param_groups for p in group["params"]], lr=0.1)
+        self.inner = inner
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.inner.load_state_dict(state_dict)
+
+
+def test_an_optimizer_around_a_compressed_one_keeps_the_error_memory(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    train(model, optimizer, 0, 2)
+    checkpoint.save_all(tmp_path, model, Around(optimizer))
+    other, again = built("plain")
+    assert checkpoint.load_all(tmp_path, other, Around(again)) == {}
+    assert error_norm(again) == pytest.approx(error_norm(optimizer), rel=1e-12)
+    assert error_norm(again) > 1e-3
+
+
 # --- refusals ---
+
+
+@pytest.mark.parametrize("call", [checkpoint.save_all, checkpoint.load_all])
+def test_arguments_in_another_order_are_named(call: Any, tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    for given, words in (
+        ((tmp_path, optimizer, model), "model is of another kind"),
+        ((model, optimizer, tmp_path), "folder is of another kind"),
+        ((tmp_path, model, model), "optimizer is of another kind"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            call(*given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_extra_that_cannot_be_saved_or_has_an_arguments_name_is_named(tmp_path: Path) -> None:
+    model, optimizer = built("plain")
+    for key, value in (("metric", lambda: 1), ("scheduler", random.Random(0))):
+        with pytest.raises(StateMismatchError, match=f"{key}=.* cannot be saved .*give tensors"):
+            checkpoint.save_all(tmp_path, model, optimizer, epoch=1, **{key: value})
+    for name in ("folder", "model", "optimizer"):
+        with pytest.raises(ConfigError, match=f"no extra can be called '{name}'"):
+            checkpoint.save_all(tmp_path, model, optimizer, **{name: 1})
+    with pytest.raises(ConfigError, match="another name"):
+        checkpoint.save_all(tmp_path, model, optimizer, keep="all")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loaded_is_said_after_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = built("plain")
+    path = checkpoint.save_all(tmp_path, model, optimizer)
+    other = nn.Sequential(nn.Linear(9, 13)).double()
+    base = torch.optim.AdamW(other.named_parameters(), lr=0.01)
+    with caplog.at_level(logging.INFO, "lowrank_comm"):
+        with pytest.raises((StateMismatchError, ValueError)):
+            checkpoint.load_all(tmp_path, other, base)
+        assert "is loaded" not in caplog.text
+        checkpoint.load_all(tmp_path, model, optimizer)
+    assert f"{path} is loaded" in caplog.text
 
 
 def test_another_model_is_refused_with_nothing_touched(tmp_path: Path) -> None:
@@ -442,27 +578,31 @@ def test_what_one_rank_cannot_read_changes_nothing_on_any(gloo: GlooPool, tmp_pa
         assert "Input/output error" in text
 
 
-def loads_where_one_is_blind(rank: int, folder: str) -> str:
+def loads_where_one_is_blind(rank: int, folder: str, blind: int) -> str:
     model, optimizer = built("DDP")
     train(model, optimizer, 0, 1, rank)
     mine = Path(folder) / "shared"
     checkpoint.save_all(mine, model, optimizer)
     before = copy.deepcopy(values(model))
     try:
-        checkpoint.load_all(mine if rank == 0 else Path(folder) / "elsewhere", model, optimizer)
+        checkpoint.load_all(Path(folder) / "elsewhere" if rank == blind else mine, model, optimizer)
     except StateMismatchError as error:
         assert equal(values(model), before)
         return str(error)
     return "loaded"
 
 
+@pytest.mark.parametrize("blind", [0, 1])
 def test_a_save_that_one_rank_does_not_see_is_refused_by_all(
-    gloo: GlooPool, tmp_path: Path
+    gloo: GlooPool, blind: int, tmp_path: Path
 ) -> None:
-    one, other = gloo.run(loads_where_one_is_blind, 2, str(tmp_path))
-    assert "rank 1: " in one
-    assert "save-00000001 cannot be read" in one
-    assert one.split(": ", 1)[1].split(":")[1:] == other.split(": ", 1)[1].split(":")[1:]
+    """Nobody is told that a good save is damaged, and nobody starts over."""
+    for said in gloo.run(loads_where_one_is_blind, 2, str(tmp_path), blind):
+        assert "rank 1 does not see what rank 0 sees" in said
+        assert f"no save on rank {blind}" in said
+        assert f"save-00000001 on rank {1 - blind}" in said
+        assert "file system that all share" in said
+        assert "undamaged" not in said
 
 
 # --- killed at any moment ---
