@@ -32,14 +32,16 @@ there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -48,7 +50,7 @@ from torch import Tensor
 from lowrank_comm.checkpointing import durable
 from lowrank_comm.checkpointing.tag import WAY_OUT, Tag, read_tag, readable, tag_of
 from lowrank_comm.checkpointing.tensors import _log, check_fits, restore, whole_tensors_of
-from lowrank_comm.errors import StateMismatchError
+from lowrank_comm.errors import ConfigError, StateMismatchError
 from lowrank_comm.reduction.reducer import Reducer
 
 FILE_NAME = "lowrank_comm.safetensors"
@@ -57,6 +59,23 @@ FILE_NAME = "lowrank_comm.safetensors"
 # of files with a checksum
 _FORMAT = "2"
 _UNFINISHED = "lowrank_comm.unfinished"
+_PREFIX, _SUFFIX = "lowrank_comm-", ".safetensors"
+
+
+def _name_of(name: str) -> str:
+    """Return the name of a save, which may be given as its file's name.
+
+    Raises:
+        StateMismatchError: no save has such a name.
+    """
+    if isinstance(name, str) and name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+        name = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\0][^/\\\0]*", name):
+        raise StateMismatchError(
+            f"name={name!r:.80} is not one that lowrank_comm.checkpoint.save returns; give load()"
+            " what save() returned, or None for the newest."
+        )
+    return name
 
 
 def file_of(folder: str | os.PathLike[str], name: str) -> Path:
@@ -65,22 +84,27 @@ def file_of(folder: str | os.PathLike[str], name: str) -> Path:
     Raises:
         StateMismatchError: no save has such a name.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\0][^/\\\0]*", name):
-        raise StateMismatchError(
-            f"name={name!r:.80} is not one that lowrank_comm.checkpoint.save returns; give load()"
-            " what save() returned, or None for the newest."
-        )
-    return Path(folder) / f"lowrank_comm-{name}.safetensors"
+    return Path(folder) / f"{_PREFIX}{_name_of(name)}{_SUFFIX}"
 
 
 def files_in(folder: str | os.PathLike[str]) -> list[Path]:
     """Return all files in a folder that `save` has written, earlier versions' too."""
-    return sorted([*Path(folder).glob("lowrank_comm-*.safetensors"), *_plain(folder)])
+    return sorted([*Path(folder).glob(f"{_PREFIX}*{_SUFFIX}"), *_plain(folder)])
 
 
 def _plain(folder: str | os.PathLike[str]) -> list[Path]:
     path = Path(folder) / FILE_NAME
     return [path] if path.is_file() else []
+
+
+def _check_kinds(call: str, reducer: Any, folder: Any) -> None:
+    if isinstance(reducer, Reducer) and isinstance(folder, (str, os.PathLike)):
+        return
+    given = f"{type(reducer).__name__}, {type(folder).__name__}"
+    raise ConfigError(
+        f"checkpoint.{call}({given}): give {call}(optimizer.reducer, folder), with the reducer of"
+        f" a CompressedOptimizer first; {call}_all(folder, model, optimizer) takes everything."
+    )
 
 
 def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
@@ -99,7 +123,9 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
     Raises:
         StateMismatchError: on every worker, if rank 0 could not write, or the state of
             some worker is not finite.
+        ConfigError: an argument is of another kind, as the optimizer itself.
     """
+    _check_kinds("save", reducer, folder)
     reducer.consolidate_error_memory()
     tensors = (
         whole_tensors_of(reducer)
@@ -202,10 +228,10 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
     Args:
         reducer: of the resumed run.
         folder: where the file is.
-        name: what `save` returned for this checkpoint. None takes the newest complete
-            file, and says which: it may be of another save than the rest of what the
-            caller loads. Where a base optimizer that counts its steps (Adam; not SGD)
-            has been loaded before, one of as many steps is taken.
+        name: what `save` returned for this checkpoint, or its file's name. None takes
+            the newest complete file, and says which: it may be of another save than the
+            rest of what the caller loads. Where a base optimizer that counts its steps
+            (Adam; not SGD) has been loaded before, one of as many steps is taken.
 
     Returns:
         False, after a warning, where there is no file: all then starts from zero.
@@ -214,11 +240,17 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
         StateMismatchError: on every worker, if the file does not fit this run, is
             damaged, belongs to another save than `name` says, or is there on some
             workers only; then nothing is changed.
+        ConfigError: an argument is of another kind, as the optimizer itself.
     """
+    _check_kinds("load", reducer, folder)
     found: Saved | None = None
+    say_loaded: Callable[[], None] | None = None
     seen, problem = "missing", None
     try:
-        found = _newest(folder, reducer) if name is None else _named(folder, name)
+        if name is None:
+            found, say_loaded = _newest(folder, reducer)
+        else:
+            found = _named(folder, _name_of(name))
         if found is not None:
             check_fits(reducer, found.tag, found.tensors)
             seen = f"of step {found.tag.step} ({found.path.name})"
@@ -234,17 +266,24 @@ def load(reducer: Reducer, folder: str | os.PathLike[str], name: str | None = No
                 " was saved with. Copy it from the checkpoint's original folder, or load without"
                 " the optimizer's state."
             )
-        _log.warning(
-            "%s has no file of lowrank_comm: the checkpoint was saved without compression; the %s"
-            " starts from zero",
-            folder,
-            memory,
-        )
+        if Path(folder).is_dir():
+            _log.warning(
+                "%s has no file of lowrank_comm: the checkpoint was saved without compression; the"
+                " %s starts from zero",
+                folder,
+                memory,
+            )
+        else:
+            _log.warning(
+                "%s is no folder: nothing is loaded, and the %s starts from zero", folder, memory
+            )
         reducer.reset()
         return False
     restore(reducer, found.tag, found.tensors)
     reducer.state.lineage = found.metadata.get("lineage", "")
     reducer.state.files[found.path.parent.resolve()] = found.path.resolve()
+    if say_loaded is not None:
+        say_loaded()
     return True
 
 
@@ -267,10 +306,12 @@ def _named(folder: str | os.PathLike[str], name: str) -> Saved | None:
     return None
 
 
-def _newest(folder: str | os.PathLike[str], reducer: Reducer) -> Saved | None:
+def _newest(
+    folder: str | os.PathLike[str], reducer: Reducer
+) -> tuple[Saved | None, Callable[[], None] | None]:
     """Return what the newest complete file of a folder holds, of as many steps of the
     base as this one has made; the newest of all where there is none of these; None
-    where there is no file.
+    where there is no file. And what logs that it is loaded, on the rank that logs.
     """
     now, says = reducer.base_steps(), reducer.workers.is_writer
     files = sorted(files_in(folder), key=_written, reverse=True)
@@ -286,33 +327,46 @@ def _newest(folder: str | os.PathLike[str], reducer: Reducer) -> Saved | None:
             continue
         for text in damaged if says else ():
             _log.warning("passed over: %s", text)
-        then = found.metadata.get("base_steps", "None")
-        if says and now is not None and then not in ("None", str(now)):
-            _log.warning(
-                "%s is of another save than what the base optimizer has loaded: %s steps there, %d"
-                " here; give load() the name that save() returned with the rest",
-                file,
-                then,
-                now,
-            )
-        elif says and (len(files) > 1 or damaged):
-            which = (
-                "" if then == "None" or now is None else f" of {now} steps of the base optimizer"
-            )
-            _log.warning(
-                "%s of step %d is the newest complete file%s in %s, and is loaded; give load() the"
-                " name that save() returned, to be sure that it belongs to the rest",
-                file.name,
-                found.tag.step,
-                which,
-                folder,
-            )
-        elif says:
-            _log.info("%s of step %d is loaded", file, found.tag.step)
-        return found
+        several = len(files) > 1 or bool(damaged)
+        say = functools.partial(_say_loaded, found, folder, now, several)
+        return found, say if says else None
     if damaged:
         raise StateMismatchError(damaged[0])
-    return None
+    return None, None
+
+
+def _say_loaded(
+    found: Saved, folder: str | os.PathLike[str], now: int | None, several: bool
+) -> None:
+    """Log which file was taken without a name, and where it may be the wrong one.
+
+    Args:
+        found: what was loaded.
+        folder: that was given.
+        now: steps of the base here; None if it counts none.
+        several: whether others were there, complete or damaged.
+    """
+    then = found.metadata.get("base_steps", "None")
+    if now is not None and then not in ("None", str(now)):
+        _log.warning(
+            "%s is of another save than what the base optimizer has loaded: %s steps there, %d"
+            " here; give load() the name that save() returned with the rest",
+            found.path,
+            then,
+            now,
+        )
+    elif several:
+        which = "" if then == "None" or now is None else f" of {now} steps of the base optimizer"
+        _log.warning(
+            "%s of step %d is the newest complete file%s in %s, and is loaded; give load() the name"
+            " that save() returned, to be sure that it belongs to the rest",
+            found.path.name,
+            found.tag.step,
+            which,
+            folder,
+        )
+    else:
+        _log.info("%s of step %d is loaded", found.path, found.tag.step)
 
 
 def _metadata(path: Path) -> dict[str, str]:

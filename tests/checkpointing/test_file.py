@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as read_safetensors
 from safetensors.torch import save_file as plain_save
 
-from lowrank_comm import PowerSGD, StateMismatchError
+from lowrank_comm import ConfigError, PowerSGD, StateMismatchError
 from lowrank_comm.checkpointing import file as library_checkpoint
 from lowrank_comm.checkpointing.durable import checksum
 from lowrank_comm.compressors.base import Compressor
@@ -85,6 +85,45 @@ def test_a_missing_file_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert str(tmp_path) in caplog.text
     assert not any(e.any() for e in trainer.optimizer.error_memory().values())
     assert trainer.optimizer.reducer.step == 0
+
+
+def test_a_folder_that_is_not_there_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is no checkpoint without compression."""
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        assert library_checkpoint.load(trained(2).optimizer.reducer, tmp_path / "none") is False
+    assert f"{tmp_path / 'none'} is no folder: nothing is loaded" in caplog.text
+    assert "without compression" not in caplog.text
+
+
+@pytest.mark.parametrize("call", ["save", "load"])
+def test_an_optimizer_in_the_place_of_its_reducer_is_refused(call: str, tmp_path: Path) -> None:
+    optimizer = trained(1).optimizer
+    for given in ((optimizer, tmp_path), (tmp_path, optimizer.reducer)):
+        with pytest.raises(ConfigError, match=rf"give {call}\(optimizer\.reducer, folder\)"):
+            getattr(library_checkpoint, call)(*given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loaded_is_said_after_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = library_checkpoint.save(trained(2).optimizer.reducer, tmp_path)
+    other = Trainer(PowerSGD(2), min_compression_rate=1000)
+    with caplog.at_level(logging.INFO, "lowrank_comm"):
+        with pytest.raises(StateMismatchError, match="would be lost"):
+            library_checkpoint.load(other.optimizer.reducer, tmp_path)
+        assert "is loaded" not in caplog.text
+        assert library_checkpoint.load(Trainer(PowerSGD(2)).optimizer.reducer, tmp_path)
+    assert f"lowrank_comm-{name}.safetensors of step 2 is loaded" in caplog.text
+
+
+def test_a_file_may_be_named_as_it_stands_in_the_folder(tmp_path: Path) -> None:
+    one = trained(2)
+    name = library_checkpoint.save(one.optimizer.reducer, tmp_path)
+    file = library_checkpoint.file_of(tmp_path, name)
+    other = Trainer(PowerSGD(2))
+    assert library_checkpoint.load(other.optimizer.reducer, tmp_path, file.name)
+    assert equal(other.optimizer.error_memory(), one.optimizer.error_memory())
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
