@@ -184,7 +184,8 @@ class DeepSpeedAdapter:
         if self._divergence.is_due:
             self.reducer.ensure_agreed()
             self._divergence.run(self.reducer, self._store.replicas())
-        self._outcome = outcome = self._levels.reduce(self.reducer, gradients, scale)
+        refused = self._store.refused
+        self._outcome = outcome = self._levels.reduce(self.reducer, gradients, scale, refused)
         with torch.no_grad():
             self._store.hand_over(outcome.grads)
         self._skipped.enter(

@@ -24,7 +24,8 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import deepspeed
@@ -113,8 +114,11 @@ class GradientStore(ABC):
         needs: names that the optimizer must have.
         groups: the one of them that holds the groups of parameters whose gradients
             DeepSpeed would average; None for all that require a gradient.
+        refused: of what `gradients` has found, place of a parameter -> what cannot be
+            averaged; see `RowScatter`.
     """
 
+    refused: Mapping[int, str] = MappingProxyType({})
     needs: tuple[str, ...] = ()
     groups: str | None = None
 

@@ -13,7 +13,7 @@ and DeepSpeed then cuts its partitions out of whole gradients as it does with on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -61,13 +61,20 @@ class Levels:
         self._whole, self._rows = whole, RowScatter(whole, self.intra_node)
         self.slots = self._rows.slots
 
-    def reduce(self, reducer: Reducer, gradients: Sequence[Tensor | None], scale: float) -> Outcome:
+    def reduce(
+        self,
+        reducer: Reducer,
+        gradients: Sequence[Tensor | None],
+        scale: float,
+        refused: Mapping[int, str],
+    ) -> Outcome:
         """Average the gradients of one step; a collective of everyone.
 
         Args:
             reducer: of `slots`, over `group` and `intra_node`.
             gradients: whole local ones, None where there is none; overwritten.
             scale: the loss scale that they carry.
+            refused: place of a parameter -> what this rank has that cannot be averaged.
 
         Returns:
             The outcome with whole gradients. After a veto NaN everywhere: DeepSpeed
@@ -76,7 +83,7 @@ class Levels:
         """
         # ranks of a node with different models would wait for each other in the scatter
         reducer.ensure_agreed()
-        blocks = self._rows.scatter(gradients)
+        blocks = self._rows.scatter(gradients, refused)
         outcome = reducer.reduce(blocks, scale=scale, refused=self._rows.refused)
         if outcome.applied:
             return replace(outcome, grads=self._rows.gather(outcome.grads, gradients))

@@ -42,13 +42,17 @@ class PlainGradients(GradientStore):
 
     def gradients(self) -> Gradients:
         known = {id(p) for p in self.parameters}
-        for name, p in self.engine.module.named_parameters():
-            if p.grad is not None and p.requires_grad and id(p) not in known:
-                raise UnsupportedError(
-                    f"lowrank_comm: parameter {name!r} was frozen when deepspeed.initialize ran and"
-                    " has a gradient now, which would not be averaged. Unfreeze parameters before"
-                    " deepspeed.initialize."
-                )
+        unknown = [
+            name
+            for name, p in self.engine.module.named_parameters()
+            if p.grad is not None and p.requires_grad and id(p) not in known
+        ]
+        why = (
+            "would not be averaged, since the parameter was frozen when deepspeed.initialize ran;"
+            " unfreeze parameters before that"
+        )
+        # as other gradients that cannot be averaged, since not all ranks may have it
+        self.refused = {0: f"{unknown[0]} {why}"} if unknown else {}
         separate_from_parameters(self.parameters, self.engine.module.parameters())
         return [p.grad for p in self.parameters]
 

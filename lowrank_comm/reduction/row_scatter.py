@@ -19,8 +19,9 @@ zero there; how many ranks have one is summed before the first portion.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -47,9 +48,10 @@ class RowScatter:
     Attributes:
         slots: what the reducer averages: this rank's blocks, or the parameters
             themselves where every rank is a worker.
-        refused: of the last pass with two levels, place of a slot -> why its gradient
-            cannot be averaged; "" where that is another rank's of the node. The blocks
-            of these are None, and the reducer tells the other nodes.
+        refused: of the last pass, place of a slot -> why its gradient cannot be
+            averaged, as given and, with two levels, as found; "" where that is another
+            rank's of the node. The blocks of these are None, and the reducer tells the
+            other nodes.
     """
 
     def __init__(self, whole: Sequence[ParamInfo], intra_node: IntraNodeGroup) -> None:
@@ -88,21 +90,26 @@ class RowScatter:
         return math.prod(self.slots[k].block(self._intra_node, 0))
 
     @torch.no_grad()
-    def scatter(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def scatter(
+        self, gradients: Sequence[Tensor | None], refused: Mapping[int, str] = MappingProxyType({})
+    ) -> list[Tensor | None]:
         """Return this rank's blocks of the node's mean gradients; a collective inside
         the node.
 
         Args:
             gradients: whole ones, None where this rank has none. `gather` overwrites
                 them.
+            refused: place of a slot -> what this rank has that cannot be averaged,
+                beside gradients that are unusable by themselves.
 
         Returns:
             In slot order, new tensors, or None where no rank of the node has a
             gradient. The gradients themselves where every rank is a worker.
         """
+        self.refused = dict(refused)
         if self._intra_node.size == 1:
             return list(gradients)
-        self.refused = unusable(self._whole, gradients, range(len(gradients)))
+        self.refused |= unusable(self._whole, gradients, range(len(gradients)))
         if self.refused:
             gradients = [None if k in self.refused else g for k, g in enumerate(gradients)]
         numbers = [

@@ -287,6 +287,15 @@ def test_a_bit_that_flips_on_one_rank_is_told_on_all(look: Look, stage: int) -> 
         assert found["step"] == 3
 
 
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_a_gradient_of_what_was_frozen_at_first_is_told_on_all_ranks(
+    look: Look, shard_size: int
+) -> None:
+    for told in look(f"unfrozen later {shard_size}"):
+        assert told.startswith("LowRankCommError: ")
+        assert "on rank 1 the gradient of sometimes.weight would not be averaged" in told
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_layer_that_is_frozen_in_mid_run_moves_as_without_the_section(
     look: Look, stage: int

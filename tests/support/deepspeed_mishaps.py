@@ -139,6 +139,21 @@ def frozen_midway(rank: int, stage: int) -> dict[str, Any]:
     return {"without": moved[0], "with": moved[1], "error memory": kept}
 
 
+def unfrozen_later(rank: int, shard_size: int) -> str:
+    """What is told where a matrix that was frozen at first has a gradient on rank 1."""
+    model = seeded_toy()
+    model.sometimes.requires_grad_(False)
+    settings = config(0, section=RANK_2 | {"topology": {"shard_size": shard_size}})
+    with engines(engine_of(settings, "sgd", model)) as engine:
+        train(engine, range(2), rank)
+        model.sometimes.requires_grad_(True)
+        try:
+            train(engine, range(2, 3), rank, detour=lambda rank, step: rank == 1)
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def stuck(rank: int, stage: int) -> dict[str, Any]:
     """A run whose gradient is never finite on rank 1: what is told of each step, and
     how it ends.

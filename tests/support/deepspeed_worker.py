@@ -318,6 +318,8 @@ def cases(folder: str) -> dict[str, Case]:
                     dtype,
                     gas,
                 )
+    for shard_size in (1, 2):
+        add(f"unfrozen later {shard_size}", mishaps.unfrozen_later, shard_size)
     add("reused optimizer", mishaps.reused_optimizer)
     add("engines of their own", mishaps.engines_of_their_own)
     add("a part called module", mishaps.a_part_called_module)
