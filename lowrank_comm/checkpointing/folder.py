@@ -487,6 +487,13 @@ def _check_finite(state: Any, where: str = "the optimizer's state") -> None:
         raise StateMismatchError(f"{where} is not finite; go on from an earlier save.")
 
 
+def _why_unsafe(error: Exception) -> str:
+    """Return what torch says in a long text about a value that it does not load."""
+    found = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"it holds a {found.group(1)}" if found else lines[-1]
+
+
 def _put_extra(path: Path, extra: Mapping[str, Any]) -> Path:
     """Write what the caller gives; say which of it cannot be written."""
     try:
@@ -499,10 +506,9 @@ def _put_extra(path: Path, extra: Mapping[str, Any]) -> Path:
                 torch.load(io.BytesIO(buffer.getvalue()), weights_only=True, map_location="meta")
             # of any kind, from the value's own pickling
             except Exception as error:
-                text = str(error).strip().splitlines()
                 raise ConfigError(
                     f"save_all: {key}={value!r:.80} cannot be saved so that it loads without"
-                    f" running code from it ({text[-1] if text else type(error).__name__}); give"
+                    f" running code from it ({_why_unsafe(error)}); give"
                     " tensors, numbers, text, and lists and dicts of them."
                 ) from None
         raise
@@ -514,10 +520,9 @@ def _put(path: Path, what: dict[str, Any]) -> Path:
     try:
         torch.load(path, weights_only=True, mmap=True, map_location="meta")
     except Exception as error:
-        text = str(error).strip().splitlines()
         raise ConfigError(
             f"{path.name} could be saved, but not be loaded without running code from it"
-            f" ({text[-1] if text else type(error).__name__}); give tensors, numbers, text, and"
+            f" ({_why_unsafe(error)}); give tensors, numbers, text, and"
             " lists and dicts of them."
         ) from None
     return path

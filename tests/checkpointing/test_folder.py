@@ -421,6 +421,8 @@ def test_an_extra_that_cannot_be_saved_or_has_an_arguments_name_is_named(tmp_pat
     for key, value in (("metric", lambda: 1), ("scheduler", random.Random(0))):
         with pytest.raises(StateMismatchError, match=f"{key}=.* cannot be saved .*give tensors"):
             checkpoint.save_all(tmp_path, model, optimizer, epoch=1, **{key: value})
+    with pytest.raises(StateMismatchError, match=r"scheduler=.*it holds a random\.Random"):
+        checkpoint.save_all(tmp_path, model, optimizer, scheduler=[random.Random(0)])
     for name in ("folder", "model", "optimizer"):
         with pytest.raises(ConfigError, match=f"no extra can be called '{name}'"):
             checkpoint.save_all(tmp_path, model, optimizer, **{name: 1})
