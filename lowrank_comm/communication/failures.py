@@ -15,6 +15,8 @@ import threading
 import traceback
 from collections.abc import Iterator
 
+import torch
+
 from lowrank_comm.errors import LowRankCommError
 
 _log = logging.getLogger("lowrank_comm")
@@ -28,7 +30,12 @@ _LIBRARY = __name__.partition(".")[0]
 def collective_failed(error: RuntimeError) -> LowRankCommError:
     """Return what to raise from torch's error: it names the call of this library, and
     the user's line with it, and asks whether all ranks made it.
+
+    Raises:
+        OutOfMemoryError: it is one; what helps is less memory.
     """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
     call, line = _call()
     reason = str(error).strip().partition("\n")[0]
     return LowRankCommError(
@@ -62,7 +69,9 @@ def saying_so() -> Iterator[None]:
 
 
 def _call() -> tuple[str, str]:
-    """Return which function of this library was called, and where, for a message."""
+    """Return which function of this library was called, and where, for a message. What
+    autograd has called is `backward`.
+    """
     call, where = "a collective", ""
     for frame, number in traceback.walk_stack(sys._getframe(2)):
         root = frame.f_globals.get("__name__", "").partition(".")[0]
@@ -72,4 +81,10 @@ def _call() -> tuple[str, str]:
             file = frame.f_code.co_filename
             text = linecache.getline(file, number).strip()
             where = f" ({file}, line {number}{': ' if text else ''}{text})"
+    parts = call.split(".")
+    if any(part.startswith("_") and not part.endswith("__") for part in parts):
+        # users have not called it by this name
+        if torch._C._current_graph_task_id() != -1:
+            return "backward", where
+        call = ".".join(part.lstrip("_") for part in parts)
     return call, where

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_comm import LowRankCommError, PowerSGD, checkpoint
 from lowrank_comm.bidirectional import BidirectionalOptimizer
@@ -109,6 +110,40 @@ def first_step(rank: int, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["gradients", "bidirectional"])
 def test_a_first_step_of_one_rank_alone(gloo: GlooPool, kind: str) -> None:
     assert "Did all ranks make this call" in gloo.run(first_step, 2, kind)[0]
+
+
+def in_backward(rank: int, engine: str) -> str:
+    """Rank 0 alone ends a backward pass, at whose end gradients are averaged."""
+    model, group = network(), impatient()
+    optimizer = compressed(model, process_group=group, reduce_at="backward")
+    ddp = DistributedDataParallel(model) if engine == "DDP" else model
+    if engine == "DDP":
+        optimizer.attach(ddp)
+    loss_of(ddp, 0, rank).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if rank == 1:
+        time.sleep(SECONDS + 1)
+        return ""
+    try:
+        loss_of(ddp.module if engine == "DDP" else ddp, 1, rank).backward()
+    except LowRankCommError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("engine", ["plain", "DDP"])
+def test_what_fails_in_backward_is_called_backward(gloo: GlooPool, engine: str) -> None:
+    told = gloo.run(in_backward, 2, engine)[0]
+    assert told.startswith("lowrank_comm: backward() could not go on with the other ranks")
+    assert "test_failures.py, line " in told
+
+
+def test_memory_that_runs_out_in_a_collective_is_told_as_it_is() -> None:
+    error = torch.OutOfMemoryError("out of memory")
+    with pytest.raises(torch.OutOfMemoryError) as told:
+        raise failures.collective_failed(error) from error
+    assert told.value is error
 
 
 def unlike_steps(rank: int) -> str:
