@@ -538,7 +538,8 @@ class CompressedOptimizer(OptimizerWrapper):
             gradients = [p.grad for p in parameters]
             sent = self._backward.double_averaging.check(gradients, reducer.workers)
             reducer.ledger.bytes["fingerprint"] += sent
-        separate_from_parameters(parameters, self._lazy.named.values(), engine.local)
+        local = None if self._attachment.is_plain else engine.local
+        separate_from_parameters(parameters, self._lazy.named.values(), local)
         gradients = engine.collect(parameters)
         outcome = reducer.reduce(gradients, scale=scale, refused=engine.refused)
         applied = outcome.applied

@@ -8,8 +8,6 @@ end. That worker sends NaN as the control number that says whether it has the gr
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -127,37 +125,26 @@ def writable(slots: Sequence[ParamInfo], grads: Sequence[Tensor | None]) -> list
 def separate_from_parameters(
     holders: Iterable[Tensor],
     parameters: Iterable[Tensor],
-    local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    local: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Copy the gradients that share memory with a parameter (`a.grad = b.detach()`),
+    """Copy the gradients that lie in a parameter's storage (`a.grad = b.detach()`),
     since the result would be written into the parameter.
 
     Args:
         holders: the parameters whose `.grad` will be overwritten.
         parameters: whose memory is to be left alone.
-        local: returns this rank's part of a parameter or gradient.
+        local: returns this rank's part of a parameter or gradient, where they are not
+            plain tensors.
     """
-    spans = sorted(span for p in parameters if (span := _span(local(p))) is not None)
-    starts = [start for start, _ in spans]
-    # of a parameter and those before it, since parameters may overlap
-    ends = list(itertools.accumulate((end for _, end in spans), max))
-    for holder in holders:
-        span = _span(local(holder.grad)) if holder.grad is not None else None
-        if span is not None:
-            before = bisect_left(starts, span[1])
-            if before and ends[before - 1] > span[0]:
-                holder.grad = holder.grad.clone()  # type: ignore[union-attr]
-
-
-def _span(tensor: Tensor) -> tuple[int, int] | None:
-    """Return the addresses of a tensor's first byte and of the one behind its last;
-    None if it has none.
-    """
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return None
-    elements = tensor.numel() if tensor.is_contiguous() else _reach(tensor)
-    start = tensor.data_ptr()
-    return start, start + elements * tensor.itemsize
+    held = [(p, p.grad) for p in holders if p.grad is not None]
+    mine = [grad for _, grad in held]
+    if local is not None:
+        parameters, mine = map(local, parameters), list(map(local, mine))
+    storages = {p.untyped_storage().data_ptr() for p in parameters}
+    for (holder, grad), part in zip(held, mine, strict=True):
+        dense = part.layout is torch.strided and part.numel()
+        if dense and part.untyped_storage().data_ptr() in storages:
+            holder.grad = grad.clone()
 
 
 def _reach(tensor: Tensor) -> int:
