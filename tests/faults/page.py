@@ -125,8 +125,12 @@ def _head(rows: list[dict[str, Any]], machines: list[dict[str, Any]]) -> list[st
     bad = [row for row in rows if row["wrong"]]
     ours = [row for row in bad if not _upstream(row)]
     useful, done = STEPS * len(rows), sum(row["executed"] for row in rows)
-    finite = [row for row in rows if not row["wrong"] and not row["outcome"].startswith("told")]
-    worst = max((max(row["worst loss"], row["worst parameter"]) for row in finite), default=0.0)
+    told = [row for row in rows if row["outcome"].startswith("told")]
+    finite = [row for row in rows if not row["wrong"] and row not in told]
+    worst, anew = (
+        max((max(row["worst loss"], row["worst parameter"]) for row in some), default=0.0)
+        for some in (finite, told)
+    )
     slowest = max(
         (
             row["seconds"]
@@ -146,12 +150,13 @@ def _head(rows: list[dict[str, Any]], machines: list[dict[str, Any]]) -> list[st
         f"| the run went on, nothing lost | {went} |",
         f"| it ended on all ranks, and was started again from its newest checkpoint | {back} |",
         f"| a damaged checkpoint was passed over or refused, and the one before it loaded | {refused} |",
-        f"| the optimizer's file was gone: told, and the optimizer started anew | {sum(row['outcome'].startswith('told') for row in rows)} |",
+        f"| the optimizer's file was gone: told, and the optimizer started anew | {len(told)} |",
         f"| **hung** beyond the fault's length and the group's timeout | **{sum('hang' in row['wrong'] for row in rows)}** |",
         f"| **diverged** from the uninterrupted run | **{sum('diverged' in row['wrong'] or 'ranks differ' in row['wrong'] for row in rows)}** |",
         f"| lost more than one save interval | {sum('more than one save interval lost' in row['wrong'] for row in rows)} |",
         f"| not as it must be, in any way; of these the engine alone does the same | {len(bad)}; {len(bad) - len(ours)} |",
         f"| largest difference to the uninterrupted run, of all losses and parameters | {f'{worst:.1e}' if worst else '0, to the bit'} |",
+        f"| the same where the optimizer started anew | {f'{anew:.1e}' if told else 'no such run'} |",
         f"| longest until all ranks had ended (SIGSTOP and links aside) | {slowest:.1f} s |",
         f"| goodput: useful steps over all steps, a fault in every {STEPS} steps | {useful / max(done, 1):.1%} |",
         "",
