@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lowrank_comm.communication import Group
-from lowrank_comm.communication.topology import Topology, ranks_in_a_node
+from lowrank_comm.communication.topology import Topology, ranks_in_a_node, timeout_of
 from lowrank_comm.config import SECTION
 from lowrank_comm.errors import ConfigError
 
@@ -131,13 +131,15 @@ def groups(everyone: Group, size: int, device: torch.device) -> Pair:
         of_the_world = len(members) == dist.get_world_size()
         if not of_the_world:
             _check_alone(everyone, device)
-        mine = []
+        mine, timeout = [], timeout_of(everyone.process_group)
         for kind in (between, _runs(members, size)):
             for ranks in kind:
                 # All ranks of the world make all groups in one order: what NCCL needs
                 # to split a communicator.
                 if of_the_world or dist.get_rank() in ranks:
-                    made = dist.new_group(list(ranks), use_local_synchronization=not of_the_world)
+                    made = dist.new_group(
+                        list(ranks), timeout, use_local_synchronization=not of_the_world
+                    )
                 if dist.get_rank() in ranks:
                     mine.append(made)
         known[key] = (mine[0], mine[1])

@@ -31,6 +31,7 @@ from lowrank_comm.bidirectional.permk import Blocks
 from lowrank_comm.bidirectional.transport import Context, Transport
 from lowrank_comm.communication.failures import collective_failed
 from lowrank_comm.communication.group import Group
+from lowrank_comm.communication.topology import timeout_of
 from lowrank_comm.errors import LowRankCommError
 
 
@@ -151,5 +152,8 @@ class ProcessGroupTransport(Transport):
             parent = self.group.process_group
             ranks = dist.get_process_group_ranks(parent) if parent is not None else list(range(n))
             members = [[0, *(i for i in range(number, n, count) if i)] for number in range(count)]
-            self._parts[n, count] = [dist.new_group([ranks[i] for i in m]) for m in members]
+            timeout = timeout_of(self.group.process_group)
+            self._parts[n, count] = [
+                dist.new_group([ranks[i] for i in one], timeout) for one in members
+            ]
         return self._parts[n, count]

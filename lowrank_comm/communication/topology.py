@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -103,6 +104,17 @@ def grid(shard_size: int | str) -> DeviceMesh | None:
         )
     kind = "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
     return init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """Return how long a collective of a process group may wait, for groups that are
+    made beside it: torch gives those its own default, of half an hour. None where torch
+    does not tell.
+    """
+    group = group or dist.group.WORLD
+    backend = group._get_backend(group._device_types[0])
+    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
+    return timeout
 
 
 def covered_ranks(process_group: Any) -> list[int]:

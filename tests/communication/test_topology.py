@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Any
+
 import pytest
+import torch.distributed as dist
 
 from lowrank_comm import ConfigError
-from lowrank_comm.communication.topology import covered_ranks, grid, levels, ranks_in_a_node
-from tests.support.gloo import GlooPool
+from lowrank_comm.communication.topology import (
+    covered_ranks,
+    grid,
+    levels,
+    ranks_in_a_node,
+    timeout_of,
+)
+from tests.support.gloo import COLLECTIVE_TIMEOUT, GlooPool
 
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
@@ -41,6 +51,15 @@ def in_a_grid(rank: int) -> tuple[int, int, int, int, list[int], str]:
     except ConfigError as error:
         refusal = str(error)
     return between.size, between.rank, inside.size, inside.rank, covered_ranks(mesh), refusal
+
+
+def timeouts(rank: int) -> tuple[Any, Any]:
+    short = dist.new_group([0, 1], timedelta(seconds=7))
+    return timeout_of(None), timeout_of(short)
+
+
+def test_groups_that_are_made_beside_another_wait_as_long(gloo: GlooPool) -> None:
+    assert gloo.run(timeouts, 2) == [(COLLECTIVE_TIMEOUT, timedelta(seconds=7))] * 2
 
 
 def test_four_ranks_are_two_nodes_of_two(gloo: GlooPool) -> None:
