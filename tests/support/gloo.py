@@ -67,6 +67,7 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
     os.environ.update(environment)
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     while True:
@@ -90,6 +91,9 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            # Two meshes of the same ranks count as equal there, and the next case would
+            # be given this one's, whose group is gone.
+            _clear_sharding_prop_cache()
         connection.send_bytes(answer)
 
 
