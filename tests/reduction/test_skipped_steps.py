@@ -119,12 +119,22 @@ def test_a_state_that_is_loaded_starts_the_count_anew() -> None:
     model = network()
     optimizer = compressed(model, max_vetoes=3)
     saved = optimizer.state_dict()
+
+    def skip() -> None:
+        (loss_of(model, 0) * torch.inf).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_was_skipped
+
     for _ in range(4):
-        for _ in range(2):
-            (loss_of(model, 0) * torch.inf).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        skip()
+        skip()
         optimizer.load_state_dict(saved)
+        assert not optimizer.step_was_skipped
+    skip()
+    skip()
+    with pytest.raises(LowRankCommError, match="skipped 3 times in a row"):
+        skip()
 
 
 def test_max_vetoes_is_a_number_of_steps() -> None:
