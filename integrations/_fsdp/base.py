@@ -81,11 +81,6 @@ class FSDPEngine(Engine):
                 parameter.grad = placed_like(parameter, result)
 
     @override
-    def forget(self) -> None:
-        # nothing is kept between collect and deliver
-        pass
-
-    @override
     def release(self) -> None:
         for give_back in self._give_back:
             give_back()

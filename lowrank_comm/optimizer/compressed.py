@@ -549,8 +549,6 @@ class CompressedOptimizer(OptimizerWrapper):
             applied = False
         if applied:
             engine.deliver(parameters, outcome.grads)
-        else:
-            engine.forget()
         self._backward.ended(applied)
         self._skipped.enter(
             reducer.step,

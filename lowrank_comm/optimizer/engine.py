@@ -11,8 +11,7 @@ A step asks an engine, in this order:
     collect     local gradients, one for each slot; with two levels the exact mean
                 inside the node is formed here
     deliver     put the averaged ones into `p.grad`
-    forget      or, after a veto, forget what was collected
-    fill_nan    and put NaN into `p.grad`, where a veto must be visible there
+    fill_nan    or, after a veto, put NaN there, where it must be visible
 """
 
 from __future__ import annotations
@@ -119,9 +118,6 @@ class Engine:
         for parameter, grad in zip(parameters, whole, strict=True):
             if parameter.grad is not grad:
                 parameter.grad = grad
-
-    def forget(self) -> None:
-        """Forget what was collected, after a veto: nothing will be delivered."""
 
     def fill_nan(self, parameters: Sequence[Tensor]) -> None:
         """Put NaN into every gradient that is there."""
