@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_comm.compressors.base import LowRank
 from lowrank_comm.error_feedback.options import DTYPES, ErrorFeedback
+from lowrank_comm.numerics.device import on_accelerator
 from lowrank_comm.numerics.randomness import stream
 
 # From so many elements on, a matrix is worth operations of its own: they take longer
@@ -34,7 +35,7 @@ def row_blocks(matrix: Tensor) -> list[slice]:
     other devices, where launches cost more.
     """
     m, n = matrix.shape
-    rows = m if matrix.device.type != "cpu" else max(1, BLOCK // n)
+    rows = m if on_accelerator(matrix.device) else max(1, BLOCK // n)
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 

@@ -1,14 +1,61 @@
-"""Transfers of plain numbers to a device without waiting for it, and its current
-stream.
+"""What differs between a CPU and an accelerator, and transfers of plain numbers without
+waiting for the device.
+
+On an accelerator each operation is a launch of some microseconds and products of many
+matrices run side by side, so that the matrices of one shape share all operations,
+however large they are. A CPU works through a matrix of some size alone, block of rows
+by block, while the block is in its cache. Whoever chooses between the two asks
+`on_accelerator`, and nobody looks at a device's type, so that tests can take the
+accelerator's path on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# not a context variable: engines call from threads of autograd
+_forced = 0
+
+
+@contextlib.contextmanager
+def accelerator_path() -> Iterator[None]:
+    """Let CPU tensors take every branch that an accelerator's take; every matrix then
+    counts as large.
+
+    For tests, and to count what a step would cost an accelerator. Optimizers and
+    reducers are to be made and used inside: what shares a batch is decided when they
+    are made.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_comm.numerics.device import accelerator_path, on_accelerator
+        >>> with accelerator_path():
+        ...     on_accelerator(torch.device("cpu"))
+        True
+    """
+    global _forced
+    _forced += 1
+    try:
+        yield
+    finally:
+        _forced -= 1
+
+
+def on_accelerator(device: torch.device) -> bool:
+    """Return whether work on this device takes the accelerator's path."""
+    return _forced > 0 or device.type != "cpu"
+
+
+def counts_as_large(numel: int, threshold: int) -> bool:
+    """Return whether a tensor on any device is large: above the threshold, and always
+    inside `accelerator_path`.
+    """
+    return _forced > 0 or numel > threshold
 
 
 def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -19,9 +66,10 @@ def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtyp
     every step. From pinned memory the copy takes its place in the stream; torch keeps
     that memory until it is done.
     """
-    if device.type != "cuda":
+    if not on_accelerator(device):
         return torch.tensor(numbers, dtype=dtype, device=device)
-    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    pinned = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
 
 
 def current_stream(device: torch.device) -> Any:

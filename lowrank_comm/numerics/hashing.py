@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from lowrank_comm.numerics.device import on_accelerator
+
 _ROW = 1 << 16
 _ROWS_TOGETHER = 64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -95,7 +97,7 @@ def _rows(bits: Tensor) -> Tensor:
     whole = len(bits) // _ROW
     sums = []
     if whole:
-        step = 1 if bits.device.type == "cpu" else _ROWS_TOGETHER
+        step = _ROWS_TOGETHER if on_accelerator(bits.device) else 1
         parts = bits[: whole * _ROW].view(whole, _ROW).split(step)
         sums += [(rows * weights).sum(dim=1) for rows in parts]
     rest = bits[whole * _ROW :]

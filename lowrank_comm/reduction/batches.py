@@ -29,6 +29,7 @@ from lowrank_comm.compressors.base import (
 )
 from lowrank_comm.error_feedback.memory import LARGE, ErrorMemory, row_blocks
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.device import on_accelerator
 from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
 from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.params import ParamInfo
@@ -140,7 +141,7 @@ class Batch:
             work = torch.empty(
                 len(self.slots), self.m, self.n, dtype=self.dtype, device=self.device
             )
-            if self.device.type != "cpu":
+            if on_accelerator(self.device):
                 return work
             self._work = work
         return self._work

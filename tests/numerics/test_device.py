@@ -1,20 +1,51 @@
-"""Numbers on their way to a device."""
+"""Which path a device takes, and numbers on their way to it."""
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
-from lowrank_comm.numerics.device import current_stream, numbers_on
+from lowrank_comm.numerics.device import (
+    accelerator_path,
+    counts_as_large,
+    current_stream,
+    numbers_on,
+    on_accelerator,
+)
 
 CPU = torch.device("cpu")
 
 
 def test_numbers_become_a_tensor_of_the_asked_dtype() -> None:
-    numbers = numbers_on(CPU, [1.0, 0.5, -3.0], torch.float64)
-    assert numbers.dtype == torch.float64
-    assert numbers.tolist() == [1.0, 0.5, -3.0]
-    assert numbers_on(CPU, [], torch.float32).shape == (0,)
+    for path in (numbers_on, _on_the_accelerators_path):
+        numbers = path(CPU, [1.0, 0.5, -3.0], torch.float64)
+        assert numbers.dtype == torch.float64
+        assert numbers.tolist() == [1.0, 0.5, -3.0]
+        assert path(CPU, [], torch.float32).shape == (0,)
+
+
+def _on_the_accelerators_path(*arguments: object) -> torch.Tensor:
+    with accelerator_path():
+        return numbers_on(*arguments)  # type: ignore[arg-type]
 
 
 def test_a_cpu_has_no_streams() -> None:
     assert current_stream(CPU) is None
+
+
+def test_the_path_is_of_all_threads_and_ends_with_the_context() -> None:
+    """Engines call from threads of autograd."""
+    seen: list[bool] = []
+    with accelerator_path():
+        with accelerator_path():
+            pass
+        thread = threading.Thread(target=lambda: seen.append(on_accelerator(CPU)))
+        thread.start()
+        thread.join()
+        assert counts_as_large(1, 100)
+    assert seen == [True]
+    assert not on_accelerator(CPU)
+    assert not counts_as_large(100, 100)
+    assert counts_as_large(101, 100)
+    assert on_accelerator(torch.device("meta"))
