@@ -3,15 +3,14 @@ a run can be killed at any time.
 
 A line: {"key", "params", "result", "seconds", "made_for", "code"}. `made_for` is a hash
 of all settings that the result depends on; a row that was made for other settings is
-never mixed with new ones. `code` is a hash of the package's sources. Rows of another
-version are kept, and a run reports them, since most changes affect no result. A last
-line without its end, which a killed run leaves, does not count and is cut off before
-the next row is written.
+never mixed with new ones. `code` is the hash of the package's sources (`sources`). Rows
+of another version are kept, and a run reports them, since most changes affect no
+result. A last line without its end, which a killed run leaves, does not count and is
+cut off before the next row is written.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -34,16 +33,6 @@ def fingerprint(value: Any) -> str:
 def made_for(experiment: Experiment, settings: Any, case: Case) -> str:
     """Return the fingerprint of all that the case's result depends on."""
     return fingerprint([experiment.name, experiment.depends_on(settings, case), case.params])
-
-
-@functools.cache
-def code() -> str:
-    """Return the fingerprint of the package's Python files."""
-    package = Path(__file__).parents[2]
-    files = sorted(package.rglob("*.py"))
-    return fingerprint(
-        [[path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")] for path in files]
-    )
 
 
 def plain(value: Any, digits: int | None = None) -> Any:

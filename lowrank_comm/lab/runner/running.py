@@ -28,7 +28,8 @@ from lowrank_comm.lab.experiments import experiment
 from lowrank_comm.lab.runner.note import write_note
 from lowrank_comm.lab.runner.preset import Preset
 from lowrank_comm.lab.runner.progress import Bars, progress_bars
-from lowrank_comm.lab.runner.rows import Rows, code, made_for, plain
+from lowrank_comm.lab.runner.rows import Rows, made_for, plain
+from lowrank_comm.lab.runner.sources import sources_hash
 
 
 @dataclass
@@ -100,7 +101,7 @@ def run_preset(
             " they differ."
         )
     # the sources as they are before the first case; they may be edited while it runs
-    rows, now = Rows(folder), code()
+    rows, now = Rows(folder), sources_hash()
     done = rows.of(kind, settings, every)
     todo = [case for case in selected(every, only) if case.key not in done]
     first = first_process()
