@@ -13,6 +13,7 @@ from lowrank_comm.lab.experiments import EXPERIMENTS
 from lowrank_comm.lab.runner import pages
 from lowrank_comm.lab.runner.preset import load
 from lowrank_comm.lab.runner.rows import plain
+from lowrank_comm.lab.runner.sources import NOT_NOTED
 from tests.support import ROOT
 
 RESULTS = ROOT / "docs" / "results"
@@ -27,6 +28,19 @@ def test_the_page_matches_its_file(file: Path) -> None:
     pictures = {path.name: pages.source_of(path) for path in (RESULTS / file.stem).glob("*.png")}
     shown = re.findall(rf"\]\({file.stem}/([\w-]+\.png)\)", text)
     assert pictures == dict.fromkeys(shown, published.sha256), "run `make results`"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_page_names_its_sources_or_says_that_they_are_not_known(file: Path) -> None:
+    published = pages.read_published(file)
+    text, hashes = pages.page_of(published), published.meta.get("code", [NOT_NOTED])
+    assert hashes
+    for value in hashes:
+        if value == NOT_NOTED:
+            assert "The sources were not noted" in text
+        else:
+            assert re.fullmatch("[0-9a-f]{16}", value)
+            assert f"`{value}`" in text
 
 
 def test_the_index_matches_and_nothing_lies_beside() -> None:

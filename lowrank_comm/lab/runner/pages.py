@@ -24,6 +24,7 @@ from lowrank_comm.lab.experiment import Row
 from lowrank_comm.lab.experiments import EXPERIMENTS, experiment
 from lowrank_comm.lab.runner.preset import Preset, checked
 from lowrank_comm.lab.runner.rows import line, read_lines
+from lowrank_comm.lab.runner.sources import NOT_NOTED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,8 +53,8 @@ def published_text(meta: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return the text of a published file of these rows."""
     kept = [{key: row[key] for key in ("key", "params", "result", "seconds")} for row in rows]
     first = {key: value for key, value in meta.items() if key != "settings_hash"}
-    # fingerprints of the sources that made the rows
-    first["code"] = sorted({row.get("code", "not noted") for row in rows})
+    # hashes of the sources that made the rows
+    first["code"] = sorted({row.get("code", NOT_NOTED) for row in rows})
     return line({"meta": first}) + "".join(line(row, DIGITS) for row in kept)
 
 
@@ -94,7 +95,7 @@ def page_of(published: Published) -> str:
         (
             f"`{meta['command']}`, {meta['date']}, {device}, {computer['cores']} cores, torch"
             f" {computer['torch']}. {_seeds(meta['settings'])}{len(published.rows)} cases in"
-            f" {_time(seconds)} of one process's time.\n"
+            f" {_time(seconds)} of one process's time. {_sources(meta)}\n"
         ),
     ]
     if missing:
@@ -188,6 +189,14 @@ def index_of(folder: Path) -> str:
             " 2509.11254), unless another one"
         ),
         "is named; [docs/algorithms.md](../algorithms.md) tells the algorithms.\n",
+        (
+            "A page names the sources that made it by the hash of the package's Python files, or"
+            " says that they were not noted. A"
+        ),
+        (
+            "checkout's own: `python -c 'from lowrank_comm.lab.runner.sources import *;"
+            " print(sources_hash())'`.\n"
+        ),
         "| experiment | what it shows | command | run on |",
         "| --- | --- | --- | --- |",
     ]
@@ -211,6 +220,15 @@ def source_of(picture: Path) -> str | None:
     """Return the sha256 in a figure's PNG header; None if it has none."""
     with Image.open(picture) as image:
         return image.info.get(SOURCE)
+
+
+def _sources(meta: Mapping[str, Any]) -> str:
+    """Return which sources made the rows, as a sentence."""
+    hashes = meta.get("code", [NOT_NOTED])
+    known = ", ".join(f"`{value}`" for value in hashes if value != NOT_NOTED)
+    if NOT_NOTED not in hashes:
+        return f"Sources {known}."
+    return f"The sources were not noted{f' for all rows; of the others: {known}' if known else ''}."
 
 
 def _seeds(settings: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import pytest
 from lowrank_comm import ConfigError
 from lowrank_comm.lab.runner import pages
 from lowrank_comm.lab.runner.running import ordered_rows, run_preset
+from lowrank_comm.lab.runner.sources import sources_hash
 from tests.support.toy_experiment import Toy, toy_preset
 
 
@@ -34,6 +35,7 @@ def test_a_page_is_a_function_of_the_published_file(
     assert "![the squares](toy/squares.png)" in text
     assert "`python -m lowrank_comm.lab run toy`" in text
     assert "Seeds 0, 1. 3 cases" in text
+    assert f"Sources `{sources_hash()}`." in text
     assert "| [A toy](toy.md) | Squares. |" in index.read_text()
     assert pages.source_of(picture) == pages.read_published(file).sha256
     page.unlink()
@@ -60,3 +62,19 @@ def test_a_page_must_show_its_figures(
         ConfigError, match=r"shows the figures \['other'\], drawn are \['squares'\]"
     ):
         publish(tmp_path / "run", tmp_path / "results")
+
+
+def test_a_page_says_where_sources_are_not_known() -> None:
+    def sentence(*codes: str | None) -> str:
+        rows = [
+            {"key": "a", "params": {}, "result": {}, "seconds": 1}
+            | ({"code": code} if code else {})
+            for code in codes
+        ]
+        return pages._sources(json.loads(pages.published_text({}, rows).splitlines()[0])["meta"])
+
+    assert sentence("b" * 16, "a" * 16) == f"Sources `{'a' * 16}`, `{'b' * 16}`."
+    assert sentence(None) == "The sources were not noted."
+    assert sentence(None, "a" * 16).startswith("The sources were not noted for all rows; of the")
+    # files from before hashes were noted
+    assert pages._sources({}) == "The sources were not noted."
