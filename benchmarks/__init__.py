@@ -1,0 +1,1 @@
+"""Measurements of the library; each is run from the checkout by its name."""
