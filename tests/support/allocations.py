@@ -2,8 +2,10 @@
 
 It reads what torch's profiler notes of the allocator of the CPU: every block that is
 handed out, by whatever asks for it (an operation, what an operation needs in between, a
-collective, a hook in a backward pass, a file that is read), and its return. What was
-there before the meter began is not counted, nor is its return.
+hook in a backward pass, a file that is read), and its return. What was there before the
+meter began is not counted, nor is its return. Left out is what a backend of
+torch.distributed asks for inside of a collective: gloo copies what it gathers and
+scatters, NCCL does not.
 
     with metered() as meter:
         step()                      # what it replaces was made inside, too
@@ -95,13 +97,12 @@ class Meter:
         for _, kind, event in events:
             if kind == 1:
                 address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
-                if size > 0:
-                    # given back by a thread that is not watched
-                    held -= blocks.pop(address, (0, None))[0]
+                # of a new block: what was there was given back by a thread that is not
+                # watched
+                held -= blocks.pop(address, (0, None))[0]
+                if size > 0 and not _is_a_backends(event):
                     blocks[address] = (size, event)
-                else:
-                    blocks.pop(address, None)
-                held += size
+                    held += size
                 for part in parts.values():
                     part.look(held, blocks)
                 continue
@@ -155,14 +156,25 @@ class _Part:
         return found
 
 
-def _place(event: Any) -> str:
-    """Where a block was asked for: the operation, and the innermost functions of ours
-    if the meter has looked at the stack.
+def _callers(event: Any) -> Iterator[str]:
+    """The operations, and functions if the meter has looked at the stack, in which a
+    block was asked for, the innermost first.
     """
-    names, above = [], event.parent
+    above = event.parent
     while above is not None:
-        names.append(above.name)
+        yield above.name
         above = above.parent
+
+
+def _is_a_backends(event: Any) -> bool:
+    return any(name.startswith("c10d::") for name in _callers(event))
+
+
+def _place(event: Any) -> str:
+    """Where a block was asked for: the operation, and the innermost functions of
+    ours.
+    """
+    names = list(_callers(event))
     operation = next((name for name in names if name.startswith("aten::")), "no operation")
     ours = [found.group() for name in names if (found := _OURS.search(name))]
     return " < ".join([operation, *ours[:3]])

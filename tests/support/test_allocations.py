@@ -99,6 +99,6 @@ def summed(rank: int) -> int:
     return meter.peak("sum")
 
 
-def test_collectives_count(gloo: GlooPool) -> None:
+def test_what_a_collective_is_given_counts_and_what_gloo_copies_does_not(gloo: GlooPool) -> None:
     for peak in gloo.run(summed, 2):
         assert 3 * 64 * KB <= peak < 3 * 64 * KB + KB
