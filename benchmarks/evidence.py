@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from lowrank_comm.lab.runner.note import machine
+from lowrank_comm.lab.runner.machine import machine
 from lowrank_comm.lab.runner.rows import plain
 from lowrank_comm.lab.runner.sources import sources_hash
 

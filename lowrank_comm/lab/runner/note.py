@@ -6,41 +6,15 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lowrank_comm import __version__
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.lab.runner.machine import machine
 from lowrank_comm.lab.runner.preset import Preset
 from lowrank_comm.lab.runner.rows import fingerprint
 
 RUN_FILE = "run.json"
-
-
-def machine() -> dict[str, Any]:
-    """Return processor, cores and versions; not the machine's name."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [
-            text.split(":", 1)[1].strip()
-            for text in info.read_text().splitlines()
-            if text.startswith("model name")
-        ]
-        cpu = models[0] if models else cpu
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "accelerator": accelerator,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "lowrank_comm": __version__,
-    }
 
 
 def write_note(preset: Preset, folder: Path) -> None:

@@ -190,13 +190,10 @@ def index_of(folder: Path) -> str:
         ),
         "is named; [docs/algorithms.md](../algorithms.md) tells the algorithms.\n",
         (
-            "A page names the sources that made it by the hash of the package's Python files, or"
-            " says that they were not noted. A"
+            "A page names the sources that made it by a hash of the experiment and of all that it"
+            " imports of the library"
         ),
-        (
-            "checkout's own: `python -c 'from lowrank_comm.lab.runner.sources import *;"
-            " print(sources_hash())'`.\n"
-        ),
+        "(`lowrank_comm/lab/runner/sources.py`), or says that they were not noted.\n",
         "| experiment | what it shows | command | run on |",
         "| --- | --- | --- | --- |",
     ]

@@ -3,10 +3,10 @@ a run can be killed at any time.
 
 A line: {"key", "params", "result", "seconds", "made_for", "code"}. `made_for` is a hash
 of all settings that the result depends on; a row that was made for other settings is
-never mixed with new ones. `code` is the hash of the package's sources (`sources`). Rows
-of another version are kept, and a run reports them, since most changes affect no
-result. A last line without its end, which a killed run leaves, does not count and is
-cut off before the next row is written.
+never mixed with new ones. `code` is the hash of the sources that the experiment imports
+(`sources`). Rows of another version are kept, and a run reports them, since most
+changes affect no result. A last line without its end, which a killed run leaves, does
+not count and is cut off before the next row is written.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ process that went on would meet the others in the wrong collective.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import multiprocessing
 import os
 import time
@@ -101,7 +102,7 @@ def run_preset(
             " they differ."
         )
     # the sources as they are before the first case; they may be edited while it runs
-    rows, now = Rows(folder), sources_hash()
+    rows, now = Rows(folder), sources_hash(Path(inspect.getfile(type(kind))))
     done = rows.of(kind, settings, every)
     todo = [case for case in selected(every, only) if case.key not in done]
     first = first_process()

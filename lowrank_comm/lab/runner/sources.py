@@ -23,6 +23,8 @@ PACKAGE = Path(__file__).parents[2]
 # whose files are followed; of an installed library, there is the first only
 FOLLOWED = ("lowrank_comm", "benchmarks", "tests")
 VERSION = PACKAGE / "version.py"
+NOT_NOTED = "not noted"
+"""In the place of a hash, where a result was made before hashes were noted."""
 
 
 def sources_hash(*files: Path) -> str:

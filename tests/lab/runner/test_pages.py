@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def test_a_page_is_a_function_of_the_published_file(
     assert "![the squares](toy/squares.png)" in text
     assert "`python -m lowrank_comm.lab run toy`" in text
     assert "Seeds 0, 1. 3 cases" in text
-    assert f"Sources `{sources_hash()}`." in text
+    assert f"Sources `{sources_hash(Path(inspect.getfile(Toy)))}`." in text
     assert "| [A toy](toy.md) | Squares. |" in index.read_text()
     assert pages.source_of(picture) == pages.read_published(file).sha256
     page.unlink()

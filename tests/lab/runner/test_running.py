@@ -68,7 +68,7 @@ def test_rows_of_another_version_are_kept_and_named(
     toy: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_preset(toy_preset(), tmp_path, only="case[01]")
-    monkeypatch.setattr(running, "sources_hash", lambda: "another")
+    monkeypatch.setattr(running, "sources_hash", lambda file: "another")
     console = Console(record=True, width=300)
     toy.ran.clear()
     run_preset(toy_preset(), tmp_path, console=console)
