@@ -58,18 +58,24 @@ def counts_as_large(numel: int, threshold: int) -> bool:
     return _forced > 0 or numel > threshold
 
 
-def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Return the numbers as a tensor on `device`, without waiting for it.
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on `device`, without waiting for the device.
 
-    `torch.tensor(numbers, device="cuda")` copies from pageable memory, for which the
-    host waits until all earlier work of the GPU is done: a whole backward pass, in
-    every step. From pinned memory the copy takes its place in the stream; torch keeps
-    that memory until it is done.
+    `tensor.to("cuda")` copies from pageable memory, for which the host waits until all
+    earlier work of the GPU is done: a whole backward pass, in every step. From pinned
+    memory the copy takes its place in the stream; torch keeps that memory until it is
+    done.
     """
-    if not on_accelerator(device):
-        return torch.tensor(numbers, dtype=dtype, device=device)
-    pinned = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Return the numbers as a tensor on `device`, without waiting for it; see
+    `on_device`.
+    """
+    return on_device(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
 
 
 def current_stream(device: torch.device) -> Any:

@@ -4,7 +4,7 @@ world size, in any order of calls.
 Every draw is a pure function of (seed, parameter name, step t, purpose). The global
 random state of torch is never touched. Draws are made on the CPU in float32 and cast
 afterwards, because generators of different device types give different numbers for one
-seed.
+seed; to an accelerator they go from pinned memory, for which the host does not wait.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from lowrank_comm.numerics.device import on_device
 
 
 def stream(seed: int, name: str, t: int, purpose: str) -> torch.Generator:
@@ -63,7 +65,7 @@ def _draw(
         sample(shape, generator=stream(seed, name, t, purpose), dtype=torch.float32, device="cpu")
         for name in names
     ]
-    return torch.stack(draws).to(device=device, dtype=dtype)
+    return on_device(torch.stack(draws), device).to(dtype)
 
 
 gaussian = functools.partial(_draw, torch.randn)

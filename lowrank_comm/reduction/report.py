@@ -4,6 +4,7 @@ computed only when they are read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -139,13 +140,20 @@ class PassRecord:
         neither holds, nor of other schemes: there the norms are formed when the step is
         committed.
         """
-        kept = [batch for batch in batches if batch.memory.kept]
-        norm = sum(_norm(batch.memory.tensor) ** 2 for batch in kept) ** 0.5 if kept else None
-        if not self.applied or not self.parts:
+        kept = [_norm_of(batch.memory.tensor) for batch in batches if batch.memory.kept]
+        parts = self.parts if self.applied else []
+        squares = iter(
+            _squares([*kept, *(part.sent_norm for part in parts), *(p.rest_norm for p in parts)])
+        )
+        norm = sum(itertools.islice(squares, len(kept))) ** 0.5 if kept else None
+        if not parts:
             return None, norm
-        sent = sum(_norm(part.sent) ** 2 for part in self.parts)
-        given = sum(part.given_squared() for part in self.parts)
-        return (sent / given if given > 0 else None), norm
+        sent = list(itertools.islice(squares, len(parts)))
+        given = sum(
+            rest + (own if part.follows else 0.0)
+            for part, own, rest in zip(parts, sent, squares, strict=True)
+        )
+        return (sum(sent) / given if given > 0 else None), norm
 
 
 @dataclass
@@ -159,14 +167,23 @@ class _Part:
     sent: Tensor
     delta_norm: Tensor | None
 
-    def given_squared(self) -> float:
-        """Return ||Delta||^2."""
+    @property
+    def follows(self) -> bool:
+        """Whether ||Delta||^2 = ||sent||^2 + ||e||^2."""
+        return self.delta_norm is None
+
+    @property
+    def sent_norm(self) -> Tensor:
+        """||sent||."""
+        return _norm_of(self.sent)
+
+    @property
+    def rest_norm(self) -> Tensor:
+        """||Delta||, or ||e|| where the former follows."""
         if self.delta_norm is not None:
-            return float(self.delta_norm) ** 2
+            return self.delta_norm
         memory = self.batch.memory.tensor
-        return (
-            _norm(self.sent) ** 2 + _norm(memory if self.rows is None else memory[self.rows]) ** 2
-        )
+        return _norm_of(memory if self.rows is None else memory[self.rows])
 
 
 def _norm_of_product(sent: LowRank) -> Tensor:
@@ -175,8 +192,15 @@ def _norm_of_product(sent: LowRank) -> Tensor:
     return ((p.mT @ p) * (q.mT @ q)).sum().clamp(min=0).sqrt()
 
 
-def _norm(tensor: Tensor) -> float:
-    return float(_norm_of(tensor))
+def _squares(norms: Sequence[Tensor]) -> list[float]:
+    """Return the squares of norms; the host waits once for each device."""
+    values = [0.0] * len(norms)
+    for device in {norm.device for norm in norms}:
+        here = [k for k, norm in enumerate(norms) if norm.device == device]
+        read = torch.stack([norms[k] for k in here]).square().tolist()
+        for k, value in zip(here, read, strict=True):
+            values[k] = value
+    return values
 
 
 def _norm_of(tensor: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
+from torch import Tensor
 
 from lowrank_comm.numerics.device import (
     accelerator_path,
@@ -12,6 +14,7 @@ from lowrank_comm.numerics.device import (
     current_stream,
     numbers_on,
     on_accelerator,
+    on_device,
 )
 
 CPU = torch.device("cpu")
@@ -49,3 +52,17 @@ def test_the_path_is_of_all_threads_and_ends_with_the_context() -> None:
     assert not counts_as_large(100, 100)
     assert counts_as_large(101, 100)
     assert on_accelerator(torch.device("meta"))
+
+
+def test_what_goes_to_a_gpu_is_copied_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits for a copy from other memory; here the two calls are looked at,
+    since there is no GPU.
+    """
+    given, pinned = torch.ones(3), torch.zeros(3)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned if self is given else None)
+    monkeypatch.setattr(Tensor, "to", lambda self, *where, **how: (self, where, how))
+    sent, where, how = on_device(given, torch.device("cuda"))
+    assert sent is pinned
+    assert (where, how) == ((torch.device("cuda"),), {"non_blocking": True})
+    # a CPU has no pinned memory
+    assert on_device(given, CPU)[0] is given

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
 from tests.support.gloo import GlooPool
+from tests.support.launches import count
 from tests.support.networks import compressed, loss_of, network
 from tests.support.reference import gradient
 
@@ -35,6 +36,22 @@ def test_the_report_of_a_step() -> None:
         assert report.captured_energy == pytest.approx(1 - kept / delta, rel=1e-8)
         assert set(report.seconds) == {"compress", "communicate", "decompress", "commit"}
         assert report.as_dict()["bytes"] == report.bytes
+
+
+def test_the_norms_of_all_shapes_are_read_at_once() -> None:
+    """On a GPU the host waits for each reading."""
+    shapes = [(9, 6), (7, 5), (5, 8)]
+    parameters = [(str(k), nn.Parameter(torch.ones(shape))) for k, shape in enumerate(shapes)]
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD(parameters, lr=0.1),
+        PowerSGDPlus(2, restart_every=2, consensus_restart=True),
+        min_compression_rate=0,
+    )
+    for _ in range(4):
+        for _, p in parameters:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert count(lambda: optimizer.last_report).host_reads == 1
 
 
 def truth(sent_of: list[tuple[Tensor, Tensor]]) -> float:
