@@ -24,6 +24,7 @@ from torch import Tensor
 from lowrank_comm.communication.collectives import AllGather, Exchange
 from lowrank_comm.communication.ledger import PassStats
 from lowrank_comm.communication.quantized_mean import Noise, QuantizedMean
+from lowrank_comm.numerics.linalg import largest_magnitude
 from lowrank_comm.numerics.quantization import Format
 from lowrank_comm.options import check
 
@@ -204,18 +205,21 @@ class FlatBuffers:
         and small enough that what is computed from it stays so: a 0-d bool on the
         device of the first buffer that is looked at.
 
-        It is read off the least and the largest number: NaN passes through them, and no
-        overflow spoils them, as it would a sum. After the last collective of a step a
-        worker cannot tell the others of an overflow any more, hence the margin in
-        `_largest`.
+        It is read off the largest magnitude: NaN passes through it, and no overflow
+        spoils it, as it would a sum. After the last collective of a step a worker
+        cannot tell the others of an overflow any more, hence the margin in `LARGEST`.
         """
         home = self._to_check[0].device
-        flags = []
-        for buffer in self._to_check:
-            if buffer.numel() and buffer.is_floating_point():
-                ends = torch.stack(torch.aminmax(buffer)).abs()
-                flags.append((ends <= LARGEST[buffer.dtype]).all().to(home))
-        return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=home)
+        flags = [
+            largest_magnitude(buffer) <= LARGEST[buffer.dtype]
+            for buffer in self._to_check
+            if buffer.numel() and buffer.is_floating_point()
+        ]
+        if len(flags) == 1:
+            return flags[0].to(home)
+        if not flags:
+            return torch.ones((), dtype=torch.bool, device=home)
+        return torch.stack([flag.to(home) for flag in flags]).all()
 
     def unpack(self) -> Tensor:
         """Fill in `mean` and `own` of all entries, once everything was exchanged;
@@ -233,7 +237,7 @@ class FlatBuffers:
                 entry.mean = everyone.reshape(self._workers, *tensor.shape).to(tensor.dtype)
         for one in self._sums:
             divided = one.buffer.dtype == torch.float16
-            if not divided and not one.rounds:
+            if not divided and not one.rounds and self._workers > 1:
                 one.buffer[: one.averaged_length].div_(self._workers)
             for entry in one.entries:
                 like = entry.tensor

@@ -7,8 +7,9 @@ batch. It yields requests (see `requests`) and is sent the answers:
     Mean(x)            (mean, own): x averaged over the workers; this worker's x as sent
     ComputeOnce(...)   a tensor that one worker computes, with the same bits for all
     Gather(x)          x of every worker, in their order, as sent
-    Decide(flag)       bool: a flag on the device, equal on all workers, for the host
+    Decide(x, limit)   bool: whether all x are above a limit, for the host
     Read(x)            numbers on the device, equal on all workers, for the host
+    InverseFactor(g)   (W, pivot): the factors of Gram matrices
     SumOverRows(x)     x summed over the blocks of rows in which a node holds matrices
     WholeRows(x)       all rows of x, of which this rank holds a block
 
@@ -43,6 +44,7 @@ from torch import Tensor
 
 from lowrank_comm.compressors.requests import Request
 from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered
+from lowrank_comm.numerics.device import on_accelerator
 from lowrank_comm.numerics.randomness import gaussian, uniform
 from lowrank_comm.options import PositiveInt, check_options
 
@@ -58,7 +60,7 @@ class LowRank:
         """Return P Q^T, (B, m, n)."""
         return self.p @ self.q.mT
 
-    def __getitem__(self, rows: list[int]) -> LowRank:
+    def __getitem__(self, rows: list[int] | slice | Tensor) -> LowRank:
         """Return some matrices of the batch, as of a tensor."""
         return LowRank(self.p[rows], self.q[rows])
 
@@ -114,7 +116,7 @@ class Delta:
 
     def times(self, q: Tensor) -> Tensor:
         """Return Delta Q, (B, m, r). q: (B, n, r)."""
-        return self.tensor @ columns_in_memory(q)
+        return self.tensor @ (q if on_accelerator(q.device) else columns_in_memory(q))
 
     def transposed_times(self, p: Tensor) -> Tensor:
         """Return Delta^T P, (B, n, r). p: (B, m, r)."""
@@ -131,10 +133,11 @@ def columns_in_memory(q: Tensor) -> Tensor:
 
 
 def transposed_product(matrix: Tensor, p: Tensor) -> Tensor:
-    """Return matrix^T P, (B, n, r), formed as (P^T matrix)^T: reading a matrix along
-    its rows is up to three times as fast.
+    """Return matrix^T P, (B, n, r). On a CPU it is formed as (P^T matrix)^T: reading a
+    matrix along its rows is up to three times as fast. An accelerator does not care,
+    and the result lies as it goes on the wire.
     """
-    return (p.mT @ matrix).mT
+    return matrix.mT @ p if on_accelerator(p.device) else (p.mT @ matrix).mT
 
 
 Form = Literal["ef14", "ef21", "ef21_sgdm", "none"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -75,13 +76,18 @@ class Gather:
 
 @dataclass(frozen=True)
 class Decide:
-    """Tell the host whether all of `flag` (bool, on the device) is true. It must be
-    equal on all workers.
+    """Tell the host whether all numbers of `tensor` are above `limit`; NaN is not. They
+    must be equal on all workers.
 
     Sent back: bool.
+
+    Attributes:
+        tensor: on the device.
+        limit: a number of the host.
     """
 
-    flag: Tensor
+    tensor: Tensor
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -117,4 +123,22 @@ class WholeRows:
     m: int
 
 
-Request = Mean | ComputeOnce | Gather | Decide | Read | SumOverRows | WholeRows
+@dataclass(frozen=True)
+class InverseFactor:
+    """Factorise Gram matrices, in float64, together with those of all batches that ask
+    at the same time: however many shapes there are, that is one factorisation.
+
+    Sent back: (W, pivot), see `numerics.linalg.inverse_factor`.
+
+    Attributes:
+        gram: (B, r, r), equal on all workers.
+        dtype: of W.
+        pivot: (B,), of the pass before, or None.
+    """
+
+    gram: Tensor
+    dtype: torch.dtype
+    pivot: Tensor | None = None
+
+
+Request = Mean | ComputeOnce | Gather | Decide | Read | SumOverRows | WholeRows | InverseFactor

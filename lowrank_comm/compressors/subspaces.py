@@ -14,13 +14,13 @@ from lowrank_comm.compressors.base import Context, Delta, LowRank, transposed_pr
 from lowrank_comm.compressors.requests import (
     ComputeOnce,
     Decide,
+    InverseFactor,
     Mean,
     Request,
     SumOverRows,
     WholeRows,
 )
 from lowrank_comm.numerics.linalg import (
-    cholesky_pass,
     leading_left_singular_vectors,
     least_pivot,
     orthonormal_rank_revealing,
@@ -115,16 +115,16 @@ def orthonormal(
     """
     in_blocks = in_blocks and context.in_blocks
     basis, pivot = yield from _cholesky_qr(a, passes, in_blocks)
-    safe = pivot > safe_pivot(a.dtype)
-    if (yield Decide(safe)):
+    limit = safe_pivot(a.dtype)
+    if (yield Decide(pivot, limit)):
         return basis
-    unsafe = (~safe).nonzero().flatten()
+    unsafe = (~(pivot > limit)).nonzero().flatten()
     wide, pivot = yield from _cholesky_qr(a[unsafe].double(), 2, in_blocks)
     basis[unsafe] = wide.to(a.dtype)
-    good = pivot > least_pivot(a.dtype)
-    if (yield Decide(good)):
+    limit = least_pivot(a.dtype)
+    if (yield Decide(pivot, limit)):
         return basis
-    dead = unsafe[~good]
+    dead = unsafe[~(pivot > limit)]
     whole = (yield WholeRows(a[dead], context.m)) if in_blocks else a[dead]
     fill = context.only(dead.tolist()).draw(purpose, tuple(whole.shape[-2:]), a)
     filled = orthonormal_rank_revealing(whole, fill)
@@ -140,10 +140,11 @@ def _cholesky_qr(
     """
     basis, pivot = a, None
     for _ in range(passes):
-        gram = (basis.mT @ basis).double()
+        gram = basis.mT @ basis
         if in_blocks:
-            gram = yield SumOverRows(gram)
-        basis, pivot = cholesky_pass(basis, gram, pivot)
+            gram = yield SumOverRows(gram.double())
+        factor, pivot = yield InverseFactor(gram, a.dtype, pivot)
+        basis = basis @ factor
     assert pivot is not None
     return basis, pivot
 

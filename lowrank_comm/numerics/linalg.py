@@ -22,11 +22,14 @@ Everything works on batches (B, m, r); a batch gives what its members would give
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowrank_comm.numerics.device import on_accelerator
 
 # elements of matrices that are decomposed together
 _SVD_ELEMENTS = 1 << 20
@@ -89,36 +92,44 @@ def least_pivot(dtype: torch.dtype) -> float:
     return max(dead_tolerance(dtype), _PIVOT_FLOOR)
 
 
-def cholesky_pass(a: Tensor, gram: Tensor, pivot: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Make one pass of Cholesky-QR in a's dtype; a second pass on its basis makes that
-    orthonormal to round-off.
+def inverse_factor(
+    gram: Tensor, dtype: torch.dtype, pivot: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Factorise the Gram matrices of one pass of Cholesky-QR; a second pass on the
+    basis of the first makes that orthonormal to round-off.
 
-    G = a^T a = L L^T (after scaling a's columns to norm 1);  basis = a L^-T
+    G = a^T a = L L^T;  W = L^-T;  basis = a W;  pivot = min_i L_ii / sqrt(G_ii)
+
+    How a's columns are scaled does not matter to the precision: Cholesky's rounding
+    errors scale with them.
 
     Args:
-        a: (B, rows, r), r <= m, float32 or float64; may be a block of the rows.
         gram: G of all rows, (B, r, r) float64.
-        pivot: of the pass before, which is returned unless this pass fails.
+        dtype: of a, float32 or float64.
+        pivot: of the first pass, in the second one.
 
     Returns:
-        (basis, pivot): basis (B, rows, r), garbage where the pivot is 0; pivot (B,)
-        float64 on the device, computed without a synchronisation: the smallest sine of
-        an angle between a column and those before it, 0 where a column is zero next to
-        the largest, or a number is not finite or out of the dtype's range.
+        (W, pivot): W (B, r, r) in `dtype`, garbage where the pivot is not positive;
+        pivot (B,) float64 on the device, computed without a synchronisation: the
+        smallest sine of an angle between a column and those before it, in the first
+        pass; 0 or NaN where a column is zero next to the largest, or a number is not
+        finite or out of the dtype's range.
     """
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    scale = squares.rsqrt()
-    lower, info = torch.linalg.cholesky_ex(gram * scale[..., :, None] * scale[..., None, :])
-    identity = torch.eye(a.shape[-1], dtype=gram.dtype, device=a.device).expand_as(gram)
-    inverse = torch.linalg.solve_triangular(lower.mT, identity, upper=True)
-    basis = a @ (scale[..., :, None] * inverse).to(a.dtype)
-    least = dead_tolerance(a.dtype) ** 2 * squares.amax(dim=-1, keepdim=True)
-    smallest = lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
-    sound = (info == 0) & (squares > least).all(dim=-1) & torch.isfinite(smallest)
-    smallest = torch.where(sound, smallest, torch.zeros_like(smallest))
+    lower, info = torch.linalg.cholesky_ex(gram)
+    identity = _identity(gram.shape[-1], gram.device).expand_as(gram)
+    factor = torch.linalg.solve_triangular(lower.mT, identity, upper=True).to(dtype)
     if pivot is not None:
-        smallest = torch.where(smallest > 0, pivot, smallest)
-    return basis, smallest
+        # a basis with a good pivot is finite, and nearly orthonormal
+        return factor, pivot * (info == 0)
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    smallest = (lower.diagonal(dim1=-2, dim2=-1) * squares.rsqrt()).amin(dim=-1)
+    least, largest = torch.aminmax(squares, dim=-1)
+    return factor, smallest * ((info == 0) & (least > dead_tolerance(dtype) ** 2 * largest))
+
+
+@functools.cache
+def _identity(r: int, device: torch.device) -> Tensor:
+    return torch.eye(r, dtype=torch.float64, device=device)
 
 
 def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:
@@ -196,6 +207,14 @@ def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
     """Return U[:, :r] of d = U S V^T, (B, m, r); see `thin_svd`."""
     return thin_svd(d, r)[0]
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """Return max |x|, 0-d; NaN if a number is NaN. x: not empty."""
+    if on_accelerator(x.device):
+        return torch.linalg.vector_norm(x, torch.inf)
+    # torch's norm is fifty times slower on a CPU
+    return torch.stack(torch.aminmax(x)).abs().amax()
 
 
 def columns_of(a: Tensor, which: Tensor) -> Tensor:

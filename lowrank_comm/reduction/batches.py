@@ -2,10 +2,14 @@
 model's tensors and (B, m, n).
 
 Matrices of one shape share a batch, so that orthonormalising many of them is a few
-kernels and no Python loop. Between gradients and batch, small matrices are moved
-together; from `LARGE` elements on, where one operation takes longer than Python needs
-to start it, each is added and decoded directly, which saves a pass over memory. What a
-matrix gives does not depend on its batch.
+kernels and no Python loop. What a matrix gives does not depend on its batch.
+
+Between gradients and batch, on a CPU, small matrices are moved together; from `LARGE`
+elements on, where one operation takes longer than Python needs to start it, each is
+added and decoded directly, which saves a pass over memory. On an accelerator all
+matrices of a shape are one batch, however large they are, gradients are added by one
+`foreach` operation, and only the way out is a product for each matrix, straight into
+its gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from lowrank_comm.compressors.base import (
     State,
     columns_in_memory,
 )
-from lowrank_comm.error_feedback.memory import LARGE, ErrorMemory, row_blocks
+from lowrank_comm.error_feedback.memory import LARGE, ErrorMemory, places, row_blocks
 from lowrank_comm.errors import ConfigError
 from lowrank_comm.numerics.device import on_accelerator
 from lowrank_comm.numerics.linalg import orthonormal_rank_revealing
@@ -35,9 +39,11 @@ from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
 
-# elements of a batch at most: 8 MB in float32, so that it stays in a cache from one
-# operation to the next
+# elements of a batch on a CPU at most: 8 MB in float32, so that it stays in a cache
+# from one operation to the next
 CHUNK = 1 << 21
+# elements that are decoded together where they cannot be written to gradients directly
+DECODED = 1 << 23
 
 
 @dataclass
@@ -111,12 +117,13 @@ class Batch:
         """Return Delta = g / scale + e of all matrices, or of `rows`; zero in place of
         a missing g. Valid until the next step.
         """
+        slots = self.slots if rows is None else tuple(self.slots[row] for row in rows)
+        if on_accelerator(self.device):
+            return self._delta_at_once([grads[k] for k in slots], scale, rows)
         work, error = self._workspace(), self.memory.on(self.device)
-        slots = self.slots
         if rows is not None:
             work = work.new_empty(len(rows), self.m, self.n)
-            error = error[rows]
-            slots = tuple(slots[row] for row in rows)
+            error = error[places(rows, error.device)]
         parts: list[Tensor | None] = []
         for k in slots:
             grad = grads[k]
@@ -132,55 +139,79 @@ class Batch:
         torch.stack([zero if part is None else part.to(self.dtype) for part in parts], out=work)
         return Delta(torch.add(error, work, alpha=1.0 / scale, out=work))
 
+    def _delta_at_once(
+        self, grads: Sequence[Tensor | None], scale: float, rows: list[int] | None
+    ) -> Delta:
+        """Form Delta in a few operations, in room of its own: an accelerator's
+        allocator hands it out for nothing, and between steps it is of use to the
+        backward pass.
+        """
+        work = torch.empty(len(grads), self.m, self.n, dtype=self.dtype, device=self.device)
+        self.memory.copy_to(work, rows)
+        pairs = [
+            (room, grad.reshape(self.m, self.n))
+            for room, grad in zip(work.unbind(0), grads, strict=True)
+            if grad is not None
+        ]
+        if pairs:
+            rooms, given = zip(*pairs, strict=True)
+            torch._foreach_add_(rooms, given, alpha=1.0 / scale)
+        return Delta(work)
+
     def _workspace(self) -> Tensor:
-        """Return room for Delta. Kept between steps on a CPU only, where fresh pages
-        cost as much as a pass over memory; a GPU's allocator hands them out for
-        nothing, and the room is of use to the backward pass.
+        """Return room for Delta, kept between steps: on a CPU fresh pages cost as much
+        as a pass over memory.
         """
         if self._work is None:
-            work = torch.empty(
+            self._work = torch.empty(
                 len(self.slots), self.m, self.n, dtype=self.dtype, device=self.device
             )
-            if on_accelerator(self.device):
-                return work
-            self._work = work
         return self._work
 
     def write(
         self, applied: LowRank | Tensor, targets: Sequence[Tensor | None], scale: float
     ) -> None:
         """Decode into the gradients; None targets are left out."""
-        large = isinstance(applied, LowRank) and scale == 1.0 and self.m * self.n >= LARGE
-        if large and all(
-            t is None or (t.dtype == self.dtype and t.is_contiguous()) for t in targets
+        left = list(targets)
+        if isinstance(applied, LowRank) and (
+            on_accelerator(self.device) or self.m * self.n >= LARGE
         ):
-            assert isinstance(applied, LowRank)
             for row, target in enumerate(targets):
-                if target is not None:
-                    torch.mm(applied.p[row], applied.q[row].T, out=target.view(self.m, self.n))
-            return
-        dense = applied.dense() if isinstance(applied, LowRank) else applied
-        if scale != 1.0:
-            dense = dense * scale
-        copy_to(targets, dense.unbind(0))
+                if target is None or (target.dtype == self.dtype and target.is_contiguous()):
+                    left[row] = None
+                    if target is not None:
+                        self._write_product(applied.p[row], applied.q[row], target, scale)
+        together = max(1, DECODED // max(1, self.m * self.n))
+        for start in range(0, len(left), together):
+            some = slice(start, start + together)
+            if any(target is not None for target in left[some]):
+                dense = applied[some].dense() if isinstance(applied, LowRank) else applied[some]
+                copy_to(left[some], (dense * scale if scale != 1.0 else dense).unbind(0))
+
+    def _write_product(self, p: Tensor, q: Tensor, target: Tensor, scale: float) -> None:
+        """Write P Q^T, times the scale, into a gradient."""
+        matrix = target.view(self.m, self.n)
+        if scale == 1.0:
+            torch.mm(p, q.T, out=matrix)
+        else:
+            torch.addmm(matrix, p, q.T, beta=0.0, alpha=scale, out=matrix)
 
     def commit(self, delta: Tensor, result: Result, rows: list[int] | None, t: int) -> None:
         """Store the errors, e <- Delta - sent, and the compressor's next state, of all
         matrices or of `rows`. `delta` may be overwritten.
         """
-        in_place = delta is self._work and rows is None and result.kept is None
         free = None
-        if in_place and isinstance(result.sent, LowRank):
+        if rows is None and result.kept is None and isinstance(result.sent, LowRank):
             free = self.memory.exchange(delta, result.sent)
-        if free is not None:
-            self._work = free
-        else:
+        if free is None:
             self.memory.keep(delta, result.sent, result.kept, rows, t)
+        elif not on_accelerator(self.device):
+            self._work = free
         for symbol, tensor in result.state.items():
             if rows is None:
                 self.state[symbol] = tensor
             else:
-                self.state[symbol][rows] = tensor
+                self.state[symbol][places(rows, self.device)] = tensor
 
 
 def copy_to(targets: Sequence[Tensor | None], parts: Sequence[Tensor]) -> None:
@@ -282,9 +313,11 @@ def build_batches(
             groups.setdefault(key, []).append(k)
     batches = []
     for members in groups.values():
-        # not this rank's own: the grouping is the same on all ranks of a node
-        largest = slots[members[0]].block(intra_node, 0)
-        together = max(1, CHUNK // max(1, math.prod(largest)))
+        together = len(members)
+        if not on_accelerator(slots[members[0]].device):
+            # not this rank's own: the grouping is the same on all ranks of a node
+            largest = slots[members[0]].block(intra_node, 0)
+            together = max(1, CHUNK // max(1, math.prod(largest)))
         for start in range(0, len(members), together):
             chosen = tuple(members[start : start + together])
             slot, treatment = slots[chosen[0]], treatments[chosen[0]]

@@ -37,6 +37,7 @@ from torch import Tensor
 from lowrank_comm.communication.collectives import Exchange
 from lowrank_comm.compressors.requests import Decide, Read
 from lowrank_comm.reduction.compressor_steps import CompressorSteps
+from lowrank_comm.reduction.inverse_factors import inverse_factors
 from lowrank_comm.reduction.packet import Packet
 from lowrank_comm.reduction.passes import Agreed, Pass
 from lowrank_comm.reduction.veto import Veto
@@ -68,7 +69,7 @@ def lockstep(one: Pass) -> Generator[list[Exchange], int, Agreed | None]:
                 if isinstance(request, Decide | Read)
             }
             if len(decisions) < len(steps.at_once):
-                steps.answer(in_the_node.answer(steps.at_once))
+                steps.answer(in_the_node.answer(steps.at_once) | inverse_factors(steps.at_once))
             if decisions:
                 answers = veto.read(decisions)
                 if answers is None:

@@ -37,8 +37,7 @@ class Packet:
 
     Attributes:
         buffers: what is to be exchanged between the workers.
-        unsound: 1 if a number that came back is not finite, else 0: a 0-d tensor on the
-            device.
+        sound: whether every number that came back is finite: a 0-d bool on the device.
         dense: the means of what is averaged uncompressed; of the first packet.
         control: the sum of the control numbers over the workers; of the first packet.
     """
@@ -74,13 +73,14 @@ class Packet:
             entries.append(self._control)
         self.buffers = FlatBuffers(entries, one.size, wire.dtype, one.rank, noise, one.stats)
         if self._control is not None:
-            self._control.sent[:1] = ~self.buffers.all_sound()
+            flag = self._control.sent[0]
+            torch.logical_not(self.buffers.all_sound().to(flag.device), out=flag)
         self.control: Tensor | None = None
         self.dense: list[Tensor] = []
 
     def unpack(self) -> dict[int, object]:
         """Return the compressors' answers, by generator, once all was exchanged."""
-        self.unsound = (~self.buffers.unpack()).to(torch.float32)
+        self.sound = self.buffers.unpack()
         self.dense = [entry.mean for entry in self._dense]
         if self._control is not None:
             self.control = self._control.mean

@@ -28,7 +28,7 @@ class Veto:
         in_the_node: the ranks that must read the same.
 
     Attributes:
-        suspects: flags of packets; any that is not zero is a veto.
+        suspects: whether packets were sound; any that was not is a veto.
         present: for each parameter, whether any worker had a gradient; None before that
             was read.
         refused: after a veto, whether some worker's gradient cannot be averaged.
@@ -43,7 +43,7 @@ class Veto:
 
     def suspect(self, packet: Packet) -> None:
         """Remember what a packet brought, to be read with what comes next."""
-        self.suspects.append(packet.unsound)
+        self.suspects.append(packet.sound.reshape(1))
         if packet.control is not None:
             self._control = packet.control
 
@@ -56,31 +56,47 @@ class Veto:
         Returns:
             The answers; None if some worker vetoed the pass.
         """
-        parts = [
-            (~one.flag.all()).reshape(1) if isinstance(one, Decide) else one.tensor.reshape(-1)
-            for one in asked.values()
-        ]
+        order, parts = _joined(asked)
         count = len(self.suspects)
-        if self.suspects:
-            parts.append(torch.stack(self.suspects))
+        parts += self.suspects
         if self._control is not None:
             parts.append(self._control)
         home = parts[0].device
-        flat = torch.cat([part.to(device=home, dtype=torch.float32) for part in parts])
+        flat = torch.cat([part.to(home) for part in parts])
         if self._in_the_node.size > 1:
+            flat = flat.to(torch.float32)
             self._in_the_node.sum_(flat, "control")
         numbers = flat.tolist()
+        everyone = float(self._in_the_node.size)
         answers: dict[int, object] = {}
-        for (k, one), part in zip(asked.items(), parts, strict=False):
-            length = part.numel()
-            answers[k] = numbers[0] == 0 if isinstance(one, Decide) else numbers[:length]
-            numbers = numbers[length:]
+        for k in order:
+            length = asked[k].tensor.numel()
+            own, numbers = numbers[:length], numbers[length:]
+            answers[k] = own if isinstance(asked[k], Read) else own == [everyone] * length
         flags, mask = numbers[:count], numbers[count:]
+        vetoed = flags != [everyone] * count
         if self._control is not None:
-            flags.append(mask[0])
+            # NaN too
+            vetoed |= mask[0] != 0
             self.present = [value > 0 for value in mask[1:]]
         self.suspects, self._control = [], None
-        if any(flags):
+        if vetoed:
             self.refused = any(map(math.isnan, mask))
             return None
         return answers
+
+
+def _joined(asked: Mapping[int, Decide | Read]) -> tuple[list[int], list[Tensor]]:
+    """Return generators, and their numbers in this order: those to be read, then 1 for
+    each that is above its limit, joined where the limits are the same.
+    """
+    order = [k for k, one in asked.items() if isinstance(one, Read)]
+    parts = [asked[k].tensor.reshape(-1) for k in order]
+    alike: dict[tuple[float, torch.device], list[int]] = {}
+    for k, one in asked.items():
+        if isinstance(one, Decide):
+            alike.setdefault((one.limit, one.tensor.device), []).append(k)
+    for (limit, _), members in alike.items():
+        order += members
+        parts.append(torch.cat([asked[k].tensor for k in members]) > limit)
+    return order, parts

@@ -20,6 +20,7 @@ from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, St
 from lowrank_comm.compressors.requests import (
     ComputeOnce,
     Gather,
+    InverseFactor,
     Mean,
     Read,
     Request,
@@ -27,6 +28,7 @@ from lowrank_comm.compressors.requests import (
     WholeRows,
 )
 from lowrank_comm.compressors.restart_schedule import steady
+from lowrank_comm.numerics.linalg import inverse_factor
 from lowrank_comm.simulation import Simulation
 
 
@@ -56,8 +58,10 @@ def drive(
             answers = [first.tensor.tolist()] * len(runs)
         elif isinstance(first, SumOverRows | WholeRows):
             answers = [request.tensor for request in asked]
+        elif isinstance(first, InverseFactor):
+            answers = [inverse_factor(first.gram.double(), first.dtype, first.pivot)] * len(runs)
         else:
-            answers = [bool(first.flag.all())] * len(runs)
+            answers = [bool((first.tensor > first.limit).all())] * len(runs)
         asked = []
         for run, answer in zip(runs, answers, strict=True):
             reply = _send(run, answer)
