@@ -1,0 +1,99 @@
+"""What a step costs an accelerator, counted on its path: launches, bytes that they
+touch, and numbers for which the host waits.
+
+Each shape may cost some launches, and each matrix one: the product that decodes it into
+its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
+from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.numerics.device import accelerator_path
+from tests.support.launches import Launches, count
+
+A_SHAPE, A_MATRIX, BYTES, HOST_READS = 60, 1, 12.0, 2
+SHAPES = 5
+
+
+def llama(layers: int, h: int = 64) -> list[tuple[int, ...]]:
+    """Return the shapes of a LLaMA's parameters, narrowed to the width h: matrices of
+    five shapes, and vectors.
+    """
+    f, v, kv = h * 7 // 2, h * 32, h // 4
+    layer = [(h, h), (kv, h), (kv, h), (h, h), (f, h), (f, h), (h, f), (h,), (h,)]
+    return [(v, h), *(shape for _ in range(layers) for shape in layer), (h,), (v, h)]
+
+
+def counted(
+    shapes: Sequence[tuple[int, ...]],
+    compressor: Compressor,
+    steps: int = 4,
+    dtype: torch.dtype = torch.float32,
+    look: Callable[[CompressedOptimizer], object] = lambda optimizer: None,
+) -> Launches:
+    """Count the step after `steps` others, with the base's own."""
+    with accelerator_path():
+        model = torch.nn.ParameterList(torch.zeros(shape, dtype=dtype) for shape in shapes)
+        base = torch.optim.SGD(model.named_parameters(), lr=0.0, foreach=True)
+        optimizer = CompressedOptimizer(base, compressor, min_compression_rate=0)
+        for step in range(steps + 1):
+            for parameter in model:
+                parameter.grad = torch.randn_like(parameter)
+            if step == steps:
+                return count(optimizer.step)
+            optimizer.step()
+            look(optimizer)
+    raise AssertionError
+
+
+def elements(shapes: Sequence[tuple[int, ...]]) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launches_grow_by_shapes_and_by_one_a_matrix(dtype: torch.dtype) -> None:
+    few, many = (counted(llama(layers), PowerSGD(4), dtype=dtype) for layers in (8, 32))
+    assert many.launches - few.launches <= A_MATRIX * 7 * (32 - 8)
+    assert few.launches <= A_SHAPE * SHAPES
+    assert few.host_reads == many.host_reads == HOST_READS
+    # PyTorch's powerSGD_hook, with matrices of one shape together, has 334
+    assert many.launches < 334
+
+
+def test_bytes_are_near_to_the_least() -> None:
+    """Delta is formed, read twice and kept, the mean is written into the gradients, and
+    the base's step reads and writes.
+    """
+    shapes = llama(8, h=256)
+    assert counted(shapes, PowerSGD(4)).bytes <= BYTES * 4 * elements(shapes)
+
+
+def test_looking_at_the_memory_costs_little() -> None:
+    """A view of the error memory, and a log of its norm, take the subtraction at once,
+    which is one operation a shape, whatever the number of matrices.
+    """
+    plain = counted(llama(8), PowerSGD(4))
+    looked = counted(llama(8), PowerSGD(4), look=lambda optimizer: optimizer.error_memory())
+    held: list[object] = []
+    viewed = counted(llama(8), PowerSGD(4), look=lambda o: held.append(o.error_memory()))
+    assert looked.launches <= plain.launches + SHAPES
+    assert viewed.launches <= plain.launches + 2 * SHAPES
+
+
+@pytest.mark.parametrize("restart", ["svd", "randomized"])
+def test_a_step_with_restarts_grows_alike(restart: str) -> None:
+    compressor = PowerSGDPlus(4, restart_every=4, restart=restart)  # type: ignore[arg-type]
+    few, many = (launched(counted(llama(layers), compressor)) for layers in (8, 32))
+    assert many - few <= A_MATRIX * 7 * (32 - 8)
+    assert few <= A_SHAPE * SHAPES
+
+
+def launched(one: Launches) -> int:
+    """Return the launches without the draws, which the CPU makes."""
+    return one.launches - one.operations["randn"]
