@@ -271,7 +271,7 @@ def titles(plain: Outcome, compressed: Outcome, hosts: int, mbit: float) -> tupl
     section = compressed.summary.compressor or {}
     if (
         compressed.summary.restarts
-        and section.get("restart", "svd") == "svd"
+        and section.get("restart") == "svd"
         and not section.get("stagger")
     ):
         every = section.get("restart_every", 200)

@@ -98,7 +98,10 @@ def put_into_deepspeed(accelerator: Accelerator, compression: Compression, who: 
                 f'{who}: the DeepSpeed configuration has a section "{SECTION}" already, {there},'
                 f" and {who} was given {given}. Say it in one of the two places."
             )
-        config[SECTION] = given
+        there = given
+    if isinstance(there, Mapping):
+        # of ours it is the default, and Accelerate raises where it cannot fill it in
+        config[SECTION] = {key: value for key, value in there.items() if value != "auto"}
     import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches it on)
 
     return config.get(SECTION, compression)

@@ -14,7 +14,8 @@ A plain optimizer that loads such a dict keeps the entries that it does not know
 saves them again after steps of its own. So the tag as numbers also has the base's own
 count of steps: where that has moved on, the errors are of an earlier time, and are left
 out with a warning. (SGD counts no steps; there it cannot be told.) Behind the count
-stands the parameter's irregular history (`reduction.restarts`), if it has one.
+stand the parameter's irregular history (`reduction.restarts`), if it has one, and the
+compressor's restart setting.
 
 The entries are added to the dict only and never to the optimizer's live state: Adam
 takes a non-empty state for one that it has initialised. They are taken out before the
@@ -53,6 +54,8 @@ _KINDS = ("own", "mean")
 _WHAT = "the state dict"
 # as numbers: of a parameter of whose past there is nothing to say
 _STEADY = (-1, -1, 0)
+# as numbers: their places, so a new one comes last
+_RESTARTS = (None, "", "svd", "randomized", "greedy", "random_projection", "auto")
 
 
 def add(
@@ -72,12 +75,14 @@ def add(
         numbered: (parameter name, key in `state_dict["state"]`).
     """
     numbers = [tag.format, _KINDS.index(tag.kind), tag.rank, tag.world, tag.step, tag.seed]
+    restart = _RESTARTS.index(tag.restart) if tag.restart in _RESTARTS else 0
     devices = {slot.name: slot.device for slot in reducer.slots}
     for name, number in numbered:
         if name in devices:
             ours = {PREFIX + symbol: tensor for symbol, tensor in tensors.get(name, {}).items()}
             theirs = state_dict["state"].get(number, {})
-            further = [_steps_of(theirs), *tag.unsteady.get(name, _STEADY)]
+            past = tag.unsteady.get(name, _STEADY)
+            further = [_steps_of(theirs), *past, restart]
             ours[PREFIX + "tag"] = torch.tensor([*numbers, *further], device=devices[name])
             state_dict["state"][number] = {**theirs, **ours}
     # the irregular histories are in the numbers
@@ -184,13 +189,13 @@ def _read_numbers(
     steps, and the irregular history; None where earlier versions saved none.
     """
     values = numbers.tolist()
-    if numbers.dim() != 1 or len(values) not in (6, 7, 10) or any(map(_is_broken, values)):
+    if numbers.dim() != 1 or len(values) not in (6, 7, 10, 11) or any(map(_is_broken, values)):
         raise StateMismatchError(
             f"{_WHAT} is damaged: the tag of {name!r} is {values!r:.80}; {WAY_OUT}"
         )
     layout, kind, rank, world, step, seed, *further = map(int, values)
     check_format(layout, _WHAT)
-    history = further[1:]
+    history, restart = further[1:4], further[4] if len(further) > 4 else 0
     irregular = history and history != list(_STEADY)
     entries = {
         "kind": _KINDS[kind] if 0 <= kind < len(_KINDS) else kind,
@@ -201,6 +206,7 @@ def _read_numbers(
         "seed": min(seed, 2**63 - 1),
         "format": layout,
         "unsteady": {name: (history[0], history[1], bool(history[2]))} if irregular else {},
+        "restart": _RESTARTS[restart] if 0 <= restart < len(_RESTARTS) else None,
     }
     tag = read_tag(entries, _WHAT)
     counted = further[0] if further else None

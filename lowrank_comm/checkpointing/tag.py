@@ -82,6 +82,8 @@ class Tag:
         format: version of the layout.
         unsteady: parameter name -> (restarts, age, deferred), see `Restarts`; absent in
             what older versions saved, and then nothing is deferred.
+        restart: the setting of the compressor, "" where it has none; absent in what
+            older versions saved.
     """
 
     kind: Literal["own", "mean"]
@@ -91,6 +93,7 @@ class Tag:
     seed: Seed
     format: int = FORMAT
     unsteady: Mapping[str, _History] = field(default_factory=dict)
+    restart: str | None = None
 
     @property
     def whose(self) -> str:
@@ -148,4 +151,12 @@ def tag_of(reducer: Reducer) -> Tag:
     # before the first step all errors are zero
     shared = state.consolidated or world == 1 or state.step == 0
     kind: Literal["own", "mean"] = "mean" if shared or not state.keeps_private_state else "own"
-    return Tag(kind, rank, world, state.step, state.seed, unsteady=state.restarts.irregular())
+    return Tag(
+        kind,
+        rank,
+        world,
+        state.step,
+        state.seed,
+        unsteady=state.restarts.irregular(),
+        restart=reducer.assignment.compressor.describe().get("restart", ""),
+    )

@@ -345,6 +345,15 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
             tag.seed,
             reducer.seed,
         )
+    otherwise = _restart_otherwise(reducer, tag)
+    if otherwise:
+        _log.warning(
+            "the saved run restarted all matrices by the SVD, or is of a version whose default that"
+            ' was; here restart="auto" restarts %d of them (first: %s), of more than 2^20 elements,'
+            ' by "randomized". To go on as before, give restart="svd"',
+            len(otherwise),
+            otherwise[0],
+        )
     reducer.state.continue_at(tag.step, tag.unsteady)
     # A basis that is random again is not to wait for the next period. (A rank of a node
     # may hold no row of a matrix, and could not tell that its basis is new; all of
@@ -353,3 +362,17 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     reducer.state.restarts.start_anew(owing, tag.step)
     if tag.kind == "mean":
         reducer.state.mark_consolidated()
+
+
+def _restart_otherwise(reducer: Reducer, tag: Tag) -> list[str]:
+    """Return the matrices that restart="auto" restarts by another rule than the SVD,
+    where the saved run had the SVD: by its setting, or by the default of older
+    versions.
+    """
+    compressor = reducer.assignment.compressor
+    if compressor.describe().get("restart") != "auto" or tag.restart not in (None, "svd"):
+        return []
+    treated = [(slot.name, reducer.assignment.treat(slot, 0)) for slot in reducer.slots]
+    return [
+        name for name, t in treated if t.low_rank and compressor.restart_rule(t.m, t.n)[0] != "svd"
+    ]

@@ -307,6 +307,13 @@ class Compressor(abc.ABC):
         """
         return self.elements(m, n, r)
 
+    def restart_rule(self, m: int, n: int) -> tuple[str, str]:
+        """Return by which of several rules an m x n matrix restarts, and what decides
+        that, for the plan: ("svd", "of at most 2^20 elements"); empty where nothing is
+        to be said.
+        """
+        return "", ""
+
     def variant(self, history: RestartHistory, restart: bool) -> int:
         """Return the index of the step's kind, or of the restart's, for a compressor
         that alternates.

@@ -11,8 +11,9 @@ Example:
 The keys are the common ones of `Section` and the options of the compressor that it
 names; types, bounds and defaults are those of the dataclasses (`options`). Unknown keys
 are errors that name the nearest valid one; so is a key that the chosen compressor does
-not have, since ignoring it would be a silent fallback. The string "auto" is never a
-value: Accelerate raises on it.
+not have, since ignoring it would be a silent fallback. The string "auto" is a value of
+`restart` alone, whose default it is: Accelerate, which fills in such values in a
+DeepSpeed JSON, raises on one of ours, so leave it out there.
 """
 
 from __future__ import annotations

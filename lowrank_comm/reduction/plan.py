@@ -5,6 +5,7 @@ before the first step.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,9 @@ class PlanRow:
     with a restart send, and why.
 
     `uncompressed_bytes`: of its gradient, in its own dtype. `plain_bytes`: what an
-    ordinary step would send if nothing were quantized or sent row by row.
+    ordinary step would send if nothing were quantized or sent row by row. `restart`:
+    the rule by which it restarts, where there are several, and what decides that; of
+    the largest block, where a node holds it in blocks.
     """
 
     name: str
@@ -46,6 +49,7 @@ class PlanRow:
     bytes: float
     restart_bytes: float
     plain_bytes: float
+    restart: tuple[str, str]
     reason: str
 
     @property
@@ -69,6 +73,8 @@ class Plan:
         workspace_bytes: of Delta and of the packets, held from the pass to its commit,
             in an ordinary step.
         restart_workspace_bytes: the same where all matrices restart.
+        staggered_bytes: the most that a step after the first sends, where restarts are
+            staggered; else None.
         idle_rules: patterns that match no parameter.
         notes: further lines from the engine.
         engine: what runs the model.
@@ -84,6 +90,7 @@ class Plan:
     error_bytes: int
     workspace_bytes: int
     restart_workspace_bytes: int
+    staggered_bytes: float | None = None
     idle_rules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     engine: str = ""
@@ -100,8 +107,12 @@ class Plan:
         """Payload of a step on average over a whole period, restarts included."""
         if not self.restart_every:
             return self.step_bytes
-        extra = sum(row.restart_bytes - row.bytes for row in self.rows)
-        return self.step_bytes + extra / self.restart_every
+        return self.step_bytes + (self.restart_bytes - self.step_bytes) / self.restart_every
+
+    @property
+    def restart_bytes(self) -> float:
+        """Payload of a step that restarts all matrices, as the first does."""
+        return sum(row.restart_bytes for row in self.rows)
 
     @property
     def uncompressed_bytes(self) -> int:
@@ -147,7 +158,7 @@ class Plan:
                 f" step is open{peak}"
             ),
         ]
-        lines += self._cap(dense)
+        lines += [*self._of_restarts(low), *self._cap(dense)]
         cut = sum("cut to" in row.reason for row in low)
         if cut:
             lines.append(f"  rank: cut to min(m, n) for {cut} of the matrices")
@@ -182,6 +193,27 @@ class Plan:
                 f" {at_most}{sent} a step"
             )
         return lines
+
+    def _of_restarts(self, low: Sequence[PlanRow]) -> list[str]:
+        """Return the line about restarts: which rule was chosen for how many matrices
+        and why, and what such a step sends.
+        """
+        if not self.restart_every or not low:
+            return []
+        rules = [
+            f"{rule} for {counted(number, 'matrix', 'matrices')} {why}".rstrip()
+            for (rule, why), number in sorted(Counter(row.restart for row in low).items())
+            if rule
+        ]
+        sent, full = self.restart_bytes, self.uncompressed_bytes
+        size = f"{human_bytes(sent)} in a step that restarts all matrices{_times(full, sent)}"
+        if self.staggered_bytes is not None:
+            most = self.staggered_bytes
+            size = (
+                f"{human_bytes(sent)} in the first step{_times(full, sent)}, later at most"
+                f" {human_bytes(most)} a step{_times(full, most)}"
+            )
+        return [f"  restarts: {'; '.join(filter(None, (', '.join(rules), size)))}"]
 
     def _who(self) -> str:
         if self.ranks_in_a_node == 1:
@@ -283,6 +315,7 @@ def make_plan(state: CompressionState, workers: Workers, wire_dtype: torch.dtype
             sent,
             in_restart,
             plain,
+            compressor.restart_rule(largest.m, largest.n) if largest.low_rank else ("", ""),
             largest.reason,
         )
 
@@ -314,6 +347,14 @@ def make_plan(state: CompressionState, workers: Workers, wire_dtype: torch.dtype
             total += elements * (wire if wire >= full else 2 * (wire + full))
         return total // intra_node.size if intra_node.whole_matrices else total
 
+    staggered = None
+    if schedule and schedule.offsets:
+        extra = dict.fromkeys(schedule.offsets.values(), 0.0)
+        for one in rows:
+            if one.low_rank:
+                extra[schedule.offsets[one.name]] += one.restart_bytes - one.bytes
+        staggered = _sent(rows) + max(extra.values())
+
     return Plan(
         rows,
         f"{compressor.json_name} ({settings})",
@@ -322,6 +363,7 @@ def make_plan(state: CompressionState, workers: Workers, wire_dtype: torch.dtype
         kept,
         delta + packets(False),
         delta + packets(True),
+        staggered,
         assignment.policy.idle_rules([slot.name for slot in slots]),
         ranks_in_a_node=intra_node.size,
         shard_scope=intra_node.scope,

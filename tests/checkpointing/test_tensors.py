@@ -6,14 +6,26 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from lowrank_comm import CompressedOptimizer, ErrorFeedback, PowerSGD, Rule, StateMismatchError
-from tests.support.checkpointed import Trainer, equal, everything
+from lowrank_comm import (
+    CompressedOptimizer,
+    ErrorFeedback,
+    PowerSGD,
+    PowerSGDPlus,
+    Rule,
+    StateMismatchError,
+    checkpoint,
+)
+from lowrank_comm.checkpointing.state_dict import KEY, PREFIX
+from lowrank_comm.compressors import powersgd_plus
+from lowrank_comm.compressors.base import Compressor
+from tests.support.checkpointed import Trainer, equal, everything, largest_difference
 from tests.support.gloo import GlooPool
 
 
@@ -212,3 +224,100 @@ def test_what_ef21_keeps_of_another_model_is_refused() -> None:
     ):
         other.optimizer.load_state_dict(state)
     assert equal(everything(other), before)
+
+
+def aged(state: dict[str, Any], entries: int, keeps_the_top: bool) -> dict[str, Any]:
+    """As an older version saved it, with so many numbers in its tag; and with its
+    top-level key, or as torch.distributed.checkpoint keeps it.
+    """
+    state = copy.deepcopy(state)
+    for ours in state["state"].values():
+        ours[PREFIX + "tag"] = ours[PREFIX + "tag"][:entries]
+    if keeps_the_top:
+        state[KEY] = {k: v for k, v in state[KEY].items() if k != "restart" or entries == NOW}
+    else:
+        del state[KEY]
+    return state
+
+
+NOW, BEFORE = 11, 10
+"""Numbers in a tag."""
+
+
+@pytest.mark.parametrize("keeps_the_top", [True, False])
+@pytest.mark.parametrize("entries", [NOW, BEFORE, 7, 6])
+def test_a_run_saved_by_the_svd_goes_on_by_auto(
+    entries: int, keeps_the_top: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All matrices are small, so that it is the same algorithm: bit by bit, and nothing
+    is said.
+    """
+    one = Trainer(PowerSGDPlus(2, restart_every=4, restart="svd"))
+    one.train(0, 6, 0)
+    other = Trainer(PowerSGDPlus(2, restart_every=4))
+    other.model.load_state_dict(one.model.state_dict())
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        other.optimizer.load_state_dict(aged(one.optimizer.state_dict(), entries, keeps_the_top))
+    assert not caplog.messages
+    assert largest_difference(one.train(6, 10, 0), other.train(6, 10, 0)) == 0.0
+
+
+def says_otherwise(
+    saved: Compressor, loaded: Compressor, entries: int, keeps_the_top: bool, caplog: Any
+) -> bool:
+    """Whether loading says that matrices restart by another rule."""
+    one, other = Trainer(saved), Trainer(loaded)
+    one.train(0, 3, 0)
+    state = aged(one.optimizer.state_dict(), entries, keeps_the_top)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "lowrank_comm"):
+        other.optimizer.load_state_dict(state)
+    said = [text for text in caplog.messages if 'give restart="svd"' in text]
+    assert said in (
+        [],
+        [
+            "the saved run restarted all matrices by the SVD, or is of a version whose default"
+            ' that was; here restart="auto" restarts 1 of them (first: 0.weight), of more than 2^20'
+            ' elements, by "randomized". To go on as before, give restart="svd"'
+        ],
+    )
+    return bool(said)
+
+
+@pytest.mark.parametrize("keeps_the_top", [True, False])
+def test_another_rule_than_the_saved_runs_is_said(
+    keeps_the_top: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where restart="auto" takes another one than the SVD for some matrices. What an
+    older version saved does not tell its rule, and the SVD was the default.
+    """
+    # one of the two weights is larger
+    monkeypatch.setattr(powersgd_plus, "SVD_ELEMENTS", 100)
+    auto, svd, randomized = (
+        PowerSGDPlus(2, restart=word) for word in ("auto", "svd", "randomized")
+    )
+    for saved, loaded, entries, said in (
+        (svd, auto, NOW, True),
+        (svd, auto, BEFORE, True),
+        (auto, auto, NOW, False),
+        (randomized, auto, NOW, False),
+        (PowerSGD(2), auto, NOW, False),
+        (svd, svd, BEFORE, False),
+        (randomized, randomized, BEFORE, False),
+        (svd, PowerSGDPlus(2, exact_restart=True), BEFORE, False),
+    ):
+        found = says_otherwise(saved, loaded, entries, keeps_the_top, caplog)
+        assert found == said, (saved, loaded, entries)
+
+
+def test_another_rule_than_that_of_the_saved_file_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(powersgd_plus, "SVD_ELEMENTS", 100)
+    for saved, said in (("svd", 1), ("auto", 0)):
+        one, other = Trainer(PowerSGDPlus(2, restart=saved)), Trainer(PowerSGDPlus(2))
+        one.train(0, 3, 0)
+        name = checkpoint.save(one.optimizer.reducer, tmp_path)
+        caplog.clear()
+        assert checkpoint.load(other.optimizer.reducer, tmp_path, name)
+        assert sum('give restart="svd"' in text for text in caplog.messages) == said

@@ -1,11 +1,12 @@
-"""PowerSGD with several power iterations, and PowerSGD+'s restarts by greedy choice and
-by random projection.
+"""PowerSGD with several power iterations, and PowerSGD+'s restarts: the rule that
+"auto" takes, by greedy choice and by random projection.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from lowrank_comm import ConfigError, PowerSGD, PowerSGDPlus
-from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.compressors import powersgd_plus
+from lowrank_comm.compressors.base import Compressor, Context, Delta
+from lowrank_comm.compressors.requests import Mean
 from lowrank_comm.config import Section
+from lowrank_comm.numerics.device import accelerator_path
 from lowrank_comm.numerics.randomness import gaussian
 from tests.support import checks
 from tests.support.checks import Driven
@@ -148,6 +152,69 @@ def test_consensus_restart_changes_no_trajectory_and_makes_errors_equal() -> Non
         spread = max(float((error - errors[t][0]).norm()) for error in errors[t])
         assert spread < 1e-12 if t % tau == 0 else spread > 1e-2
         assert max(float((error - plain_errors[t][0]).norm()) for error in plain_errors[t]) > 1e-2
+
+
+@pytest.fixture
+def up_to_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of restart="auto" that costs no time."""
+    monkeypatch.setattr(powersgd_plus, "SVD_ELEMENTS", 100)
+
+
+BESIDE = {"at most": (10, 10), "more": (10, 11)}
+
+
+@pytest.mark.usefixtures("up_to_100")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_auto_is_the_svd_for_small_matrices_and_a_fresh_q_for_large_ones(workers: int) -> None:
+    """Number by number what the rules named do, restarts and steps between."""
+
+    def trained(**options: Any) -> list[dict[str, Tensor]]:
+        sim = simulation(PowerSGDPlus(2, restart_every=3, **options), BESIDE, workers)
+        return [
+            {k: v.clone() for k, v in sim.reduce(given).items()}
+            for given in ([checks.drawn(t, w, BESIDE) for w in range(workers)] for t in range(7))
+        ]
+
+    auto, svd, randomized = trained(), trained(restart="svd"), trained(restart="randomized")
+    for t in range(7):
+        assert torch.equal(auto[t]["at most"], svd[t]["at most"])
+        assert torch.equal(auto[t]["more"], randomized[t]["more"])
+        assert not torch.equal(auto[t]["at most"], randomized[t]["at most"])
+        assert not torch.equal(auto[t]["more"], svd[t]["more"])
+
+
+@pytest.mark.usefixtures("up_to_100")
+@pytest.mark.parametrize("option", ["exact_restart", "consensus_restart"])
+def test_auto_is_the_svd_for_all_with_its_options(option: str) -> None:
+    auto, svd = (
+        simulation(PowerSGDPlus(2, restart_every=3, restart=restart, **{option: True}), BESIDE)
+        for restart in ("auto", "svd")
+    )
+    for t in range(4):
+        given = checks.drawn(t, 0, BESIDE)
+        one, other = (sim.reduce([{k: g.clone() for k, g in given.items()}]) for sim in (auto, svd))
+        assert all(torch.equal(one[name], other[name]) for name in BESIDE)
+
+
+def test_the_limit_of_auto_and_what_it_sends() -> None:
+    auto = PowerSGDPlus(4)
+    assert auto.restart_rule(1024, 1024) == ("svd", "of at most 2^20 elements")
+    assert auto.restart_rule(1024, 1025) == ("randomized", "of more than 2^20 elements")
+    assert auto.restart_elements(1024, 1024, 4) == 1024 * 1024 + 4 * 1024
+    assert auto.restart_elements(1024, 1025, 4) == 2 * 4 * (1024 + 1025)
+    assert PowerSGDPlus(4, exact_restart=True).restart_rule(4096, 4096)[0] == "svd"
+    # a choice of the algorithm, and not of a device's path
+    with accelerator_path():
+        assert auto.restart_rule(8, 8)[0] == "svd"
+
+
+@pytest.mark.usefixtures("up_to_100")
+def test_auto_judges_the_whole_matrix_of_which_a_rank_holds_a_block_of_rows() -> None:
+    for m, first in ((10, (1, 5, 10)), (11, (1, 5, 2))):
+        context = Context(("w",), 0, 0, 2, restart=True, m=m, rows=slice(0, 5), in_blocks=True)
+        asked = next(PowerSGDPlus(2).step(Delta(torch.ones(1, 5, 10)), {}, context))
+        assert isinstance(asked, Mean)
+        assert asked.tensor.shape == first
 
 
 SCHEMES = [
@@ -286,7 +353,7 @@ def test_matrices_in_blocks_of_rows() -> None:
     blocks.
     """
     assert PowerSGD(2, power_iterations=2).row_blocks
-    for restart in ("svd", "randomized", "random_projection"):
+    for restart in ("auto", "svd", "randomized", "random_projection"):
         assert PowerSGDPlus(2, restart=restart).row_blocks
     assert not PowerSGDPlus(2, restart="greedy").row_blocks
 
@@ -297,7 +364,11 @@ def test_matrices_in_blocks_of_rows() -> None:
         (lambda: PowerSGD(2, power_iterations=0), "power_iterations"),
         (lambda: PowerSGDPlus(2, power_iterations=True), "power_iterations"),
         (lambda: PowerSGDPlus(2, restart="greedi"), "'greedi'"),
-        (lambda: PowerSGDPlus(2, basis_every=3), "basis_every=3"),
+        (
+            lambda: PowerSGDPlus(2, basis_every=3),
+            'basis_every=3 has no meaning with restart="auto"',
+        ),
+        (lambda: PowerSGDPlus(2, restart="svd", basis_every=3), "basis_every=3"),
         (lambda: PowerSGDPlus(2, restart="randomized", basis=8), "basis=8"),
         (lambda: PowerSGDPlus(2, restart="random_projection", probes=2), "probes=2"),
         (lambda: PowerSGDPlus(2, restart="greedy", basis=1), "basis=1"),

@@ -34,7 +34,7 @@ from lowrank_comm.config import Section
         ({"rules": {"match": "a"}}, ["write a list of rules"]),
         ({"restart_every": 0}, ["restart_every=0", 'use the compressor "powersgd"']),
         ({"compressor": "acp", "restart_every": 0}, ["leave it out for no restarts"]),
-        ({"restart": "svdd"}, ['one of "svd", "randomized"', "did you mean 'svd'?"]),
+        ({"restart": "svdd"}, ['one of "auto", "svd"', "did you mean 'svd'?"]),
         ({"enabled": "no"}, ["enabled='no'", "True or False"]),
         ({"rank": 0, "seed": "a", "rnk": 1}, ["rank=0", "seed='a'", "did you mean 'rank'?"]),
     ],
@@ -51,7 +51,7 @@ def test_a_section(section: dict[str, Any], said: list[str]) -> None:
     [
         (lambda: PowerSGDPlus(4, restart_every=0), "for no restarts use .*PowerSGD"),
         (lambda: Acp(4, restart_every=0), "leave it out for no restarts"),
-        (lambda: PowerSGDPlus(restart="svdd"), r"one of 'svd', .*did you mean 'svd'\?"),
+        (lambda: PowerSGDPlus(restart="svdd"), r"one of 'auto', 'svd', .*did you mean 'svd'\?"),
         (lambda: optimizer(error_feedback="ef21"), r'ErrorFeedback\(form="ef21"\)'),
         (lambda: optimizer(quantization="int8"), r'Quantization\(dense="int8"\)'),
         (lambda: optimizer("powersgd+"), r"did you mean PowerSGDPlus\(rank=4\)\?"),

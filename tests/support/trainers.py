@@ -48,7 +48,14 @@ FULL_STEPS = 24
 """Of the runs that are compared number by number with the uncompressed ones."""
 CLIP = {"lora": 0.04, "dora": 0.02}
 """Norm to which gradients are clipped, where it is not 0.5; adapters' are small."""
-FULL = {"compressor": "powersgd_plus", "rank": 64, "restart_every": 10, "min_compression_rate": 0}
+FULL = {
+    "compressor": "powersgd_plus",
+    "rank": 64,
+    "restart_every": 10,
+    "min_compression_rate": 0,
+    # Accelerate would raise on the word in a DeepSpeed configuration
+    "restart": "auto",
+}
 RANK_2 = {"compressor": "powersgd_plus", "rank": 2, "restart_every": 20, "restart": "randomized"}
 
 

@@ -64,7 +64,7 @@ PRESETS = {size: load("language_model", size) for size in ("small", "paper")}
 )
 def test_every_method_of_the_presets_works(size: str, name: str) -> None:
     method = PRESETS[size].settings.methods[name]
-    kind, restart = method.section["compressor"], method.section.get("restart", "svd")
+    kind, restart = method.section["compressor"], method.section.get("restart", "auto")
     if kind not in REGISTRY or restart not in RESTARTS:
         pytest.skip(f"{kind} with restart={restart!r} is not in this version")
     compressor = method.checked(4 if method.has_rank else None, 0).make_compressor()
