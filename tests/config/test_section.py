@@ -43,7 +43,7 @@ FULL = {
 def test_the_documented_section() -> None:
     section = Section.parse(json.loads(json.dumps(FULL)))
     assert section.make_compressor() == PowerSGDPlus(
-        4, restart_every=200, consensus_restart=True, stagger=True
+        4, restart_every=200, restart="svd", consensus_restart=True, stagger=True
     )
     options = section.reducer_options()
     assert options["seed"] == 7
