@@ -37,7 +37,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,6 +83,23 @@ class Result:
     sent: LowRank | Tensor
     state: dict[str, Tensor]
     kept: Tensor | None = None
+
+    def copied_out(self) -> Result:
+        """Return the result without views of anything larger, which they would keep in
+        memory, such as the buffer of a packet.
+        """
+        state = {symbol: _copied_out(tensor) for symbol, tensor in self.state.items()}
+        kept = None if self.kept is None else _copied_out(self.kept)
+        return Result(_copied_out(self.applied), _copied_out(self.sent), state, kept)
+
+
+Part = TypeVar("Part", LowRank, Tensor, LowRank | Tensor)
+
+
+def _copied_out(part: Part) -> Part:
+    if isinstance(part, LowRank):
+        return LowRank(_copied_out(part.p), _copied_out(part.q))
+    return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
 
 
 class Delta:

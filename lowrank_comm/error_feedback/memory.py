@@ -181,6 +181,12 @@ class ErrorMemory:
         """
         if not self.kept:
             return
+        if kept is None and isinstance(sent, LowRank) and rows is not None:
+            at = places(rows, self._tensor.device)
+            alike = delta.dtype == self._tensor.dtype and delta.device == self._tensor.device
+            if alike and isinstance(at, slice):
+                torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor[at])
+                return
         if kept is None:
             if isinstance(sent, LowRank):
                 kept = delta.baddbmm_(sent.p, sent.q.mT, alpha=-1)

@@ -104,7 +104,8 @@ class CompressedOptimizer(OptimizerWrapper):
             alone, "matrix" carries out the algorithm of the whole matrix together.
         overlap: start compressing a bucket of parameters while the backward pass goes
             on; for a plain model and DDP, with reduce_at="backward".
-        bucket_cap_mb: size of such a bucket, in MB of gradients.
+        bucket_cap_mb: size of such a bucket, in MB of gradients, and of the pieces in
+            which restarts send whole matrices; one larger matrix is a piece alone.
         max_vetoes: after how many skipped steps in a row to raise on all workers; None
             for never. With a GradScaler, which lowers its scale s first, 2 log2(s)
             more.
@@ -199,6 +200,7 @@ class CompressedOptimizer(OptimizerWrapper):
             seed=seed,
             initial_basis=initial_basis,
             bucket_bytes=int(bucket_cap_mb * 1e6) if overlap else None,
+            piece_bytes=int(bucket_cap_mb * 1e6),
         )
         # not by assignment, which would reach a base that has attributes of these names
         vars(self).update(compressor=compressor, max_grad_norm=max_grad_norm)

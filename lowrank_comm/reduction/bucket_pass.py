@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_comm.communication.driver import Flight
 from lowrank_comm.communication.quantized_mean import Noise
 from lowrank_comm.compressors.base import Context, Delta, Result
+from lowrank_comm.error_feedback.memory import places
 from lowrank_comm.numerics.randomness import uniform
 from lowrank_comm.reduction.batches import Batch, copy_to
 from lowrank_comm.reduction.gradients import unusable
@@ -33,6 +34,7 @@ class Job:
         rows: of the batch; None for all.
         deferred: whether it is a deferred restart, of those of the rows for which any
             worker has a gradient.
+        piece: bytes of the whole matrices that it sends; 0 if it sends none.
         delta: what was compressed; formed when the generator begins.
         result: of the compressor; None where there was nothing to do.
     """
@@ -41,6 +43,7 @@ class Job:
     rows: list[int] | None
     context: Context
     deferred: bool = False
+    piece: int = 0
     delta: Delta | None = None
     result: Result | None = None
 
@@ -55,7 +58,8 @@ class Job:
         self.delta = batch.delta(grads, scale, rows)
         state = batch.state
         if rows is not None:
-            state = {symbol: tensor[rows] for symbol, tensor in state.items()}
+            at = places(rows, batch.device)
+            state = {symbol: tensor[at] for symbol, tensor in state.items()}
         return batch.compressor.step(self.delta, state, self.context)
 
     def start_deferred(self, bucket: Bucket, grads: Sequence[Tensor | None], scale: float) -> Steps:
@@ -80,11 +84,12 @@ class Job:
         assert self.delta is not None
         batch, indices = self.batch, self.indices
         delta, result, rows = self.delta.tensor, self.result, self.rows
-        places = [k for k, row in enumerate(indices) if present[batch.slots[row]]]
-        if len(places) < len(indices):
-            delta, result = delta[places], _rows_of_result(result, places)
-            rows = [indices[k] for k in places]
-        if places:
+        there = [k for k, row in enumerate(indices) if present[batch.slots[row]]]
+        if 0 < len(there) < len(indices):
+            at = places(there, batch.device)
+            delta, result = delta[at], _rows_of_result(result, at)
+            rows = [indices[k] for k in there]
+        if there:
             record.enter(batch, rows, delta, result)
             batch.commit(delta, result, rows, t)
         # Delta is as large as the model: let it go now
@@ -144,13 +149,15 @@ class BucketPass:
             rank,
             size,
             None if nearest else rounding_noise(state.seed, number, state.step, rank),
+            {k: job.piece for k, job in enumerate(self.jobs) if job.piece},
         )
         self.one.stats.seconds["compress"] += time.perf_counter() - clock
         self.flight = Flight(lockstep(self.one), group.start)
 
     def _jobs(self, batch: Batch, rank: int, size: int) -> list[Job]:
         """Cut a batch into jobs: several where some of its matrices restart, have a
-        deferred restart, or are at another variant of a step.
+        deferred restart, or are at another variant of a step, and where they send more
+        whole matrices than fit into one piece.
         """
         t = self._state.step
         kinds: dict[tuple[bool, bool, int], list[int]] = {}
@@ -160,18 +167,32 @@ class BucketPass:
         jobs = []
         # one order on all workers, whichever row came first
         for (deferred, restart, variant), rows in sorted(kinds.items()):
-            whole = len(kinds) == 1
-            context = replace(
-                batch.context if whole else batch.context.only(sorted(rows)),
-                t=t,
-                restart=restart,
-                variant=variant,
-                worker=rank,
-                workers=size,
-                wire_rounds=self._wire.rounds(batch.dtype),
-            )
-            jobs.append(Job(batch, None if whole else sorted(rows), context, deferred))
+            whole = self._whole_matrix_bytes(batch, variant, restart)
+            together = max(1, self._wire.room.bytes // whole) if whole else len(rows)
+            for start in range(0, len(rows), together):
+                some = sorted(rows)[start : start + together]
+                all_of_it = len(some) == len(batch.names)
+                context = replace(
+                    batch.context if all_of_it else batch.context.only(some),
+                    t=t,
+                    restart=restart,
+                    variant=variant,
+                    worker=rank,
+                    workers=size,
+                    wire_rounds=self._wire.rounds(batch.dtype),
+                )
+                given, piece = None if all_of_it else some, whole * len(some)
+                jobs.append(Job(batch, given, context, deferred, piece))
         return jobs
+
+    def _whole_matrix_bytes(self, batch: Batch, variant: int, restart: bool) -> int:
+        """Return the bytes of a matrix of the batch if this step sends it whole, as a
+        restart may; else 0. The same on all ranks.
+        """
+        context = batch.context
+        m, n = context.m or batch.m, batch.n
+        sent = batch.compressor.elements_in(m, n, context.rank, variant, restart) if restart else 0
+        return m * n * batch.dtype.itemsize if sent >= m * n else 0
 
     def decode(self, grads: list[Tensor | None]) -> dict[int, bool]:
         """Write the means into the gradients; make a gradient where there is none to be
@@ -229,7 +250,7 @@ def _flat(dense: DenseGroup, grads: Sequence[Tensor | None], scale: float) -> Te
     return flat.div_(scale) if scale != 1.0 else flat
 
 
-def _rows_of_result(result: Result, rows: list[int]) -> Result:
+def _rows_of_result(result: Result, rows: slice | Tensor) -> Result:
     """Return the result of some matrices of a batch."""
     return Result(
         result.applied[rows],

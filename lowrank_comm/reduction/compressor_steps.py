@@ -1,14 +1,19 @@
 """Advances the compressors' generators of a pass in lock-step, and keeps what they ask
 for.
+
+Generators that send whole matrices, as a restart by the SVD does, are pieces: each
+begins when there is room for it, in their order, and what it ended with is copied out
+of the buffers in which it travelled. So the buffers of a step are as large as a piece,
+and not as the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 from lowrank_comm.compressors.base import Result
 from lowrank_comm.compressors.requests import ComputeOnce, Gather, Mean, Request
-from lowrank_comm.reduction.passes import Presence, Steps
+from lowrank_comm.reduction.passes import Pass, Presence, Steps
 
 OnTheWire = Mean | ComputeOnce | Gather
 
@@ -17,7 +22,7 @@ class CompressorSteps:
     """The generators of a pass: which are live, what they ask for.
 
     Args:
-        starts: begin the generators; each is begun when it is first advanced.
+        one: the pass, with its generators.
 
     Attributes:
         at_once: requests that are answered without a packet, by generator.
@@ -27,13 +32,15 @@ class CompressorSteps:
             ended.
     """
 
-    def __init__(self, starts: Sequence[Callable[[], Steps]]) -> None:
-        self._starts = starts
+    def __init__(self, one: Pass) -> None:
+        self._starts, self._pieces, self._room = one.starts, one.pieces, one.wire.room
         self._steps: dict[int, Steps] = {}
         self._answers: dict[int, object] = {}
         # answered since the last `advance`, or not begun
-        self._ready = list(range(len(starts)))
-        self.results: list[Result | None] = [None] * len(starts)
+        self._ready = [k for k in range(len(one.starts)) if k not in one.pieces]
+        # pieces that wait for room, and those that have it
+        self._later, self._on_their_way = sorted(one.pieces), set[int]()
+        self.results: list[Result | None] = [None] * len(one.starts)
         self.at_once: dict[int, Request] = {}
         self.asking: dict[int, OnTheWire] = {}
         self.waiting: list[int] = []
@@ -43,26 +50,50 @@ class CompressorSteps:
         some can be answered without a packet.
         """
         self.at_once = {}
-        for k in self._ready:
-            if k not in self._steps:
-                self._steps[k] = self._starts[k]()
-            try:
-                request = self._steps[k].send(self._answers.pop(k, None))
-            except StopIteration as end:
-                self.results[k] = end.value
-                continue
-            if isinstance(request, Presence):
-                self.waiting.append(k)
-            elif isinstance(request, Mean | ComputeOnce | Gather):
-                self.asking[k] = request
-            else:
-                self.at_once[k] = request
-        self._ready = []
+        self._admit()
+        while self._ready:
+            ready, self._ready = sorted(self._ready), []
+            for k in ready:
+                self._advance(k)
+            self._admit()
         if self.at_once:
             return True
         # one order on all workers, whichever decided first
         self.asking = dict(sorted(self.asking.items()))
         return False
+
+    def _advance(self, k: int) -> None:
+        if k not in self._steps:
+            self._steps[k] = self._starts[k]()
+        try:
+            request = self._steps[k].send(self._answers.pop(k, None))
+        except StopIteration as end:
+            self.results[k] = end.value
+            if k in self._pieces:
+                self.results[k] = end.value and end.value.copied_out()
+                self._leave(k)
+            return
+        if isinstance(request, Presence):
+            self.waiting.append(k)
+        elif isinstance(request, Mean | ComputeOnce | Gather):
+            self.asking[k] = request
+        else:
+            self.at_once[k] = request
+
+    def _admit(self) -> None:
+        """Let pieces begin for which there is room."""
+        while self._later and self._room.take(self._pieces[self._later[0]]):
+            self._on_their_way.add(self._later[0])
+            self._ready.append(self._later.pop(0))
+
+    def _leave(self, k: int) -> None:
+        self._on_their_way.discard(k)
+        self._room.free(self._pieces[k])
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a generator asks for the wire, or waits for room on it."""
+        return bool(self.asking or self._later)
 
     def answer(self, answers: Mapping[int, object]) -> None:
         """Give generators the answers to their requests; `advance` lets them go on."""
@@ -82,6 +113,8 @@ class CompressorSteps:
         self.waiting = []
 
     def close(self) -> None:
-        """End all generators."""
+        """End all generators, and give back their room."""
         for steps in self._steps.values():
             steps.close()
+        for k in list(self._on_their_way):
+            self._leave(k)

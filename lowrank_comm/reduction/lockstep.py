@@ -18,7 +18,8 @@ worker (`veto`). All workers read the same sums; if there is a veto, all close t
 generators and return, and nothing has been changed.
 
 A generator may wait until it is known which gradients exist (`passes.Presence`). It
-takes no part in the first packet then.
+takes no part in the first packet then. And generators that send whole matrices begin
+one after the other, as there is room for them (`passes.Room`), in packets that follow.
 
 Where the ranks of a node hold blocks of rows and compute whole matrices together
 (`IntraNodeGroup.whole_matrices`), all ranks of all nodes are in lock-step. What
@@ -50,14 +51,22 @@ def lockstep(one: Pass) -> Generator[list[Exchange], int, Agreed | None]:
         one: the pass: what is averaged and how; its `stats` are filled.
 
     Yields:
-        What is to be exchanged in a phase, or in one of its legs; is sent the number of
-        collectives that it took.
+        What is to be exchanged in a phase, or in one of its legs; nothing, where all
+        that is left waits for room. Is sent the number of collectives that it took.
 
     Returns:
         What the workers agreed on, or None if any worker's numbers were not finite.
     """
+    steps = CompressorSteps(one)
+    try:
+        return (yield from _phases(one, steps))
+    finally:
+        steps.close()
+
+
+def _phases(one: Pass, steps: CompressorSteps) -> Generator[list[Exchange], int, Agreed | None]:
     in_the_node, stats = one.wire.in_the_node, one.stats
-    steps, veto = CompressorSteps(one.starts), Veto(in_the_node.group)
+    veto = Veto(in_the_node.group)
     dense: list[Tensor] = []
     phase = 0
     clock = time.perf_counter()
@@ -74,18 +83,20 @@ def lockstep(one: Pass) -> Generator[list[Exchange], int, Agreed | None]:
                 answers = veto.read(decisions)
                 if answers is None:
                     one.refused = veto.refused
-                    steps.close()
                     return None
                 steps.answer(answers)
         if veto.suspects and veto.read({}) is None:
             one.refused = veto.refused
-            steps.close()
             return None
         if steps.waiting and veto.present is not None:
             steps.tell(veto.present)
             continue
         if phase > 0 and not steps.asking:
-            break
+            if not steps.unfinished:
+                break
+            # another bucket's pieces are on their way
+            yield []
+            continue
         packet = Packet(one, phase, steps.sent())
         for leg in packet.buffers.legs():
             stats.seconds["compress"] += time.perf_counter() - clock
@@ -95,6 +106,9 @@ def lockstep(one: Pass) -> Generator[list[Exchange], int, Agreed | None]:
             clock = time.perf_counter()
         steps.answer(packet.unpack())
         veto.suspect(packet)
-        dense, phase = dense or packet.dense, phase + 1
+        if phase == 0:
+            # a view of it would hold the buffer, with a piece in it, to the end
+            dense = [mean.clone() for mean in packet.dense] if one.pieces else packet.dense
+        phase += 1
     stats.seconds["compress"] += time.perf_counter() - clock
     return Agreed(steps.results, dense, veto.present or [])

@@ -19,6 +19,9 @@ from lowrank_comm.compressors.requests import Request
 from lowrank_comm.numerics.quantization import Format, Quantization
 from lowrank_comm.reduction.intra_node_requests import IntraNodeRequests
 
+PIECE_BYTES = 25_000_000
+"""Of whole matrices that are on their way at once, unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class Presence:
@@ -32,6 +35,32 @@ class Presence:
 Steps = Generator[Request | Presence, Any, Result | None]
 
 
+@dataclass
+class Room:
+    """Room for whole matrices on their way, shared by the passes of a run. Pieces take
+    it in one order on all workers.
+
+    Attributes:
+        bytes: how many may be on their way at once; a piece larger than that travels
+            alone.
+        taken: by pieces that are on their way.
+    """
+
+    bytes: int
+    taken: int = 0
+
+    def take(self, piece: int) -> bool:
+        """Take room for a piece; return whether there was any."""
+        if self.taken and self.taken + piece > self.bytes:
+            return False
+        self.taken += piece
+        return True
+
+    def free(self, piece: int) -> None:
+        """Give back a piece's room."""
+        self.taken -= piece
+
+
 class Wire:
     """How passes communicate: what is the same for all passes of a run.
 
@@ -39,16 +68,22 @@ class Wire:
         workers: who takes part.
         dtype: on the wire, or None for each tensor's own.
         quantization: what is sent quantized.
+        piece_bytes: of whole matrices that may be on their way at once.
 
     Attributes:
+        room: for these.
         formats: the ledger's kind -> format of averages that are sent quantized.
         in_the_node: the requests that the ranks of a node answer together.
     """
 
     def __init__(
-        self, workers: Workers, dtype: torch.dtype | None, quantization: Quantization | None = None
+        self,
+        workers: Workers,
+        dtype: torch.dtype | None,
+        quantization: Quantization | None = None,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
-        self.workers, self.dtype = workers, dtype
+        self.workers, self.dtype, self.room = workers, dtype, Room(piece_bytes)
         self.formats: Mapping[str, Format] = quantization.formats if quantization else {}
         self.in_the_node = IntraNodeRequests(workers)
 
@@ -70,6 +105,8 @@ class Pass:
         wire: how it communicates.
         rank, size: this worker's number, and how many workers there are.
         noise: number of a packet -> its draws for stochastic rounding.
+        pieces: number of a generator -> bytes of the whole matrices that it sends;
+            these begin when the wire has room for them.
         stats: filled while the pass runs, vetoed or not.
         refused: set if the pass was vetoed since some worker's gradient cannot be
             averaged.
@@ -82,6 +119,7 @@ class Pass:
     rank: int
     size: int
     noise: Callable[[int], Noise] | None = None
+    pieces: Mapping[int, int] = field(default_factory=dict)
     stats: PassStats = field(default_factory=PassStats)
     refused: bool = False
 

@@ -63,7 +63,7 @@ from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.bucket_pass import BucketPass, Job
 from lowrank_comm.reduction.gradients import refuse, writable
 from lowrank_comm.reduction.params import ParamInfo
-from lowrank_comm.reduction.passes import Wire
+from lowrank_comm.reduction.passes import PIECE_BYTES, Wire
 from lowrank_comm.reduction.plan import Plan, make_plan
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.report import PassRecord, StepReport
@@ -120,6 +120,8 @@ class Reducer:
         intra_node: the ranks of this node; None where each rank is a worker.
         bucket_bytes: size of the buckets that may start during backward; None for one
             bucket of all parameters.
+        piece_bytes: of whole matrices that are on their way at once, where restarts
+            send them.
 
     Attributes:
         workers: who takes part.
@@ -153,6 +155,7 @@ class Reducer:
         initial_basis: Mapping[str, Tensor] | None = None,
         intra_node: IntraNodeGroup | None = None,
         bucket_bytes: int | None = None,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self._wire_name, wire = wire_dtype, wire_dtype_called(wire_dtype)
         check("seed", seed, Seed)
@@ -172,7 +175,7 @@ class Reducer:
         self.state = CompressionState(
             self.slots, self.assignment, self.workers, seed, initial_basis or {}, bucket_bytes
         )
-        self._wire = Wire(self.workers, wire, self.assignment.quantization)
+        self._wire = Wire(self.workers, wire, self.assignment.quantization, piece_bytes)
         self.ledger = Ledger()
         self.further_settings: Callable[[bool], dict[str, Any]] | None = None
         self.base_steps: Callable[[], int | None] = lambda: None
@@ -473,6 +476,7 @@ class Reducer:
             **self.assignment.describe(),
             "seed": self.seed,
             "wire_dtype": self._wire_name,
+            "piece_bytes": self._wire.room.bytes,
             "shards": ranks,
             **self.state.describe(),
         }
