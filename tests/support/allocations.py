@@ -91,16 +91,20 @@ class Meter:
                 events.append((event.start_time_ns, 0, event))
                 events.append((event.end_time_ns, 2, event))
         events.sort(key=lambda one: one[:2])
+        threads = {event.start_tid for _, kind, event in events if kind == 0}
         blocks: dict[int, tuple[int, Any]] = {}
         held = 0
         parts: dict[str, _Part] = {}
         for _, kind, event in events:
             if kind == 1:
                 address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
-                # of a new block: what was there was given back by a thread that is not
-                # watched
-                held -= blocks.pop(address, (0, None))[0]
-                if size > 0 and not _is_a_backends(event):
+                before = blocks.pop(address, (0, None))[0]
+                held -= before
+                if size > 0 and before:
+                    # given back at some time by a thread that is not watched
+                    for part in parts.values():
+                        part.had_gone(address, before)
+                if size > 0 and not _is_a_backends(event, threads):
                     blocks[address] = (size, event)
                     held += size
                 for part in parts.values():
@@ -148,6 +152,11 @@ class _Part:
         if self._base is not None and held - self._base > self.peak:
             self.peak, self._at_peak = held - self._base, dict(blocks)
 
+    def had_gone(self, address: int, size: int) -> None:
+        """Take a block for gone before the part began, if it was there before."""
+        if address in self._before and self._base is not None:
+            self._base -= size
+
     def places(self) -> Counter[str]:
         found: Counter[str] = Counter()
         for address, (size, event) in self._at_peak.items():
@@ -166,8 +175,11 @@ def _callers(event: Any) -> Iterator[str]:
         above = above.parent
 
 
-def _is_a_backends(event: Any) -> bool:
-    return any(name.startswith("c10d::") for name in _callers(event))
+def _is_a_backends(event: Any, threads: set[int]) -> bool:
+    # gloo does some of it in threads of its own; a backward pass on a CPU has none
+    return event.start_tid not in threads or any(
+        name.startswith("c10d::") for name in _callers(event)
+    )
 
 
 def _place(event: Any) -> str:
