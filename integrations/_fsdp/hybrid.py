@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from typing_extensions import override
 
-from lowrank_comm.checkpointing.tensors import block_bases, of_blocks
+from lowrank_comm.checkpointing.whole_tensors import block_bases, of_blocks
 from lowrank_comm.communication import Group, IntraNodeGroup
 from lowrank_comm.errors import UnsupportedError
 from lowrank_comm.integrations._fsdp import internals

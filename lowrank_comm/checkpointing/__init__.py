@@ -1,4 +1,5 @@
 """How the compressor's state is saved: as one file beside a checkpoint (`file`), and
 inside the optimizer's state dict (`state_dict`). `tag` says what a saved state is,
-`tensors` gathers and restores its tensors.
+`whole_tensors` gathers its tensors, `tensors` puts them back. `folder` has everything
+of a run.
 """

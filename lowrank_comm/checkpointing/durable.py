@@ -52,13 +52,6 @@ def put_in_place(unfinished: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def mode_of_a_new_file(path: Path) -> int:
-    """Make an empty file and return the mode that it gets, which follows the umask."""
-    path.unlink(missing_ok=True)
-    with path.open("xb"):
-        return path.stat().st_mode & 0o7777
-
-
 @contextlib.contextmanager
 def removed_on_failure(path: Path) -> Any:
     """Remove a file that was being written when something failed."""
@@ -70,21 +63,43 @@ def removed_on_failure(path: Path) -> Any:
         raise
 
 
-def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return the SHA-256 of named tensors and of the text beside them.
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a contiguous tensor on the CPU, to be used while it is there:
+    without a copy, and without NumPy, which need not be there.
+    """
+    if not tensor.numel():
+        return b""
+    return (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+
+
+class Checksum:
+    """The SHA-256 of named tensors and of the text beside them; names, dtypes, shapes
+    and bytes count.
 
     Args:
-        tensors: on the CPU; their names, dtypes, shapes and bytes count, not their
-            order.
-        metadata: its entry "checksum" does not count.
+        metadata: the text; its entry "checksum" does not count.
     """
-    found = hashlib.sha256()
-    for key in sorted(metadata.keys() - {"checksum"}):
-        found.update(repr((key, metadata[key])).encode())
-    for key, tensor in sorted(tensors.items()):
-        found.update(repr((key, str(tensor.dtype), tuple(tensor.shape))).encode())
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        self._found = hashlib.sha256()
+        for key in sorted(metadata.keys() - {"checksum"}):
+            self._found.update(repr((key, metadata[key])).encode())
+
+    def update(self, key: str, tensor: Tensor) -> None:
+        """Take in a tensor on the CPU; tensors come in the order of their keys."""
+        self._found.update(repr((key, str(tensor.dtype), tuple(tensor.shape))).encode())
         held = tensor.detach().contiguous()
-        if held.numel():
-            # its bytes without a copy, and without NumPy, which need not be there
-            found.update((ctypes.c_ubyte * held.nbytes).from_address(held.data_ptr()))
-    return f"sha256:{found.hexdigest()}"
+        self._found.update(bytes_of(held))
+
+    @property
+    def text(self) -> str:
+        """Of what has been taken in so far; always as long."""
+        return f"sha256:{self._found.hexdigest()}"
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the `Checksum` of tensors on the CPU, in any order."""
+    found = Checksum(metadata)
+    for key, tensor in sorted(tensors.items()):
+        found.update(key, tensor)
+    return found.text

@@ -31,6 +31,7 @@ there.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
@@ -38,18 +39,19 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_comm.checkpointing import durable
 from lowrank_comm.checkpointing.tag import WAY_OUT, Tag, read_tag, readable, tag_of
-from lowrank_comm.checkpointing.tensors import _log, check_fits, restore, whole_tensors_of
+from lowrank_comm.checkpointing.tensor_file import write_tensors
+from lowrank_comm.checkpointing.tensors import _log, check_fits, restore
+from lowrank_comm.checkpointing.whole_tensors import WholeTensor, whole_tensors
 from lowrank_comm.errors import ConfigError, StateMismatchError
 from lowrank_comm.reduction.reducer import Reducer
 
@@ -127,21 +129,21 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
     """
     _check_kinds("save", reducer, folder)
     reducer.consolidate_error_memory()
-    tensors = (
-        whole_tensors_of(reducer)
-        if reducer.workers.intra_node.size > 1 or reducer.workers.is_writer
-        else {}
-    )
+    tensors = whole_tensors(reducer)
+    fetched = (one.fetch() for one in tensors)
     state, path = reducer.state, Path()
     mine = {"name": f"{reducer.step}-{uuid.uuid4().hex[:16]}", "lineage": "", "error": ""}
     if reducer.workers.is_writer:
         mine["lineage"] = state.lineage or uuid.uuid4().hex
         try:
             path = file_of(folder, mine["name"])
-            _write(reducer, tensors, path, mine["name"], mine["lineage"])
+            _write(reducer, tensors, fetched, path, mine["name"], mine["lineage"])
         # the others wait to be told
         except Exception as error:
             mine["error"] = str(error) or type(error).__name__
+    if reducer.workers.intra_node.size > 1:
+        # all take part in fetching what is left, also when nothing is written
+        collections.deque(fetched, maxlen=0)
     of_rank_0 = _tell(reducer, mine)[0]
     if of_rank_0["error"]:
         raise StateMismatchError(
@@ -155,17 +157,14 @@ def save(reducer: Reducer, folder: str | os.PathLike[str]) -> str:
 
 def _write(
     reducer: Reducer,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Sequence[WholeTensor],
+    fetched: Iterable[Tensor],
     path: Path,
     name: str,
     lineage: str,
 ) -> None:
     durable.make_folder(path.parent)
-    flat = {
-        f"{symbol}/{parameter}": tensor.clone().contiguous()
-        for parameter, parts in tensors.items()
-        for symbol, tensor in parts.items()
-    }
+    layout = {one.key: (one.dtype, one.shape) for one in tensors}
     # for a reader of the file
     settings = {key: value for key, value in reducer.describe().items() if key != "parameters"}
     metadata = {
@@ -177,12 +176,9 @@ def _write(
         "base_steps": str(reducer.base_steps()),
         "settings": json.dumps(settings),
     }
-    metadata["checksum"] = durable.checksum(flat, metadata)
     unfinished = path.with_name(_UNFINISHED)
     with durable.removed_on_failure(unfinished):
-        mode = durable.mode_of_a_new_file(unfinished)
-        save_file(flat, unfinished, metadata=metadata)
-        unfinished.chmod(mode)
+        write_tensors(unfinished, layout, fetched, metadata)
         durable.put_in_place(unfinished, path)
 
 

@@ -34,12 +34,10 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -47,7 +45,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lowrank_comm.checkpointing import durable
+from lowrank_comm.checkpointing import durable, sharded_state
+from lowrank_comm.checkpointing.sharded_state import copied, is_sharded
 from lowrank_comm.checkpointing.state_dict import (
     PREFIX,
     check_groups,
@@ -178,9 +177,10 @@ def save_all(
     with refused_together(workers, "save_all"):
         _refuse_optimizer_of_another("save_all", model, optimizer)
     if hasattr(optimizer, "consolidate_error_memory"):
-        optimizer.consolidate_error_memory()
+        # rank 0 writes what is whole
+        optimizer.consolidate_error_memory(for_all_ranks=False)
     path = Path(_on_rank_0(workers, lambda: str(_begin(root))))
-    sharded = _is_sharded(model)
+    sharded = is_sharded(model)
     files = _on_all(workers, lambda: _write(path, workers, model, optimizer, sharded, extra), path)
     manifest = _Manifest(
         sharded=sharded,
@@ -242,8 +242,11 @@ def load_all(
         # before anything is changed
         with refused_together(workers, str(path)):
             extra: dict[str, Any] = _read(path / _EXTRA)
-        load = _load_sharded if manifest.sharded else _load_whole
-        load(path, manifest, workers, model, optimizer)
+        if manifest.sharded:
+            same_class = functools.partial(_refuse_other_class, path, manifest, optimizer)
+            sharded_state.load(path, workers, model, optimizer, same_class)
+        else:
+            _load_whole(path, manifest, workers, model, optimizer)
         if workers.is_writer:
             _log.info("%s is loaded", path)
         return extra
@@ -449,8 +452,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write this rank's files, and return what the manifest has of them."""
     if sharded:
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=path)
+        sharded_state.write(path, model, optimizer)
         written = list(path.glob(f"__{dist.get_rank()}_*"))
         written += [path / ".metadata"] if workers.is_writer else []
     else:
@@ -614,8 +616,11 @@ def _verified(path: Path, workers: Workers) -> tuple[_Manifest | None, str]:
     return manifest, ""
 
 
-def _read(path: Path) -> Any:
-    return torch.load(path, weights_only=True, map_location="cpu")
+def _read(path: Path, mapped: bool = False) -> Any:
+    """Read a file of torch.save; `mapped`: tensors take no memory until they are used,
+    and who keeps one must copy it, since the file may be removed.
+    """
+    return torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -624,10 +629,6 @@ def _inner(model: nn.Module) -> nn.Module:
         name = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
         model = model.get_submodule(name)
     return model
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def _check_model(path: Path, saved: Mapping[str, Any], model: nn.Module) -> None:
@@ -646,24 +647,16 @@ def _check_model(path: Path, saved: Mapping[str, Any], model: nn.Module) -> None
             )
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
-    return [_copied(one) for one in value] if isinstance(value, list) else value
-
-
 def _load_whole(
     path: Path, manifest: _Manifest, workers: Workers, model: nn.Module, optimizer: Optimizer
 ) -> None:
     """Load what `torch.save` has written."""
     with refused_together(workers, str(path)):
-        state = _read(path / _STATE)
+        state = _read(path / _STATE, mapped=True)
         if "optimizer" not in state:
             # each rank's own, or at another number of ranks rank 0's
             rank = workers.global_rank if manifest.world == workers.world_size else 0
-            state["optimizer"] = _read(path / f"optimizer_{rank}.pt")
+            state["optimizer"] = _read(path / f"optimizer_{rank}.pt", mapped=True)
         _refuse_other_class(path, manifest, optimizer)
         check_groups(state["optimizer"], optimizer.param_groups)
         inner = _inner(model)
@@ -671,13 +664,17 @@ def _load_whole(
     of_model = state["model"]
     if not _compresses(optimizer):
         state["optimizer"] = without_compressed_state(state["optimizer"], says=workers.is_writer)
-    if _is_sharded(model):
+    if is_sharded(model):
         whole = StateDictOptions(full_state_dict=True)
         by_name = _by_name(state["optimizer"], inner, optimizer)
         set_optimizer_state_dict(model, optimizer, by_name, options=whole)
+        # what is not sharded is kept as it was given
+        for entries in optimizer.state.values():
+            held = {k: v for k, v in entries.items() if not isinstance(v, DTensor)}
+            entries.update(copied(held))
         set_model_state_dict(model, of_model, options=whole)
         return
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(copied(state["optimizer"], but=f"{PREFIX}error"))
     if getattr(optimizer, "saves_each_rank", False):
         # it has written this rank's parameters, which are not those of rank 0
         own = {name for name, p in inner.named_parameters() if p.requires_grad}
@@ -701,39 +698,3 @@ def _by_name(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -
         }
         groups.append({**saved, "params": called})
     return {"state": entries, "param_groups": groups}
-
-
-def _load_sharded(
-    path: Path, manifest: _Manifest, workers: Workers, model: nn.Module, optimizer: Optimizer
-) -> None:
-    """Load what `torch.distributed.checkpoint` has written."""
-    of_model, of_optimizer = get_state_dict(model, optimizer)
-    # it reads in place, and nothing is to be touched before all has been checked
-    target = _copied({"model": of_model, "optimizer": of_optimizer})
-    wanted = {f"model.{name}" for name in of_model} | {
-        f"optimizer.state.{name}.{key}"
-        for name, entries in target["optimizer"]["state"].items()
-        for key in entries
-    }
-    with refused_together(workers, str(path)):
-        _refuse_other_class(path, manifest, optimizer)
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys()
-        missing = sorted(key for key in wanted - saved if PREFIX not in key)
-        if missing:
-            raise StateMismatchError(
-                f"{path} has no {missing[0]!r}: it was saved by another model or optimizer."
-            )
-    ours = [
-        sorted(key for key in keys if PREFIX in key) for keys in (wanted - saved, saved - wanted)
-    ]
-    for keys, words in zip(ours, (_ANEW, _DROPPED), strict=True):
-        if keys and workers.is_writer:
-            _log.warning(words, path, len(keys), keys[0])
-    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(target, checkpoint_id=path, planner=planner)
-    set_optimizer_state_dict(model, optimizer, target["optimizer"])
-    set_model_state_dict(model, target["model"])
-
-
-_ANEW = "%s does not have %d parts of the compressor's state (first: %s): they start anew"
-_DROPPED = "%s has %d parts of a compressor's state that this run does not have (first: %s)"

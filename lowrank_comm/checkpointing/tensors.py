@@ -1,124 +1,22 @@
-"""The tensors of a saved state, by parameter name and symbol, and how they are put
-back.
+"""How the tensors of a saved state are checked and put back, by parameter name and
+symbol.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lowrank_comm.checkpointing.tag import Tag
+from lowrank_comm.checkpointing.whole_tensors import OF, tensors_of
 from lowrank_comm.errors import StateMismatchError
-from lowrank_comm.reduction.params import ParamInfo
-from lowrank_comm.reduction.policy import Treatment
+from lowrank_comm.numerics.linalg import is_finite
 from lowrank_comm.reduction.reducer import Reducer
 
-# in a symbol: bases of that many blocks of rows, each of which is a matrix of its own
-_OF = "_of_blocks_"
-
-
 _log = logging.getLogger("lowrank_comm")
-
-
-def tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """Return parameter name -> {"error": ..., "Q": ...}, live tensors and no copies. No
-    "error" where none is kept.
-    """
-    memory = reducer.state.error_memory()
-    return {
-        name: ({"error": memory[name]} if name in memory else {}) | bases
-        for name, bases in reducer.state.bases().items()
-    }
-
-
-def whole_tensors_of(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """Return the same of whole parameters, on the CPU; where ranks of a node hold
-    blocks of them, a collective of these ranks.
-    """
-    node = reducer.workers.intra_node
-
-    def whole(slot: ParamInfo, tensor: Tensor) -> Tensor:
-        shape = slot.whole or slot.shape
-        return node.whole(tensor.to(slot.device), shape, slot.dim, "checkpoint")
-
-    def of_all_blocks(basis: Tensor) -> Tensor:
-        return node.gather(basis.reshape(-1), "checkpoint").view(-1, *basis.shape)
-
-    live = tensors_of(reducer).items() if node.size == 1 else _whole(reducer, whole, of_all_blocks)
-    return {name: {k: t.detach().cpu() for k, t in parts.items()} for name, parts in live}
-
-
-def untouched(reducer: Reducer) -> dict[str, dict[str, Tensor]]:
-    """Return `whole_tensors_of` as it is before the first step, without communication:
-    zero errors, and bases that no step has used.
-    """
-    count = reducer.workers.intra_node.size
-
-    def zeros(slot: ParamInfo, tensor: Tensor) -> Tensor:
-        return torch.zeros(slot.whole or slot.shape, dtype=slot.compute_dtype)
-
-    # copies, since DCP loads in place
-    return dict(_whole(reducer, zeros, lambda basis: torch.stack([basis] * count)))
-
-
-def _whole(
-    reducer: Reducer,
-    whole: Callable[[ParamInfo, Tensor], Tensor],
-    of_all_blocks: Callable[[Tensor], Tensor],
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the state of each whole parameter.
-
-    Where each block has a basis of its own, they are kept together, (F, n, r), by a
-    symbol that tells F; of what is equal for all blocks, that of the first.
-
-    Args:
-        reducer: whose ranks hold blocks.
-        whole: makes a tensor in the parameter's shape from this rank's block of it.
-        of_all_blocks: (F, n, r), from this rank's basis.
-    """
-    for slot, largest, shaped in reducer.state.blocks():
-        parts = {symbol: whole(slot, tensor) for symbol, tensor in shaped.items()}
-        bases = block_bases(reducer, slot, largest)
-        replicated = reducer.assignment.compressor_for(largest)[0].replicated_state
-        for symbol, basis in bases.items():
-            if reducer.workers.intra_node.whole_matrices:
-                parts[symbol] = basis
-                continue
-            stacked = of_all_blocks(basis)
-            if symbol in replicated:
-                parts[symbol] = stacked[0]
-            else:
-                parts[of_blocks(symbol, len(stacked))] = stacked
-        yield slot.name, parts
-
-
-def of_blocks(symbol: str, count: int) -> str:
-    """Return the symbol under which the bases of `count` blocks of a parameter are
-    kept, each a matrix of its own.
-    """
-    return f"{symbol}{_OF}{count}"
-
-
-def block_bases(reducer: Reducer, slot: ParamInfo, largest: Treatment) -> dict[str, Tensor]:
-    """Return symbol -> this rank's basis (n, r), of what is not in the shape of the
-    block. It is padded to the size of the largest block's basis; zero where it has no
-    column.
-    """
-    initial = reducer.assignment.initial_state(slot, largest)
-    shaped = reducer.assignment.compressor_for(largest)[0].parameter_shaped_state
-    rooms = {
-        symbol: torch.zeros_like(tensor)
-        for symbol, tensor in initial.items()
-        if symbol not in shaped
-    }
-    held = reducer.state.bases_of(slot.name)
-    for symbol in rooms.keys() & held.keys():
-        rooms[symbol][tuple(map(slice, held[symbol].shape))] = held[symbol]
-    return rooms
 
 
 def _in_memory(reducer: Reducer, name: str) -> tuple[str, ...]:
@@ -140,7 +38,7 @@ def _cut_to(
     """
     node, state = reducer.workers.intra_node, reducer.state
     slots = {slot.name: slot for slot in reducer.slots}
-    own_basis = f"{_OF}{node.size}"
+    own_basis = f"{OF}{node.size}"
     result: dict[str, dict[str, Tensor]] = {}
     for name, saved in tensors.items():
         slot, held, memory = slots.get(name), state.bases_of(name), _in_memory(reducer, name)
@@ -184,7 +82,7 @@ def check_fits(
         here = known.get(name, {})
         for symbol, tensor in saved.items():
             _check_numbers(name, symbol, tensor, here.get(symbol))
-        if "error" in saved and "error" not in here and bool(saved["error"].float().any()):
+        if "error" in saved and "error" not in here and bool(saved["error"].any()):
             raise StateMismatchError(
                 f"{name!r} has a saved error memory but is not a compressed parameter of this run"
                 f" with one; it would be lost. {_why_none_here(reducer, name, saved)}; to give it"
@@ -216,7 +114,7 @@ def _check_numbers(name: str, symbol: str, saved: Tensor, here: Tensor | None) -
             f"{name!r}: the saved {_called(symbol)} is damaged: it is of {kind}; resume from"
             " another checkpoint."
         )
-    if saved.is_floating_point() and not bool(torch.isfinite(saved).all()):
+    if saved.is_floating_point() and not is_finite(saved):
         raise StateMismatchError(
             f"{name!r}: the saved {_called(symbol)} is not finite, and every step after it would be"
             " skipped; resume from an earlier checkpoint, or take the compressor's state out of"
@@ -230,7 +128,7 @@ def _why_none_here(reducer: Reducer, name: str, saved: Mapping[str, Tensor]) -> 
     it, and which settings keep one.
     """
     assignment, node = reducer.assignment, reducer.workers.intra_node
-    symbols = ", ".join(sorted(symbol.split(_OF)[0] for symbol in saved))
+    symbols = ", ".join(sorted(symbol.split(OF)[0] for symbol in saved))
     kept = (
         f"The saved run kept {symbols} of it; this one has compressor"
         f" {assignment.compressor.json_name!r} with error_feedback form"
@@ -292,7 +190,7 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     # load_state_dict(state_dict())
     reducer.state.reset(empty)
     anew: list[str] = []
-    symbols = {(name, k.split(_OF)[0]) for name, saved in tensors.items() for k in saved}
+    symbols = {(name, k.split(OF)[0]) for name, saved in tensors.items() for k in saved}
     unused = sorted({k for name, k in symbols if k not in known.get(name, {}) and k != "error"})
     for name in sorted(known.keys() & tensors.keys()):
         saved, here = tensors[name], known[name]

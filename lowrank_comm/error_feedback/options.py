@@ -87,6 +87,10 @@ class ErrorFeedback:
         """Whether there is an error memory: "ef14", or the form is not resolved."""
         return self.form in (None, "ef14")
 
+    def stored_as(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the error memory of what is computed in `dtype`."""
+        return DTYPES[self.dtype] if self.dtype else dtype
+
     @property
     def memory(self) -> str:
         """What a parameter's compression keeps of earlier gradients, in words."""

@@ -643,7 +643,7 @@ class CompressedOptimizer(OptimizerWrapper):
 
     # ---------------------------------------------------------------- state
 
-    def consolidate_error_memory(self) -> None:
+    def consolidate_error_memory(self, for_all_ranks: bool = True) -> None:
         """Make every worker's error the mean of all; a collective. Call it on all ranks
         before `state_dict()`.
 
@@ -651,9 +651,13 @@ class CompressedOptimizer(OptimizerWrapper):
         It sends the error memory once, as many bytes as the gradients of all compressed
         matrices. Where ranks hold blocks of whole parameters (two levels, but not
         FSDP2), each keeps a copy of the whole error memory on the CPU for the state
-        dict, until the next is made.
+        dict, until the next step.
+
+        Args:
+            for_all_ranks: False where rank 0's state dict alone is saved; then it alone
+                keeps such a copy.
         """
-        self._saved.consolidate()
+        self._saved.consolidate(for_all_ranks)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return the base's state dict with the compressor's state (see
@@ -670,6 +674,17 @@ class CompressedOptimizer(OptimizerWrapper):
                 warns, and `consolidate_error_memory()` is what raises on all.
         """
         return self._state_dict_with_hooks(self._saved.save)
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse what `load_state_dict` would refuse, and change nothing; a collective.
+
+        Args:
+            state_dict: the base's tensors may be left out of it.
+
+        Raises:
+            StateMismatchError: see `load_state_dict`.
+        """
+        self._saved.check(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the base and the compressor; a collective, to be called by every

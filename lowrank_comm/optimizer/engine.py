@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_comm.checkpointing.tensors import tensors_of, untouched
+from lowrank_comm.checkpointing.whole_tensors import tensors_of, untouched
 from lowrank_comm.communication.topology import levels, ranks_in_a_node
 from lowrank_comm.errors import ConfigError, UnsupportedError
 from lowrank_comm.optimizer.backward_hooks import BackwardWatch
@@ -158,7 +158,13 @@ class Engine:
             return whole
         if self.intra_node.size > 1 and reducer.step == 0:
             return untouched(reducer)
-        return tensors_of(reducer)
+        state, result = reducer.state, dict[str, dict[str, Tensor]]()
+        for name, parts in tensors_of(reducer).items():
+            compressor = state.compressor_of(name)
+            # as large as the error memory, and live as that is
+            live = ("error", *(compressor.parameter_shaped_state if compressor else ()))
+            result[name] = {k: t if k in live else t.clone() for k, t in parts.items()}
+        return result
 
     def is_last_backward(self) -> bool:
         """Return whether the backward pass that ends (or goes on) is the last of its

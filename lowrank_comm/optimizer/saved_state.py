@@ -11,13 +11,15 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_comm.checkpointing import state_dict as entries
 from lowrank_comm.checkpointing.tag import NOBODY, Tag, refused_together, tag_of
-from lowrank_comm.checkpointing.tensors import check_fits, restore, whole_tensors_of
+from lowrank_comm.checkpointing.tensors import check_fits, restore
+from lowrank_comm.checkpointing.whole_tensors import by_name, whole_tensors
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.errors import StateMismatchError
 from lowrank_comm.optimizer.attachment import Attachment
@@ -28,6 +30,17 @@ from lowrank_comm.optimizer.wrapper import parameters_of
 from lowrank_comm.reduction.reducer import Reducer
 
 _log = logging.getLogger("lowrank_comm")
+
+
+class _Found(NamedTuple):
+    """What a state dict holds: the base's, the tag or None, the compressor's tensors by
+    parameter name and symbol; and whether they have to wait for a reducer.
+    """
+
+    plain: dict[str, Any]
+    tag: Tag | None
+    tensors: dict[str, dict[str, Tensor]]
+    waits: bool
 
 
 class SavedState:
@@ -63,14 +76,19 @@ class SavedState:
         engine = self._attachment.engine
         return engine.intra_node.size > 1 and engine.saves_whole
 
-    def consolidate(self) -> None:
+    def consolidate(self, for_all_ranks: bool) -> None:
         """Make the error memory the mean of all workers', and gather whole parameters'
         if a state dict needs it; a collective.
+
+        Args:
+            for_all_ranks: whether all ranks are to have that, and not rank 0 alone.
         """
         reducer = self._lazy.prepare()
         reducer.consolidate_error_memory()
         if self._holds_blocks:
-            reducer.state.whole = whole_tensors_of(reducer)
+            keep = for_all_ranks or reducer.workers.is_writer
+            gathered = by_name(whole_tensors(reducer), keep)
+            reducer.state.whole = gathered if keep else None
 
     def save(self) -> dict[str, Any]:
         """Return the base's state dict with the reducer's state; no communication.
@@ -118,12 +136,14 @@ class SavedState:
             tag = replace(tag, rank=NOBODY)
         return tag
 
-    def load(self, state_dict: dict[str, Any]) -> None:
-        """Restore the base and the reducer; a collective.
+    def check(self, state_dict: dict[str, Any]) -> _Found:
+        """Look at what is to be loaded; a collective that changes nothing.
+
+        Args:
+            state_dict: the tensors of the base may be left out of it.
 
         Raises:
-            StateMismatchError: on every worker, if what is saved does not fit on some;
-                then nothing is changed.
+            StateMismatchError: on every worker, if what is saved does not fit on some.
         """
         with refused_together(self.workers(), "the state dict"):
             # Names only where they are needed: Accelerate loads an empty state before
@@ -135,6 +155,15 @@ class SavedState:
             waits = self._lazy.made is None and self._found is not None
             if tag is not None and not waits:
                 check_fits(self._lazy.prepare(), tag, tensors)
+        return _Found(plain, tag, tensors, waits)
+
+    def load(self, state_dict: dict[str, Any]) -> None:
+        """Restore the base and the reducer; a collective.
+
+        Raises:
+            StateMismatchError: see `check`; then nothing is changed.
+        """
+        plain, tag, tensors, waits = self.check(state_dict)
         self._base.load_state_dict(keeping_names(plain, self._base.param_groups))
         self._found, self.not_taken_over = None, ""
         if tag is None:

@@ -354,6 +354,8 @@ class Reducer:
             state.step, {self.slots[k].name: there for k, there in present.items()}
         )
         state.step += 1
+        # a copy as large as the whole error memory, which is another one now
+        state.whole = None
         self.ledger.restarts += last.restarts
         last.stats.seconds["commit"] = spent = time.perf_counter() - clock
         self.ledger.seconds["commit"] += spent

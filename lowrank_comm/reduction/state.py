@@ -180,6 +180,13 @@ class CompressionState:
                 costs[slot.name] = compressor.restart_elements(largest.m, largest.n, largest.rank)
         return Restarts(compressor.schedule(costs), costs)
 
+    @property
+    def compressed(self) -> list[str]:
+        """Names of the parameters of which this rank gives something to a
+        compressor.
+        """
+        return list(self._place)
+
     def error_memory(self) -> dict[str, Tensor]:
         """Return parameter name -> this worker's error, a live view in the parameter's
         shape; what keeps none is absent.
@@ -225,6 +232,9 @@ class CompressionState:
             if not held:
                 empty = torch.zeros(slot.shape, dtype=slot.compute_dtype, device=slot.device)
                 held = dict.fromkeys(symbols, empty)
+                if "error" in held:
+                    # as of the ranks that hold rows, with which it is gathered
+                    held["error"] = empty.to(error_feedback.stored_as(slot.compute_dtype))
             blocks.append((slot, largest, {symbol: held[symbol] for symbol in symbols}))
         return blocks
 
@@ -266,11 +276,10 @@ class CompressionState:
         self._consolidated_at = None
         batch, row = self._place[name]
         if error is not None and batch.memory.kept:
-            memory = batch.memory.tensor
-            memory[row] = error.to(memory).view(batch.m, batch.n)
+            batch.memory.tensor[row].copy_(error.reshape(batch.m, batch.n))
         for symbol, value in state.items():
-            here = batch.state[symbol]
-            here[row] = value.to(here).reshape(here[row].shape)
+            here = batch.state[symbol][row]
+            here.copy_(value.reshape(here.shape))
 
     @torch.no_grad()
     def reset(self, names: Sequence[str] | None = None) -> None:

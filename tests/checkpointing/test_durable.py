@@ -12,7 +12,6 @@ from torch import Tensor
 from lowrank_comm.checkpointing.durable import (
     checksum,
     make_folder,
-    mode_of_a_new_file,
     put_in_place,
     removed_on_failure,
     sync,
@@ -94,21 +93,9 @@ def test_a_file_that_cannot_be_synced_is_an_error(tmp_path: Path) -> None:
         sync(tmp_path / "missing")
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_a_new_file_has_the_mode_of_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
-    before = os.umask(mask)
-    try:
-        assert mode_of_a_new_file(tmp_path / "file") == mode
-    finally:
-        os.umask(before)
-
-
-def test_what_was_left_by_a_dead_run_is_replaced_and_what_fails_is_removed(tmp_path: Path) -> None:
+def test_what_fails_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.symlink_to(tmp_path / "elsewhere")
-    mode_of_a_new_file(path)
-    assert path.is_file()
-    assert not (tmp_path / "elsewhere").exists()
+    path.write_text("half")
     with pytest.raises(KeyboardInterrupt), removed_on_failure(path):
         raise KeyboardInterrupt
     assert not path.exists()

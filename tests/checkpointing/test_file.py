@@ -4,6 +4,7 @@ all workers together.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file as read_safetensors
 from safetensors.torch import save_file as plain_save
 
 from lowrank_comm import ConfigError, PowerSGD, StateMismatchError
 from lowrank_comm.checkpointing import file as library_checkpoint
 from lowrank_comm.checkpointing.durable import checksum
+from lowrank_comm.checkpointing.tensor_file import write_tensors
 from lowrank_comm.compressors.base import Compressor
 from tests.support.checkpointed import (
     FIRST,
@@ -189,19 +191,18 @@ def test_a_file_that_one_worker_cannot_use_is_refused_by_all(
 def fails_to_save(rank: int, folder: str, disk_is_full: bool) -> str:
     trainer = Trainer(PowerSGD(2))
     trainer.train(0, 2, rank)
-    # as safetensors says it
     if disk_is_full:
 
         def full(*_: Any, **__: Any) -> None:
-            raise SafetensorError("No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        library_checkpoint.save_file = full
+        library_checkpoint.write_tensors = full
     try:
         library_checkpoint.save(trainer.optimizer.reducer, folder)
     except StateMismatchError as error:
         return str(error)
     finally:
-        library_checkpoint.save_file = plain_save
+        library_checkpoint.write_tensors = write_tensors
     return "no error"
 
 

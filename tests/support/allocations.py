@@ -3,9 +3,9 @@
 It reads what torch's profiler notes of the allocator of the CPU: every block that is
 handed out, by whatever asks for it (an operation, what an operation needs in between, a
 hook in a backward pass, a file that is read), and its return. What was there before the
-meter began is not counted, nor is its return. Left out is what a backend of
-torch.distributed asks for inside of a collective: gloo copies what it gathers and
-scatters, NCCL does not.
+meter began is not counted, nor is its return. Left out are files that are mapped, and
+what a backend of torch.distributed asks for inside of a collective: gloo copies what it
+gathers and scatters, NCCL does not.
 
     with metered() as meter:
         step()                      # what it replaces was made inside, too
@@ -87,7 +87,7 @@ class Meter:
             waiting += event.children
             if event.tag == _EventType.Allocation:
                 events.append((event.start_time_ns, 1, event))
-            elif event.name.startswith((_PART, _AGAIN)):
+            elif _name(event).startswith((_PART, _AGAIN)):
                 events.append((event.start_time_ns, 0, event))
                 events.append((event.end_time_ns, 2, event))
         events.sort(key=lambda one: one[:2])
@@ -104,7 +104,7 @@ class Meter:
                     # given back at some time by a thread that is not watched
                     for part in parts.values():
                         part.had_gone(address, before)
-                if size > 0 and not _is_a_backends(event, threads):
+                if size > 0 and not (_is_mapped(event) or _is_a_backends(event, threads)):
                     blocks[address] = (size, event)
                     held += size
                 for part in parts.values():
@@ -165,14 +165,26 @@ class _Part:
         return found
 
 
+def _name(event: Any) -> str:
+    try:
+        return str(event.name)
+    except UnicodeDecodeError:
+        # of some function in C
+        return ""
+
+
 def _callers(event: Any) -> Iterator[str]:
     """The operations, and functions if the meter has looked at the stack, in which a
     block was asked for, the innermost first.
     """
     above = event.parent
     while above is not None:
-        yield above.name
+        yield _name(above)
         above = above.parent
+
+
+def _is_mapped(event: Any) -> bool:
+    return bool(event.extra_fields.total_reserved)
 
 
 def _is_a_backends(event: Any, threads: set[int]) -> bool:

@@ -79,11 +79,19 @@ def test_hooks_of_a_backward_pass_count() -> None:
     assert "  aten::empty_strided" in meter.at_peak("backward").splitlines()[0]
 
 
-def test_files_count(tmp_path: Path) -> None:
+def test_files_that_are_read_count_and_those_that_are_mapped_do_not(tmp_path: Path) -> None:
     torch.save({"a": zeros(64)}, tmp_path / "saved.pt")
-    with metered() as meter, meter.part("load"):
-        loaded = torch.load(tmp_path / "saved.pt")
-    assert loaded["a"].nbytes <= meter.left("load") < 65 * KB
+    with metered() as meter:
+        with meter.part("read"):
+            read = torch.load(tmp_path / "saved.pt")
+        with meter.part("mapped"):
+            mapped = torch.load(tmp_path / "saved.pt", mmap=True)
+        with meter.part("used"):
+            used = mapped["a"] + 1
+            del mapped, used
+    assert read["a"].nbytes <= meter.left("read") < 65 * KB
+    assert meter.peak("mapped") < KB
+    assert 64 * KB <= meter.peak("used") < 65 * KB
 
 
 def summed(rank: int) -> int:
