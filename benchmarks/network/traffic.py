@@ -65,6 +65,9 @@ def ring(payload: float, hosts: int) -> float:
     return 2 * (hosts - 1) / hosts * payload
 
 
+Model = Callable[[list[Tensor], int], Sent]
+
+
 def _all_reduce(tensors: list[Tensor], hosts: int) -> Sent:
     sent = Sent()
     for tensor in tensors:
@@ -73,28 +76,29 @@ def _all_reduce(tensors: list[Tensor], hosts: int) -> Sent:
     return sent
 
 
-def _each_to_each(share: Callable[[Tensor, int], float]) -> Callable[[list[Tensor], int], Sent]:
-    """Return the model of a collective in which a host sends so many bytes to each
-    other.
+def _of(share: Callable[[int], float], messages: Callable[[int], float]) -> Model:
+    """Return the model of a collective that sends, of its payload and of messages, so
+    much from each of N hosts.
     """
 
     def model(tensors: list[Tensor], hosts: int) -> Sent:
-        payload = (hosts - 1) * sum(share(tensor, hosts) for tensor in tensors)
-        return Sent(payload, (hosts - 1) * len(tensors))
+        payload = sum(tensor.nbytes for tensor in tensors)
+        return Sent(share(hosts) * payload, messages(hosts) * len(tensors))
 
     return model
 
 
+_ALL_GATHER = _of(lambda n: n - 1, lambda n: 2 * (n - 1))
 # Operation of torch's dispatcher -> (which argument is sent, what that puts on a link).
-_MODELS: dict[str, tuple[int, Callable[[list[Tensor], int], Sent]]] = {
+_MODELS: dict[str, tuple[int, Model]] = {
     "allreduce_": (0, _all_reduce),
     "allreduce_coalesced_": (0, _all_reduce),
     "_reduce_scatter_base_": (1, _all_reduce),
-    "allgather_": (1, _each_to_each(lambda t, n: t.nbytes)),
-    "_allgather_base_": (1, _each_to_each(lambda t, n: t.nbytes)),
-    "alltoall_base_": (1, _each_to_each(lambda t, n: t.nbytes / n)),
-    "broadcast_": (0, _each_to_each(lambda t, n: t.nbytes / n)),
-    "reduce_": (0, _each_to_each(lambda t, n: t.nbytes * (n + 1) / n**2)),
+    "allgather_": (1, _ALL_GATHER),
+    "_allgather_base_": (1, _ALL_GATHER),
+    "alltoall_base_": (1, _of(lambda n: (n - 1) / n, lambda n: n - 1)),
+    "broadcast_": (0, _of(lambda n: (n - 1) / n, lambda n: (n - 1) / n)),
+    "reduce_": (0, _of(lambda n: (n - 1) * (n + 1) / n**2, lambda n: (n - 1) * (2 + 1 / n))),
 }
 
 
