@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 import torch
 
+from lowrank_comm.numerics.device import accelerator_path
 from tests.support import ROOT
 from tests.support.gloo import GlooPool
 
@@ -63,3 +65,12 @@ def gloo() -> Iterator[GlooPool]:
     pool = GlooPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def both_paths(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test on the CPU's path, and on the accelerator's with CPU tensors, in this
+    process and in those of `gloo`. A module asks for it by `pytestmark`.
+    """
+    with accelerator_path() if request.param == "accelerator" else nullcontext():
+        yield

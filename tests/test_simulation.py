@@ -16,6 +16,8 @@ from tests.support.driver import recorded_step
 from tests.support.gloo import GlooPool
 from tests.support.reference import gradient
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 SHAPES = {
     "tall": (12, 7),
     "tall_too": (12, 7),

@@ -37,6 +37,8 @@ from tests.support.driver import elements_at
 from tests.support.gloo import GlooPool
 from tests.support.reference import spectrum_matrix
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 every_variant = pytest.mark.parametrize("section", sections(), ids=label)
 every_combination = pytest.mark.parametrize("section", sections(around=True), ids=label)
 Given = dict[str, Any]

@@ -13,6 +13,8 @@ from tests.support.driver import recorded_step
 from tests.support.gloo import GlooPool
 from tests.support.reference import Reference, average, gradients, initial_basis, ssp_comp, svd_comp
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 SHAPES = {
     "tall": (12, 7),
     "tall_too": (12, 7),

@@ -22,6 +22,8 @@ from tests.support.feedback_runs import optimizer_of, steps
 from tests.support.matrices import SHAPES, drawn, every_compressor, relative
 from tests.support.reference import gradient, initial_basis
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 
 def test_views_of_the_error_memory_stay_live() -> None:
     """A view taken once shows every later step's error, for large matrices too, whose

@@ -27,6 +27,7 @@ from lowrank_comm import (
     Quantization,
     RandomProjection,
 )
+from lowrank_comm.numerics.device import accelerator_path
 from tests.support.engines import (
     ENGINES,
     FULL,
@@ -82,6 +83,27 @@ def test_low_rank_is_the_simulation(gloo: GlooPool, engine: Setup) -> None:
     without = simulated(replace(setup, compressor=None), WORLD)
     # the comparison can fail
     assert worst(without["parameters"], expected["parameters"]) > 1e-2
+
+
+ON_THE_PATH = ["plain model", "DDP", "FSDP2, flat", "FSDP2, HSDP sub-mesh, matrix"]
+
+
+@pytest.mark.parametrize("engine", [ENGINES[name] for name in ON_THE_PATH], ids=ON_THE_PATH)
+def test_low_rank_is_the_simulation_on_an_accelerators_path(
+    gloo: GlooPool, engine: Setup
+) -> None:
+    """CPU tensors take every branch that a GPU's take, against the simulation on the
+    CPU's own path; restarts in pieces of one matrix.
+    """
+    setup = replace(engine, compressor=RESTARTS, steps=9)
+    expected = simulated(setup, WORLD)
+    small = replace(setup, options={**setup.options, "bucket_cap_mb": 1e-5})
+    with accelerator_path():
+        ours = gloo.run(train, WORLD, small)
+    alike(ours)
+    assert worst(ours[0]["parameters"], expected["parameters"]) < 1e-4
+    for one, losses in zip(ours, expected["losses"], strict=True):
+        assert one["losses"] == pytest.approx(losses, abs=1e-4)
 
 
 ALGORITHMS = [

@@ -11,6 +11,8 @@ from tests.support.driver import simulation
 from tests.support.matrices import COMPRESSORS, low_rank, relative
 from tests.support.reference import gradient
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 
 def test_one_dead_matrix_leaves_the_others_of_its_batch_alone() -> None:
     """Only it takes the path with random vectors; the rest get, bit by bit, what they

@@ -18,6 +18,8 @@ from tests.support.gloo import GlooPool
 from tests.support.reference import gradient
 from tests.support.vetoes import BAD_STEP, SHAPES, STEPS, Run, bits
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 COMPRESSORS = [
     PowerSGD(2),
     PowerSGDPlus(2, restart_every=3),

@@ -15,6 +15,8 @@ from lowrank_comm.reduction.passes import Room
 from tests.support.driver import simulation
 from tests.support.reference import gradient
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 SHAPES = {f"{kind} {k}": shape for kind, shape in (("a", (12, 7)), ("b", (6, 9))) for k in range(5)}
 NAMES = {**SHAPES, "bias": (5,)}
 ONE = 12 * 7 * 8

@@ -19,6 +19,8 @@ from tests.support.driver import simulation
 from tests.support.matrices import SHAPES, apply, drawn, every_compressor, relative
 from tests.support.reference import gradient, initial_basis
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 
 def held(reducer: Reducer) -> dict[str, Tensor]:
     """A copy of the error memory and the bases."""

@@ -47,6 +47,8 @@ from tests.support.driver import simulation
 from tests.support.gloo import GlooPool
 from tests.support.reference import gradient, spectrum_matrix
 
+pytestmark = pytest.mark.usefixtures("both_paths")
+
 TAU = 4
 
 PATTERNS: dict[str, Callable[[int], bool]] = {

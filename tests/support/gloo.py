@@ -15,6 +15,7 @@ no thread runs in it, and no group was ever made.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,10 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from lowrank_comm.numerics.device import accelerator_path, on_accelerator
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=30)
 """How long one collective may wait for a rank that never comes."""
@@ -65,7 +70,6 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
     os.environ.clear()
     # of now; that of the process which was forked is older
     os.environ.update(environment)
-    import torch
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
@@ -76,7 +80,8 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
         except EOFError:
             return
         try:
-            store, world, case, arguments = pickle.loads(message)
+            store, world, case, arguments, accelerator = pickle.loads(message)
+            path = accelerator_path() if accelerator else contextlib.nullcontext()
             torch.manual_seed(0)
             shared = dist.FileStore(store, world)
             dist.init_process_group(
@@ -84,7 +89,8 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
             )
             # all are connected before one may end
             dist.barrier()
-            answer = pickle.dumps((True, case(rank, *arguments)))
+            with path:
+                answer = pickle.dumps((True, case(rank, *arguments)))
             _wait_for_all(shared, world)
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
@@ -124,13 +130,15 @@ class GlooPool:
         self, case: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0
     ) -> list[Any]:
         """`case(rank, *arguments)` on ranks 0 .. world-1; their values by rank.
-        (Pickled here, so tensors travel by value.)
+        (Pickled here, so tensors travel by value.) Inside `accelerator_path` the cases
+        take that path, too.
         """
         if not self._workers:
             self._start()
         self._cases += 1
         store = str(Path(self._folder.name) / f"store_{self._cases}")
-        message = pickle.dumps((store, world, case, arguments))
+        accelerator = on_accelerator(torch.device("cpu"))
+        message = pickle.dumps((store, world, case, arguments, accelerator))
         pending = {connection: rank for rank, (_, connection) in enumerate(self._workers[:world])}
         for connection in pending:
             connection.send_bytes(message)
