@@ -124,10 +124,12 @@ class RowScatter:
             buffer = torch.zeros(
                 self._intra_node.size, sum(lengths), dtype=dtype, device=self._device
             )
+            copies: list[tuple[Tensor, Tensor]] = []
             for k, room in zip(portion, buffer.split(lengths, dim=1), strict=True):
                 gradient = gradients[k]
                 if gradient is not None:
-                    self._spread(gradient, room)
+                    copies += _blocks(room, gradient.reshape(-1))
+            _copy(copies)
             mine = self._intra_node.scatter_mean(buffer, "gradients")
             for k, piece in zip(portion, mine.split(lengths), strict=True):
                 blocks[k] = piece[: self.slots[k].numel].view(self.slots[k].shape)
@@ -136,13 +138,6 @@ class RowScatter:
             if math.isnan(count):
                 self.refused.setdefault(k, "")
         return [block if count > 0 else None for block, count in zip(blocks, counts, strict=True)]
-
-    def _spread(self, gradient: Tensor, room: Tensor) -> None:
-        """Write block f of the gradient into row f of room (F, padded)."""
-        flat, width = gradient.reshape(-1), room.shape[1]
-        for f in range(self._intra_node.size):
-            part = flat[f * width : (f + 1) * width]
-            room[f, : part.numel()] = part
 
     @torch.no_grad()
     def gather(
@@ -170,17 +165,37 @@ class RowScatter:
             # rounded as p.grad will be
             dtype = self._whole[members[0]].dtype
             buffer = torch.zeros(sum(lengths), dtype=dtype, device=self._device)
+            copies = []
             for k, room in zip(members, buffer.split(lengths), strict=True):
                 block = blocks[k]
                 assert block is not None
-                room[: block.numel()] = block.reshape(-1)
+                copies.append((room[: block.numel()], block.reshape(-1)))
+            _copy(copies)
             everything = self._intra_node.gather(buffer, "results")
+            copies = []
             for k, parts in zip(members, everything.split(lengths, dim=1), strict=True):
-                info = self._whole[k]
-                whole = parts.reshape(-1)[: info.numel].view(info.shape)
-                target = results[k]
+                info, target = self._whole[k], results[k]
                 if target is None:
-                    results[k] = whole.clone()
+                    target = results[k] = torch.empty(info.shape, dtype=dtype, device=info.device)
+                if target.is_contiguous():
+                    copies += [(to, of) for of, to in _blocks(parts, target.view(-1))]
                 else:
-                    target.copy_(whole)
+                    target.copy_(parts.reshape(-1)[: info.numel].view(info.shape))
+            _copy(copies)
         return results
+
+
+def _blocks(rows: Tensor, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the pairs (a part of row f of (F, padded), block f of a vector); rows
+    behind the vector's end have none.
+    """
+    width = rows.shape[1]
+    parts = flat.split(width) if width else ()
+    return [(row[: part.numel()], part) for row, part in zip(rows.unbind(0), parts, strict=False)]
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair to the first, all at once."""
+    if pairs:
+        targets, sources = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, sources)
