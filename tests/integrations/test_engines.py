@@ -89,9 +89,7 @@ ON_THE_PATH = ["plain model", "DDP", "FSDP2, flat", "FSDP2, HSDP sub-mesh, matri
 
 
 @pytest.mark.parametrize("engine", [ENGINES[name] for name in ON_THE_PATH], ids=ON_THE_PATH)
-def test_low_rank_is_the_simulation_on_an_accelerators_path(
-    gloo: GlooPool, engine: Setup
-) -> None:
+def test_low_rank_is_the_simulation_on_an_accelerators_path(gloo: GlooPool, engine: Setup) -> None:
     """CPU tensors take every branch that a GPU's take, against the simulation on the
     CPU's own path; restarts in pieces of one matrix.
     """
