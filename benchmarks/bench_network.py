@@ -42,9 +42,19 @@ from benchmarks.evidence import RESULTS, ROOT, envelope, read, write
 from benchmarks.netlab import Lab, LabError, exit_on_sigterm, missing
 from benchmarks.network import epfml
 from benchmarks.network.figures import cell
-from benchmarks.network.methods import EPFML, HOSTS, METHODS, MODELS, Setting
+from benchmarks.network.methods import (
+    EPFML,
+    HOSTS,
+    METHODS,
+    MODELS,
+    NODES,
+    RESTART_EVERY,
+    SEQUENCE,
+    Setting,
+)
 from benchmarks.network.page import section
 from benchmarks.network.rows import Job, load, rounds, setup
+from benchmarks.network.traffic import HEADERS, MESSAGE_BYTES
 from benchmarks.network.worker import SEED
 from lowrank_comm.lab.runner.sources import sources_hash
 
@@ -161,8 +171,12 @@ def run(
             model: sum(p.numel() for p in Setting(model).new_model().parameters())
             for model in models
         },
-        "methods": methods,
+        "methods": {method: METHODS[method].label for method in methods},
         "repetitions": repetitions,
+        "nodes": NODES,
+        "sequence": SEQUENCE,
+        "restart_every": RESTART_EVERY,
+        "allowance": {"headers": HEADERS, "message_bytes": MESSAGE_BYTES},
         "rounds_of_earlier_runs": before,
         "deepspeed": version("deepspeed"),
         "transformers": version("transformers"),

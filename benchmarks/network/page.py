@@ -1,14 +1,11 @@
 """The tables of `benchmarks.bench_network`, as Markdown: what it prints, and its
-section of docs/benchmarks.md.
+section of docs/benchmarks.md. All figures and names are those of the JSON file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-
-from benchmarks.network.methods import METHODS, NODES, RESTART_EVERY, SEQUENCE
-from benchmarks.network.traffic import HEADERS, MESSAGE_BYTES
 
 Cells = dict[str, dict[str, dict[str, dict[str, Any]]]]
 """Network -> model -> method -> figures, or {"reason": why there are none}."""
@@ -19,11 +16,11 @@ def section(evidence: dict[str, Any]) -> str:
     results = evidence["results"]
     cells: Cells = results["cells"]
     networks: dict[str, str] = results["networks"]
-    hosts = results["hosts"]
+    labels: dict[str, str] = results["methods"]
     lines = [
         "## Peers on a shaped network",
         "",
-        _how(evidence),
+        *_how(results),
         "",
         "Seconds of a step, and in brackets its ratio to DDP in fp32 (the median of the paired",
         "ratios, with quartiles; below 1 is faster). **lost**: a peer is faster by both quartiles;",
@@ -31,30 +28,26 @@ def section(evidence: dict[str, Any]) -> str:
         "",
     ]
     for model, parameters in results["models"].items():
+        of = {method: [cells[one][model][method] for one in networks] for method in labels}
         lines += [f"### LLaMA {model}, {parameters / 1e6:.2f}M parameters", ""]
         lines += _table(
             ["", *networks.values()],
-            [
-                [METHODS[method].label, *(_time(cells[one][model][method]) for one in networks)]
-                for method in results["methods"]
-            ],
+            [[labels[method], *map(_time, found)] for method, found in of.items()],
         )
-        lines += ["", f"MB that a step puts on the link of each of the {hosts} hosts:", ""]
+        lines += ["", "MB that a step puts on a host's link, over all networks:", ""]
         lines += _table(
             ["", "by the kernel", "by the ledger", "kernel / expected"],
-            [
-                [METHODS[method].label, *_bytes([cells[one][model][method] for one in networks])]
-                for method in results["methods"]
-            ],
+            [[labels[method], *_bytes(found)] for method, found in of.items()],
         )
         lines.append("")
-    lines += [_about_bytes(hosts), "", "### Where a peer wins", ""]
-    lost = list(_lost(cells, networks))
-    lines += lost or ["In no cell of this run."]
+    lines += [*_about_bytes(results), "", "### Where a peer wins", ""]
+    lines += list(_lost(cells, networks, labels)) or ["In no cell of this run."]
     restarts = list(_restarts(cells, networks))
     if restarts:
-        lines += ["", f"### PowerSGD+ with its restarts, every {RESTART_EVERY} steps", ""]
         lines += [
+            "",
+            f"### PowerSGD+ with its restarts, every {results['restart_every']} steps",
+            "",
             "A step above is an ordinary one. The first step restarts, and was timed once:",
             "",
             *restarts,
@@ -62,20 +55,17 @@ def section(evidence: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _how(evidence: dict[str, Any]) -> str:
-    results, machine = evidence["results"], evidence["machine"]
-    load = ", ".join(f"{evidence['load'][when][0]:.1f}" for when in ("before", "after"))
-    return (
-        f"`{evidence['command']}` on {machine['cpu']}, {machine['cores']} cores that all hosts"
-        f" share, {machine['threads']} thread a host, torch {machine['torch']}, DeepSpeed"
-        f" {results['deepspeed']}, TCP {results['congestion_control']}, {evidence['date']}; load"
-        f" before and after: {load}.\n"
-        f"{results['hosts']} hosts (network namespaces, gloo), a sequence of {SEQUENCE} tokens a"
-        f" host and step, SGD; {results['repetitions']} repetitions, in each of which every method"
-        " takes its turn in an order drawn anew. All hosts compute on the same cores, so a step"
-        f" has more computation in it than on machines of their own. HSDP's {NODES} nodes are"
-        " joined inside by the same links as between, which is not what HSDP is for."
-    )
+def _how(results: dict[str, Any]) -> list[str]:
+    return [
+        f"{results['hosts']} hosts (network namespaces, gloo, TCP {results['congestion_control']}),"
+        f" a sequence of {results['sequence']} tokens a host and",
+        f"step, SGD, DeepSpeed {results['deepspeed']}; {results['repetitions']} repetitions, in"
+        " each of which every method takes its",
+        "turn in an order drawn anew. All hosts compute on the same cores, so a step has more",
+        f"computation in it than on machines of their own. HSDP's {results['nodes']} nodes are"
+        " joined inside by the same",
+        "links as between, which is not what HSDP is for.",
+    ]
 
 
 def _time(found: dict[str, Any]) -> str:
@@ -94,31 +84,32 @@ def _bytes(of_networks: list[dict[str, Any]]) -> list[str]:
     there = [found for found in of_networks if "reason" not in found]
     if not there:
         return ["", "", ""]
-    sent = [found["sent_bytes"] / 1e6 for found in there]
-    ratios = [found["kernel_over_expected"] for found in there]
     ledger = there[0]["ledger_bytes"]
     return [
-        f"{min(sent):.3g}" if f"{min(sent):.3g}" == f"{max(sent):.3g}" else _range(sent, ".3g"),
+        _range([found["sent_bytes"] / 1e6 for found in there]),
         "" if ledger is None else f"{ledger / 1e6:.3g}",
-        _range(ratios, ".3f"),
+        _range([found["kernel_over_expected"] for found in there]),
     ]
 
 
-def _range(values: list[float], form: str) -> str:
-    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
     return low if low == high else f"{low}-{high}"
 
 
-def _about_bytes(hosts: int) -> str:
-    return (
-        f"The ledger counts payloads, of which a ring sends {2 * (hosts - 1)}/{hosts}. Expected is"
-        " that, and what the engine's or the peer's own collectives send by gloo's algorithms, and"
-        f" an allowance of {HEADERS:.1%} for TCP/IP headers and acknowledgements and of"
-        f" {MESSAGE_BYTES} bytes for each of gloo's messages (`benchmarks/network/traffic.py`)."
-    )
+def _about_bytes(results: dict[str, Any]) -> list[str]:
+    allowance = results["allowance"]
+    return [
+        f"The ledger counts payloads, of which a ring sends {2 * (results['hosts'] - 1)}/"
+        f"{results['hosts']}. Expected is that, and what the",
+        "engine's or the peer's own collectives send by gloo's algorithms, and an allowance of",
+        f"{allowance['headers']:.1%} for TCP/IP headers and acknowledgements and of"
+        f" {allowance['message_bytes']} bytes for each of gloo's",
+        "messages (`benchmarks/network/traffic.py`).",
+    ]
 
 
-def _lost(cells: Cells, networks: dict[str, str]) -> Iterator[str]:
+def _lost(cells: Cells, networks: dict[str, str], labels: dict[str, str]) -> Iterator[str]:
     for network, name in networks.items():
         for model, methods in cells[network].items():
             for method, found in methods.items():
@@ -126,9 +117,9 @@ def _lost(cells: Cells, networks: dict[str, str]) -> Iterator[str]:
                 if stands is not None and stands["verdict"] == "lost":
                     ratio = stands["ratio"]
                     yield (
-                        f"- {name}, {model}: {METHODS[method].label} takes {ratio['median']:.2f}"
+                        f"- {name}, {model}: {labels[method]} takes {ratio['median']:.2f}"
                         f" ({ratio['low']:.2f}-{ratio['high']:.2f}) times as long as"
-                        f" {METHODS[stands['peer']].label}"
+                        f" {labels[stands['peer']]}"
                     )
 
 
