@@ -86,11 +86,18 @@ class FlatEngine(FSDPEngine):
 
     @override
     def deliver(self, parameters: Sequence[Tensor], results: Sequence[Tensor | None]) -> None:
+        there, blocks = [], []
         for parameter, result in zip(parameters, results, strict=True):
-            if result is None:
-                continue
-            rows = block_of(result.shape[0], self.group.size, self.group.rank)
-            mine = result[rows].to(gradient_dtype(parameter), copy=True)
+            if result is not None:
+                there.append(parameter)
+                blocks.append(result[block_of(result.shape[0], self.group.size, self.group.rank)])
+        copies = [
+            torch.empty_like(block, dtype=gradient_dtype(parameter))
+            for parameter, block in zip(there, blocks, strict=True)
+        ]
+        if copies:
+            torch._foreach_copy_(copies, blocks)
+        for parameter, mine in zip(there, copies, strict=True):
             if parameter.grad is None:
                 parameter.grad = placed_like(parameter, mine)
             else:
