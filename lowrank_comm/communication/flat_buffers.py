@@ -180,8 +180,10 @@ class FlatBuffers:
                 if wire == torch.float16:
                     # before the cast: 8e4 / 4 fits float16, 8e4 does not
                     flat = flat / self._workers
-            pieces.append(flat.to(wire))
-        buffer = torch.cat(pieces)
+            pieces.append(flat)
+        # cast on the way, without a cast copy of each
+        buffer = pieces[0].new_empty(sum(lengths), dtype=wire)
+        torch.cat(pieces, out=buffer)
         as_sent = buffer.clone() if rounds else buffer
         cut = zip(buffer.split(lengths), as_sent.split(lengths), strict=True)
         for entry, (sent, own) in zip(members, cut, strict=True):
@@ -245,9 +247,9 @@ class FlatBuffers:
                 if one.rounds and entry.averaged:
                     entry.own = entry.own.view(like.shape).to(like.dtype)
                     if divided:
-                        entry.own = entry.own * self._workers
+                        entry.own.mul_(self._workers)
                     else:  # in the computation's dtype: a 16-bit quotient would round once more
-                        entry.mean = entry.mean / self._workers
+                        entry.mean.div_(self._workers)
                 else:
                     entry.own = like
         return sound

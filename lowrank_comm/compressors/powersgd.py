@@ -107,8 +107,10 @@ def ssp_comp(
     """
     for k in range(1, iterations + 1):
         purpose = f" of iteration {k}" if k < iterations else ""
-        p_mean, _ = yield Mean(delta.times(q), kind)
-        p = yield from orthonormal(p_mean, context, f"fill P{purpose}")
+        # of the answer only the mean is held, and no longer than it is needed
+        p = yield from orthonormal(
+            (yield Mean(delta.times(q), kind))[0], context, f"fill P{purpose}"
+        )
         q_mean, q_own = yield Mean(delta.transposed_times(p), kind, over_rows=True)
         q = yield from next_q(q_mean, context, purpose)
     return Result(applied=LowRank(p, q_mean), sent=LowRank(p, q_own), state={"Q": q})

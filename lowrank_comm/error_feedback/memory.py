@@ -14,10 +14,14 @@ checkpoint, a view) has it subtracted first, and nobody sees the difference.
 
 The memory's dtype may be narrower than the computation's (bfloat16, with stochastic
 rounding, so that small residuals are not lost on average), and it may lie on the CPU
-(`offload`). float16 is refused: the memory is a sum, and 65 504 is soon reached.
+(`offload`): on a GPU in pinned memory, from and to which the host does not wait for
+copies until somebody looks at it. float16 is refused: the memory is a sum, and 65 504
+is soon reached.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank_comm.compressors.base import LowRank
 from lowrank_comm.error_feedback.options import DTYPES, ErrorFeedback
-from lowrank_comm.numerics.device import numbers_on, on_accelerator
+from lowrank_comm.numerics.device import Transfers, numbers_on, on_accelerator, on_device
 from lowrank_comm.numerics.linalg import full_precision
 from lowrank_comm.numerics.randomness import stream
 
@@ -34,6 +38,8 @@ from lowrank_comm.numerics.randomness import stream
 LARGE = 1 << 15
 # elements of a block of rows
 BLOCK = 1 << 17
+# elements that are rounded at random together
+ROUNDED = 1 << 22
 
 
 def row_blocks(matrix: Tensor) -> list[slice]:
@@ -79,14 +85,19 @@ class ErrorMemory:
     ) -> None:
         self._options, self._names, self._seed, self._worker = options, names, seed, worker
         self.kept = options.keeps_errors
-        kept_on = torch.device("cpu") if options.offload else device
+        # elsewhere than Delta
+        self._apart = options.offload and on_accelerator(device) and device.type != "meta"
+        kept_on = torch.device("cpu") if self._apart else device
+        self._transfers = Transfers(device if self._apart else None)
         # view -> its matrix's place in the batch
         self._views = WeakTensorKeyDictionary()
         stored = DTYPES[options.dtype] if options.dtype else dtype
         # what was sent, and is to be subtracted from the tensor
         self._owed: LowRank | None = None
         if self.kept:
-            self._tensor = torch.zeros(len(names), m, n, dtype=stored, device=kept_on)
+            pin = self._apart and device.type == "cuda"
+            shape = (len(names), m, n)
+            self._tensor = torch.zeros(shape, dtype=stored, device=kept_on, pin_memory=pin)
         else:
             # zeros that take no room and are never written
             self._tensor = torch.zeros((), dtype=dtype, device=device).expand(len(names), m, n)
@@ -94,19 +105,12 @@ class ErrorMemory:
     @property
     def tensor(self) -> Tensor:
         """The errors, (B, m, n), in the dtype and on the device where they are kept."""
+        self._transfers.wait()
         if self._owed is not None:
             owed, self._owed = self._owed, None
             with torch.no_grad(), full_precision(self._tensor.device):
                 self._tensor.baddbmm_(owed.p, owed.q.mT, alpha=-1)
         return self._tensor
-
-    def on(self, device: torch.device) -> Tensor:
-        """Return the errors on the device of the computation: the memory itself, or a
-        copy where it is offloaded.
-        """
-        if self.tensor.device == device:
-            return self.tensor
-        return self.tensor.to(device, non_blocking=True)
 
     def copy_to(self, work: Tensor, rows: list[int] | None) -> None:
         """Write the errors of all matrices, or of `rows`, into (B', m, n), in its dtype
@@ -116,10 +120,12 @@ class ErrorMemory:
             p, q = self._owed.p, self._owed.q
             torch.baddbmm(self._tensor, p, q.mT, alpha=-1, out=work)
             return
-        errors = self.tensor
+        errors = self._tensor if self._apart else self.tensor
         if rows is not None:
-            errors = errors[places(rows, errors.device)]
-        work.copy_(errors, non_blocking=True)
+            at = places(rows, errors.device)
+            # an index makes a copy, on the host
+            errors = errors[at] if isinstance(at, slice) else self.tensor[at]
+        self._transfers.copy(work, errors)
 
     def view(self, row: int, shape: tuple[int, ...]) -> Tensor:
         """Return one matrix's error in the shape of its parameter, as a view that
@@ -142,10 +148,10 @@ class ErrorMemory:
 
         Returns:
             The room that was the memory's, or None, and nothing done, if it differs
-            from Delta's in dtype or device.
+            from Delta's in dtype, or is elsewhere.
         """
         now = self._tensor
-        if not self.kept or delta.dtype != now.dtype or delta.device != now.device:
+        if not self.kept or self._apart or delta.dtype != now.dtype:
             return None
         free, self._tensor, self._owed = now, delta, None
         if on_accelerator(delta.device):
@@ -183,7 +189,7 @@ class ErrorMemory:
             return
         if kept is None and isinstance(sent, LowRank) and rows is not None:
             at = places(rows, self._tensor.device)
-            alike = delta.dtype == self._tensor.dtype and delta.device == self._tensor.device
+            alike = delta.dtype == self._tensor.dtype and not self._apart
             if alike and isinstance(at, slice):
                 torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor[at])
                 return
@@ -208,31 +214,50 @@ class ErrorMemory:
         """
         if not self.kept:
             return
-        rounded = self._rounded(error, rows, t, shared)
         if rows is None:
             self._owed = None
-            self._tensor.copy_(rounded)
+        at = slice(None) if rows is None else places(rows, self._tensor.device)
+        if self._options.rounding == "stochastic" and error.dtype != self._tensor.dtype:
+            self._round(error, range(len(error)) if rows is None else rows, t, shared)
+        elif isinstance(at, slice):
+            to = self._tensor if self._apart else self.tensor
+            self._transfers.copy(to[at], error)
         else:
-            self.tensor[places(rows, self._tensor.device)] = rounded.to(self._tensor.device)
+            self.tensor[at] = error.to(self._tensor.device, self._tensor.dtype)
+        if self._views:
+            # whoever holds one may read it at any time
+            self._transfers.wait()
 
-    def _rounded(self, error: Tensor, rows: list[int] | None, t: int, shared: bool) -> Tensor:
-        if self._options.rounding == "nearest" or error.dtype == self.tensor.dtype:
-            return error.to(self.tensor.dtype)
-        # bfloat16 is the upper half of float32: adding uniform bits below the cut, then
-        # cutting, rounds up with the probability of what is cut off, so that the
-        # rounded value is right in expectation.
+    def _round(self, error: Tensor, rows: Sequence[int], t: int, shared: bool) -> None:
+        """Store errors of these rows, rounded up or down at random to bfloat16.
+
+        bfloat16 is the upper half of float32: adding uniform bits below the cut, then
+        cutting, rounds up with the probability of what is cut off, so that the rounded
+        value is right in expectation.
+        """
         purpose = "rounding" if shared else f"rounding of worker {self._worker}"
-        names = self._names if rows is None else tuple(self._names[row] for row in rows)
-        noise = [
-            torch.randint(
-                0,
-                1 << 16,
-                error.shape[1:],
-                dtype=torch.int32,
-                generator=stream(self._seed, name, t, purpose),
-                device="cpu",
-            )
-            for name in names
-        ]
-        bits = error.float().contiguous().view(torch.int32) + torch.stack(noise).to(error.device)
-        return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+        # the bits take as much room as the errors in float32
+        together = max(1, ROUNDED // max(1, error[0].numel()))
+        for start in range(0, len(rows), together):
+            some = rows[start : start + together]
+            noise = [
+                torch.randint(
+                    0,
+                    1 << 16,
+                    error.shape[1:],
+                    dtype=torch.int32,
+                    generator=stream(self._seed, self._names[row], t, purpose),
+                    device="cpu",
+                )
+                for row in some
+            ]
+            bits = on_device(torch.stack(noise), error.device)
+            del noise
+            bits += error[start : start + together].float().view(torch.int32)
+            bits &= -65536
+            rounded = bits.view(torch.float32)
+            at = places(list(some), self._tensor.device)
+            if isinstance(at, slice):
+                self._transfers.copy(self._tensor[at], rounded)
+            else:
+                self.tensor[at] = rounded.to(self._tensor.device, torch.bfloat16)

@@ -81,3 +81,33 @@ def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtyp
 def current_stream(device: torch.device) -> Any:
     """Return the device's current stream; None where there are no streams."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+class Transfers:
+    """Copies between a tensor on the host, in pinned memory, and a device: in the order
+    in which they are asked for, and without the host's waiting for them.
+
+    Args:
+        device: from and to which is copied; None where the tensor is not on the host,
+            and nobody has to wait.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+        # of the last copy; None where there is none to wait for
+        self._last: Any = None
+
+    def copy(self, to: Tensor, given: Tensor) -> None:
+        """Copy `given` into `to`, one of which is on the host."""
+        stream = None if self._device is None else current_stream(self._device)
+        if stream is not None and self._last is not None:
+            stream.wait_event(self._last)
+        to.copy_(given, non_blocking=True)
+        if stream is not None:
+            self._last = stream.record_event()
+
+    def wait(self) -> None:
+        """Let the host wait for the last copy, before it reads or writes the tensor."""
+        if self._last is not None:
+            self._last.synchronize()
+            self._last = None

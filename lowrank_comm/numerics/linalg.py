@@ -229,7 +229,9 @@ def unsound(named: Iterable[tuple[str, Tensor]], limit: float) -> str:
     there = [(name, tensor) for name, tensor in named if tensor.numel()]
     if not there:
         return ""
-    sizes = torch.stack([_largest(tensor).to("cpu", torch.float64) for _, tensor in there])
+    sizes = torch.stack(
+        [largest_magnitude(tensor.detach()).to("cpu", torch.float64) for _, tensor in there]
+    )
     bad = [
         f"{name} holds {size:.3g}"
         for (name, _), size in zip(there, sizes.tolist(), strict=True)
@@ -238,16 +240,9 @@ def unsound(named: Iterable[tuple[str, Tensor]], limit: float) -> str:
     return ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    """Return the largest absolute value, NaN if there is one, without another tensor of
-    this size.
-    """
-    return torch.stack(torch.aminmax(tensor.detach())).abs().amax()
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Return whether all numbers are finite, without another tensor of this size."""
-    return not tensor.numel() or bool(torch.isfinite(_largest(tensor)))
+    return not tensor.numel() or bool(torch.isfinite(largest_magnitude(tensor.detach())))
 
 
 def all_finite(gradients: Iterable[Tensor | None]) -> bool:

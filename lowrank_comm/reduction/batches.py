@@ -120,7 +120,7 @@ class Batch:
         slots = self.slots if rows is None else tuple(self.slots[row] for row in rows)
         if on_accelerator(self.device):
             return self._delta_at_once([grads[k] for k in slots], scale, rows)
-        work, error = self._workspace(), self.memory.on(self.device)
+        work, error = self._workspace(), self.memory.tensor
         if rows is not None:
             work = work.new_empty(len(rows), self.m, self.n)
             error = error[places(rows, error.device)]
@@ -183,10 +183,34 @@ class Batch:
                         self._write_product(applied.p[row], applied.q[row], target, scale)
         together = max(1, DECODED // max(1, self.m * self.n))
         for start in range(0, len(left), together):
-            some = slice(start, start + together)
-            if any(target is not None for target in left[some]):
-                dense = applied[some].dense() if isinstance(applied, LowRank) else applied[some]
-                copy_to(left[some], (dense * scale if scale != 1.0 else dense).unbind(0))
+            some = left[start : start + together]
+            if any(target is not None for target in some):
+                self._write_dense(applied[start : start + together], some, scale)
+
+    def _write_dense(
+        self, applied: LowRank | Tensor, targets: Sequence[Tensor | None], scale: float
+    ) -> None:
+        """Decode into gradients of another dtype or layout; large matrices by blocks of
+        rows.
+        """
+        if isinstance(applied, Tensor):
+            copy_to(targets, (applied * scale if scale != 1.0 else applied).unbind(0))
+            return
+        rows = max(1, DECODED // (len(targets) * self.n))
+        if not all(target is None or target.is_contiguous() for target in targets):
+            rows = self.m
+        for start in range(0, self.m, rows):
+            dense = LowRank(applied.p[:, start : start + rows], applied.q).dense()
+            if scale != 1.0:
+                dense *= scale
+            if rows < self.m:
+                blocks = [
+                    None if t is None else t.view(self.m, self.n)[start : start + rows]
+                    for t in targets
+                ]
+                copy_to(blocks, dense.unbind(0))
+            else:
+                copy_to(targets, dense.unbind(0))
 
     def _write_product(self, p: Tensor, q: Tensor, target: Tensor, scale: float) -> None:
         """Write P Q^T, times the scale, into a gradient."""
@@ -266,8 +290,7 @@ class LazyDelta(Delta):
             torch.add(error, gradient[block], alpha=1.0 / self._scale, out=self._tensor[row, block])
 
     def _done(self) -> None:
-        # An offloaded memory is here as a copy as large as the model; it must not live
-        # until the commit.
+        # gradients may be here as copies in another dtype
         self._formed, self._gradients, self._error = True, (), None
 
 

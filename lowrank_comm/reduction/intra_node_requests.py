@@ -113,14 +113,18 @@ class IntraNodeRequests:
         """
         count = request.matrices.shape[0]
         rank, ranks = self._workers.global_rank, self._workers.world_size
-        mine = [index for index in range(count) if (offset + index) % ranks == rank]
-        kept = []
-        for index in range(count):
-            matrix = self.group.whole_rows(request.matrices[index : index + 1], request.m, "rows")
-            if index in mine:
-                kept.append(matrix)
+        mine = range((rank - offset) % ranks, count, ranks)
+        given = request.matrices[mine.start :: ranks]
+        if self.group.size > 1:
+            kept = []
+            for index in range(count):
+                block = request.matrices[index : index + 1]
+                matrix = self.group.whole_rows(block, request.m, "rows")
+                if index in mine:
+                    kept.append(matrix)
+            given = torch.cat(kept) if len(kept) > 1 else kept[0] if kept else given
         whole = request.matrices.new_zeros(count, request.m, request.columns)
-        if kept:
-            whole[mine] = request.of(torch.cat(kept), mine)
+        if mine:
+            whole[mine.start :: ranks] = request.of(given, list(mine))
         self.group.sum_(whole, "rows")
         return whole[:, self.group.block(request.m)]

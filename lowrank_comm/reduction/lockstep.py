@@ -109,6 +109,9 @@ def _phases(one: Pass, steps: CompressorSteps) -> Generator[list[Exchange], int,
         if phase == 0:
             # a view of it would hold the buffer, with a piece in it, to the end
             dense = [mean.clone() for mean in packet.dense] if one.pieces else packet.dense
+            one.dense = ()
         phase += 1
+        # what was given to it is not needed any more
+        del packet
     stats.seconds["compress"] += time.perf_counter() - clock
     return Agreed(steps.results, dense, veto.present or [])

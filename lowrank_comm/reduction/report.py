@@ -16,6 +16,9 @@ from lowrank_comm.communication.ledger import PassStats, ratio_of
 from lowrank_comm.compressors.base import LowRank, Result
 from lowrank_comm.reduction.batches import Batch
 
+# elements of which a norm is formed at once
+NORM_OF = 1 << 22
+
 
 @dataclass
 class StepReport:
@@ -204,4 +207,8 @@ def _squares(norms: Sequence[Tensor]) -> list[float]:
 
 
 def _norm_of(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    """Return the norm, formed in float64, of which torch makes a copy first."""
+    if tensor.numel() <= NORM_OF:
+        return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    parts = tensor.reshape(-1).split(NORM_OF)
+    return torch.linalg.vector_norm(torch.stack([_norm_of(part) for part in parts]))

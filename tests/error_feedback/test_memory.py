@@ -16,6 +16,7 @@ from lowrank_comm.communication import Group
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import StateMismatchError
+from lowrank_comm.numerics.device import accelerator_path
 from lowrank_comm.reduction.reducer import ParamInfo, Reducer
 from tests.support.driver import Workers, dense, simulation
 from tests.support.feedback_runs import optimizer_of, steps
@@ -149,6 +150,54 @@ def test_an_offloaded_memory_gives_the_same_numbers() -> None:
         ]
         one, other = (sim.reduce(given) for sim in sims)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Events:
+    """The stream of a GPU that is none, and what was asked of its events."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def record_event(self) -> Events:
+        self.said.append("record")
+        return self
+
+    def wait_event(self, event: Events) -> None:
+        assert event is self
+        self.said.append("stream waits")
+
+    def synchronize(self) -> None:
+        self.said.append("host waits")
+
+
+def test_the_host_waits_for_an_offloaded_memory_where_it_looks_at_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU copies from and to pinned memory are made while the host goes on."""
+    events = Events()
+    monkeypatch.setattr("lowrank_comm.numerics.device.current_stream", lambda device: events)
+    with accelerator_path():
+        sim = simulation(
+            PowerSGD(2), {"w": (30, 20)}, 1, error_feedback=ErrorFeedback(offload=True)
+        )
+        state = sim.reducers[0].state
+
+        def step() -> list[str]:
+            events.said.clear()
+            sim.reduce([{"w": torch.ones(30, 20)}])
+            return list(events.said)
+
+        # there, and back
+        assert step() == ["record", "stream waits", "record"]
+        assert step() == ["stream waits", "record"] * 2
+        held = state.error_memory()
+        assert events.said[-1] == "host waits"
+        # whoever holds a view may read it whenever
+        assert step()[-1] == "host waits"
+        del held
+        assert "host waits" not in step()
+        sim.reducers[0].consolidate_error_memory()
+        assert "host waits" in events.said
 
 
 def test_error_memory_is_in_gradient_units_whatever_the_loss_scale() -> None:
