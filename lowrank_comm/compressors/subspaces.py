@@ -20,6 +20,7 @@ from lowrank_comm.compressors.requests import (
     SumOverRows,
     WholeRows,
 )
+from lowrank_comm.numerics.device import on_device
 from lowrank_comm.numerics.linalg import (
     leading_left_singular_vectors,
     least_pivot,
@@ -64,7 +65,7 @@ def random_basis(context: Context, purpose: str, rows: int, r: int, like: Tensor
         Householder QR, which needs no rule for dead columns.
     """
     drawn = context.draw(purpose, (rows, r), torch.empty(0, dtype=torch.float64, device="cpu"))
-    return torch.linalg.qr(drawn).Q.to(like)
+    return on_device(torch.linalg.qr(drawn).Q, like.device).to(like.dtype)
 
 
 def singular_vectors(
