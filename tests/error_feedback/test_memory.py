@@ -41,7 +41,10 @@ def test_views_of_the_error_memory_stay_live() -> None:
         model(torch.randn(8, 256)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        # read before anything else asks for the memory
+        read = {name: view.clone() for name, view in held.items()}
         for name, fresh in optimizer.error_memory().items():
+            assert torch.equal(read[name], fresh)
             assert torch.equal(held[name], fresh)
             assert held[name].data_ptr() == fresh.data_ptr()
         seen.append(held["0.weight"].clone())
