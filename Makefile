@@ -1,5 +1,7 @@
 # make train   the main job: a small LLaMA with PowerSGD+ through a DeepSpeed JSON, beside an uncompressed run
-# make test    the whole test suite        make lint    ruff, mypy, imports   make bench   the compressor against PyTorch's hook
+# make test    the whole test suite        make lint    ruff, mypy, imports
+# make bench   a step beside PyTorch's hook and the machine's limit, how it grows, its launches; and docs/benchmarks.md (six minutes)
+# make benchmarks-page   docs/benchmarks.md and its plots anew from the figures in benchmarks/results
 # make bench-against BASE=path   the same rows with this checkout and another one, paired: did a change make a step slower?
 # make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
 # make gpu-check   this library on a GPU: correctness, launches, waits, memory, times beside PyTorch's hook; one GPU and a torch for it are enough
@@ -31,7 +33,7 @@ export TORCH_EXTENSIONS_DIR ?= $(abspath .cache/torch_extensions)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench bench-against bench-network gpu-check faults schema demo-cluster results lab-data clean distclean
+.PHONY: help setup train test lint format bench benchmarks-page bench-against bench-network gpu-check faults schema demo-cluster results lab-data clean distclean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -72,8 +74,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# With BENCH_ARGS=--quick, which a test does too, nothing is kept, and the page stays as it is.
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_compress.py $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_compress $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_growth $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_launches $(filter --quick,$(BENCH_ARGS))
+	$(BIN)/python -m benchmarks.page
+
+benchmarks-page: $(STAMP)
+	$(BIN)/python -m benchmarks.page
 
 # BASE: another checkout of the project.
 bench-against: $(STAMP)

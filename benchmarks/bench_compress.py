@@ -1,271 +1,203 @@
-"""Time of one compressed reduction against PyTorch's own PowerSGD hook on the same
-tensors, side by side.
+"""Time of one compressed reduction beside PyTorch's own PowerSGD hook on equal
+gradients, and beside what this machine allows.
 
-It measures what a worker computes in a step beside the communication: compress,
-decompress, error feedback, for the gradients of LLaMA shapes of about 5M and 20M
-parameters at rank 4 and 32. Both sides run in one process over a gloo group of one,
-with equal threads, on equal gradients; PyTorch's hook gets them in buckets of 25 MB, as
-from DDP. Each round times both, one after the other, in alternating order. The table
-shows the medians and the median of the paired ratios with its quartiles, since the
-machine's speed drifts. After timing, the last results of both are compared, dense
-parameters exactly and matrices by their norms, so that neither has left work out.
+It measures what a worker computes in a step beside the communication, for the gradients
+of LLaMA shapes of about 5M, 20M and 60M parameters at rank 4 and 32, with equal threads
+(`sides`). Each round times this library, the hook as it is and with
+`batch_tensors_with_same_shape`, and a copy of the model's size, one after the other, in
+turning order; the limit of `limit` is formed of the round's own copy. The table shows
+medians, and medians of the paired ratios with their quartiles, since a machine's speed
+drifts. After timing, the last results of all are compared, dense parameters exactly and
+matrices by their norms, so that none has left work out.
+
+Beside the times stand the operations that a step starts, the bytes that they touch
+(`tests.support.launches`) and the numbers that the host waits for: on the path that a
+CPU takes, and on an accelerator's.
 
 The clock is time.perf_counter: torch.utils.benchmark.Timer repeats a statement to warm
 up, and a step changes the compressor's state.
 
-    python benchmarks/bench_compress.py [--rounds 15] [--markdown docs/benchmarks.md]
+    python -m benchmarks.bench_compress [--rounds 21] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
-import platform
-import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_hook
 
-from lowrank_comm import PowerSGD
-from lowrank_comm.communication import Group
-from lowrank_comm.reduction.reducer import ParamInfo, Reducer
+from benchmarks.evidence import envelope, paired, published, summary, write
+from benchmarks.limit import COMPRESSING, PRODUCTS, Copy, Products, limit, matrices_of
+from benchmarks.sides import (
+    MODELS,
+    SEED,
+    TINY,
+    Shapes,
+    Side,
+    Step,
+    check_alike,
+    drawn,
+    elements_of,
+    group_of_one,
+    ours,
+    theirs,
+    told,
+)
+from lowrank_comm.numerics.device import accelerator_path
+from tests.support.launches import Launches, count
 
-BUCKET_BYTES = 25 * 2**20
-NOTE = """\
-Where rank is high and the model small, matrix products decide. This library forms four of
-them for each matrix and the hook three: the error memory subtracts the worker's own
-contribution P Q_i^T, as the paper's algorithm does, and the hook the decoded mean, which it
-has anyway and by which the workers' memories part without bound (how_it_works.md).
-
-"""
-AGAINST = """
-## Against another commit
-
-    git worktree add ../base v0.1.0
-    make bench-against BASE=../base
-
-times the same models and ranks with the library of this checkout and of `BASE`, step by
-step in alternation, and prints for each row the ratio of the two with its 95 % confidence
-interval. A row whose interval lies wholly above 1.03 is slower: the exit code is then 1.
-`BENCH_ARGS="--rounds 30 --repeats 10 --json FILE"` sets the length and keeps the figures.
-"""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A LLaMA's shapes."""
-
-    name: str
-    hidden: int
-    layers: int
-    mlp: int
-    vocabulary: int
-
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Return the shapes of all parameters in the model's order (tied embedding)."""
-        h, f = self.hidden, self.mlp
-        layer: list[tuple[int, ...]] = [(h, h)] * 4 + [(f, h), (f, h), (h, f), (h,), (h,)]
-        return [(self.vocabulary, h), *(shape for _ in range(self.layers) for shape in layer), (h,)]
+RANKS = (4, 32)
+WARM_UP = 3
+AIM = 1.25
+"""Of the limit, for 20M and 60M parameters."""
 
 
-MODELS = [Model("5M", 256, 6, 688, 2048), Model("20M", 512, 6, 1376, 4096)]
-
-
-class Bucket:
-    """What DDP passes to a hook: a flat buffer and its pieces (duck typing of torch's
-    GradBucket).
-    """
-
-    def __init__(self, index: int, last: bool, shapes: list[tuple[int, ...]]) -> None:
-        self._index, self._last = index, last
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        self._buffer = torch.zeros(sum(sizes))
-        self._pieces = [p.view(s) for p, s in zip(self._buffer.split(sizes), shapes, strict=True)]
-
-    def buffer(self) -> Tensor:
-        """Return the flat gradients."""
-        return self._buffer
-
-    def gradients(self) -> list[Tensor]:
-        """Return views of the buffer in the parameters' shapes."""
-        return self._pieces
-
-    def index(self) -> int:
-        """Return the bucket's number in the step."""
-        return self._index
-
-    def is_last(self) -> bool:
-        """Return whether it is the step's last bucket."""
-        return self._last
-
-
-def buckets_of(shapes: list[tuple[int, ...]]) -> list[Bucket]:
-    """Return the parameters in reverse order in buckets of 25 MB, as DDP makes them."""
-    groups: list[list[tuple[int, ...]]] = [[]]
-    filled = 0
-    for shape in reversed(shapes):
-        size = torch.Size(shape).numel() * 4
-        if filled + size > BUCKET_BYTES and groups[-1]:
-            groups.append([])
-            filled = 0
-        groups[-1].append(shape)
-        filled += size
-    return [Bucket(k, k == len(groups) - 1, group) for k, group in enumerate(groups)]
-
-
-def ours(shapes: list[tuple[int, ...]], rank: int) -> tuple[list[Tensor], Callable[[], None]]:
-    """Return gradients and the step of this library."""
-    cpu = torch.device("cpu")
-    slots = [ParamInfo(f"p{k}", shape, torch.float32, cpu) for k, shape in enumerate(shapes)]
-    reducer = Reducer(slots, PowerSGD(rank), Group())
-    grads = [torch.zeros(shape) for shape in shapes]
-
-    def step() -> None:
-        reducer.reduce(list(grads))
-        reducer.commit()
-
-    return grads, step
-
-
-def theirs(
-    shapes: list[tuple[int, ...]], rank: int, batch: bool
-) -> tuple[list[Tensor], Callable[[], None]]:
-    """Return gradients and the step of PyTorch's hook, with error feedback and warm
-    start, compressing from the first step.
-    """
-    state = torch_hook.PowerSGDState(
-        None,
-        matrix_approximation_rank=rank,
-        start_powerSGD_iter=2,
-        batch_tensors_with_same_shape=batch,
-    )
-    state.iter = 2
-    buckets = buckets_of(shapes)
-    grads = [piece for bucket in buckets for piece in bucket.gradients()]
-
-    def step() -> None:
-        for bucket in buckets:
-            torch_hook.powerSGD_hook(state, bucket).wait()
-
-    return list(reversed(grads)), step
-
-
-def measure(model: Model, rank: int, rounds: int, batch: bool) -> dict[str, float]:
-    """Return the medians in ms, and median and quartiles of the paired ratios."""
-    shapes = model.shapes()
-    generator = torch.Generator().manual_seed(0)
-    pool = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
-    sides = {"ours": ours(shapes, rank), "hook": theirs(shapes, rank, batch)}
-    times: dict[str, list[float]] = {"ours": [], "hook": []}
-    for k in range(rounds + 3):
-        order = ["ours", "hook"] if k % 2 else ["hook", "ours"]
-        for side in order:
-            grads, step = sides[side]
-            for grad, fresh in zip(grads, pool[k % 3], strict=True):
-                grad.copy_(fresh)
+def measure(shapes: Shapes, rank: int, rounds: int) -> dict[str, Any]:
+    """Return the row of a model and a rank, without counts."""
+    generator = torch.Generator().manual_seed(SEED)
+    pool = [drawn(shapes, generator) for _ in range(3)]
+    own = Step(shapes, rank)
+    sides: dict[str, Side] = {
+        "ours": (own.grads, own),
+        "hook": theirs(shapes, rank, batch=False),
+        "hook_batched": theirs(shapes, rank, batch=True),
+    }
+    copy, products = Copy(shapes), Products(shapes, rank)
+    steps: dict[str, Callable[[], None]] = {side: step for side, (_, step) in sides.items()}
+    steps["copy"] = copy
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in [*names, "compress"]}
+    products.measure()
+    for k in range(WARM_UP + rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            if name in sides:
+                for grad, fresh in zip(sides[name][0], pool[k % 3], strict=True):
+                    grad.copy_(fresh)
             start = time.perf_counter()
-            step()
-            if k >= 3:
-                times[side].append((time.perf_counter() - start) * 1e3)
-    check_alike(sides["ours"][0], sides["hook"][0], pool[(rounds + 2) % 3])
-    ratios = [a / b for a, b in zip(times["ours"], times["hook"], strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
+            steps[name]()
+            if k >= WARM_UP:
+                times[name].append(time.perf_counter() - start)
+        if k >= WARM_UP:
+            times["compress"].append(own.seconds["compress"])
+    products.measure()
+    for hook in ("hook", "hook_batched"):
+        check_alike(own.grads, sides[hook][0], pool[(WARM_UP + rounds - 1) % 3])
     return {
-        "ours": statistics.median(times["ours"]),
-        "hook": statistics.median(times["hook"]),
-        "ratio": statistics.median(ratios),
-        "low": quartiles[0],
-        "high": quartiles[2],
+        "parameters": elements_of(shapes),
+        "matrices": len(matrices_of(shapes)),
+        **figures(times, [limit(spent, products) for spent in times["copy"]]),
+        "copy_gb_per_s": summary([2 * copy.bytes / spent / 1e9 for spent in times["copy"]]),
+        "gflop_per_s": {kind: products.gflops(kind) for kind in PRODUCTS},
     }
 
 
-def check_alike(mine: list[Tensor], hook: list[Tensor], given: list[Tensor]) -> None:
-    """Check that both did the work: dense parameters are exact, matrices are
-    approximated by about as much.
+def figures(
+    times: dict[str, list[float]], limits: list[list[tuple[float, float]]]
+) -> dict[str, Any]:
+    """Return times in ms and paired ratios.
+
+    Args:
+        times: of every round, in seconds.
+        limits: of every round, the (memory, products) of each stage in seconds.
     """
-    for a, b, g in zip(mine, hook, given, strict=True):
-        if g.dim() == 1:
-            assert torch.allclose(a, g)
-            assert torch.allclose(b, g)
-        else:
-            norms = [float(x.norm()) for x in (a, b)]
-            assert not torch.allclose(a, g)
-            assert 0.5 < norms[0] / norms[1] < 2.0, norms
+    times["limit"] = [sum(map(max, stages)) for stages in limits]
+    times["compress_limit"] = [sum(map(max, stages[:COMPRESSING])) for stages in limits]
+    times["decode"] = _differences(times["ours"], times["compress"])
+    times["decode_limit"] = _differences(times["limit"], times["compress_limit"])
+    times["memory"] = [sum(memory for memory, _ in stages) for stages in limits]
+    times["products"] = [sum(products for _, products in stages) for stages in limits]
+    found: dict[str, Any] = {
+        f"{name}_ms": summary([spent * 1e3 for spent in spents]) for name, spents in times.items()
+    }
+    for other in ("hook", "hook_batched", "limit"):
+        found[f"ours_over_{other}"] = paired(times["ours"], times[other])
+    return found
 
 
-def processor() -> str:
-    """Return the processor's name, or at least its kind."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _differences(a: list[float], b: list[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def counts(shapes: Shapes, rank: int) -> dict[str, Any]:
+    """Return what a step starts and touches, on either path and by the hook."""
+    found = {}
+    for name, make, path in (
+        ("cpu", lambda: ours(shapes, rank), contextlib.nullcontext()),
+        ("accelerator", lambda: ours(shapes, rank), accelerator_path()),
+        ("hook", lambda: theirs(shapes, rank, batch=False), contextlib.nullcontext()),
+        ("hook_batched", lambda: theirs(shapes, rank, batch=True), contextlib.nullcontext()),
+    ):
+        with path:
+            found[name] = told(counted_step(*make()), shapes)
+    return found
+
+
+def counted_step(grads: list[torch.Tensor], step: Callable[[], None]) -> Launches:
+    """Return the counts of a step that is not the first."""
+    generator = torch.Generator().manual_seed(SEED)
+    for k in range(WARM_UP):
+        for grad in grads:
+            grad.normal_(generator=generator)
+        if k < WARM_UP - 1:
+            step()
+    return count(step)
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """Return the table that is printed."""
+    table = Table(
+        *("model", "rank", "ours ms", "hook ms", "batched", "limit", "ours / hook"),
+        *("/ batched", "/ limit", "quartiles", "launches", "accelerator"),
+        title="one step: compress + decompress + error feedback",
+    )
+    for row in rows:
+        ratio, launches = row["ours_over_limit"], row["launches"]
+        table.add_row(
+            row["model"],
+            str(row["rank"]),
+            *(f"{row[f'{n}_ms']['median']:.1f}" for n in ("ours", "hook", "hook_batched", "limit")),
+            f"{row['ours_over_hook']['median']:.2f}",
+            f"{row['ours_over_hook_batched']['median']:.2f}",
+            f"{ratio['median']:.2f}",
+            f"{ratio['low']:.2f}-{ratio['high']:.2f}",
+            str(launches["cpu"]["launches"]),
+            str(launches["accelerator"]["launches"]),
+        )
+    return table
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="timed rounds for each row")] = 15,
-    markdown: Annotated[Path | None, typer.Option(help="also write the table to this file")] = None,
+    rounds: Annotated[int, typer.Option(help="timed rounds for each row", min=1)] = 21,
+    quick: Annotated[bool, typer.Option(help="a tiny model and few rounds, for tests")] = False,
+    output: Annotated[Path | None, typer.Option("--json", help="file of figures")] = None,
 ) -> None:
     """Run all rows and print the table."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     logging.disable(logging.WARNING)
-    store = Path(tempfile.mkdtemp()) / "store"
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), 1), rank=0, world_size=1)
-    machine = (
-        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch"
-        f" {torch.__version__}"
-    )
-    here = Path(__file__).resolve()
-    command = " ".join(["python", here.relative_to(here.parents[1]).as_posix(), *sys.argv[1:]])
-    heads = ["model", "rank", "hook batches", "ours ms", "hook ms", "ours / hook", "quartiles"]
-    table = Table(
-        *heads,
-        title=(
-            f"one step: compress + decompress + error feedback ({rounds} paired rounds, {machine})"
-        ),
-    )
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for model in MODELS:
-        for rank in (4, 32):
-            for batch in (False, True):
-                with contextlib.redirect_stdout(io.StringIO()):
-                    row = measure(model, rank, rounds, batch)
-                cells = [
-                    model.name,
-                    str(rank),
-                    "yes" if batch else "no",
-                    f"{row['ours']:.1f}",
-                    f"{row['hook']:.1f}",
-                    f"{row['ratio']:.2f}",
-                    f"{row['low']:.2f}-{row['high']:.2f}",
-                ]
-                table.add_row(*cells)
-                lines.append("| " + " | ".join(cells) + " |")
-    Console(width=120).print(table)
-    if markdown is not None:
-        text = f"# Benchmarks\n\n`{command}` on {machine}; {rounds} paired rounds, medians.\n\n"
-        text += (
-            "Below 1, this library is faster. `hook batches` is the hook's"
-            " `batch_tensors_with_same_shape`.\n\n"
-        )
-        text += NOTE
-        markdown.write_text(text + "\n".join(lines) + "\n" + AGAINST, encoding="utf-8")
-    dist.destroy_process_group()
+    evidence = envelope(__file__, seeds=[SEED], quick=quick)
+    rows = []
+    with group_of_one():
+        for model in [TINY] if quick else MODELS:
+            shapes = model.shapes()
+            for rank in RANKS:
+                row: dict[str, Any] = {"model": model.name, "rank": rank}
+                row |= measure(shapes, rank, 3 if quick else rounds)
+                rows.append(row | {"launches": counts(shapes, rank)})
+    Console(width=130).print(table_of(rows))
+    output = output or published(evidence)
+    if output is not None:
+        write(output, evidence, {"aim": AIM, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Every benchmark writes one, and docs/benchmarks.md is made of them and of nothin
     seeds       of all that is drawn
     sources     hash of the files that the figures depend on (lab.runner.sources)
     seconds     that the run took
+    runs        further scripts that it starts
     quick       whether it was a short run, for tests, whose figures are not published
     results     the benchmark's own; a figure of many repetitions is a `summary`
 
@@ -82,6 +83,13 @@ def write(path: Path, evidence: dict[str, Any], results: dict[str, Any]) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(whole, DIGITS), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def published(evidence: dict[str, Any]) -> Path | None:
+    """Return where the file of a run belongs unless it is told: of a quick one,
+    nowhere.
+    """
+    return None if evidence["quick"] else RESULTS / f"{evidence['benchmark']}.json"
 
 
 def read(path: Path) -> dict[str, Any]:
