@@ -79,6 +79,7 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_compress $(BENCH_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_growth $(BENCH_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_launches $(filter --quick,$(BENCH_ARGS))
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_svd $(filter --quick,$(BENCH_ARGS))
 	$(BIN)/python -m benchmarks.page
 
 benchmarks-page: $(STAMP)

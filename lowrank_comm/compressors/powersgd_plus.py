@@ -11,7 +11,8 @@ Source: Algorithm 2 of PowerSGD+ (Xie, Chen, Yuan; arXiv 2509.11254). Where t mo
 
 The paper averages Q_i = Delta_i^T P~; the mean is the same number, and D is known
 already, so nothing more is sent. P~ is broadcast since equal input does not give equal
-singular vectors bit by bit (another number of threads is enough).
+singular vectors bit by bit (another number of threads is enough). Of a matrix of
+more than 2^20 elements P~ captures almost as much (`numerics.block_krylov`).
 
 `restart="randomized"` needs no whole matrix: SSP-Comp from a fresh Gaussian Q captures
 at least r/n of the energy in expectation, the constant delta of Lemma 2, so Theorem 2
