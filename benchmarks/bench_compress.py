@@ -17,7 +17,7 @@ CPU takes, and on an accelerator's.
 The clock is time.perf_counter: torch.utils.benchmark.Timer repeats a statement to warm
 up, and a step changes the compressor's state.
 
-    python -m benchmarks.bench_compress [--rounds 21] [--quick] [--json FILE]
+    python -m benchmarks.bench_compress [--rounds 15] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="timed rounds for each row", min=1)] = 21,
+    rounds: Annotated[int, typer.Option(help="timed rounds for each row", min=1)] = 15,
     quick: Annotated[bool, typer.Option(help="a tiny model and few rounds, for tests")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="file of figures")] = None,
 ) -> None:

@@ -60,4 +60,4 @@ def _lost(timed: list[dict[str, Any]]) -> str:
         for check in timed
         if check["figures"].get("ratios", {"over_hook": {"median": 0}})["over_hook"]["median"] > 1
     ]
-    return f"The hook is faster: {listed(lost)}.\n" if lost else "The hook is faster nowhere.\n"
+    return f"The hook is faster: {'; '.join(lost)}.\n" if lost else "The hook is faster nowhere.\n"
