@@ -13,7 +13,8 @@ from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
 from lowrank_comm.checkpointing.tag import tag_of
 from lowrank_comm.checkpointing.tensors import restore, tensors_of
 from lowrank_comm.communication import Group
-from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.compressors.base import Compressor, LowRank
+from lowrank_comm.error_feedback.memory import ErrorMemory
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import StateMismatchError
 from lowrank_comm.numerics.device import accelerator_path
@@ -296,3 +297,15 @@ def test_error_memory_stays_bounded_where_the_averaged_residual_grows() -> None:
     torch.testing.assert_close(torch.stack(averaged).mean(0), mean, rtol=1e-8, atol=1e-8)
     assert local_norm[4000] < 1.5 * local_norm[1000]
     assert averaged_norm[4000] > 3 * averaged_norm[1000]
+
+
+def test_what_is_stored_is_what_is_there() -> None:
+    """Also where a subtraction was still to come, on an accelerator."""
+    memory = ErrorMemory(ErrorFeedback(), ("w",), 6, 5, torch.float64, torch.device("cpu"), 0, 0)
+    delta, p, q = (torch.randn(1, *shape).double() for shape in ((6, 5), (6, 2), (5, 2)))
+    given = delta.clone()
+    memory.exchange(delta, LowRank(p, q))
+    torch.testing.assert_close(memory.tensor, given - p @ q.mT)
+    memory.exchange(given.clone(), LowRank(p, q))
+    memory.store(given)
+    assert torch.equal(memory.tensor, given)
