@@ -100,8 +100,9 @@ def put_into_deepspeed(accelerator: Accelerator, compression: Compression, who: 
             )
         there = given
     if isinstance(there, Mapping):
-        # of ours it is the default, and Accelerate raises where it cannot fill it in
-        config[SECTION] = {key: value for key, value in there.items() if value != "auto"}
+        Section.parse(there)
+        # it is the default, and Accelerate raises where it cannot fill an "auto" in
+        config[SECTION] = {k: v for k, v in there.items() if (k, v) != ("restart", "auto")}
     import lowrank_comm.integrations.deepspeed  # noqa: F401  (switches it on)
 
     return config.get(SECTION, compression)

@@ -63,14 +63,23 @@ class Flight(Generic[T]):
         """End the pass after a backward pass that failed on all workers."""
         for work in self._works:
             work.wait()
+        self.close()
+
+    def close(self) -> None:
+        """End the pass, whatever is on its way."""
         self._passing.close()
 
 
 def complete(flights: Sequence[Flight[T]]) -> list[T]:
     """Take all flights to their ends side by side; return their results in order."""
     going = list(flights)
-    while going:
-        flight = going.pop(0)
-        if flight.advance():
-            going.append(flight)
+    try:
+        while going:
+            if going[0].advance():
+                going.append(going[0])
+            del going[0]
+    finally:
+        # where one has failed
+        for flight in going:
+            flight.close()
     return [flight.result for flight in flights]

@@ -104,7 +104,11 @@ class ErrorMemory:
 
     @property
     def tensor(self) -> Tensor:
-        """The errors, (B, m, n), in the dtype and on the device where they are kept."""
+        """The errors, (B, m, n), in the dtype and on the device where they are kept.
+
+        To be read on the thread and the stream of the steps: a subtraction may take
+        place.
+        """
         self._transfers.wait()
         if self._owed is not None:
             owed, self._owed = self._owed, None

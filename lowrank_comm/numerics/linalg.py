@@ -22,7 +22,6 @@ Everything works on batches (B, m, r); a batch gives what its members would give
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -128,9 +127,17 @@ def inverse_factor(
     return factor, smallest * ((info == 0) & (least > dead_tolerance(dtype) ** 2 * largest))
 
 
-@functools.cache
+_IDENTITIES: dict[tuple[int, torch.device], Tensor] = {}
+
+
 def _identity(r: int, device: torch.device) -> Tensor:
-    return torch.eye(r, dtype=torch.float64, device=device)
+    known = _IDENTITIES.get((r, device))
+    if known is None:
+        known = torch.eye(r, dtype=torch.float64, device=device)
+        # not what a mode (of fake or local tensors) makes in its place
+        if type(known) is Tensor:
+            _IDENTITIES[r, device] = known
+    return known
 
 
 def orthonormal_rank_revealing(a: Tensor, fill: Tensor) -> Tensor:

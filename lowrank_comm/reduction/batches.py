@@ -120,10 +120,15 @@ class Batch:
         slots = self.slots if rows is None else tuple(self.slots[row] for row in rows)
         if on_accelerator(self.device):
             return self._delta_at_once([grads[k] for k in slots], scale, rows)
-        work, error = self._workspace(), self.memory.tensor
+        error = self.memory.tensor
+        at: slice | Tensor = slice(None)
         if rows is not None:
-            work = work.new_empty(len(rows), self.m, self.n)
-            error = error[places(rows, error.device)]
+            at = places(rows, error.device)
+            error = error[at]
+        if isinstance(at, slice):
+            work = self._workspace()[at]
+        else:
+            work = torch.empty(error.shape, dtype=self.dtype, device=self.device)
         parts: list[Tensor | None] = []
         for k in slots:
             grad = grads[k]

@@ -67,10 +67,15 @@ class IntraNodeRequests:
                 answers[k] = self.group.whole_rows(request.tensor, request.m, "rows")
         return answers
 
-    def shares(self, asking: Mapping[int, Request]) -> dict[int, Share]:
+    def shares(self, asking: Mapping[int, Request], before: int = 0) -> dict[int, Share]:
         """Return this rank's share of each request that is shared out: sums over rows
         among the ranks of the node, what is computed once among all ranks, matrix by
         matrix.
+
+        Args:
+            asking: the requests of a packet, by generator.
+            before: matrices of earlier packets of the pass that were computed once: the
+                ranks take turns over all of them.
         """
         over_rows = {
             k: request.tensor
@@ -85,7 +90,7 @@ class IntraNodeRequests:
             self.group.sum_(total, "sums")
             for k, whole in zip(over_rows, split_like(total, parts), strict=True):
                 shares[k] = Share(whole.reshape(-1)[self.group.block(whole.numel())], whole)
-        offset = 0
+        offset = before
         for k, request in asking.items():
             if isinstance(request, ComputeOnce):
                 shares[k] = Share(self._compute(request, offset))

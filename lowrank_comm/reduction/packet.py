@@ -47,7 +47,7 @@ class Packet:
         self._in_the_node = wire.in_the_node
         noise = one.noise(phase) if one.noise else None
         self._asking = asking
-        self._shares = wire.in_the_node.shares(asking)
+        self._shares = wire.in_the_node.shares(asking, one.computed_once)
         self._entries: dict[int, Entry] = {}
         for k, request in asking.items():
             if isinstance(request, Mean):
@@ -58,6 +58,7 @@ class Packet:
                 self._entries[k] = Entry(request.tensor, request.kind, gathered=True)
             else:
                 self._entries[k] = Entry(self._shares[k].tensor, request.kind, averaged=False)
+                one.computed_once += len(request.matrices)
         entries = list(self._entries.values())
         self._dense: list[Entry] = []
         self._control: Entry | None = None

@@ -110,6 +110,7 @@ class Pass:
         stats: filled while the pass runs, vetoed or not.
         refused: set if the pass was vetoed since some worker's gradient cannot be
             averaged.
+        computed_once: matrices of which one rank has computed something for all.
     """
 
     starts: Sequence[Callable[[], Steps]]
@@ -122,6 +123,7 @@ class Pass:
     pieces: Mapping[int, int] = field(default_factory=dict)
     stats: PassStats = field(default_factory=PassStats)
     refused: bool = False
+    computed_once: int = 0
 
 
 @dataclass

@@ -4,13 +4,17 @@ they agree on does not depend on it.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
 from lowrank_comm import ErrorFeedback, GaLore, GreedyLore, PowerSGD, PowerSGDPlus
+from lowrank_comm.compressors import subspaces
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.compressors.requests import ComputeOnce
+from lowrank_comm.reduction.intra_node_requests import IntraNodeRequests
 from lowrank_comm.reduction.passes import Room
 from tests.support.driver import simulation
 from tests.support.reference import gradient
@@ -115,3 +119,39 @@ def test_a_veto_in_a_late_piece_leaves_everything_as_it_was() -> None:
         one, other = (sim.reduce([given(t, w) for w in range(2)]) for sim in sims)
         assert all(torch.equal(one[name], other[name]) for name in NAMES)
         assert all(r._wire.room.taken == 0 for sim in sims for r in sim.reducers)
+
+
+@pytest.mark.parametrize("piece_bytes", [10**6, 1])
+def test_workers_take_turns_at_what_one_computes(
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    """Over all pieces of a pass, also where a piece is a matrix."""
+    compressor = PowerSGDPlus(2, restart_every=3, restart="svd")
+    sim = simulation(compressor, SHAPES, 5, piece_bytes=piece_bytes)
+    computed: Counter[int] = Counter()
+    compute = IntraNodeRequests._compute
+
+    def counting(self: IntraNodeRequests, request: ComputeOnce, offset: int) -> torch.Tensor:
+        result = compute(self, request, offset)
+        computed[self._workers.global_rank] += int(result.flatten(1).any(dim=1).sum())
+        return result
+
+    monkeypatch.setattr(IntraNodeRequests, "_compute", counting)
+    sim.reduce([given(0, worker) for worker in range(5)])
+    assert computed == dict.fromkeys(range(5), len(SHAPES) // 5)
+
+
+def test_room_is_given_back_where_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = PowerSGDPlus(2, restart_every=3, restart="svd")
+    sim = simulation(compressor, NAMES, 1, piece_bytes=2 * ONE, bucket_bytes=3 * ONE)
+    room, calls = sim.reducers[0]._wire.room, []
+
+    def failing(matrices: torch.Tensor, r: int) -> torch.Tensor:
+        calls.append(room.taken)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(subspaces, "leading_left_singular_vectors", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sim.reduce([given(0, 0)])
+    assert calls[0] > 0
+    assert room.taken == 0
