@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.limit import ITEM, PRODUCTS, STAGES, Copy, Products, limit, matrices_of
+import benchmarks.limit as limits
+from benchmarks.limit import IN_CACHE, ITEM, PRODUCTS, STAGES, Copy, Products, limit, matrices_of
 
 SHAPES = [(64, 32), (16,), (48, 32), (64, 32)]
 
@@ -43,6 +44,18 @@ def test_products_are_of_all_matrices_and_never_slower_when_tried_again(
 
 def test_the_copy_is_as_large_as_the_matrices() -> None:
     assert Copy(SHAPES).bytes == ITEM * (2 * 64 * 32 + 48 * 32)
+
+
+def test_a_call_on_many_matrices_counts_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_fastest", lambda call: 1.0)
+    measured = Products(SHAPES, rank=2)
+    measured.measure()
+    together = [IN_CACHE // (m * n) for m, n in matrices_of(SHAPES)]
+    assert measured.seconds("times") == pytest.approx(sum(1.0 / number for number in together))
+    # and a call on some rows of a large one for these alone
+    large = Products([(2 * IN_CACHE // 64, 64)], rank=2)
+    large.measure()
+    assert large.seconds("times") == 1.0
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (3, 8, 4)])
