@@ -5,7 +5,7 @@ A point of the first three is a row of bench_compress.py: times beside PyTorch's
 and the machine's limit, launches and bytes on either path. `growth_workers` tells the
 points of the workers.
 
-    python -m benchmarks.bench_growth [--rounds 9] [--quick] [--json FILE]
+    python -m benchmarks.bench_growth [--rounds 7] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def table_of(name: str, points: list[dict[str, Any]]) -> Table:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="timed rounds for each point", min=1)] = 9,
+    rounds: Annotated[int, typer.Option(help="timed rounds for each point", min=1)] = 7,
     quick: Annotated[bool, typer.Option(help="two small points a curve, for tests")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="file of figures")] = None,
 ) -> None:
