@@ -46,7 +46,7 @@ BUSY_LOAD = 0.75
 AGAINST = """\
 ## Against another commit
 
-    git worktree add ../base v0.1.0
+    git worktree add ../base HEAD~1
     make bench-against BASE=../base
 
 times models and ranks of the first table with the library of this checkout and of `BASE`, step
