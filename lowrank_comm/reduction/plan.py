@@ -265,13 +265,16 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def make_plan(state: CompressionState, workers: Workers, wire_dtype: torch.dtype | None) -> Plan:
+def make_plan(
+    state: CompressionState, workers: Workers, wire_dtype: torch.dtype | None, piece_bytes: int
+) -> Plan:
     """Return the plan of a reducer.
 
     Args:
         state: its parameters, with what they keep.
         workers: who takes part.
         wire_dtype: on the wire, or None for the computation's.
+        piece_bytes: of whole matrices that are on their way at once.
     """
     slots, treatments, batches = state.slots, state.treatments, state.batches
     assignment = state.assignment
@@ -339,13 +342,25 @@ def make_plan(state: CompressionState, workers: Workers, wire_dtype: torch.dtype
         """Count what is held at most: the buffer on the wire; if it is narrower, also
         the own part of it, and both again at full width.
         """
-        total = 0
+        total = whole = largest = 0
         for slot, treatment in zip(slots, treatments, strict=True):
             elements = in_a_restart(treatment) if restart else treatment.elements
             full = slot.compute_dtype.itemsize
             wire = wire_dtype.itemsize if wire_dtype else full
-            total += elements * (wire if wire >= full else 2 * (wire + full))
+            cost = wire if wire >= full else 2 * (wire + full)
+            matrix = treatment.m * treatment.n
+            if in_pieces and treatment.low_rank and elements >= matrix:
+                # of a piece only factors stay
+                whole += matrix * cost
+                largest = max(largest, matrix * cost, piece_bytes // full * cost)
+                elements = treatment.elements
+            total += elements * cost
+        total += min(whole, largest)
         return total // intra_node.size if intra_node.whole_matrices else total
+
+    options = assignment.compressor.describe()
+    # these hold whole matrices to the end of the step
+    in_pieces = not (options.get("exact_restart") or options.get("consensus_restart"))
 
     staggered = None
     if schedule and schedule.offsets:

@@ -486,7 +486,7 @@ class Reducer:
     @property
     def plan(self) -> Plan:
         """What goes low-rank, how many bytes that is, and what it costs in memory."""
-        return make_plan(self.state, self.workers, self._wire.dtype)
+        return make_plan(self.state, self.workers, self._wire.dtype, self._wire.room.bytes)
 
     @property
     def last_report(self) -> StepReport | None:
