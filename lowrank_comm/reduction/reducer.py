@@ -230,8 +230,8 @@ class Reducer:
         """Start phase one of a bucket; a collective. All workers begin the buckets in
         their order, 0 first.
 
-        The gradients of its slots must be final: what is added to them later is not
-        seen.
+        The gradients of its slots must be final: they are read now, or, where a restart
+        waits for room on the wire, until `reduce` returns.
 
         Args:
             number: of the bucket.

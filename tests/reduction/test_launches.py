@@ -36,12 +36,15 @@ def counted(
     steps: int = 4,
     dtype: torch.dtype = torch.float32,
     look: Callable[[CompressedOptimizer], object] = lambda optimizer: None,
+    piece_mb: float = 25.0,
 ) -> Launches:
     """Count the step after `steps` others, with the base's own."""
     with accelerator_path():
         model = torch.nn.ParameterList(torch.zeros(shape, dtype=dtype) for shape in shapes)
         base = torch.optim.SGD(model.named_parameters(), lr=0.0, foreach=True)
-        optimizer = CompressedOptimizer(base, compressor, min_compression_rate=0)
+        optimizer = CompressedOptimizer(
+            base, compressor, min_compression_rate=0, bucket_cap_mb=piece_mb
+        )
         for step in range(steps + 1):
             for parameter in model:
                 parameter.grad = torch.randn_like(parameter)
@@ -92,6 +95,15 @@ def test_a_step_with_restarts_grows_alike(restart: str) -> None:
     few, many = (launched(counted(llama(layers), compressor)) for layers in (8, 32))
     assert many - few <= A_MATRIX * 7 * (32 - 8)
     assert few <= A_SHAPE * SHAPES
+
+
+def test_a_piece_costs_launches_and_reads_of_its_own() -> None:
+    """Each matrix a piece, the costliest case: a restart of an LLM by explicit SVDs."""
+    compressor = PowerSGDPlus(4, restart_every=4, restart="svd")
+    few, many = (counted(llama(layers), compressor, piece_mb=1e-6) for layers in (2, 4))
+    matrices = 7 * (4 - 2)
+    assert launched(many) - launched(few) <= 45 * matrices
+    assert many.host_reads - few.host_reads <= 2 * matrices
 
 
 def launched(one: Launches) -> int:
