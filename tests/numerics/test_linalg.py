@@ -12,6 +12,7 @@ from torch import nn
 
 from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.numerics.linalg import dead_tolerance, inverse_factor
 from tests.support.driver import simulation
 from tests.support.matrices import apply, every_compressor, low_rank, relative
 from tests.support.networks import compressed, distance, loss_of, network
@@ -133,3 +134,17 @@ def test_a_step_computes_in_full_precision_whatever_torch_is_set_to(
     other, optimizer = run_three_steps(inside)
     assert distance(one, other) == 0.0
     assert any(e.any() for e in optimizer.error_memory().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_column_of_round_off_is_no_direction(dtype: torch.dtype) -> None:
+    """Next to the largest one, however sharp its angle; all columns tiny are fine."""
+    a = torch.linalg.qr(torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0)).double())
+    columns = a.Q.clone()
+    columns[0, :, 1] *= dead_tolerance(dtype) / 2
+    columns[1] *= dead_tolerance(dtype) / 2
+    factor, pivot = inverse_factor(columns.mT @ columns, dtype)
+    assert not pivot[0] > 0
+    assert pivot[1] > 0.99
+    basis = columns[1] @ factor[1].double()
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(3).double(), rtol=0, atol=1e-6)
