@@ -33,14 +33,16 @@ def run(*arguments: str, path: Path | None = None) -> subprocess.CompletedProces
     environment = os.environ | {"PYTHONPATH": str(path or ROOT)}
     command = [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=960
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_all_checks_on_a_cpu(tmp_path: Path) -> None:
+    """A minute, or many on a busy machine, and none is skipped for want of time."""
     target = tmp_path / "gpu.json"
-    done = run("--device", "cpu", "--json", str(target))
+    done = run("--device", "cpu", "--minutes", "15", "--json", str(target))
     assert done.returncode == 0, done.stdout + done.stderr
     evidence = read(target)
     # what is measured on a CPU is not published
@@ -67,10 +69,11 @@ def test_all_checks_on_a_cpu(tmp_path: Path) -> None:
     assert step["ratios"]["over_copy"]["low"] > 1
     used = evidence["results"]["parts"]
     assert [part["name"] for part in used] == [ONE, SEVERAL, COSTS, TIMES]
-    assert sum(part["seconds"] for part in used) < 8 * 60
+    assert sum(part["seconds"] for part in used) < 15 * 60
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_it_needs_no_package_beside_the_librarys_own(tmp_path: Path) -> None:
     """In no process can another one be imported."""
     (tmp_path / "sitecustomize.py").write_text(
