@@ -213,15 +213,13 @@ class FlatBuffers:
         """
         home = self._to_check[0].device
         flags = [
-            largest_magnitude(buffer) <= LARGEST[buffer.dtype]
+            (largest_magnitude(buffer) <= LARGEST[buffer.dtype]).to(home)
             for buffer in self._to_check
             if buffer.numel() and buffer.is_floating_point()
         ]
-        if len(flags) == 1:
-            return flags[0].to(home)
         if not flags:
             return torch.ones((), dtype=torch.bool, device=home)
-        return torch.stack([flag.to(home) for flag in flags]).all()
+        return flags[0] if len(flags) == 1 else torch.stack(flags).all()
 
     def unpack(self) -> Tensor:
         """Fill in `mean` and `own` of all entries, once everything was exchanged;

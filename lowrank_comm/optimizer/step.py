@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_comm.optimizer.grad_scaler import LossScaling
@@ -75,10 +76,13 @@ def _only_initialises_state(optimizer: Optimizer) -> bool:
     It does so by a step with lr 0 and zero gradients, perhaps on one rank alone. That
     is no step of the compressor: it would take the error memory and apply it with lr 0.
     The caller is looked up in the stack, since a worker's gradients may be zero in a
-    real step too, and then it must take part; before lr, for which the host waits where
-    it is a tensor on a GPU.
+    real step too, and then it must take part; only where no lr tells by itself, which
+    is none that is a tensor, since the host would wait for it on a GPU.
     """
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    if any(not isinstance(lr, Tensor) and lr != 0.0 for lr in rates):
+        return False
     callers = itertools.islice(traceback.walk_stack(sys._getframe(1)), 9)
     if all(frame.f_code.co_name != "_init_optim_state" for frame, _ in callers):
         return False
-    return all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
+    return all(float(lr) == 0.0 for lr in rates)

@@ -80,6 +80,8 @@ class Batch:
     _work: Tensor | None = None
 
     def __post_init__(self) -> None:
+        # whether all its matrices share the operations on the way in and out
+        self._at_once = on_accelerator(self.device)
         self.state = self.initial_state()
 
     def initial_state(self) -> State:
@@ -118,7 +120,7 @@ class Batch:
         a missing g. Valid until the next step.
         """
         slots = self.slots if rows is None else tuple(self.slots[row] for row in rows)
-        if on_accelerator(self.device):
+        if self._at_once:
             return self._delta_at_once([grads[k] for k in slots], scale, rows)
         error = self.memory.tensor
         at: slice | Tensor = slice(None)
@@ -178,14 +180,11 @@ class Batch:
     ) -> None:
         """Decode into the gradients; None targets are left out."""
         left = list(targets)
-        if isinstance(applied, LowRank) and (
-            on_accelerator(self.device) or self.m * self.n >= LARGE
-        ):
+        if isinstance(applied, LowRank) and (self._at_once or self.m * self.n >= LARGE):
             for row, target in enumerate(targets):
-                if target is None or (target.dtype == self.dtype and target.is_contiguous()):
+                if target is not None and target.dtype == self.dtype and target.is_contiguous():
+                    self._write_product(applied.p[row], applied.q[row], target, scale)
                     left[row] = None
-                    if target is not None:
-                        self._write_product(applied.p[row], applied.q[row], target, scale)
         together = max(1, DECODED // max(1, self.m * self.n))
         for start in range(0, len(left), together):
             some = left[start : start + together]
@@ -234,7 +233,7 @@ class Batch:
             free = self.memory.exchange(delta, result.sent)
         if free is None:
             self.memory.keep(delta, result.sent, result.kept, rows, t)
-        elif not on_accelerator(self.device):
+        elif not self._at_once:
             self._work = free
         for symbol, tensor in result.state.items():
             if rows is None:

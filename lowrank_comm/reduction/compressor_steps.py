@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lowrank_comm.compressors.base import Result
-from lowrank_comm.compressors.requests import ComputeOnce, Gather, Mean, Request
+from lowrank_comm.compressors.requests import ComputeOnce, Decide, Gather, Mean, Read, Request
 from lowrank_comm.reduction.passes import Pass, Presence, Steps
 
 OnTheWire = Mean | ComputeOnce | Gather
@@ -25,7 +25,10 @@ class CompressorSteps:
         one: the pass, with its generators.
 
     Attributes:
-        at_once: requests that are answered without a packet, by generator.
+        at_once: requests that are answered without a packet and without the host, by
+            generator.
+        decisions: requests for which the host reads numbers.
+        later: pieces that wait for room, in their order.
         asking: requests for the next packet.
         waiting: generators that wait until it is known which gradients exist.
         results: of the generators; None of one that has nothing to do, or has not
@@ -38,62 +41,51 @@ class CompressorSteps:
         self._answers: dict[int, object] = {}
         # answered since the last `advance`, or not begun
         self._ready = [k for k in range(len(one.starts)) if k not in one.pieces]
-        # pieces that wait for room, and those that have it
-        self._later, self._on_their_way = sorted(one.pieces), set[int]()
+        self.later, self._on_their_way = sorted(one.pieces), list[int]()
         self.results: list[Result | None] = [None] * len(one.starts)
         self.at_once: dict[int, Request] = {}
+        self.decisions: dict[int, Decide | Read] = {}
         self.asking: dict[int, OnTheWire] = {}
         self.waiting: list[int] = []
 
     def advance(self) -> bool:
-        """Run every generator whose request is answered to its next one; return whether
-        some can be answered without a packet.
+        """Run every generator whose request is answered to its next one, and let pieces
+        begin for which there is room; return whether some can be answered without a
+        packet.
         """
-        self.at_once = {}
-        self._admit()
-        while self._ready:
-            ready, self._ready = sorted(self._ready), []
-            for k in ready:
-                self._advance(k)
-            self._admit()
-        if self.at_once:
+        self.at_once, self.decisions = {}, {}
+        while self.later and self._room.take(self._pieces[self.later[0]]):
+            self._on_their_way.append(self.later[0])
+            self._ready.append(self.later.pop(0))
+        for k in self._ready:
+            if k not in self._steps:
+                self._steps[k] = self._starts[k]()
+            try:
+                request = self._steps[k].send(self._answers.pop(k, None))
+            except StopIteration as end:
+                self.results[k] = end.value
+                if k in self._pieces:
+                    self.results[k] = end.value and end.value.copied_out()
+                    self._leave(k)
+                continue
+            if isinstance(request, Presence):
+                self.waiting.append(k)
+            elif isinstance(request, Mean | ComputeOnce | Gather):
+                self.asking[k] = request
+            elif isinstance(request, Decide | Read):
+                self.decisions[k] = request
+            else:
+                self.at_once[k] = request
+        self._ready = []
+        if self.at_once or self.decisions:
             return True
         # one order on all workers, whichever decided first
         self.asking = dict(sorted(self.asking.items()))
         return False
 
-    def _advance(self, k: int) -> None:
-        if k not in self._steps:
-            self._steps[k] = self._starts[k]()
-        try:
-            request = self._steps[k].send(self._answers.pop(k, None))
-        except StopIteration as end:
-            self.results[k] = end.value
-            if k in self._pieces:
-                self.results[k] = end.value and end.value.copied_out()
-                self._leave(k)
-            return
-        if isinstance(request, Presence):
-            self.waiting.append(k)
-        elif isinstance(request, Mean | ComputeOnce | Gather):
-            self.asking[k] = request
-        else:
-            self.at_once[k] = request
-
-    def _admit(self) -> None:
-        """Let pieces begin for which there is room."""
-        while self._later and self._room.take(self._pieces[self._later[0]]):
-            self._on_their_way.add(self._later[0])
-            self._ready.append(self._later.pop(0))
-
     def _leave(self, k: int) -> None:
-        self._on_their_way.discard(k)
+        self._on_their_way.remove(k)
         self._room.free(self._pieces[k])
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether a generator asks for the wire, or waits for room on it."""
-        return bool(self.asking or self._later)
 
     def answer(self, answers: Mapping[int, object]) -> None:
         """Give generators the answers to their requests; `advance` lets them go on."""

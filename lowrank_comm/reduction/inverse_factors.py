@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from lowrank_comm.compressors.requests import InverseFactor, Request
 from lowrank_comm.numerics.linalg import inverse_factor
+
+# dtype of the factor, r, dtype and device of the Gram matrix, whether a first pass
+_Kind = tuple[torch.dtype, int, torch.dtype, torch.device, bool]
 
 
 def inverse_factors(requests: Mapping[int, Request]) -> dict[int, object]:
@@ -25,21 +29,23 @@ def inverse_factors(requests: Mapping[int, Request]) -> dict[int, object]:
     Returns:
         (W, pivot) by generator; see `numerics.linalg.inverse_factor`.
     """
-    alike: dict[tuple[object, ...], dict[int, InverseFactor]] = {}
+    alike: dict[_Kind, tuple[list[int], list[Tensor], list[Tensor]]] = {}
     for k, one in requests.items():
         if isinstance(one, InverseFactor):
-            kind = (*one.gram.shape[1:], one.gram.dtype, one.gram.device, one.dtype)
-            alike.setdefault((*kind, one.pivot is None), {})[k] = one
+            gram = one.gram
+            kind = (one.dtype, gram.shape[-1], gram.dtype, gram.device, one.pivot is None)
+            asked, grams, pivots = alike.setdefault(kind, ([], [], []))
+            asked.append(k)
+            grams.append(gram)
+            if one.pivot is not None:
+                pivots.append(one.pivot)
     answers: dict[int, object] = {}
-    for asked in alike.values():
-        ones = list(asked.values())
-        lengths = [len(one.gram) for one in ones]
-        like = ones[0].gram
-        grams = like.new_empty((sum(lengths), *like.shape[1:]), dtype=torch.float64)
-        torch.cat([one.gram for one in ones], out=grams)
-        before = [one.pivot for one in ones if one.pivot is not None]
-        pivot = torch.cat(before) if before else None
-        factors, pivots = inverse_factor(grams, ones[0].dtype, pivot)
-        parts = zip(factors.split(lengths), pivots.split(lengths), strict=True)
+    for (dtype, r, *_), (asked, grams, pivots) in alike.items():
+        lengths = list(map(len, grams))
+        together = grams[0].new_empty((sum(lengths), r, r), dtype=torch.float64)
+        torch.cat(grams, out=together)
+        before = torch.cat(pivots) if pivots else None
+        factors, pivot = inverse_factor(together, dtype, before)
+        parts = zip(factors.split(lengths), pivot.split(lengths), strict=True)
         answers.update(zip(asked, parts, strict=True))
     return answers

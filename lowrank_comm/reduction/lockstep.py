@@ -30,13 +30,13 @@ again. What the host reads is agreed inside the node.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator
 
 from torch import Tensor
 
 from lowrank_comm.communication.collectives import Exchange
-from lowrank_comm.compressors.requests import Decide, Read
 from lowrank_comm.reduction.compressor_steps import CompressorSteps
 from lowrank_comm.reduction.inverse_factors import inverse_factors
 from lowrank_comm.reduction.packet import Packet
@@ -58,60 +58,53 @@ def lockstep(one: Pass) -> Generator[list[Exchange], int, Agreed | None]:
         What the workers agreed on, or None if any worker's numbers were not finite.
     """
     steps = CompressorSteps(one)
-    try:
-        return (yield from _phases(one, steps))
-    finally:
-        steps.close()
-
-
-def _phases(one: Pass, steps: CompressorSteps) -> Generator[list[Exchange], int, Agreed | None]:
     in_the_node, stats = one.wire.in_the_node, one.stats
     veto = Veto(in_the_node.group)
     dense: list[Tensor] = []
     phase = 0
     clock = time.perf_counter()
-    while True:
-        while steps.advance():
-            decisions = {
-                k: request
-                for k, request in steps.at_once.items()
-                if isinstance(request, Decide | Read)
-            }
-            if len(decisions) < len(steps.at_once):
-                steps.answer(in_the_node.answer(steps.at_once) | inverse_factors(steps.at_once))
-            if decisions:
-                answers = veto.read(decisions)
-                if answers is None:
-                    one.refused = veto.refused
-                    return None
-                steps.answer(answers)
-        if veto.suspects and veto.read({}) is None:
-            one.refused = veto.refused
-            return None
-        if steps.waiting and veto.present is not None:
-            steps.tell(veto.present)
-            continue
-        if phase > 0 and not steps.asking:
-            if not steps.unfinished:
-                break
-            # another bucket's pieces are on their way
-            yield []
-            continue
-        packet = Packet(one, phase, steps.sent())
-        for leg in packet.buffers.legs():
-            stats.seconds["compress"] += time.perf_counter() - clock
-            clock = time.perf_counter()
-            stats.collectives += yield leg
-            stats.seconds["communicate"] += time.perf_counter() - clock
-            clock = time.perf_counter()
-        steps.answer(packet.unpack())
-        veto.suspect(packet)
-        if phase == 0:
-            # a view of it would hold the buffer, with a piece in it, to the end
-            dense = [mean.clone() for mean in packet.dense] if one.pieces else packet.dense
-            one.dense = ()
-        phase += 1
-        # what was given to it is not needed any more
-        del packet
+    # gives the room of its pieces back, whatever happens
+    with contextlib.closing(steps):
+        while True:
+            while steps.advance():
+                if steps.at_once:
+                    answers = inverse_factors(steps.at_once)
+                    if len(answers) < len(steps.at_once):
+                        answers |= in_the_node.answer(steps.at_once)
+                    steps.answer(answers)
+                if steps.decisions:
+                    decided = veto.read(steps.decisions)
+                    if decided is None:
+                        one.refused = veto.refused
+                        return None
+                    steps.answer(decided)
+            if veto.suspects and veto.read({}) is None:
+                one.refused = veto.refused
+                return None
+            if steps.waiting and veto.present is not None:
+                steps.tell(veto.present)
+                continue
+            if phase > 0 and not steps.asking:
+                if not steps.later:
+                    break
+                # a piece has ended just now, or another bucket's are on their way
+                yield []
+                continue
+            packet = Packet(one, phase, steps.sent())
+            for leg in packet.buffers.legs():
+                stats.seconds["compress"] += time.perf_counter() - clock
+                clock = time.perf_counter()
+                stats.collectives += yield leg
+                stats.seconds["communicate"] += time.perf_counter() - clock
+                clock = time.perf_counter()
+            steps.answer(packet.unpack())
+            veto.suspect(packet)
+            if phase == 0:
+                # a view of it would hold the buffer, with a piece in it, to the end
+                dense = [mean.clone() for mean in packet.dense] if one.pieces else packet.dense
+                one.dense = ()
+            phase += 1
+            # what was given to it is not needed any more
+            del packet
     stats.seconds["compress"] += time.perf_counter() - clock
     return Agreed(steps.results, dense, veto.present or [])

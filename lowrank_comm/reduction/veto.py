@@ -90,13 +90,18 @@ def _joined(asked: Mapping[int, Decide | Read]) -> tuple[list[int], list[Tensor]
     """Return generators, and their numbers in this order: those to be read, then 1 for
     each that is above its limit, joined where the limits are the same.
     """
-    order = [k for k, one in asked.items() if isinstance(one, Read)]
-    parts = [asked[k].tensor.reshape(-1) for k in order]
-    alike: dict[tuple[float, torch.device], list[int]] = {}
+    order: list[int] = []
+    parts: list[Tensor] = []
+    alike: dict[tuple[float, torch.device], tuple[list[int], list[Tensor]]] = {}
     for k, one in asked.items():
-        if isinstance(one, Decide):
-            alike.setdefault((one.limit, one.tensor.device), []).append(k)
-    for (limit, _), members in alike.items():
+        if isinstance(one, Read):
+            order.append(k)
+            parts.append(one.tensor.reshape(-1))
+        else:
+            members, numbers = alike.setdefault((one.limit, one.tensor.device), ([], []))
+            members.append(k)
+            numbers.append(one.tensor)
+    for (limit, _), (members, numbers) in alike.items():
         order += members
-        parts.append(torch.cat([asked[k].tensor for k in members]) > limit)
+        parts.append(torch.cat(numbers) > limit)
     return order, parts

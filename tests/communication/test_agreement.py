@@ -52,7 +52,10 @@ DIFFERENT = {
         ["restart_every", "100", "200"],
     ),
     "restart": (
-        [{"compressor": PowerSGDPlus(2)}, {"compressor": PowerSGDPlus(2, restart="randomized")}],
+        [
+            {"compressor": PowerSGDPlus(2, restart="svd")},
+            {"compressor": PowerSGDPlus(2, restart="randomized")},
+        ],
         ["restart", "svd", "randomized"],
     ),
     "seed": (
