@@ -250,8 +250,9 @@ def _let_libraries_keep(device: Device) -> None:
 
 
 def memory(compressor: Compressor, limited: bool) -> Callable[[Device], Found]:
-    """Return a check that error memory and workspace are what the plan says, in the
-    first step after the warm-up; without `limited` the workspace is told only.
+    """Return a check that the error memory, and what a step needs beside it, are what
+    the plan says, in the first step after the warm-up; without `limited` the latter is
+    told only, since nobody knows what a GPU's decompositions take for themselves.
     """
 
     def make(device: Device) -> Found:
@@ -266,9 +267,8 @@ def memory(compressor: Compressor, limited: bool) -> Callable[[Device], Found]:
             stepping.optimizer.zero_grad()
         own = sum(p.numel() * p.element_size() for p in stepping.parameters)
         kept, opened = held.left("kept") - own, held.peak("open")
-        known, most = plan.error_bytes, plan.workspace_bytes
-        if compressor.restart_every is not None:
-            most = max(most, plan.restart_workspace_bytes)
+        known, needs = plan.error_bytes, plan.needs
+        most = max(needs.step, needs.restart) - needs.between
         bases = sum(
             tensor.numel() * tensor.element_size()
             for batch in stepping.optimizer.reducer.state.batches

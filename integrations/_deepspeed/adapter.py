@@ -26,6 +26,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from lowrank_comm.checkpointing.rehearsed import CHECKPOINTS
 from lowrank_comm.communication import Group, Ledger
 from lowrank_comm.communication.agreement import options_of
 from lowrank_comm.config import SECTION, Section
@@ -125,7 +126,7 @@ class DeepSpeedAdapter:
                 f"fp16 at stage 0: DeepSpeed {TESTED} divides gradients by a loss scale that"
                 " it has not multiplied them by, with or without compression; use ZeRO stage 1"
             )
-        plan = self.reducer.plan
+        plan = self.reducer.plan_with(self._levels.rows, CHECKPOINTS)
         wrapper = type(self._engine.optimizer).__name__
         engine = f"DeepSpeed {deepspeed.__version__}, ZeRO stage {stage} ({wrapper})"
         return replace(plan, engine=engine, notes=(*notes, *hint_of_two_levels(plan)))

@@ -44,6 +44,7 @@ class Levels:
             nodes.
         intra_node: the ranks of this node.
         slots: what this rank's reducer averages.
+        rows: what cuts whole gradients into these.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class Levels:
         if size > 1:
             between, inside = groups(everyone, size, device)
             self.group, self.intra_node = Group(between), IntraNodeGroup(inside, scope)
-        self._whole, self._rows = whole, RowScatter(whole, self.intra_node)
-        self.slots = self._rows.slots
+        self._whole, self.rows = whole, RowScatter(whole, self.intra_node)
+        self.slots = self.rows.slots
 
     def reduce(
         self,
@@ -83,10 +84,10 @@ class Levels:
         """
         # ranks of a node with different models would wait for each other in the scatter
         reducer.ensure_agreed()
-        blocks = self._rows.scatter(gradients, refused)
-        outcome = reducer.reduce(blocks, scale=scale, refused=self._rows.refused)
+        blocks = self.rows.scatter(gradients, refused)
+        outcome = reducer.reduce(blocks, scale=scale, refused=self.rows.refused)
         if outcome.applied:
-            return replace(outcome, grads=self._rows.gather(outcome.grads, gradients))
+            return replace(outcome, grads=self.rows.gather(outcome.grads, gradients))
         return replace(outcome, grads=self._nan(gradients))
 
     def _nan(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

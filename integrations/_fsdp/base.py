@@ -63,6 +63,11 @@ class FSDPEngine(Engine):
 
     @property
     @override
+    def rows(self) -> None:
+        return None
+
+    @property
+    @override
     def can_overlap(self) -> bool:
         # FSDP's last reduce-scatters and the copies into p.grad end with the backward
         # pass

@@ -58,11 +58,14 @@ def write_tensors(
     path.unlink(missing_ok=True)
     with path.open("xb") as file:
         file.write(header)
-        for (key, _), tensor in zip(layout.items(), tensors, strict=True):
-            held = tensor.detach().cpu().contiguous()
+        given = iter(tensors)
+        for key in layout:
+            held = next(given).detach().cpu().contiguous()
             found.update(key, held)
             file.seek(len(header) + places[key][0])
             file.write(bytes_of(held))
+            # not beside the next
+            del held
         file.seek(0)
         # as long as before
         file.write(_header(layout, places, {**metadata, "checksum": found.text}))

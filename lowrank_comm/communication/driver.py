@@ -46,13 +46,16 @@ class Flight(Generic[T]):
         """Wait for what was started, and start the next phase; return False, with the
         result at hand, where there is none.
         """
+        # they hold what was exchanged, which is not needed beside the next phase's
+        works, self._works = self._works, []
+        many = len(works)
         try:
-            for work in self._works:
-                work.wait()
+            while works:
+                works.pop(0).wait()
         except RuntimeError as error:
             raise collective_failed(error) from error
         try:
-            exchanges = self._passing.send(len(self._works))
+            exchanges = self._passing.send(many)
         except StopIteration as end:
             self.result = end.value
             return False

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -87,6 +87,10 @@ class IntraNodeGroup:
         """
         return self.size > 1 and self.scope == "matrix"
 
+    def alone(self) -> IntraNodeGroup:
+        """Return this rank as a group of its own."""
+        return IntraNodeGroup()
+
     def block(self, m: int, rank: int | None = None) -> slice:
         """Return the rows of an m-row matrix that this rank holds, or another one of
         the node.
@@ -97,10 +101,24 @@ class IntraNodeGroup:
         """Sum a tensor over the node, in place."""
         if self.size > 1:
             self.bytes[kind] += tensor.nbytes
-            try:
-                dist.all_reduce(tensor, group=self.process_group)
-            except RuntimeError as error:
-                raise collective_failed(error) from error
+            self.run(dist.all_reduce, tensor)
+
+    def run(self, collective: Callable[..., Any], *tensors: Tensor) -> None:
+        """Carry out a collective of the node."""
+        try:
+            collective(*tensors, group=self.process_group)
+        except RuntimeError as error:
+            raise collective_failed(error) from error
+
+    def read(self, numbers: Tensor, hoped: Sequence[float]) -> list[float]:
+        """Return numbers that were summed over the node; the host waits for them.
+
+        Args:
+            numbers: 1-D.
+            hoped: what they are where all goes well, for a rehearsal of it.
+        """
+        found: list[float] = numbers.tolist()
+        return found
 
     def gather(self, flat: Tensor, kind: str) -> Tensor:
         """Gather a 1-D tensor of every rank of the node, of one length on all: (F,
@@ -108,10 +126,7 @@ class IntraNodeGroup:
         """
         self.bytes[kind] += flat.nbytes
         everything = flat.new_empty(self.size * flat.numel())
-        try:
-            _all_gather(everything, flat.contiguous(), group=self.process_group)
-        except RuntimeError as error:
-            raise collective_failed(error) from error
+        self.run(_all_gather, everything, flat.contiguous())
         return everything.view(self.size, -1)
 
     def sum_in_order(self, tensors: Sequence[Tensor], kind: str) -> list[Tensor]:
@@ -151,8 +166,5 @@ class IntraNodeGroup:
         """Return (numel,), the mean over the node of row `rank` of (F, numel)."""
         self.bytes[kind] += rows_by_rank.nbytes
         mine = rows_by_rank.new_empty(rows_by_rank.shape[1])
-        try:
-            _reduce_scatter(mine, rows_by_rank.reshape(-1), group=self.process_group)
-        except RuntimeError as error:
-            raise collective_failed(error) from error
+        self.run(_reduce_scatter, mine, rows_by_rank.reshape(-1))
         return mine.div_(self.size)

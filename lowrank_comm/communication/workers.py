@@ -83,7 +83,7 @@ class Workers:
         # filled by a kernel, not by a transfer
         summed = torch.full((1,), float(number), dtype=torch.float32, device=self.device)
         self.intra_node.sum_(summed, "control")
-        return float(summed)
+        return self.intra_node.read(summed, [0.0])[0]
 
     def all_gather_text(self, text: str) -> list[str]:
         """Gather a text from every rank of every node, in the order of `global_rank`

@@ -70,6 +70,9 @@ class ErrorMemory:
         m, n: shape of a matrix.
         dtype, device: of the computation.
         seed: for stochastic rounding; the draws differ between workers by `worker`.
+
+    Attributes:
+        on_host: whether it is kept there while Delta is on an accelerator.
     """
 
     def __init__(
@@ -86,16 +89,18 @@ class ErrorMemory:
         self._options, self._names, self._seed, self._worker = options, names, seed, worker
         self.kept = options.keeps_errors
         # elsewhere than Delta
-        self._apart = options.offload and on_accelerator(device) and device.type != "meta"
-        kept_on = torch.device("cpu") if self._apart else device
-        self._transfers = Transfers(device if self._apart else None)
+        self.on_host = options.offload and on_accelerator(device)
+        # shapes alone take no room anywhere
+        elsewhere = self.on_host and device.type != "meta"
+        kept_on = torch.device("cpu") if elsewhere else device
+        self._transfers = Transfers(device if self.on_host else None)
         # view -> its matrix's place in the batch
         self._views = WeakTensorKeyDictionary()
         stored = DTYPES[options.dtype] if options.dtype else dtype
         # what was sent, and is to be subtracted from the tensor
         self._owed: LowRank | None = None
         if self.kept:
-            pin = self._apart and device.type == "cuda"
+            pin = self.on_host and device.type == "cuda"
             shape = (len(names), m, n)
             self._tensor = torch.zeros(shape, dtype=stored, device=kept_on, pin_memory=pin)
         else:
@@ -124,7 +129,7 @@ class ErrorMemory:
             p, q = self._owed.p, self._owed.q
             torch.baddbmm(self._tensor, p, q.mT, alpha=-1, out=work)
             return
-        errors = self._tensor if self._apart else self.tensor
+        errors = self._tensor if self.on_host else self.tensor
         if rows is not None:
             at = places(rows, errors.device)
             # an index makes a copy, on the host
@@ -155,7 +160,7 @@ class ErrorMemory:
             from Delta's in dtype, or is elsewhere.
         """
         now = self._tensor
-        if not self.kept or self._apart or delta.dtype != now.dtype:
+        if not self.kept or self.on_host or delta.dtype != now.dtype:
             return None
         free, self._tensor, self._owed = now, delta, None
         if on_accelerator(delta.device):
@@ -193,7 +198,7 @@ class ErrorMemory:
             return
         if kept is None and isinstance(sent, LowRank) and rows is not None:
             at = places(rows, self._tensor.device)
-            alike = delta.dtype == self._tensor.dtype and not self._apart
+            alike = delta.dtype == self._tensor.dtype and not self.on_host
             if alike and isinstance(at, slice):
                 torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor[at])
                 return
@@ -224,7 +229,7 @@ class ErrorMemory:
         if self._options.rounding == "stochastic" and error.dtype != self._tensor.dtype:
             self._round(error, range(len(error)) if rows is None else rows, t, shared)
         elif isinstance(at, slice):
-            to = self._tensor if self._apart else self.tensor
+            to = self._tensor if self.on_host else self.tensor
             self._transfers.copy(to[at], error)
         else:
             self.tensor[at] = error.to(self._tensor.device, self._tensor.dtype)

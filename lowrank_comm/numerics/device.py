@@ -20,6 +20,8 @@ from torch import Tensor
 
 # not a context variable: engines call from threads of autograd
 _forced = 0
+# of tensors without numbers, in the place of which device they are on
+_as_if: bool | None = None
 
 
 @contextlib.contextmanager
@@ -46,9 +48,22 @@ def accelerator_path() -> Iterator[None]:
         _forced -= 1
 
 
+@contextlib.contextmanager
+def as_if_on_accelerator(answer: bool) -> Iterator[None]:
+    """Let tensors on any device take the accelerator's path, or none of them: for a
+    rehearsal, whose tensors are on no real device.
+    """
+    global _as_if
+    before, _as_if = _as_if, answer
+    try:
+        yield
+    finally:
+        _as_if = before
+
+
 def on_accelerator(device: torch.device) -> bool:
     """Return whether work on this device takes the accelerator's path."""
-    return _forced > 0 or device.type != "cpu"
+    return (_forced > 0 or device.type != "cpu") if _as_if is None else _as_if
 
 
 def counts_as_large(numel: int, threshold: int) -> bool:

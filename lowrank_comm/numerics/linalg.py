@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lowrank_comm.numerics.block_krylov import columns_of_space, leading_left_vectors
 from lowrank_comm.numerics.device import counts_as_large, on_accelerator
+from lowrank_comm.numerics.shapes_only import once_for_a_shape
 
 # elements of the largest matrix that is decomposed, and of several that are together
 _SVD_ELEMENTS = 1 << 20
@@ -52,7 +53,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul,
         getattr(torch.backends.mkldnn, "matmul", None),
     )
-    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
         for backend in backends:
             # since torch 2.9; it does not go together with the older settings
             if hasattr(backend, "fp32_precision"):
@@ -212,6 +215,7 @@ def thin_svd(d: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, v
 
 
+@once_for_a_shape
 def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
     """Return U[:, :r] of d = U S V^T: exactly up to 2^20 elements, and where r is large
     next to min(m, n); of larger matrices an orthonormal basis that captures almost as

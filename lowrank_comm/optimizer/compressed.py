@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_comm.checkpointing.rehearsed import CHECKPOINTS
 from lowrank_comm.communication import Ledger
 from lowrank_comm.communication.agreement import fingerprint, options_of
 from lowrank_comm.communication.topology import grid
@@ -637,7 +638,8 @@ class CompressedOptimizer(OptimizerWrapper):
     @property
     def plan(self) -> Plan:
         """What was found, what goes low-rank, bytes a step, memory."""
-        plan, engine = self.reducer.plan, self._attachment.engine
+        engine = self._attachment.engine
+        plan = self.reducer.plan_with(engine.rows, CHECKPOINTS)
         hint = hint_of_two_levels(plan)
         return replace(plan, engine=engine.name, notes=(*plan.notes, *engine.notes(), *hint))
 

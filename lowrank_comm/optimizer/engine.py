@@ -76,6 +76,13 @@ class Engine:
         self._rows = RowScatter([], self.intra_node)
 
     @property
+    def rows(self) -> RowScatter | None:
+        """What cuts whole gradients into this rank's blocks; None where the engine
+        does.
+        """
+        return self._rows
+
+    @property
     def can_overlap(self) -> bool:
         """Whether a bucket may start during backward: not with two levels, which have a
         collective inside the node first, for which all gradients must be there.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_comm.communication.intra_node import IntraNodeGroup, joined, split_like
+from lowrank_comm.communication.intra_node import joined, split_like
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.requests import (
     ComputeOnce,
@@ -48,8 +48,8 @@ class IntraNodeRequests:
     """
 
     def __init__(self, workers: Workers) -> None:
-        in_blocks = workers.intra_node.whole_matrices
-        self.group = workers.intra_node if in_blocks else IntraNodeGroup()
+        node = workers.intra_node
+        self.group = node if node.whole_matrices else node.alone()
         self._workers = Workers(workers.group, self.group)
 
     def answer(self, requests: Mapping[int, Request]) -> dict[int, object]:

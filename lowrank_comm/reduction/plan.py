@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from lowrank_comm.communication.workers import Workers
-from lowrank_comm.error_feedback.ef21 import EF21
 from lowrank_comm.numerics.quantization import FORMATS
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
+from lowrank_comm.reduction.rehearsal import Needs
 from lowrank_comm.reduction.state import CompressionState
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -68,11 +68,12 @@ class Plan:
         compressor: its settings as text.
         workers: number of workers.
         restart_every: tau, or None.
-        error_bytes: of the error memory on this worker, and of what EF21 keeps in its
+        error_bytes: of the error memory on this rank, and of what EF21 keeps in its
             place.
-        workspace_bytes: of Delta and of the packets, held from the pass to its commit,
-            in an ordinary step.
-        restart_workspace_bytes: the same where all matrices restart.
+        errors_on_host: whether it lies in the host's memory, in the place of the
+            device's.
+        rehearse: returns `needs`; it takes a second for a large model, and nothing is
+            rehearsed before somebody asks.
         staggered_bytes: the most that a step after the first sends, where restarts are
             staggered; else None.
         idle_rules: patterns that match no parameter.
@@ -88,14 +89,21 @@ class Plan:
     workers: int
     restart_every: int | None
     error_bytes: int
-    workspace_bytes: int
-    restart_workspace_bytes: int
+    errors_on_host: bool
+    rehearse: Callable[[], Needs] = field(repr=False, compare=False)
     staggered_bytes: float | None = None
     idle_rules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     engine: str = ""
     ranks_in_a_node: int = 1
     shard_scope: str = "shard"
+
+    @property
+    def needs(self) -> Needs:
+        """What this rank holds at most beside the error memory, in an ordinary step, in
+        one that restarts all matrices, in a save and in a load. See `rehearsal`.
+        """
+        return self.rehearse()
 
     @property
     def step_bytes(self) -> float:
@@ -137,12 +145,6 @@ class Plan:
                 f"; {human_bytes(self.average_bytes)} on average with restarts every"
                 f" {self.restart_every} steps{_times(full, self.average_bytes)}"
             )
-        peak = ""
-        if self.restart_workspace_bytes > self.workspace_bytes:
-            peak = (
-                f", {human_bytes(self.restart_workspace_bytes)} in a step that restarts all"
-                " matrices"
-            )
         lines = [
             f"lowrank_comm: {self.compressor} over {self._who()}"
             + (f", {self.engine}" if self.engine else ""),
@@ -152,11 +154,7 @@ class Plan:
             *self._of_other_schemes(other),
             f"  whole model: {human_bytes(full)} -> {human_bytes(self.step_bytes)} an ordinary"
             f" step{_times(full, self.step_bytes)}{restarts}{coded}",
-            (
-                f"  memory on this {'rank' if many else 'worker'}: error memory"
-                f" {human_bytes(self.error_bytes)}, and {human_bytes(self.workspace_bytes)} while a"
-                f" step is open{peak}"
-            ),
+            self._of_memory(),
         ]
         lines += [*self._of_restarts(low), *self._cap(dense)]
         cut = sum("cut to" in row.reason for row in low)
@@ -215,6 +213,28 @@ class Plan:
             )
         return [f"  restarts: {'; '.join(filter(None, (', '.join(rules), size)))}"]
 
+    def _of_memory(self) -> str:
+        """Return the line about memory."""
+        who = "rank" if self.ranks_in_a_node > 1 else "worker"
+        where = " (on the host)" if self.errors_on_host else ""
+        kept = f"  memory on this {who}: error memory {human_bytes(self.error_bytes)}{where}"
+        try:
+            needs = self.needs
+        # a compressor that reads numbers otherwise than by a request
+        except Exception as error:
+            return f"{kept}; what a step needs beside is not known: {error!r}"
+        most = max(needs.step, needs.restart, needs.save, needs.load)
+        if not self.errors_on_host:
+            most += self.error_bytes
+        phases = [
+            f"{human_bytes(needs.between)} between steps",
+            f"{human_bytes(needs.step)} in an ordinary step",
+        ]
+        if self.restart_every:
+            phases.append(f"{human_bytes(needs.restart)} in one that restarts all matrices")
+        phases += [f"{human_bytes(needs.save)} in a save", f"{human_bytes(needs.load)} in a load"]
+        return f"{kept}; beside it {', '.join(phases)}; at most {human_bytes(most)} in all"
+
     def _who(self) -> str:
         if self.ranks_in_a_node == 1:
             return counted(self.workers, "worker")
@@ -266,7 +286,10 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def make_plan(
-    state: CompressionState, workers: Workers, wire_dtype: torch.dtype | None, piece_bytes: int
+    state: CompressionState,
+    workers: Workers,
+    wire_dtype: torch.dtype | None,
+    rehearse: Callable[[], Needs],
 ) -> Plan:
     """Return the plan of a reducer.
 
@@ -274,9 +297,9 @@ def make_plan(
         state: its parameters, with what they keep.
         workers: who takes part.
         wire_dtype: on the wire, or None for the computation's.
-        piece_bytes: of whole matrices that are on their way at once.
+        rehearse: returns what its steps need.
     """
-    slots, treatments, batches = state.slots, state.treatments, state.batches
+    slots, batches = state.slots, state.batches
     assignment = state.assignment
     compressor, formats = assignment.low_rank_compressor, assignment.quantization.formats
     intra_node, count = workers.intra_node, workers.group.size
@@ -328,40 +351,6 @@ def make_plan(
         for key, value in compressor.describe().items()
         if key != "compressor" and value is not None
     )
-    delta = sum(batch.memory.tensor.numel() * batch.dtype.itemsize for batch in batches)
-    kept = sum(batch.memory.tensor.nbytes for batch in batches if batch.memory.kept)
-    kept += sum(
-        tensor.nbytes
-        for batch in batches
-        if batch.compressor.tracks
-        for symbol, tensor in batch.state.items()
-        if symbol in EF21.symbols
-    )
-
-    def packets(restart: bool) -> int:
-        """Count what is held at most: the buffer on the wire; if it is narrower, also
-        the own part of it, and both again at full width.
-        """
-        total = whole = largest = 0
-        for slot, treatment in zip(slots, treatments, strict=True):
-            elements = in_a_restart(treatment) if restart else treatment.elements
-            full = slot.compute_dtype.itemsize
-            wire = wire_dtype.itemsize if wire_dtype else full
-            cost = wire if wire >= full else 2 * (wire + full)
-            matrix = treatment.m * treatment.n
-            if in_pieces and treatment.low_rank and elements >= matrix:
-                # of a piece only factors stay
-                whole += matrix * cost
-                largest = max(largest, matrix * cost, piece_bytes // full * cost)
-                elements = treatment.elements
-            total += elements * cost
-        total += min(whole, largest)
-        return total // intra_node.size if intra_node.whole_matrices else total
-
-    options = assignment.compressor.describe()
-    # these hold whole matrices to the end of the step
-    in_pieces = not (options.get("exact_restart") or options.get("consensus_restart"))
-
     staggered = None
     if schedule and schedule.offsets:
         extra = dict.fromkeys(schedule.offsets.values(), 0.0)
@@ -375,9 +364,9 @@ def make_plan(
         f"{compressor.json_name} ({settings})",
         count,
         schedule.restart_every if schedule else None,
-        kept,
-        delta + packets(False),
-        delta + packets(True),
+        state.error_bytes,
+        any(batch.memory.kept and batch.memory.on_host for batch in batches),
+        rehearse,
         staggered,
         assignment.policy.idle_rules([slot.name for slot in slots]),
         ranks_in_a_node=intra_node.size,

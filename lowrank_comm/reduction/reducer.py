@@ -38,6 +38,7 @@ one process run the same code.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -66,7 +67,9 @@ from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.passes import PIECE_BYTES, Wire
 from lowrank_comm.reduction.plan import Plan, make_plan
 from lowrank_comm.reduction.policy import Rule
+from lowrank_comm.reduction.rehearsal import Checkpoints, rehearse
 from lowrank_comm.reduction.report import PassRecord, StepReport
+from lowrank_comm.reduction.row_scatter import RowScatter
 from lowrank_comm.reduction.state import CompressionState
 
 __all__ = ["Outcome", "ParamInfo", "Reducer"]
@@ -157,6 +160,19 @@ class Reducer:
         bucket_bytes: int | None = None,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
+        # of the same settings, for a rehearsal
+        self._alike = functools.partial(
+            Reducer,
+            compressor=compressor,
+            min_compression_rate=min_compression_rate,
+            rules=rules,
+            error_feedback=error_feedback,
+            quantization=quantization,
+            wire_dtype=wire_dtype,
+            seed=seed,
+            bucket_bytes=bucket_bytes,
+            piece_bytes=piece_bytes,
+        )
         self._wire_name, wire = wire_dtype, wire_dtype_called(wire_dtype)
         check("seed", seed, Seed)
         self.slots, self.compressor, self.seed = list(slots), compressor, seed
@@ -408,7 +424,8 @@ class Reducer:
         state, workers, unsound_here = self.state, self.workers, self.state.not_finite()
         sound = not workers.any_in_the_node(bool(unsound_here))
         if workers.group.size > 1 and state.keeps_private_state:
-            sound = state.average_errors(self._mean, sound)
+            state.warn_of_a_mean_that_is_not_exact()
+            sound = state.average_errors(self._mean, sound, self.piece_bytes)
         elif workers.group.size > 1 and state.batches:
             # nothing is averaged that could tell the others
             sound = not any(workers.all_gather_text(unsound_here))
@@ -478,15 +495,32 @@ class Reducer:
             **self.assignment.describe(),
             "seed": self.seed,
             "wire_dtype": self._wire_name,
-            "piece_bytes": self._wire.room.bytes,
+            "piece_bytes": self.piece_bytes,
             "shards": ranks,
             **self.state.describe(),
         }
 
     @property
+    def piece_bytes(self) -> int:
+        """Of whole matrices that are on their way at once."""
+        return self._wire.room.bytes
+
+    @property
     def plan(self) -> Plan:
         """What goes low-rank, how many bytes that is, and what it costs in memory."""
-        return make_plan(self.state, self.workers, self._wire.dtype, self._wire.room.bytes)
+        return self.plan_with(None, Checkpoints())
+
+    def plan_with(self, rows: RowScatter | None, checkpoints: Checkpoints) -> Plan:
+        """Return the plan of a run.
+
+        Args:
+            rows: what cuts whole gradients into the slots' blocks, or None.
+            checkpoints: what a save and a load do beside consolidating.
+        """
+        needs = functools.partial(
+            rehearse, self._alike, self.slots, self.workers, rows, checkpoints
+        )
+        return make_plan(self.state, self.workers, self._wire.dtype, functools.cache(needs))
 
     @property
     def last_report(self) -> StepReport | None:

@@ -46,6 +46,7 @@ class RowScatter:
         intra_node: the ranks of the node.
 
     Attributes:
+        whole: as given.
         slots: what the reducer averages: this rank's blocks, or the parameters
             themselves where every rank is a worker.
         refused: of the last pass, place of a slot -> why its gradient cannot be
@@ -55,7 +56,7 @@ class RowScatter:
     """
 
     def __init__(self, whole: Sequence[ParamInfo], intra_node: IntraNodeGroup) -> None:
-        self.slots, self._whole, self._intra_node = list(whole), list(whole), intra_node
+        self.slots, self.whole, self._intra_node = list(whole), list(whole), intra_node
         self._device = whole[0].device if whole else torch.device("cpu")
         if intra_node.size > 1:
             self.slots = [self._block(info) for info in whole]
@@ -73,7 +74,7 @@ class RowScatter:
         portions: list[list[int]] = []
         # of each dtype: the bytes that are left, and the portion
         room: dict[torch.dtype, tuple[int, list[int]]] = {}
-        for k, info in enumerate(self._whole):
+        for k, info in enumerate(self.whole):
             size = self._padded(k) * self.slots[k].dtype.itemsize * self._intra_node.size
             left, portion = room.get(info.dtype, (0, []))
             if not portion or size > left:
@@ -109,7 +110,7 @@ class RowScatter:
         self.refused = dict(refused)
         if self._intra_node.size == 1:
             return list(gradients)
-        self.refused |= unusable(self._whole, gradients, range(len(gradients)))
+        self.refused |= unusable(self.whole, gradients, range(len(gradients)))
         if self.refused:
             gradients = [None if k in self.refused else g for k, g in enumerate(gradients)]
         numbers = [
@@ -133,7 +134,7 @@ class RowScatter:
             mine = self._intra_node.scatter_mean(buffer, "gradients")
             for k, piece in zip(portion, mine.split(lengths), strict=True):
                 blocks[k] = piece[: self.slots[k].numel].view(self.slots[k].shape)
-        counts = present.tolist()
+        counts = self._intra_node.read(present, [float(self._intra_node.size)] * len(present))
         for k, count in enumerate(counts):
             if math.isnan(count):
                 self.refused.setdefault(k, "")
@@ -156,14 +157,14 @@ class RowScatter:
         """
         if self._intra_node.size == 1:
             return list(blocks)
-        results = writable(self._whole, gradients)
+        results = writable(self.whole, gradients)
         for portion in self._portions:
             members = [k for k in portion if blocks[k] is not None]
             if not members:
                 continue
             lengths = [self._padded(k) for k in members]
             # rounded as p.grad will be
-            dtype = self._whole[members[0]].dtype
+            dtype = self.whole[members[0]].dtype
             buffer = torch.zeros(sum(lengths), dtype=dtype, device=self._device)
             copies = []
             for k, room in zip(members, buffer.split(lengths), strict=True):
@@ -174,7 +175,7 @@ class RowScatter:
             everything = self._intra_node.gather(buffer, "results")
             copies = []
             for k, parts in zip(members, everything.split(lengths, dim=1), strict=True):
-                info, target = self._whole[k], results[k]
+                info, target = self.whole[k], results[k]
                 if target is None:
                     target = results[k] = torch.empty(info.shape, dtype=dtype, device=info.device)
                 if target.is_contiguous():

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.compressors.base import Compressor
+from lowrank_comm.error_feedback.ef21 import EF21
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.numerics.linalg import unsound
+from lowrank_comm.numerics.linalg import is_finite, unsound
 from lowrank_comm.reduction.assignment import CompressorAssignment
 from lowrank_comm.reduction.batches import Batch, build_batches
 from lowrank_comm.reduction.params import ParamInfo
@@ -187,6 +188,15 @@ class CompressionState:
         """
         return list(self._place)
 
+    @property
+    def error_bytes(self) -> int:
+        """Bytes of the error memory, and of what EF21 keeps in its place."""
+        kept = [batch.memory.tensor for batch in self.batches if batch.memory.kept]
+        for batch in self.batches:
+            if batch.compressor.tracks:
+                kept += [batch.state[k] for k in EF21.symbols if k in batch.state]
+        return sum(tensor.nbytes for tensor in kept)
+
     def error_memory(self) -> dict[str, Tensor]:
         """Return parameter name -> this worker's error, a live view in the parameter's
         shape; what keeps none is absent.
@@ -348,7 +358,21 @@ class CompressionState:
         largest = min((torch.finfo(batch.dtype).max for batch in self.batches), default=0.0)
         return unsound(self.numbers(), largest / self._workers.group.size)
 
-    def average_errors(self, mean: Callable[[Tensor], Tensor], sound: bool) -> bool:
+    def warn_of_a_mean_that_is_not_exact(self) -> None:
+        """Warn where a run that goes on from the mean of all errors does not go on as
+        it would have.
+        """
+        assignment = self.assignment
+        inexact = [] if assignment.linear else [assignment.compressor.json_name]
+        inexact += [b.compressor.json_name for b in self.batches if not b.compressor.linear]
+        if inexact:
+            words = "%s: not linear; the workers' mean %s is a valid start, not an exact one"
+            which = ", ".join(dict.fromkeys(inexact))
+            _log.warning(words, which, assignment.error_feedback.memory)
+
+    def average_errors(
+        self, mean: Callable[[Tensor], Tensor], sound: bool, piece_bytes: int
+    ) -> bool:
         """Replace this worker's errors, and what else of the state is its own, by the
         mean over the workers.
 
@@ -356,17 +380,12 @@ class CompressionState:
             mean: averages a tensor over the workers, in place; a collective.
             sound: whether this worker's numbers are fit for it. One that has others
                 sends NaN in the place of the first tensor, which all see.
+            piece_bytes: of errors that are averaged at once, unless one matrix has
+                more.
 
         Returns:
             False, with nothing changed, if some worker's numbers are not sound.
         """
-        assignment = self.assignment
-        inexact = [] if assignment.linear else [assignment.compressor.json_name]
-        inexact += [b.compressor.json_name for b in self.batches if not b.compressor.linear]
-        if self.keeps_private_state and inexact:
-            words = "%s: not linear; the workers' mean %s is a valid start, not an exact one"
-            which = ", ".join(dict.fromkeys(inexact))
-            _log.warning(words, which, assignment.error_feedback.memory)
         told = False
 
         def averaged(own: Tensor) -> Tensor | None:
@@ -374,22 +393,35 @@ class CompressionState:
             if not told and not sound:
                 own.fill_(float("nan"))
             result, told, first = mean(own), True, not told
-            refused = first and not bool(torch.isfinite(result).all())
+            refused = first and not is_finite(result)
             return None if first and self._workers.any_in_the_node(refused) else result
 
-        for batch in self.batches:
+        for batch, rows in self._in_pieces(piece_bytes):
             if batch.memory.kept:
-                errors = batch.memory.tensor.to(device=batch.device, dtype=batch.dtype, copy=True)
-                result = averaged(errors)
+                errors = batch.memory.tensor[rows[0] : rows[-1] + 1]
+                result = averaged(errors.to(device=batch.device, dtype=batch.dtype, copy=True))
                 if result is None:
                     return False
-                batch.memory.store(result, t=self.step, shared=True)
+                batch.memory.store(result, rows, t=self.step, shared=True)
+                # as large as a piece: not beside the next
+                del errors, result
+        for batch in self.batches:
             for symbol in batch.compressor.private:
                 result = averaged(batch.state[symbol].clone())
                 if result is None:
                     return False
                 batch.state[symbol] = result
         return True
+
+    def _in_pieces(self, piece_bytes: int) -> Iterator[tuple[Batch, list[int]]]:
+        """Cut the batches into rows that follow each other, of so many bytes of a
+        computation; of every batch at least one.
+        """
+        for batch in self.batches:
+            size = batch.m * batch.n * batch.dtype.itemsize
+            together = max(1, piece_bytes // max(1, size))
+            for start in range(0, len(batch.names), together):
+                yield batch, list(range(start, min(start + together, len(batch.names))))
 
     @property
     def keeps_private_state(self) -> bool:

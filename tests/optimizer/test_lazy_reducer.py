@@ -68,8 +68,7 @@ def test_the_plan_tells_what_may_surprise() -> None:
     assert "1 matrix," in str(plan)
     delta = 4 * 60 * 50
     assert plan.error_bytes == delta
-    assert plan.workspace_bytes == delta + 4 * (4 * (60 + 50) + 50 + 204)
-    assert plan.restart_workspace_bytes == delta + 4 * (60 * 50 + 50 * 4 + 50 + 204)
+    assert f"error memory {delta / 1e3:.2f} kB; beside it " in str(plan)
     nothing = compressed(model, compressor=PowerSGD(1000), min_compression_rate=2).plan
     assert "nothing is compressed; the largest: 0.weight (rate" in str(nothing)
 

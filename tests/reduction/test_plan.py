@@ -147,4 +147,5 @@ def test_a_restart_of_an_llm_fits(restart: Restart, wire: str | None) -> None:
     """
     compressor = PowerSGDPlus(4, restart=restart)
     plan = Reducer(llama_3_8b(), compressor, Group(), wire_dtype=wire).plan
-    assert plan.error_bytes <= plan.restart_workspace_bytes <= 1.25 * plan.error_bytes
+    assert plan.error_bytes <= plan.needs.step <= 1.25 * plan.error_bytes
+    assert plan.error_bytes <= plan.needs.restart <= 1.25 * plan.error_bytes

@@ -14,6 +14,8 @@ gathers and scatters, NCCL does not.
     meter.peak("step")
 
 A part may go on in several pieces: what happens between them, of others, is left out.
+Within a part that has gone on since something was made, `total` of another one is all
+that is held then, and not only what came in it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class Meter:
         # of every part of a name, in the order of their ends
         self._peaks: dict[str, list[int]] = defaultdict(list)
         self._left: dict[str, list[int]] = defaultdict(list)
+        # of every part, in the same order: name of one around it -> bytes made in that
+        self._around: dict[str, list[dict[str, int]]] = defaultdict(list)
         self._held: dict[str, list[Counter[str]]] = defaultdict(list)
 
     @contextlib.contextmanager
@@ -65,6 +69,12 @@ class Meter:
         back is not seen to come back before another takes its place.
         """
         return min(self._peaks[name])
+
+    def total(self, name: str, around: str) -> int:
+        """Bytes that were held at most in a part, of all that was made in the part
+        around it, before and in this one; see `peak`.
+        """
+        return min(most[around] for most in self._around[name])
 
     def left(self, name: str) -> int:
         """Bytes that were held at the end of the last part of this name beyond those
@@ -100,6 +110,8 @@ class Meter:
                 address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
                 before = blocks.pop(address, (0, None))[0]
                 held -= before
+                for part in parts.values():
+                    part.lost(address)
                 if size > 0 and before:
                     # given back at some time by a thread that is not watched
                     for part in parts.values():
@@ -107,8 +119,10 @@ class Meter:
                 if size > 0 and not (_is_mapped(event) or _is_a_backends(event, threads)):
                     blocks[address] = (size, event)
                     held += size
+                    for part in parts.values():
+                        part.got(address, size)
                 for part in parts.values():
-                    part.look(held, blocks)
+                    part.look(held, blocks, parts)
                 continue
             name = event.name.removeprefix(_PART).removeprefix(_AGAIN)
             if kind == 0:
@@ -127,6 +141,7 @@ class Meter:
             self._peaks[name].append(part.peak)
             self._left[name].append(part.inside)
             self._held[name].append(part.places())
+            self._around[name].append(part.around)
 
 
 class _Part:
@@ -137,6 +152,10 @@ class _Part:
     def __init__(self, before: set[int]) -> None:
         self.inside = self.peak = 0
         self._before, self._at_peak = before, dict[int, tuple[int, Any]]()
+        # blocks that were made in it, and their bytes
+        self._own, self.own = dict[int, int](), 0
+        # name of a part -> most bytes made in that and held while this one went on
+        self.around: dict[str, int] = {}
         # what is held in all when nothing of this part is; None outside of its pieces
         self._base: int | None = None
 
@@ -148,8 +167,21 @@ class _Part:
             self.inside = held - self._base
         self._base = None
 
-    def look(self, held: int, blocks: dict[int, tuple[int, Any]]) -> None:
-        if self._base is not None and held - self._base > self.peak:
+    def got(self, address: int, size: int) -> None:
+        if self._base is not None:
+            self._own[address] = size
+            self.own += size
+
+    def lost(self, address: int) -> None:
+        """Note that a block is given back, between two pieces too."""
+        self.own -= self._own.pop(address, 0)
+
+    def look(self, held: int, blocks: dict[int, tuple[int, Any]], parts: dict[str, _Part]) -> None:
+        if self._base is None:
+            return
+        for name, part in parts.items():
+            self.around[name] = max(self.around.get(name, 0), part.own)
+        if held - self._base > self.peak:
             self.peak, self._at_peak = held - self._base, dict(blocks)
 
     def had_gone(self, address: int, size: int) -> None:

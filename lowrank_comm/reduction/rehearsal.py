@@ -1,0 +1,175 @@
+"""Rehearses steps of a reducer, to know how much memory they need before the first one.
+
+The reducer's own code runs, on tensors without numbers (`numerics.shapes_only`) and
+with workers of whom nothing comes: a step that restarts all matrices, as the first
+does; two ordinary ones, the second of which begins with what the first leaves; a save,
+and a load. So whatever a step does, its memory is known, and no formula has to follow
+the code.
+
+What is rehearsed goes well: every gradient is there, no basis has lost a direction, no
+worker vetoes. Counted is what this library holds on one rank beside the error memory:
+bases, Delta, packets, decoded blocks, workspaces. Not counted are parameters,
+gradients, the base optimizer, and what a communication backend takes for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lowrank_comm.communication.collectives import Exchange
+from lowrank_comm.communication.group import Group
+from lowrank_comm.communication.intra_node import IntraNodeGroup
+from lowrank_comm.communication.workers import Workers
+from lowrank_comm.numerics.device import as_if_on_accelerator, on_accelerator
+from lowrank_comm.numerics.shapes_only import META, ShapesOnly
+from lowrank_comm.reduction.params import ParamInfo
+from lowrank_comm.reduction.row_scatter import RowScatter
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that this library holds at most on a rank, beside the error memory.
+
+    Attributes:
+        between: steps, at all times: bases, and on a CPU room for Delta.
+        step: in an ordinary step.
+        restart: in a step that restarts all matrices.
+        save: while the state is consolidated, and its tensors are taken one by one.
+        load: while the state is restored, beside what is read.
+    """
+
+    between: int
+    step: int
+    restart: int
+    save: int
+    load: int
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What a checkpoint does with a reducer beside consolidating it.
+
+    Attributes:
+        save: takes its tensors one by one.
+        read: returns what a load has read.
+        load: gives that to the reducer.
+    """
+
+    save: Callable[[Any], None] = lambda reducer: None
+    read: Callable[[Any], Mapping[str, Mapping[str, Tensor]]] = lambda reducer: {}
+    load: Callable[[Any, Mapping[str, Mapping[str, Tensor]]], None] = lambda reducer, read: None
+
+
+class _NoOthers(Group):
+    """A group of which only this rank is there."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__()
+        self._size, self._rank = size, rank
+
+    @property
+    @override
+    def initialised(self) -> bool:
+        return False
+
+    @property
+    @override
+    def size(self) -> int:
+        return self._size
+
+    @property
+    @override
+    def rank(self) -> int:
+        return self._rank
+
+    @override
+    def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
+        return []
+
+
+class _NoOthersInTheNode(IntraNodeGroup):
+    """A node of which only this rank is there."""
+
+    def __init__(self, size: int, rank: int, scope: str) -> None:
+        super().__init__(None, scope)
+        self.size, self.rank = size, rank
+
+    @override
+    def alone(self) -> IntraNodeGroup:
+        return _NoOthersInTheNode(1, 0, "shard")
+
+    @override
+    def run(self, collective: Callable[..., Any], *tensors: Tensor) -> None:
+        pass
+
+    @override
+    def read(self, numbers: Tensor, hoped: Sequence[float]) -> list[float]:
+        return list(hoped)
+
+
+def rehearse(
+    make: Callable[..., Any],
+    slots: Sequence[ParamInfo],
+    workers: Workers,
+    rows: RowScatter | None,
+    checkpoints: Checkpoints,
+) -> Needs:
+    """Return what the steps of a reducer need.
+
+    Args:
+        make: returns a reducer of the same settings, given slots, `group` and
+            `intra_node`.
+        slots: of the reducer.
+        workers: who takes part.
+        rows: what cuts whole gradients into the slots' blocks; None where the engine
+            does.
+        checkpoints: what they do.
+    """
+    accelerator = bool(slots) and on_accelerator(slots[0].device)
+    group, node = workers.group, workers.intra_node
+    with ShapesOnly() as meter, as_if_on_accelerator(accelerator), torch.no_grad():
+        inside = _NoOthersInTheNode(node.size, node.rank, node.scope)
+        whole = [replace(slot, device=META) for slot in (rows.whole if rows else slots)]
+        cut = RowScatter(whole, inside) if rows else None
+        reducer = make(
+            [replace(slot, device=META) for slot in slots],
+            group=_NoOthers(group.size, group.rank),
+            intra_node=inside,
+        )
+        gradients = [torch.empty(slot.shape, dtype=slot.dtype) for slot in whole]
+        not_ours = reducer.state.error_bytes + sum(gradient.nbytes for gradient in gradients)
+
+        def step() -> int:
+            meter.start()
+            # nobody is asked
+            reducer.workers.agreed = True
+            if cut is None:
+                reducer.reduce(gradients)
+            else:
+                blocks = cut.scatter(gradients)
+                cut.gather(reducer.reduce(blocks).grads, gradients)
+                del blocks
+            reducer.commit()
+            return meter.peak - not_ours
+
+        restart = step()
+        step()
+        ordinary = step()
+        between = meter.start() - not_ours
+        # of the error memory, before it changes
+        reducer.state.last_report()
+        if group.size > 1 and reducer.state.keeps_private_state:
+            reducer.state.average_errors(lambda tensor: tensor, True, reducer.piece_bytes)
+        checkpoints.save(reducer)
+        save = meter.peak - not_ours
+        read = checkpoints.read(reducer)
+        not_ours += sum(tensor.nbytes for parts in read.values() for tensor in parts.values())
+        meter.start()
+        checkpoints.load(reducer, read)
+        return Needs(between, ordinary, restart, save, meter.peak - not_ours)
