@@ -1,8 +1,8 @@
 """Bidirectional methods: a server holds the model, every worker a point of its own, and
 both directions are compressed.
 
-Inkheart SGD and M4 are reconstructions of ours from their paper's abstract; see
-`inkheart` and `m4`.
+Inkheart SGD and M4 are reconstructions of ours from their paper's abstract (Begunov
+and Tyurin, arXiv 2605.07795); see `inkheart` and `m4`.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def write_tensors(
     Args:
         path: of the file; what a dead run has left there is replaced.
         layout: of all tensors.
-        tensors: in the order of the layout; each is taken when the one before is
-            written.
+        tensors: in the order of the layout, as many; each is taken when the one before
+            is written.
         metadata: text beside them; the entry "checksum" is added.
     """
     places, end = dict[str, tuple[int, int]](), 0
@@ -60,12 +60,17 @@ def write_tensors(
         file.write(header)
         given = iter(tensors)
         for key in layout:
-            held = next(given).detach().cpu().contiguous()
+            held = next(given, None)
+            if held is None or (held.dtype, held.shape) != layout[key]:
+                raise ValueError(f"the tensors do not follow the layout at {key!r}")
+            held = held.detach().cpu().contiguous()
             found.update(key, held)
             file.seek(len(header) + places[key][0])
             file.write(bytes_of(held))
             # not beside the next
             del held
+        if next(given, None) is not None:
+            raise ValueError("there are more tensors than the layout has")
         file.seek(0)
         # as long as before
         file.write(_header(layout, places, {**metadata, "checksum": found.text}))

@@ -44,10 +44,11 @@ ROUNDED = 1 << 22
 
 def row_blocks(matrix: Tensor) -> list[slice]:
     """Cut the rows of an (m, n) matrix into blocks that fit a CPU's cache; one block on
-    other devices, where launches cost more.
+    other devices, where launches cost more, and of a matrix without numbers.
     """
     m, n = matrix.shape
-    rows = m if on_accelerator(matrix.device) else max(1, BLOCK // n)
+    whole = matrix.is_meta or on_accelerator(matrix.device)
+    rows = m if whole else max(1, BLOCK // n)
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 

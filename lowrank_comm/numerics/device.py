@@ -12,6 +12,7 @@ accelerator's path on a CPU.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor
 
 # not a context variable: engines call from threads of autograd
 _forced = 0
-# of tensors without numbers, in the place of which device they are on
-_as_if: bool | None = None
+# of this thread's tensors without numbers, in the place of which device they are on
+_rehearsed = threading.local()
 
 
 @contextlib.contextmanager
@@ -53,17 +54,17 @@ def as_if_on_accelerator(answer: bool) -> Iterator[None]:
     """Let tensors on any device take the accelerator's path, or none of them: for a
     rehearsal, whose tensors are on no real device.
     """
-    global _as_if
-    before, _as_if = _as_if, answer
+    _rehearsed.answer = answer
     try:
         yield
     finally:
-        _as_if = before
+        del _rehearsed.answer
 
 
 def on_accelerator(device: torch.device) -> bool:
     """Return whether work on this device takes the accelerator's path."""
-    return (_forced > 0 or device.type != "cpu") if _as_if is None else _as_if
+    answer: bool = getattr(_rehearsed, "answer", _forced > 0 or device.type != "cpu")
+    return answer
 
 
 def counts_as_large(numel: int, threshold: int) -> bool:

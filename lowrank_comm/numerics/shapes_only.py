@@ -19,9 +19,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,16 +46,17 @@ _IN_A_COPY = {torch.ops.aten._linalg_svd.default, torch.ops.aten.linalg_qr.defau
 _WIDENED = torch.ops.aten.linalg_vector_norm.default
 
 
+# the block that is going on in this thread, whose modes are the thread's, too
+_here = threading.local()
+
+
 class ShapesOnly:
     """A block without numbers, and the meter of its memory.
 
     Attributes:
-        active: the block that is going on.
         held: bytes of all tensors that are there.
         peak: the most that were there at once since `start`, or since the beginning.
     """
-
-    active: ClassVar[ShapesOnly | None] = None
 
     def __init__(self) -> None:
         self.held = self.peak = 0
@@ -70,11 +72,11 @@ class ShapesOnly:
         self._modes.enter_context(META)
         self._modes.enter_context(_Arguments(self))
         self._modes.enter_context(_Results(self))
-        ShapesOnly.active = self
+        _here.meter = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        ShapesOnly.active = None
+        del _here.meter
         self._modes.close()
 
     def start(self) -> int:
@@ -113,7 +115,7 @@ def once_for_a_shape(function: Callable[[Tensor, int], Tensor]) -> Callable[[Ten
 
     @functools.wraps(function)
     def call(tensor: Tensor, number: int) -> Tensor:
-        meter = ShapesOnly.active
+        meter: ShapesOnly | None = getattr(_here, "meter", None)
         if meter is None:
             return function(tensor, number)
         key = (function, tensor.shape, tensor.stride(), tensor.dtype, number)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from lowrank_comm.communication.workers import Workers
 from lowrank_comm.numerics.quantization import FORMATS
 from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
-from lowrank_comm.reduction.rehearsal import Needs
+from lowrank_comm.reduction.rehearsal import Needs, Rehearsal
 from lowrank_comm.reduction.state import CompressionState
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -72,8 +72,8 @@ class Plan:
             place.
         errors_on_host: whether it lies in the host's memory, in the place of the
             device's.
-        rehearse: returns `needs`; it takes a second for a large model, and nothing is
-            rehearsed before somebody asks.
+        rehearsal: finds `needs`, when somebody first asks: in a second or two for an
+            LLM.
         staggered_bytes: the most that a step after the first sends, where restarts are
             staggered; else None.
         idle_rules: patterns that match no parameter.
@@ -90,7 +90,7 @@ class Plan:
     restart_every: int | None
     error_bytes: int
     errors_on_host: bool
-    rehearse: Callable[[], Needs] = field(repr=False, compare=False)
+    rehearsal: Rehearsal = field(repr=False, compare=False)
     staggered_bytes: float | None = None
     idle_rules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class Plan:
         """What this rank holds at most beside the error memory, in an ordinary step, in
         one that restarts all matrices, in a save and in a load. See `rehearsal`.
         """
-        return self.rehearse()
+        return self.rehearsal.needs
 
     @property
     def step_bytes(self) -> float:
@@ -289,7 +289,7 @@ def make_plan(
     state: CompressionState,
     workers: Workers,
     wire_dtype: torch.dtype | None,
-    rehearse: Callable[[], Needs],
+    rehearsal: Rehearsal,
 ) -> Plan:
     """Return the plan of a reducer.
 
@@ -297,7 +297,7 @@ def make_plan(
         state: its parameters, with what they keep.
         workers: who takes part.
         wire_dtype: on the wire, or None for the computation's.
-        rehearse: returns what its steps need.
+        rehearsal: of its steps.
     """
     slots, batches = state.slots, state.batches
     assignment = state.assignment
@@ -366,7 +366,7 @@ def make_plan(
         schedule.restart_every if schedule else None,
         state.error_bytes,
         any(batch.memory.kept and batch.memory.on_host for batch in batches),
-        rehearse,
+        rehearsal,
         staggered,
         assignment.policy.idle_rules([slot.name for slot in slots]),
         ranks_in_a_node=intra_node.size,

@@ -67,7 +67,7 @@ from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.passes import PIECE_BYTES, Wire
 from lowrank_comm.reduction.plan import Plan, make_plan
 from lowrank_comm.reduction.policy import Rule
-from lowrank_comm.reduction.rehearsal import Checkpoints, rehearse
+from lowrank_comm.reduction.rehearsal import Checkpoints, Rehearsal
 from lowrank_comm.reduction.report import PassRecord, StepReport
 from lowrank_comm.reduction.row_scatter import RowScatter
 from lowrank_comm.reduction.state import CompressionState
@@ -426,7 +426,7 @@ class Reducer:
         if workers.group.size > 1 and state.keeps_private_state:
             state.warn_of_a_mean_that_is_not_exact()
             sound = state.average_errors(self._mean, sound, self.piece_bytes)
-        elif workers.group.size > 1 and state.batches:
+        elif workers.group.size > 1 and state.compresses:
             # nothing is averaged that could tell the others
             sound = not any(workers.all_gather_text(unsound_here))
         if not sound:
@@ -517,10 +517,8 @@ class Reducer:
             rows: what cuts whole gradients into the slots' blocks, or None.
             checkpoints: what a save and a load do beside consolidating.
         """
-        needs = functools.partial(
-            rehearse, self._alike, self.slots, self.workers, rows, checkpoints
-        )
-        return make_plan(self.state, self.workers, self._wire.dtype, functools.cache(needs))
+        rehearsal = Rehearsal(self._alike, self.slots, self.workers, rows, checkpoints)
+        return make_plan(self.state, self.workers, self._wire.dtype, rehearsal)
 
     @property
     def last_report(self) -> StepReport | None:

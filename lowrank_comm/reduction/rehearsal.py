@@ -14,6 +14,7 @@ gradients, the base optimizer, and what a communication backend takes for itself
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,17 +114,11 @@ class _NoOthersInTheNode(IntraNodeGroup):
         return list(hoped)
 
 
-def rehearse(
-    make: Callable[..., Any],
-    slots: Sequence[ParamInfo],
-    workers: Workers,
-    rows: RowScatter | None,
-    checkpoints: Checkpoints,
-) -> Needs:
-    """Return what the steps of a reducer need.
+class Rehearsal:
+    """Steps, a save and a load of a run that has not begun.
 
     Args:
-        make: returns a reducer of the same settings, given slots, `group` and
+        make: returns a reducer of the run's settings, given slots, `group` and
             `intra_node`.
         slots: of the reducer.
         workers: who takes part.
@@ -131,19 +126,41 @@ def rehearse(
             does.
         checkpoints: what they do.
     """
-    accelerator = bool(slots) and on_accelerator(slots[0].device)
-    group, node = workers.group, workers.intra_node
-    with ShapesOnly() as meter, as_if_on_accelerator(accelerator), torch.no_grad():
-        inside = _NoOthersInTheNode(node.size, node.rank, node.scope)
-        whole = [replace(slot, device=META) for slot in (rows.whole if rows else slots)]
-        cut = RowScatter(whole, inside) if rows else None
-        reducer = make(
-            [replace(slot, device=META) for slot in slots],
-            group=_NoOthers(group.size, group.rank),
-            intra_node=inside,
-        )
+
+    def __init__(
+        self,
+        make: Callable[..., Any],
+        slots: Sequence[ParamInfo],
+        workers: Workers,
+        rows: RowScatter | None,
+        checkpoints: Checkpoints,
+    ) -> None:
+        group, node = workers.group, workers.intra_node
+        self._make, self._checkpoints = make, checkpoints
+        self._group = _NoOthers(group.size, group.rank)
+        self._node = _NoOthersInTheNode(node.size, node.rank, node.scope)
+        self._accelerator = bool(slots) and on_accelerator(slots[0].device)
+        self._slots = [replace(slot, device=META) for slot in slots]
+        self._whole = None if rows is None else [replace(s, device=META) for s in rows.whole]
+
+    @functools.cached_property
+    def needs(self) -> Needs:
+        """What they need; found when this is first asked."""
+        with (
+            torch.inference_mode(False),
+            ShapesOnly() as meter,
+            as_if_on_accelerator(self._accelerator),
+            torch.no_grad(),
+        ):
+            return self._run(meter)
+
+    def _run(self, meter: ShapesOnly) -> Needs:
+        reducer = self._make(self._slots, group=self._group, intra_node=self._node)
+        state, checkpoints = reducer.state, self._checkpoints
+        cut = None if self._whole is None else RowScatter(self._whole, self._node)
+        whole = self._slots if self._whole is None else self._whole
         gradients = [torch.empty(slot.shape, dtype=slot.dtype) for slot in whole]
-        not_ours = reducer.state.error_bytes + sum(gradient.nbytes for gradient in gradients)
+        not_ours = state.error_bytes + sum(gradient.nbytes for gradient in gradients)
 
         def step() -> int:
             meter.start()
@@ -159,13 +176,14 @@ def rehearse(
             return meter.peak - not_ours
 
         restart = step()
+        state.restarts.schedule = None
         step()
         ordinary = step()
         between = meter.start() - not_ours
         # of the error memory, before it changes
-        reducer.state.last_report()
-        if group.size > 1 and reducer.state.keeps_private_state:
-            reducer.state.average_errors(lambda tensor: tensor, True, reducer.piece_bytes)
+        state.last_report()
+        if self._group.size > 1 and state.keeps_private_state:
+            state.average_errors(lambda tensor: tensor, True, reducer.piece_bytes)
         checkpoints.save(reducer)
         save = meter.peak - not_ours
         read = checkpoints.read(reducer)
@@ -173,3 +191,7 @@ def rehearse(
         meter.start()
         checkpoints.load(reducer, read)
         return Needs(between, ordinary, restart, save, meter.peak - not_ours)
+
+    def __getstate__(self) -> dict[str, Needs]:
+        """Take what was found along, and not the run."""
+        return {"needs": self.needs}

@@ -121,6 +121,8 @@ class CompressionState:
             "initial_basis": {name: _digest(basis) for name, basis in initial_basis.items()},
             "bucket_bytes": bucket_bytes,
         }
+        # treatments of the largest blocks in the node of what is given to a compressor
+        self._batched = [t for slot in slots if (t := assignment.treat(slot, 0)).batched]
         self._place = {
             name: (batch, row) for batch in self.batches for row, name in enumerate(batch.names)
         }
@@ -397,21 +399,23 @@ class CompressionState:
             return None if first and self._workers.any_in_the_node(refused) else result
 
         for batch, rows in self._in_pieces(piece_bytes):
+            at = slice(rows[0], rows[-1] + 1)
             if batch.memory.kept:
-                errors = batch.memory.tensor[rows[0] : rows[-1] + 1]
+                errors = batch.memory.tensor[at]
                 result = averaged(errors.to(device=batch.device, dtype=batch.dtype, copy=True))
                 if result is None:
                     return False
                 batch.memory.store(result, rows, t=self.step, shared=True)
                 # as large as a piece: not beside the next
                 del errors, result
-        for batch in self.batches:
             for symbol in batch.compressor.private:
-                result = averaged(batch.state[symbol].clone())
+                result = averaged(batch.state[symbol][at].clone())
                 if result is None:
                     return False
-                batch.state[symbol] = result
-        return True
+                batch.state[symbol][at] = result
+                del result
+        # a rank of the node may hold no row of any matrix
+        return told or not self._workers.any_in_the_node(False)
 
     def _in_pieces(self, piece_bytes: int) -> Iterator[tuple[Batch, list[int]]]:
         """Cut the batches into rows that follow each other, of so many bytes of a
@@ -426,9 +430,17 @@ class CompressionState:
     @property
     def keeps_private_state(self) -> bool:
         """Whether something of the state is this worker's own: its errors, or a part of
-        the compressor's state.
+        the compressor's state. The same on all ranks of a node.
         """
-        return any(batch.memory.kept or batch.compressor.private for batch in self.batches)
+        return any(
+            error_feedback.keeps_errors or compressor.private
+            for compressor, error_feedback in map(self.assignment.compressor_for, self._batched)
+        )
+
+    @property
+    def compresses(self) -> bool:
+        """Whether a node gives anything to a compressor; the same on all its ranks."""
+        return bool(self._batched)
 
     def describe(self) -> dict[str, Any]:
         """Return everything of the state that must be equal on all workers."""

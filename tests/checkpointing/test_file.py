@@ -15,8 +15,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file as read_safetensors
 from safetensors.torch import save_file as plain_save
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from lowrank_comm import ConfigError, PowerSGD, StateMismatchError
+from lowrank_comm import (
+    CompressedOptimizer,
+    ConfigError,
+    ErrorFeedback,
+    PowerSGD,
+    Rule,
+    StateMismatchError,
+)
 from lowrank_comm.checkpointing import file as library_checkpoint
 from lowrank_comm.checkpointing.durable import checksum
 from lowrank_comm.checkpointing.tensor_file import write_tensors
@@ -433,3 +442,31 @@ def test_state_that_is_not_finite_is_not_loaded(tmp_path: Path, key: str, value:
             library_checkpoint.load(trainer.optimizer.reducer, folder)
         assert key.split("/")[1] in str(caught.value)
     assert equal(everything(trainer), before)
+
+
+def saves_without_rows(rank: int, folder: str, form: str) -> tuple[int, bool]:
+    """Two nodes of two ranks and a matrix of one row: the second rank of a node holds
+    none of it.
+    """
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    weight = nn.Parameter(torch.zeros(1, 400))
+    optimizer = CompressedOptimizer(
+        torch.optim.SGD([("w", weight)], lr=0.1),
+        PowerSGD(1),
+        rules=[Rule("w", treatment="low_rank")],
+        error_feedback=ErrorFeedback(form=form),  # type: ignore[arg-type]
+        process_group=mesh,
+    )
+    for t in range(3):
+        weight.grad = torch.randn(1, 400, generator=torch.Generator().manual_seed(t * 4 + rank))
+        optimizer.step()
+        if t == 1:
+            library_checkpoint.save(optimizer.reducer, folder)
+    held = len(optimizer.reducer.state.batches)
+    return held, library_checkpoint.load(optimizer.reducer, folder)
+
+
+@pytest.mark.parametrize("form", ["ef14", "ef21", "none"])
+def test_a_rank_without_rows_takes_part(gloo: GlooPool, tmp_path: Path, form: str) -> None:
+    found = gloo.run(saves_without_rows, 4, str(tmp_path), form)
+    assert found == [(1, True), (0, True)] * 2

@@ -78,3 +78,16 @@ def test_what_was_left_by_a_dead_run_is_replaced(tmp_path: Path) -> None:
     assert path.is_file()
     assert not path.is_symlink()
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("given", ["fewer", "more", "another shape", "another dtype"])
+def test_tensors_that_do_not_follow_the_layout_are_refused(tmp_path: Path, given: str) -> None:
+    *others, last = TENSORS.values()
+    tensors = {
+        "fewer": others,
+        "more": [*others, last, last],
+        "another shape": [*others, last[None]],
+        "another dtype": [*others, last.to(torch.complex64)],
+    }[given]
+    with pytest.raises(ValueError, match="layout"):
+        write_tensors(tmp_path / "file", layout(TENSORS), tensors, {})
