@@ -72,8 +72,7 @@ class Plan:
             place.
         errors_on_host: whether it lies in the host's memory, in the place of the
             device's.
-        rehearsal: finds `needs`, when somebody first asks: in a second or two for an
-            LLM.
+        rehearsal: finds `needs`, when somebody first asks: in a few seconds for an LLM.
         staggered_bytes: the most that a step after the first sends, where restarts are
             staggered; else None.
         idle_rules: patterns that match no parameter.
@@ -224,16 +223,17 @@ class Plan:
         except Exception as error:
             return f"{kept}; what a step needs beside is not known: {error!r}"
         most = max(needs.step, needs.restart, needs.save, needs.load)
-        if not self.errors_on_host:
-            most += self.error_bytes
         phases = [
             f"{human_bytes(needs.between)} between steps",
-            f"{human_bytes(needs.step)} in an ordinary step",
+            f"at most {human_bytes(needs.step)} in an ordinary step",
         ]
         if self.restart_every:
             phases.append(f"{human_bytes(needs.restart)} in one that restarts all matrices")
         phases += [f"{human_bytes(needs.save)} in a save", f"{human_bytes(needs.load)} in a load"]
-        return f"{kept}; beside it {', '.join(phases)}; at most {human_bytes(most)} in all"
+        total = f"in all {human_bytes(self.error_bytes + most)} of this library's"
+        if self.errors_on_host:
+            total = f"on the device {human_bytes(most)} of this library's"
+        return f"{kept}; beside it {', '.join(phases)}; {total}"
 
     def _who(self) -> str:
         if self.ranks_in_a_node == 1:

@@ -173,6 +173,7 @@ class Reducer:
             bucket_bytes=bucket_bytes,
             piece_bytes=piece_bytes,
         )
+        self._rehearsals: dict[tuple[RowScatter | None, Checkpoints], Rehearsal] = {}
         self._wire_name, wire = wire_dtype, wire_dtype_called(wire_dtype)
         check("seed", seed, Seed)
         self.slots, self.compressor, self.seed = list(slots), compressor, seed
@@ -517,7 +518,10 @@ class Reducer:
             rows: what cuts whole gradients into the slots' blocks, or None.
             checkpoints: what a save and a load do beside consolidating.
         """
-        rehearsal = Rehearsal(self._alike, self.slots, self.workers, rows, checkpoints)
+        rehearsal = self._rehearsals.get((rows, checkpoints))
+        if rehearsal is None:
+            rehearsal = Rehearsal(self._alike, self.slots, self.workers, rows, checkpoints)
+            self._rehearsals[rows, checkpoints] = rehearsal
         return make_plan(self.state, self.workers, self._wire.dtype, rehearsal)
 
     @property

@@ -192,13 +192,13 @@ def test_the_plan_tells_memory_and_where_it_is() -> None:
 
     line, most = told()
     assert line.startswith("  memory on this worker: error memory 12.00 kB; beside it ")
-    assert line.endswith(f" in a load; at most {human_bytes(12_000 + most)} in all")
+    assert line.endswith(f" in a load; in all {human_bytes(12_000 + most)} of this library's")
     assert "restarts" not in line
     with accelerator_path():
         line, most = told(error_feedback=ErrorFeedback(offload=True))
     assert "error memory 12.00 kB (on the host); beside it " in line
     # of the device's memory, so without it
-    assert line.endswith(f"at most {human_bytes(most)} in all")
+    assert line.endswith(f"; on the device {human_bytes(most)} of this library's")
 
 
 def test_an_llm_on_the_meta_device_is_as_on_an_accelerator() -> None:
