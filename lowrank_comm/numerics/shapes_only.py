@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from typing_extensions import override
 
 META = torch.device("meta")
 # methods whose result the host holds -> what it is here
@@ -139,7 +138,6 @@ class _Results(TorchDispatchMode):
         super().__init__()
         self._meter = meter
 
-    @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
@@ -162,7 +160,6 @@ class _Arguments(TorchFunctionMode):
         super().__init__()
         self._meter = meter
 
-    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in _READ:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lowrank_comm.communication.collectives import Exchange
 from lowrank_comm.communication.group import Group
@@ -75,21 +74,17 @@ class _NoOthers(Group):
         self._size, self._rank = size, rank
 
     @property
-    @override
     def initialised(self) -> bool:
         return False
 
     @property
-    @override
     def size(self) -> int:
         return self._size
 
     @property
-    @override
     def rank(self) -> int:
         return self._rank
 
-    @override
     def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
         return []
 
@@ -101,15 +96,12 @@ class _NoOthersInTheNode(IntraNodeGroup):
         super().__init__(None, scope)
         self.size, self.rank = size, rank
 
-    @override
     def alone(self) -> IntraNodeGroup:
         return _NoOthersInTheNode(1, 0, "shard")
 
-    @override
     def run(self, collective: Callable[..., Any], *tensors: Tensor) -> None:
         pass
 
-    @override
     def read(self, numbers: Tensor, hoped: Sequence[float]) -> list[float]:
         return list(hoped)
 
