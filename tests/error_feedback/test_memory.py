@@ -265,7 +265,7 @@ def test_an_error_memory_of_16_bits_loses_little(options: dict[str, str]) -> Non
 
 
 def test_error_memory_stays_bounded_where_the_averaged_residual_grows() -> None:
-    """4 000 steps, 4 workers with data of their own. The averaged form, e_i = Delta_i -
+    """2 000 steps, 4 workers with data of their own. The averaged form, e_i = Delta_i -
     P Q^T, leads to the same training, since only the mean error matters; so its memory
     is the running sum of g_i - applied, which the test adds up as its control.
     """
@@ -278,7 +278,7 @@ def test_error_memory_stays_bounded_where_the_averaged_residual_grows() -> None:
     ]
     averaged = [torch.zeros(shape, dtype=torch.float64) for _ in range(workers)]
     local_norm, averaged_norm = {}, {}
-    for t in range(1, 4001):
+    for t in range(1, 2001):
         gradients = [
             common / t**0.5
             + bias[worker]
@@ -287,7 +287,7 @@ def test_error_memory_stays_bounded_where_the_averaged_residual_grows() -> None:
         ]
         applied = sim.reduce([{"w": g.clone()} for g in gradients])["w"]
         averaged = [e + g - applied for e, g in zip(averaged, gradients, strict=True)]
-        if t in (1000, 4000):
+        if t in (500, 2000):
             local_norm[t] = max(
                 float(sim.error_memory(worker)["w"].norm()) for worker in range(workers)
             )
@@ -295,8 +295,8 @@ def test_error_memory_stays_bounded_where_the_averaged_residual_grows() -> None:
     mean = torch.stack([sim.error_memory(worker)["w"] for worker in range(workers)]).mean(0)
     # the same mean error
     torch.testing.assert_close(torch.stack(averaged).mean(0), mean, rtol=1e-8, atol=1e-8)
-    assert local_norm[4000] < 1.5 * local_norm[1000]
-    assert averaged_norm[4000] > 3 * averaged_norm[1000]
+    assert local_norm[2000] < 1.5 * local_norm[500]
+    assert averaged_norm[2000] > 3 * averaged_norm[500]
 
 
 def test_what_is_stored_is_what_is_there() -> None:

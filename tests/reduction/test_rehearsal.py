@@ -83,30 +83,49 @@ SETTINGS: dict[str, Settings] = {
 }
 
 
+# the others' steps differ on the two paths in nothing that these have not
+ON_CPU = [
+    "PowerSGD",
+    "PowerSGD, buckets",
+    "PowerSGD+, auto",
+    "PowerSGD+, SVD, bfloat16 wire",
+    "bfloat16 memory, stochastic",
+    "bfloat16 gradients",
+    "EF21",
+    "int8 factors",
+]
+
+
 def case(rank: int, on_accelerator: bool, folder: Path) -> dict[str, Figures]:
     found = {}
     with contextlib.ExitStack() as stack:
         if on_accelerator:
             stack.enter_context(accelerator_path())
-        for name, (compressor, options) in SETTINGS.items():
+        for name in SETTINGS if on_accelerator else ON_CPU:
+            compressor, options = SETTINGS[name]
             found[name] = plain(SHAPES, compressor, str(folder / name), **options)
     return found
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["cpu", "accelerator"])
+@pytest.fixture(scope="module")
 def found(
-    request: pytest.FixtureRequest, gloo: GlooPool, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Figures]]:
-    """By rank."""
-    found: list[dict[str, Figures]] = gloo.run(
-        case, 2, request.param, tmp_path_factory.mktemp("saves"), timeout=180
-    )
-    return found
+    gloo: GlooPool, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Figures]]]:
+    """Path -> by rank."""
+    return {
+        path: gloo.run(case, 2, path == "accelerator", tmp_path_factory.mktemp(path), timeout=180)
+        for path in ("cpu", "accelerator")
+    }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_rank_holds_what_the_plan_says(found: list[dict[str, Figures]], name: str) -> None:
-    for rank, figures in enumerate(one[name] for one in found):
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [*(("cpu", name) for name in ON_CPU), *(("accelerator", name) for name in SETTINGS)],
+)
+def test_a_rank_holds_what_the_plan_says(
+    found: dict[str, list[dict[str, Figures]]], path: str, name: str
+) -> None:
+    for rank, figures in enumerate(one[name] for one in found[path]):
         assert figures.keys() == {"step", "restart", "save", "load"}
         for phase, (measured, planned) in figures.items():
             assert planned == pytest.approx(measured, rel=CLOSE, abs=TEXTS), (rank, phase)
