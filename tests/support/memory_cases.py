@@ -166,8 +166,8 @@ def plain(
 
 
 def save_and_load(watched: Watched, reducer: Reducer, folder: str) -> None:
-    # the least of two loads counts: what a thread of gloo's gives back late in a save is
-    # seen to be back when the next one takes its place. The first save makes the report
+    # the least of two loads counts: what a thread of gloo's gives back late in a save
+    # is seen to be back when the next takes its place. The first save makes the report
     for phase in ("save", "another save"):
         watched.begin(phase)
         with watched.ours():
