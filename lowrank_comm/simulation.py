@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank_comm.communication.agreement import raise_if_different
 from lowrank_comm.communication.collectives import Exchange, among
 from lowrank_comm.communication.driver import complete
-from lowrank_comm.communication.group import Group
+from lowrank_comm.communication.group import PretendedGroup
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.errors import LowRankCommError
 from lowrank_comm.numerics.linalg import full_precision
@@ -58,24 +58,12 @@ class _Table:
         return [_Done() for _ in exchanges]
 
 
-class _SimulatedGroup(Group):
+class _SimulatedGroup(PretendedGroup):
     """One of N workers that share a process and a table."""
 
     def __init__(self, rank: int, table: _Table) -> None:
-        super().__init__()
-        self._rank, self._table = rank, table
-
-    @property
-    def initialised(self) -> bool:
-        return False
-
-    @property
-    def size(self) -> int:
-        return self._table.workers
-
-    @property
-    def rank(self) -> int:
-        return self._rank
+        super().__init__(table.workers, rank)
+        self._table = table
 
     def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
         return self._table.lay(exchanges)

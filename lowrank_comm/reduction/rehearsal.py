@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_comm.communication.collectives import Exchange
-from lowrank_comm.communication.group import Group
+from lowrank_comm.communication.group import PretendedGroup
 from lowrank_comm.communication.intra_node import IntraNodeGroup
 from lowrank_comm.communication.workers import Workers
 from lowrank_comm.numerics.device import as_if_on_accelerator, on_accelerator
@@ -66,29 +65,6 @@ class Checkpoints:
     load: Callable[[Any, Mapping[str, Mapping[str, Tensor]]], None] = lambda reducer, read: None
 
 
-class _NoOthers(Group):
-    """A group of which only this rank is there."""
-
-    def __init__(self, size: int, rank: int) -> None:
-        super().__init__()
-        self._size, self._rank = size, rank
-
-    @property
-    def initialised(self) -> bool:
-        return False
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
-        return []
-
-
 class _NoOthersInTheNode(IntraNodeGroup):
     """A node of which only this rank is there."""
 
@@ -129,7 +105,7 @@ class Rehearsal:
     ) -> None:
         group, node = workers.group, workers.intra_node
         self._make, self._checkpoints = make, checkpoints
-        self._group = _NoOthers(group.size, group.rank)
+        self._group = PretendedGroup(group.size, group.rank)
         self._node = _NoOthersInTheNode(node.size, node.rank, node.scope)
         self._accelerator = bool(slots) and on_accelerator(slots[0].device)
         self._slots = [replace(slot, device=META) for slot in slots]

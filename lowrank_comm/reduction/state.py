@@ -106,6 +106,8 @@ class CompressionState:
     ) -> None:
         self.slots, self.assignment, self._workers, self.seed = slots, assignment, workers, seed
         self.step = 0
+        # of the largest block of each slot in the node, which decides for all its ranks
+        self._largest = [assignment.treat(slot, 0) for slot in slots]
         self.treatments: list[Treatment] = [
             assignment.treat(slot, workers.intra_node.rank) for slot in slots
         ]
@@ -121,8 +123,6 @@ class CompressionState:
             "initial_basis": {name: _digest(basis) for name, basis in initial_basis.items()},
             "bucket_bytes": bucket_bytes,
         }
-        # treatments of the largest blocks in the node of what is given to a compressor
-        self._batched = [t for slot in slots if (t := assignment.treat(slot, 0)).batched]
         self._place = {
             name: (batch, row) for batch in self.batches for row, name in enumerate(batch.names)
         }
@@ -177,8 +177,7 @@ class CompressionState:
         restart it in the same steps, also those with fewer rows of it or none.
         """
         compressor, costs = self.assignment.low_rank_compressor, {}
-        for slot in self.slots:
-            largest = self.assignment.treat(slot, 0)
+        for slot, largest in zip(self.slots, self._largest, strict=True):
             if largest.low_rank:
                 costs[slot.name] = compressor.restart_elements(largest.m, largest.n, largest.rank)
         return Restarts(compressor.schedule(costs), costs)
@@ -230,8 +229,7 @@ class CompressionState:
             of the node hold all rows.
         """
         memory, blocks = self.error_memory(), []
-        for slot in self.slots:
-            largest = self.assignment.treat(slot, 0)
+        for slot, largest in zip(self.slots, self._largest, strict=True):
             if not largest.batched:
                 continue
             compressor, error_feedback = self.assignment.compressor_for(largest)
@@ -434,13 +432,17 @@ class CompressionState:
         """
         return any(
             error_feedback.keeps_errors or compressor.private
-            for compressor, error_feedback in map(self.assignment.compressor_for, self._batched)
+            for compressor, error_feedback in (
+                self.assignment.compressor_for(largest)
+                for largest in self._largest
+                if largest.batched
+            )
         )
 
     @property
     def compresses(self) -> bool:
         """Whether a node gives anything to a compressor; the same on all its ranks."""
-        return bool(self._batched)
+        return any(largest.batched for largest in self._largest)
 
     def describe(self) -> dict[str, Any]:
         """Return everything of the state that must be equal on all workers."""

@@ -27,6 +27,7 @@ from lowrank_comm import (
     RandomProjection,
 )
 from lowrank_comm.communication import Group
+from lowrank_comm.communication.group import PretendedGroup
 from lowrank_comm.compressors import REGISTRY
 from lowrank_comm.compressors.base import Compressor, Context, Delta, State
 from lowrank_comm.compressors.requests import Mean
@@ -48,8 +49,9 @@ from tests.support.memory_cases import CLOSE, Figures, plain
 
 # 2^20 elements and more, small ones of two shapes, and vectors
 SHAPES: list[tuple[int, ...]] = [(512, 256)] * 6 + [(256, 512)] * 3 + [(256,)] * 4 + [(1040, 1024)]
-# bytes of texts and of checks, which are no part of a plan
-TEXTS = 20_000
+# bytes of texts and checks, and in a save of what is written, which are in no plan
+APART = {"save": 20_000}
+TEXTS = 1_000
 Settings = tuple[Compressor, dict[str, Any]]
 SETTINGS: dict[str, Settings] = {
     "PowerSGD": (PowerSGD(4), {}),
@@ -128,13 +130,14 @@ def test_a_rank_holds_what_the_plan_says(
     for rank, figures in enumerate(one[name] for one in found[path]):
         assert figures.keys() == {"step", "restart", "save", "load"}
         for phase, (measured, planned) in figures.items():
-            assert planned == pytest.approx(measured, rel=CLOSE, abs=TEXTS), (rank, phase)
+            assert planned == pytest.approx(measured, rel=CLOSE, abs=APART.get(phase, TEXTS)), (
+                rank,
+                phase,
+            )
 
 
-class _OfTwo(Group):
+class _OfTwo(PretendedGroup):
     """Two workers, of whom the other one would wait for a collective for ever."""
-
-    size, rank = 2, 0  # type: ignore[assignment]
 
     def start(self, exchanges: Any) -> list[Any]:
         raise AssertionError("a rehearsal has no collectives")
@@ -143,7 +146,7 @@ class _OfTwo(Group):
 def test_nothing_else_is_touched(caplog: pytest.LogCaptureFixture) -> None:
     """A rehearsal of a compressor that is not linear, whose save warns."""
     slots = [ParamInfo("w", (64, 48), torch.float32, torch.device("cpu"))]
-    random, reducer = torch.get_rng_state(), Reducer(slots, PowerSGD(4), _OfTwo(), **CODES)
+    random, reducer = torch.get_rng_state(), Reducer(slots, PowerSGD(4), _OfTwo(2, 0), **CODES)
     with caplog.at_level(logging.INFO):
         assert reducer.plan.needs.save > 0
     assert not caplog.messages
