@@ -33,24 +33,25 @@ def _about(results: dict[str, Any]) -> str:
         for run in found["runs"].values()
     )
     about = (
-        f"{results['hosts']} hosts (network namespaces; the kernel holds their links to the rate"
-        f" and counts the bytes), one process each: {setup['model']}, {job['batch']} x"
-        f" {job['sequence']} tokens a host and step, {setup['optimizer']}, {setup['schedule']} up"
-        f" to {job['learning_rate']:g}, clipping at {setup['clipping']:g}. Every run is whole and was"
-        " trained on the link that its table names; no curve is computed from another's steps. One"
-        f" run of each, one seed ({job['seed']}): the seconds of a step are many measurements, the"
-        " step of the crossing is one."
+        f"{results['hosts']} hosts (network namespaces; the kernel holds their links to the"
+        f" rate and counts the bytes), one process each: {setup['model']}, {job['batch']} x"
+        f" {job['sequence']} tokens a host and step, {setup['optimizer']}, {setup['schedule']}"
+        f" up to {job['learning_rate']:g}, clipping at {setup['clipping']:g}. Every run is"
+        " whole and was trained on the link that its table names; no curve is computed from"
+        f" another's steps. One run of each, one seed ({job['seed']}): the seconds of a step"
+        " are many measurements, the step of the crossing is one."
     )
     rule = (
-        "The target is the uncompressed run's loss at its end, the mean of its last"
-        f" {k} steps. A run has come to it at the first step, from step {k} on, at which the mean"
-        f" of its last {k} steps is at most that. Rule and schedules were fixed before the runs: each"
-        f" has a learning-rate schedule over steps of its own ({steps}), a compressed one longer,"
-        " as it may need more steps. Seconds are those of rank 0's steps from the first one on,"
-        " forward pass to optimizer step, steps of a warm-up included; start and evaluation are not. All"
-        f" hosts compute on the same {results['cores']} cores, so a step has more computation in it"
-        " than on machines of their own, which makes compression look worse than it is. All runs"
-        f" together took {whole / 60:.0f} minutes."
+        f"The target is the uncompressed run's loss at its end, the mean of its last {k}"
+        f" steps. A run has come to it at the first step, from step {k} on, at which the mean"
+        f" of its last {k} steps is at most that. Rule and schedules were fixed before the"
+        f" runs: each has a learning-rate schedule over steps of its own ({steps}), a"
+        " compressed one longer, as it may need more steps. Seconds are those of rank 0's"
+        " steps from the first one on, forward pass to optimizer step, steps of a warm-up"
+        " included; start and evaluation are not. All hosts compute on the same"
+        f" {results['cores']} cores, so a step has more computation in it than on machines of"
+        " their own, which makes compression look worse than it is. All runs together took"
+        f" {whole / 60:.0f} minutes."
     )
     return f"{about}\n\n{rule}\n"
 

@@ -73,10 +73,11 @@ def test_with_both_moments_kept_it_is_galores_published_optimizer() -> None:
     weights = {name: held[name].detach().clone() for name in SHAPES}
     moments = {name: (torch.zeros(()), torch.zeros(())) for name in SHAPES}
     optimizer = ProjectedAdamW(
-        held.items(), lr, rank, tau, first_moment="keep", second_moment="keep", scale=scale,
-        betas=(b1, b2), eps=0.0, weight_decay=0.0,
+        held.items(), lr, rank, tau, projection="galore", first_moment="keep",
+        second_moment="keep", scale=scale, betas=(b1, b2), eps=0.0, weight_decay=0.0,
     )  # fmt: skip
-    for t, after in enumerate(run(optimizer, held, 10)):
+    for t in range(10):
+        (after,) = run(optimizer, held, 1, t)
         for k, (name, (m, n)) in enumerate(SHAPES.items()):
             g = torch.from_numpy(gradient((m, n), t, 0, k))
             p = optimizer.state[held[name]]["projector"]
