@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_comm.communication.ledger import PassStats, ratio_of
 from lowrank_comm.compressors.base import LowRank, Result
+from lowrank_comm.numerics.shapes_only import once_for_a_shape
 from lowrank_comm.reduction.batches import Batch
 
 # elements of which a norm is formed at once
@@ -208,7 +209,13 @@ def _squares(norms: Sequence[Tensor]) -> list[float]:
 
 def _norm_of(tensor: Tensor) -> Tensor:
     """Return the norm, formed in float64, of which torch makes a copy first."""
-    if tensor.numel() <= NORM_OF:
+    return _norm_in_parts(tensor, NORM_OF)
+
+
+@once_for_a_shape
+def _norm_in_parts(tensor: Tensor, most: int) -> Tensor:
+    """Return the norm, formed of at most so many elements at once."""
+    if tensor.numel() <= most:
         return torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    parts = tensor.reshape(-1).split(NORM_OF)
-    return torch.linalg.vector_norm(torch.stack([_norm_of(part) for part in parts]))
+    parts = tensor.reshape(-1).split(most)
+    return torch.linalg.vector_norm(torch.stack([_norm_in_parts(part, most) for part in parts]))
