@@ -250,10 +250,16 @@ def norm(tensor: Tensor) -> Tensor:
     """Return the norm of all numbers, formed in float64, of which torch makes a copy
     first: of large tensors part by part.
     """
-    if tensor.numel() <= _NORM_OF:
+    return _norm_in_parts(tensor, _NORM_OF)
+
+
+@once_for_a_shape
+def _norm_in_parts(tensor: Tensor, most: int) -> Tensor:
+    """Return the norm, formed of at most so many elements at once."""
+    if tensor.numel() <= most:
         return torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    parts = tensor.reshape(-1).split(_NORM_OF)
-    return torch.linalg.vector_norm(torch.stack([norm(part) for part in parts]))
+    parts = tensor.reshape(-1).split(most)
+    return torch.linalg.vector_norm(torch.stack([_norm_in_parts(part, most) for part in parts]))
 
 
 def largest_magnitude(x: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def test_each_way_sends_what_it_says_and_is_not_run_twice(
         assert ring < run["sent_mb"] < 1.03 * ring + 1e-6 * gradients
     plain, fp16, balanced = runs.values()
     assert 2 * fp16["counted_bytes"]["all-reduce"] == fp16["uncompressed_bytes"]
-    assert sum(balanced["counted_bytes"].values()) < balanced["uncompressed_bytes"] / 10
+    # five steps of its warm-up, and ten that are compressed
+    assert sum(balanced["counted_bytes"].values()) < balanced["uncompressed_bytes"] / 5
     # all but the schedule is equal: the first steps' learning rate alone differs
     assert plain["loss"][0] == fp16["loss"][0] == balanced["loss"][0]
     assert plain["loss"] != balanced["loss"][:STEPS]
