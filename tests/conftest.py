@@ -32,14 +32,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = [
+    "integrations/test_engines.py",
+    "integrations/test_engine_runs.py",
     "integrations/test_deepspeed.py",
+    "compressors/test_conformance.py",
     "examples/test_slurm.py",
     "integrations/test_transformers.py",
     "docs/test_quickstarts.py",
     "faults/test_sample.py",
     "integrations/test_deepspeed_levels.py",
-    "integrations/test_engines.py",
-    "integrations/test_engine_runs.py",
+    "integrations/test_engine_memory.py",
+    "reduction/test_rehearsal.py",
+    "reduction/test_restarts.py",
     "configs/test_configs.py",
     "examples/test_train_engines.py",
     "benchmarks/test_demo_cluster.py",

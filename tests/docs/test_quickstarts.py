@@ -2,7 +2,8 @@
 
 A script's name stands in a comment above its block; the blocks without a language are
 commands. Commands of a section run in their order in one folder that has all of the
-page's files. On this machine they get what the page says for one without GPUs.
+page's files (by `tests/support/launched.py`). On this machine they get what the page
+says for one without GPUs.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT
+from tests.support.launched import Launcher
 
 PAGE = (ROOT / "docs" / "quickstarts.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
@@ -35,6 +39,13 @@ COMMANDS = {
     for title, text in SECTIONS.items()
 }
 ELSEWHERE = {"SLURM": "tests/examples/test_slurm.py runs the same files on a real cluster"}
+LIBRARIES = (
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "deepspeed",
+)
+"""What the scripts import beside torch and this library, where it is installed."""
 RUN = [title for title, commands in COMMANDS.items() if commands and title not in ELSEWHERE]
 
 
@@ -60,18 +71,27 @@ def environment(folder: Path, title: str) -> dict[str, str]:
     return kept | own | {"PATH": path, "PYTHONPATH": f"{folder}:{ROOT}"}
 
 
-def run_section(title: str, folder: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    """What starts the page's scripts."""
+    installed = [name for name in LIBRARIES if find_spec(name.split(".")[0])]
+    started = Launcher(*installed)
+    yield started
+    started.close()
+
+
+def run_section(title: str, folder: Path, launcher: Launcher) -> list[str]:
     """What each command of a section printed."""
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
     printed = []
-    for k, command in enumerate(COMMANDS[title]):
+    for command in COMMANDS[title]:
         words = shlex.split(command)
-        # the launchers' own default may be taken by another test
-        port = str(29650 + 7 * list(COMMANDS).index(title) + k)
-        where = ["--master_port", port] if words[0] in ("torchrun", "deepspeed") else []
+        if words[0] in ("torchrun", "deepspeed"):
+            printed.append(launcher.run(words, folder, environment(folder, title)))
+            continue
         done = subprocess.run(
-            words[:1] + where + words[1:], cwd=folder, env=environment(folder, title),
+            words, cwd=folder, env=environment(folder, title),
             capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{(done.stdout + done.stderr)[-5000:]}"
@@ -121,8 +141,8 @@ def test_the_page_has_a_section_for_every_way_in() -> None:
 
 
 @pytest.mark.slow
-def test_a_plain_loop(tmp_path: Path) -> None:
-    (printed,) = run_section("A plain loop", tmp_path)
+def test_a_plain_loop(tmp_path: Path, launcher: Launcher) -> None:
+    (printed,) = run_section("A plain loop", tmp_path, launcher)
     assert "over 2 workers, plain model" in printed
     ratio, loss = ratio_and_loss(printed)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -133,10 +153,10 @@ def test_a_plain_loop(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def ddp(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> tuple[Path, str]:
     """The folder of the section on DDP once it has run, and what it printed."""
     folder = tmp_path_factory.mktemp("ddp")
-    (printed,) = run_section("DDP", folder)
+    (printed,) = run_section("DDP", folder, launcher)
     return folder, printed
 
 
@@ -153,10 +173,10 @@ def test_ddp(ddp: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_and_hsdp(ddp: tuple[Path, str], tmp_path: Path) -> None:
+def test_fsdp2_and_hsdp(ddp: tuple[Path, str], tmp_path: Path, launcher: Launcher) -> None:
     """They go on from what train_ddp.py has saved in the same folder."""
     shutil.copytree(ddp[0] / "checkpoints", tmp_path / "checkpoints")
-    hsdp, flat = run_section("FSDP2 and HSDP", tmp_path)
+    hsdp, flat = run_section("FSDP2 and HSDP", tmp_path, launcher)
     assert "over 2 nodes of 2 ranks, FSDP2, HSDP" in hsdp
     assert "over 2 workers, FSDP2, flat" in flat
     for printed in (hsdp, flat):
@@ -169,9 +189,9 @@ def test_fsdp2_and_hsdp(ddp: tuple[Path, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepspeed_without_trainer(tmp_path: Path) -> None:
+def test_deepspeed_without_trainer(tmp_path: Path, launcher: Launcher) -> None:
     pytest.importorskip("deepspeed")
-    (printed,) = run_section("DeepSpeed without Trainer", tmp_path)
+    (printed,) = run_section("DeepSpeed without Trainer", tmp_path, launcher)
     assert "over 2 workers, DeepSpeed" in printed
     assert "ZeRO stage 2" in printed
     ratio, loss = ratio_and_loss(printed)
@@ -181,9 +201,9 @@ def test_deepspeed_without_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepspeed_with_trainer(tmp_path: Path) -> None:
+def test_deepspeed_with_trainer(tmp_path: Path, launcher: Launcher) -> None:
     pytest.importorskip("deepspeed")
-    first, resumed = run_section("DeepSpeed with Trainer", tmp_path)
+    first, resumed = run_section("DeepSpeed with Trainer", tmp_path, launcher)
     for printed in (first, resumed):
         assert "over 2 workers, DeepSpeed" in printed
         assert "compression/ratio" in printed
@@ -193,8 +213,8 @@ def test_deepspeed_with_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trainer_under_torchrun(tmp_path: Path) -> None:
-    first, resumed, own = run_section("Trainer under torchrun", tmp_path)
+def test_trainer_under_torchrun(tmp_path: Path, launcher: Launcher) -> None:
+    first, resumed, own = run_section("Trainer under torchrun", tmp_path, launcher)
     for printed in (first, resumed, own):
         assert "over 2 workers, DDP" in printed
         assert "compression/captured_energy" in printed
@@ -207,8 +227,8 @@ def test_trainer_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accelerate(tmp_path: Path) -> None:
-    (printed,) = run_section("Accelerate", tmp_path)
+def test_accelerate(tmp_path: Path, launcher: Launcher) -> None:
+    (printed,) = run_section("Accelerate", tmp_path, launcher)
     assert "over 2 workers, DDP" in printed
     ratio, loss = ratio_and_loss(printed)
     assert ratio > 2
@@ -217,8 +237,8 @@ def test_accelerate(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_peft(tmp_path: Path) -> None:
-    (printed,) = run_section("PEFT", tmp_path)
+def test_peft(tmp_path: Path, launcher: Launcher) -> None:
+    (printed,) = run_section("PEFT", tmp_path, launcher)
     assert "over 2 workers, DDP" in printed
     low_rank = re.search(r"low-rank: (\d+) matrices", printed)
     assert low_rank, printed
@@ -228,9 +248,9 @@ def test_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lightning(tmp_path: Path) -> None:
+def test_lightning(tmp_path: Path, launcher: Launcher) -> None:
     pytest.importorskip("lightning")
-    (printed,) = run_section("Lightning", tmp_path)
+    (printed,) = run_section("Lightning", tmp_path, launcher)
     assert "over 2 workers, DDP" in printed
     found = re.search(r"(\d+\.\d+) times fewer bytes", printed)
     assert found, printed

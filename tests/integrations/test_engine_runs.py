@@ -20,6 +20,7 @@ from tests.support.engines import (
     RESTARTS,
     WORLD,
     Setup,
+    by_turns,
     every_engine,
     simulated,
     worst,
@@ -57,9 +58,8 @@ def test_nan_on_one_rank_changes_nothing_on_any(
         assert found == [False, True, False]
 
 
-@every_engine
+@by_turns("way", {"file": "file", "dcp": "dcp"}, 2)
 @pytest.mark.shows("checkpoint")
-@pytest.mark.parametrize("way", ["file", "dcp"])
 def test_an_interrupted_run_goes_on(
     gloo: GlooPool, engine: Setup, way: str, tmp_path: Path
 ) -> None:
@@ -75,17 +75,15 @@ def test_everything_is_kept_by_one_call(gloo: GlooPool, engine: Setup, tmp_path:
         assert worst(expected, resumed) < 1e-5
 
 
-@every_engine
+@by_turns("how", {how: how for how in ("wrapped afterwards", "unnamed", "renamed")}, 3)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("how", ["wrapped afterwards", "unnamed", "renamed"])
 def test_a_state_dict_goes_on_however_it_is_loaded(gloo: GlooPool, engine: Setup, how: str) -> None:
     setup = replace(engine, compressor=PowerSGDPlus(2, restart_every=5), adam=True)
     for expected, resumed in gloo.run(cases.loaded_otherwise, WORLD, setup, 7, 6, how):
         assert worst(expected, resumed) < 1e-5
 
 
-@every_engine
-@pytest.mark.parametrize("culprit", [0, 3])
+@by_turns("culprit", {"0": 0, "3": 3}, 2)
 def test_state_that_is_not_finite_is_saved_by_nobody(
     gloo: GlooPool, engine: Setup, culprit: int, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ from tests.support.engines import (
     RESTARTS,
     WORLD,
     Setup,
+    by_turns,
     every_engine,
     loss_of,
     plain_names,
@@ -133,7 +134,7 @@ def test_every_algorithm_is_the_simulation(gloo: GlooPool, engine: Setup) -> Non
         replace(engine, compressor=compressor, steps=7, options={**engine.options, **options})
         for compressor, options in ALGORITHMS
     ]
-    by_rank = gloo.run(train_each, WORLD, setups)
+    by_rank = gloo.run(train_each, WORLD, setups, timeout=150)
     without = simulated(replace(engine, compressor=None, steps=7), WORLD)["parameters"]
     for k, setup in enumerate(setups):
         alike([results[k] for results in by_rank])
@@ -166,11 +167,11 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("engine", MATRIX_SCOPE.values(), ids=MATRIX_SCOPE.keys())
-@pytest.mark.parametrize(("compressor", "options"), VARIANTS.values(), ids=VARIANTS.keys())
+@by_turns("variant", VARIANTS, 2, MATRIX_SCOPE)
 def test_whole_matrices_in_blocks_equal_the_unsharded_algorithm(
-    gloo: GlooPool, engine: Setup, compressor: PowerSGDPlus, options: dict
+    gloo: GlooPool, engine: Setup, variant: tuple[PowerSGDPlus, dict]
 ) -> None:
+    compressor, options = variant
     setup = replace(engine, compressor=compressor, steps=7, options={**engine.options, **options})
     ours = gloo.run(train, WORLD, setup)
     alike(ours)
@@ -346,25 +347,18 @@ FSDP = {
 every_fsdp = pytest.mark.parametrize("engine", FSDP.values(), ids=FSDP.keys())
 
 
-@every_fsdp
-@pytest.mark.parametrize(
+@by_turns(
     "change",
-    [
-        {"wrap": {"reshard_after_forward": False}},
-        {"wrap": {"reshard_after_forward": True}},
-        {"model": {"recompute": True}},
-        {"compiled": True},
-        {"model": {"tied": True}},
-        {"model": {"idle": True}},
-    ],
-    ids=[
-        "kept after forward",
-        "resharded after forward",
-        "activation checkpointing",
-        "compiled",
-        "tied",
-        "unused parameters",
-    ],
+    {
+        "kept after forward": {"wrap": {"reshard_after_forward": False}},
+        "resharded after forward": {"wrap": {"reshard_after_forward": True}},
+        "activation checkpointing": {"model": {"recompute": True}},
+        "compiled": {"compiled": True},
+        "tied": {"model": {"tied": True}},
+        "unused parameters": {"model": {"idle": True}},
+    },
+    2,
+    FSDP,
 )
 def test_settings_of_fsdp(gloo: GlooPool, engine: Setup, change: dict) -> None:
     setup = replace(

@@ -84,6 +84,16 @@ def sections(around: bool = False) -> list[dict[str, Any]]:
     ]
 
 
+def combinations() -> list[tuple[str, dict[str, Any]]]:
+    """Path and section: all on the CPU's path. On the accelerator's all variants, and
+    every third of those with something around: by turns, since there are more
+    compressors than three.
+    """
+    plain, all_of_them = sections(), sections(around=True)
+    there = plain + all_of_them[len(plain) :: 3]
+    return [("cpu", one) for one in all_of_them] + [("accelerator", one) for one in there]
+
+
 def goes_with(section: Mapping[str, Any], around: Mapping[str, Any]) -> bool:
     """Error feedback needs a contractive compressor; codes, something that is averaged,
     and error feedback.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -517,3 +517,20 @@ ENGINES = {
 }
 
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES.keys())
+
+
+def by_turns(
+    what: str, values: Mapping[str, Any], every: int, engines: Mapping[str, Setup] = ENGINES
+) -> pytest.MarkDecorator:
+    """Every engine and every value, but not every pair: with `every` = 2 half of them,
+    by turns.
+    """
+    return pytest.mark.parametrize(
+        ("engine", what),
+        [
+            pytest.param(setup, value, id=f"{label}-{name}")
+            for i, (name, setup) in enumerate(engines.items())
+            for j, (label, value) in enumerate(values.items())
+            if (i + j) % every == 0
+        ],
+    )
