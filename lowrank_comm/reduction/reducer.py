@@ -178,7 +178,6 @@ class Reducer:
             seed=seed,
             bucket_bytes=bucket_bytes,
             piece_bytes=piece_bytes,
-            warmup_wire=warmup_wire,
         )
         warmup = Warmup(warmup_steps, warmup_wire, training_steps)
         if not slots and training_steps is None:

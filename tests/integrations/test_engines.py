@@ -143,8 +143,8 @@ def test_every_algorithm_is_the_simulation(gloo: GlooPool, engine: Setup) -> Non
         assert worst(by_rank[0][k]["parameters"], expected) < (0.05 if coded else 1e-4), setup
         if setup.options.get("warmup_steps") == setup.steps:
             assert worst(without, expected) < 1e-5
-        else:  # the comparison can fail
-            assert worst(without, expected) > 1e-2
+        else:  # the comparison can fail; a warm-up brings it near
+            assert worst(without, expected) > (1e-3 if "warmup_steps" in setup.options else 1e-2)
 
 
 def train_each(rank: int, setups: list[Setup]) -> list[dict]:

@@ -408,7 +408,15 @@ def _mean(gradients: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]
     return {name: mean(name) for name in gradients[0]}
 
 
-OF_THE_REDUCER = ("min_compression_rate", "rules", "wire_dtype", "error_feedback", "quantization")
+OF_THE_REDUCER = (
+    "min_compression_rate",
+    "rules",
+    "wire_dtype",
+    "error_feedback",
+    "quantization",
+    "warmup_steps",
+    "warmup_wire",
+)
 
 
 def _averages(

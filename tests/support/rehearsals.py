@@ -26,7 +26,7 @@ def remember_rehearsals() -> None:
         place = (group.size, group.rank, node.size, node.rank, node.scope, self._accelerator)
         key = repr(
             (type(settings["compressor"]), settings, place, self._slots, self._whole)
-            + (self._checkpoints,)
+            + (self._checkpoints, dict(self._warmup))
         )
         if key not in made:
             made[key] = rehearse(self)
