@@ -28,9 +28,8 @@ from tests.support.engines import (
 from tests.support.gloo import CaseFailed, GlooPool
 
 
-@every_engine
+@by_turns("unscale", {"": False, "unscaled and clipped by the caller": True}, 2)
 @pytest.mark.shows("fp16 + scaler")
-@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscaled and clipped by the caller"])
 def test_an_overflow_on_one_rank_skips_the_step_on_all(
     gloo: GlooPool, engine: Setup, unscale: bool
 ) -> None:
@@ -117,11 +116,19 @@ CROSSINGS = {
 }
 
 
+WAYS_AND_FORMS = [(way, form) for form in ("ef14", "ef21", "ef21_sgdm") for way in ("file", "dcp")]
+
+
 @pytest.mark.parametrize(
-    ("start", "ranks", "end", "other_ranks"), CROSSINGS.values(), ids=CROSSINGS.keys()
+    ("start", "ranks", "end", "other_ranks", "way", "form"),
+    [
+        pytest.param(*crossing, way, form, id=f"{form}-{way}-{name}")
+        for i, (name, crossing) in enumerate(CROSSINGS.items())
+        # two of six for each crossing, by turns
+        for j, (way, form) in enumerate(WAYS_AND_FORMS)
+        if (i + j) % 3 == 0
+    ],
 )
-@pytest.mark.parametrize("way", ["file", "dcp"])
-@pytest.mark.parametrize("form", ["ef14", "ef21", "ef21_sgdm"])
 def test_a_run_goes_on_under_another_engine(
     gloo: GlooPool,
     start: str,
@@ -322,8 +329,7 @@ def test_an_interrupted_run_goes_on_from_torchs_checkpoints_on_disk(
         assert worst(expected, resumed) < 1e-5
 
 
-@every_engine
-@pytest.mark.parametrize("way", ["file", "dcp", "disk"])
+@by_turns("way", {way: way for way in ("file", "dcp", "disk")}, 3)
 def test_a_restart_that_is_owed_when_a_run_is_interrupted_comes_in_the_one_that_goes_on(
     gloo: GlooPool, engine: Setup, way: str, tmp_path: Path
 ) -> None:
@@ -468,8 +474,7 @@ HOOKED = {
 }
 
 
-@pytest.mark.parametrize("engine", HOOKED.values(), ids=HOOKED.keys())
-@pytest.mark.parametrize("attach_first", [True, False], ids=["attached before", "attached after"])
+@by_turns("attach_first", {"attached before": True, "attached after": False}, 2, HOOKED)
 def test_users_hooks_run_as_often_as_without_and_before_a_gradient_is_read(
     gloo: GlooPool, engine: Setup, attach_first: bool
 ) -> None:
