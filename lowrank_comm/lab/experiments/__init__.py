@@ -11,6 +11,7 @@ EXPERIMENTS: dict[str, str] = {
     "counterexamples": "counterexamples:Counterexamples",
     "speedup": "speedup:Speedup",
     "language_model": "language_model:LanguageModel",
+    "language_model_long": "language_model:LongLanguageModel",
     "fine_tuning": "fine_tuning:FineTuning",
     "traffic": "traffic:Traffic",
     "scaling": "scaling:Scaling",
