@@ -4,9 +4,10 @@ a run can be killed at any time.
 A line: {"key", "params", "result", "seconds", "made_for", "code", "versions"}.
 `made_for` is a hash of all settings that the result depends on; a row that was made for
 other settings is never mixed with new ones. `code` is the hash of the sources that the
-experiment imports (`sources`), `versions` are those of this library and torch. Rows of another version are kept, and a run reports them, since most
-changes affect no result. A last line without its end, which a killed run leaves, does
-not count and is cut off before the next row is written.
+experiment imports (`sources`), `versions` are those of this library and torch. Rows of
+another version are kept, and a run reports them, since most changes affect no result. A
+last line without its end, which a killed run leaves, does not count and is cut off
+before the next row is written.
 """
 
 from __future__ import annotations

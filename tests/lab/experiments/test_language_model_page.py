@@ -73,7 +73,7 @@ def test_the_page_tells_what_the_rows_say(settings: LanguageModelSettings) -> No
     )
     page = EXPERIMENT.page(settings, rows)
     line = next(line for line in page.splitlines() if line.startswith("| 1 | Balanced"))
-    assert "| 2 kB | 20.0 | 1.020 | +2.0 % [+1.8, +2.2] | 3 | 0.004 | 1 |" in line
+    assert "| 2 kB | 20.0 | 1.020 | +2.0 % [+1.7, +2.3] | 3 | 0.004 | 1 |" in line
     assert "at 10 times fewer bytes or more: **reached**" in page
     assert "Balanced (2 kB) against PowerSGD (2.5 kB): -15.3 % [" in page
     assert "Balanced ends lower than PowerSGD (2 kB and 2.5 kB a step): holds" in page
