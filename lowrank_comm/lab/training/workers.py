@@ -122,14 +122,16 @@ class Peer(Protocol):
     """A method of others for N workers, with its own optimizer.
 
     Attributes:
-        optimizer: steps the parameters by what `average` returns.
-        clip: whether that is clipped to the recipe's norm first.
+        clip: whether what is averaged is clipped to the recipe's norm.
         sent: bytes that one worker has sent, by the ledger's kinds.
     """
 
-    optimizer: Optimizer
     clip: bool
     sent: Counter[str]
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Steps the parameters by what `average` returns."""
 
     def average(self, gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return parameter name -> what the optimizer takes for its gradient.

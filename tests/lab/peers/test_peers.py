@@ -26,7 +26,9 @@ def weights(*shape: int) -> dict[str, Tensor]:
     return {"w": torch.zeros(shape, requires_grad=True)}
 
 
-def peer(parameters: dict[str, Tensor], base: BaseName = "adamw", workers: int = 2, **given: Any):
+def peer(
+    parameters: dict[str, Tensor], base: BaseName = "adamw", workers: int = 2, **given: Any
+) -> Any:
     settings = TypeAdapter(peers.PeerSettings).validate_python(given)
     return peers.start(settings, parameters, workers, Base(base, RATE, 0.99), RATE / 2, 0)
 
