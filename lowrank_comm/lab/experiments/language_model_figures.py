@@ -90,6 +90,7 @@ class _Ticks(LogLocator):
     """Ticks of the gap's axis, linear to 10 % and logarithmic beyond."""
 
     def __call__(self) -> list[float]:
+        assert self.axis is not None
         low, high = self.axis.get_view_interval()
         return [x for x in (-10, -5, 0, 3, 5, 10, 20, 30, 50, 100, 200, 500) if low <= x <= high]
 

@@ -133,8 +133,8 @@ def test_one_bit_adam_is_adamw_until_it_freezes() -> None:
     """Then momenta of equal length go out as signs, and the errors keep the rest."""
     ours, theirs = weights(4, 4), weights(4, 4)
     adam = base_optimizer(theirs, Base("adamw", RATE, 0.99))
-    team = PeerWorkers(ours, peer(ours, kind="one_bit_adam", freeze_step=3), 2, None)
-    one = team._peer
+    one = peer(ours, kind="one_bit_adam", freeze_step=3)
+    team = PeerWorkers(ours, one, 2, None)
     for given in gradients(ours, 3):
         for each in given:
             ours["w"].grad = each["w"]

@@ -30,6 +30,7 @@ def test_losses_and_gradients_of_workers_are_those_of_the_model(tied: bool) -> N
         assert losses[worker].item() == pytest.approx(loss.item(), rel=1e-6)
         assert set(found[worker]) == {name for name, _ in model.named_parameters()}
         for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
             assert torch.allclose(found[worker][name], parameter.grad, rtol=1e-6, atol=1e-7), name
     blocks = list(ids.reshape(6, 9))
     with torch.no_grad():
