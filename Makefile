@@ -1,9 +1,9 @@
 # make train   the main job: a small LLaMA with PowerSGD+ through a DeepSpeed JSON, beside an uncompressed run
 # make test    the whole test suite        make lint    ruff, mypy, imports
 # make bench   a step beside PyTorch's hook and the machine's limit, how it grows, its launches; and docs/benchmarks.md (six minutes)
-# make benchmarks-page   docs/benchmarks.md and its plots anew from the figures in benchmarks/results
+# make benchmarks-page   docs/benchmarks.md, docs/demo_cluster.md and their plots anew from the figures in benchmarks/results
 # make bench-against BASE=path   the same rows with this checkout and another one, paired: did a change make a step slower?
-# make demo-cluster   both runs of the main job on four hosts at 100 Mbit/s (network namespaces; as root, Linux): step times side by side
+# make demo-cluster   seconds to a common loss on four hosts at 100 Mbit/s and 1 Gbit/s, uncompressed, fp16, compressed (as root, Linux; 35 minutes, resumable)
 # make gpu-check   this library on a GPU: correctness, launches, waits, memory, times beside PyTorch's hook; one GPU and a torch for it are enough
 # make bench-network   this library beside DDP, PyTorch's hook and others on four hosts with shaped links (as root, Linux; 25 minutes, resumable)
 # make results   the pages and figures of docs/results anew from the results that lie there (python -m lowrank_comm.lab list: the experiments)
@@ -108,8 +108,10 @@ schema: $(STAMP)
 	$(BIN)/python -m lowrank_comm.config schema > configs/lowrank_comm.schema.json
 	$(BIN)/python -m lowrank_comm.config tables README.md docs/algorithms.md
 
+# What is done already is not done again: the rows lie in $(RUNS)/demo_cluster.
 demo-cluster: $(STAMP)
-	$(BIN)/python benchmarks/demo_cluster.py --output-dir $(RUNS)/demo_cluster $(DEMO_ARGS)
+	$(BIN)/python -m benchmarks.demo_cluster --folder $(RUNS)/demo_cluster $(DEMO_ARGS)
+	$(BIN)/python -m benchmarks.page
 
 results: $(STAMP)
 	$(BIN)/python -m lowrank_comm.lab pages docs/results

@@ -37,12 +37,12 @@ class CompressionHandle(Protocol):
     def ledger(self) -> Any: ...
 
 
-def gradient_bytes(model: torch.nn.Module) -> int:
+def gradient_bytes(model: torch.nn.Module, number: int | None = None) -> int:
     """Bytes that an all-reduce of all gradients carries: tied parameters once, ZeRO-3's
-    shards at full size.
+    shards at full size. `number`: bytes of a number, None for those of the parameter's.
     """
     trained = (p for p in model.parameters() if p.requires_grad)
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained)
+    return sum(getattr(p, "ds_numel", p.numel()) * (number or p.element_size()) for p in trained)
 
 
 class Bar(ProgressCallback):
@@ -76,8 +76,10 @@ class Recorder(TrainerCallback):
     `find_handle` is asked when training begins (the engine exists only then) for what
     knows the compressor's figures; None means an uncompressed run, whose bytes follow
     from the parameters. `checkpoint` is what the run is resumed from: if it lies in
-    another run's folder, that run's log is gone on with. Only rank 0 writes; the
-    figures are its own, and every worker sends the same.
+    another run's folder, that run's log is gone on with. `number` is how many bytes a
+    number takes that an uncompressed run sends, None where the engine sends the
+    parameters' own. Only rank 0 writes; the figures are its own, and every worker sends
+    the same.
     """
 
     def __init__(
@@ -86,16 +88,18 @@ class Recorder(TrainerCallback):
         folder: Path,
         find_handle: Callable[[], CompressionHandle | None],
         checkpoint: Path | None = None,
+        number: int | None = None,
     ):
         self.trainer = trainer
         self.file = folder / LOG
         self.folder = folder
         self.find_handle = find_handle
         self.checkpoint = checkpoint
+        self.number = number
         # that the totals count
         self.first_step = 1
         self.handle: CompressionHandle | None = None
-        self.counted = self.dense_bytes = 0
+        self.counted = self.dense_bytes = self.sent_bytes = 0
         self.started = 0.0
         self.since_log: list[dict[str, Any]] = []
         self.before: dict[str, Any] = {}
@@ -103,8 +107,10 @@ class Recorder(TrainerCallback):
     def totals(self) -> dict[str, Any]:
         """What this process has counted since it began, as `log.jsonl` names it."""
         if self.handle is None:
-            sent = self.counted * self.dense_bytes
-            return {"bytes": {"all-reduce": sent}, "uncompressed_bytes": sent}
+            return {
+                "bytes": {"all-reduce": self.counted * self.sent_bytes},
+                "uncompressed_bytes": self.counted * self.dense_bytes,
+            }
         ledger = self.handle.ledger
         return {
             "bytes": {str(kind): count for kind, count in ledger.bytes.items()},
@@ -120,6 +126,7 @@ class Recorder(TrainerCallback):
         self.handle = self.find_handle()
         self.counted = 0
         self.dense_bytes = gradient_bytes(self.trainer.model)
+        self.sent_bytes = gradient_bytes(self.trainer.model, self.number)
         self.before = {}
         if not state.is_world_process_zero:
             return

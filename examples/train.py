@@ -15,7 +15,8 @@ model and a text of one's own:
         --learning_rate 1e-4
 
 The first command needs one line for compression, the import of
-`lowrank_comm.integrations.deepspeed`; the second one callback. With `accelerate launch`
+`lowrank_comm.integrations.deepspeed` (without it a script trains uncompressed and
+DeepSpeed says nothing); the second one callback. With `accelerate launch`
 and FSDP the second goes on as accelerate is told. `--fsdp_size` (and
 `--dp_replicate_size`, for HSDP) shard the model when it is loaded, on a CPU too.
 
@@ -90,6 +91,8 @@ from lowrank_comm.lab.data.models import LLAMAS, new_llama  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 UNCOMPRESSED_CONFIG = "ds_uncompressed"
 STEPS = 300
+# DeepSpeed's names of what its own all-reduce sends, and bytes of a number
+WIRES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass
@@ -246,6 +249,14 @@ def section_of(given: ExampleArguments, args: ExampleTrainingArguments) -> dict[
     return found.get(SECTION, found) if isinstance(found, dict) else found
 
 
+def wire_of(args: ExampleTrainingArguments) -> str | None:
+    """What DeepSpeed sends instead of the gradients' own dtype, where its JSON says so
+    and nothing is compressed.
+    """
+    config: dict[str, Any] = args.hf_deepspeed_config.config if args.deepspeed else {}
+    return None if SECTION in config else config.get("communication_data_type")
+
+
 def find_comparison(given: ExampleArguments, output_dir: Path, own: Summary) -> Path | None:
     """The run to show beside this one: the one asked for, else the uncompressed one, if
     it equals this in all else.
@@ -319,7 +330,7 @@ def main() -> None:
         # a compilation of minutes, for inference only
         lowrank_comm.integrations.deepspeed.skip_shm_extension()
     given, args = parser.parse_args_into_dataclasses()
-    output_dir, section = Path(args.output_dir), section_of(given, args)
+    output_dir, section, wire = Path(args.output_dir), section_of(given, args), wire_of(args)
     checkpoint = agreed_checkpoint(args, output_dir)
     if given.fsdp_size and checkpoint is not None:
         raise ConfigError(
@@ -382,7 +393,7 @@ def main() -> None:
     )  # fmt: skip
     recorder = Recorder(
         trainer, output_dir, lambda: compression.compressing if compression is not None else None,
-        Path(checkpoint) if checkpoint else None,
+        Path(checkpoint) if checkpoint else None, None if wire is None else WIRES[wire.lower()],
     )  # fmt: skip
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -401,16 +412,16 @@ def main() -> None:
         setup = comparable(given, args, model, trainer.state.max_steps) | {
             "counted from step": recorder.first_step
         }
-        own = recorder.summary(describe(section, output_dir), setup, section)
+        own = recorder.summary(describe(section, output_dir, wire), setup, section)
         own.save(output_dir)
         show(output_dir, find_comparison(given, output_dir, own))
     leave()
 
 
-def describe(section: dict[str, Any] | None, output_dir: Path) -> str:
+def describe(section: dict[str, Any] | None, output_dir: Path, wire: str | None) -> str:
     """A column's heading: the compressor and its rank."""
     if section is None:
-        return "uncompressed"
+        return "uncompressed" if wire is None else f"uncompressed, {wire} on the wire"
     rank = f" rank {section['rank']}" if "rank" in section else ""
     return f"{section.get('compressor', output_dir.name)}{rank}"
 

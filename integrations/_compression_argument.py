@@ -54,13 +54,17 @@ def is_disabled(compression: Any) -> bool:
     return is_left_alone(compression)
 
 
-def around(base: Optimizer, compression: Compressor | Mapping[str, Any]) -> Any:
-    """Return a compressed optimizer around a plain one; the plain one for a section
-    with "enabled": false.
+def around(
+    base: Optimizer,
+    compression: Compressor | Mapping[str, Any],
+    training_steps: int | None = None,
+) -> Any:
+    """Return a compressed optimizer around a plain one, of a run of so many steps, if
+    they are known; the plain one for a section with "enabled": false.
     """
     if isinstance(compression, Compressor):
         return CompressedOptimizer(base, compression)
-    return CompressedOptimizer.from_config(base, compression)
+    return CompressedOptimizer.from_config(base, compression, training_steps=training_steps)
 
 
 def put_into_deepspeed(accelerator: Accelerator, compression: Compression, who: str) -> Any:

@@ -14,6 +14,8 @@ from lowrank_comm.integrations.accelerate import compressed, refuse_alone, refus
 
 SAVING = "_save_optimizer_and_scheduler"
 """The method of a Trainer before which the error memory is averaged."""
+LENGTH = "set_initial_training_values"
+"""The method of a Trainer that returns, last, how many steps it will make."""
 
 _log = logging.getLogger("lowrank_comm")
 _TESTED = "5.23.0"

@@ -144,7 +144,10 @@ def prepare(
 
 
 def connect(
-    accelerator: Accelerator, prepared: Sequence[Any], is_training: Callable[[], bool] | None = None
+    accelerator: Accelerator,
+    prepared: Sequence[Any],
+    is_training: Callable[[], bool] | None = None,
+    training_steps: int | None = None,
 ) -> None:
     """Attach the compressed optimizers among what `accelerator.prepare` has returned;
     those that are attached already stay as they are.
@@ -154,6 +157,7 @@ def connect(
         prepared: models and optimizers.
         is_training: whether backward passes are those of a training loop now; None:
             always.
+        training_steps: optimizer steps of the whole run, if they are known.
 
     Raises:
         ConfigError: no model among them holds an optimizer's parameters, or
@@ -173,7 +177,7 @@ def connect(
             told = _told[optimizer]() if optimizer in _told else None
             # another accelerator's, or none yet
             if told is not one or not optimizer.is_attached_to(fitting[0]):
-                _connect(accelerator, one, optimizer, fitting[0], is_training)
+                _connect(accelerator, one, optimizer, fitting[0], is_training, training_steps)
 
 
 def _connect(
@@ -182,6 +186,7 @@ def _connect(
     optimizer: CompressedOptimizer,
     model: nn.Module,
     is_training: Callable[[], bool] | None,
+    training_steps: int | None,
 ) -> None:
     state = accelerator.gradient_state
     theirs = weakref.ref(accelerator)
@@ -198,7 +203,11 @@ def _connect(
         return bool(state.sync_gradients) and in_use()
 
     optimizer.attach(
-        model, scaler=accelerator.scaler, is_last_backward=is_last_backward, in_use=in_use
+        model,
+        scaler=accelerator.scaler,
+        is_last_backward=is_last_backward,
+        in_use=in_use,
+        training_steps=training_steps,
     )
 
     if optimizer not in _told:

@@ -21,6 +21,7 @@ a step.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -143,7 +144,13 @@ class CompressionCallback(Callback):
                 " CompressedOptimizer(torch.optim.AdamW(...), PowerSGDPlus(rank=4))."
             )
         self._optimizer = optimizer
-        optimizer.attach(model, scaler=_scaler_of(trainer))
+        steps = trainer.estimated_stepping_batches
+        optimizer.attach(
+            model,
+            scaler=_scaler_of(trainer),
+            # infinite where neither steps nor epochs are limited
+            training_steps=int(steps) if 0 < steps < math.inf else None,
+        )
         self._figures = Figures(optimizer)
 
     def on_before_optimizer_step(

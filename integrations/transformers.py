@@ -64,7 +64,7 @@ from lowrank_comm.integrations._compression_argument import (
     put_into_deepspeed,
 )
 from lowrank_comm.integrations._methods import wrap_method
-from lowrank_comm.integrations._trainer_checks import SAVING, check_trainer
+from lowrank_comm.integrations._trainer_checks import LENGTH, SAVING, check_trainer
 from lowrank_comm.integrations.accelerate import compressed, connect, get
 from lowrank_comm.reduction.monitoring import Compressing, Figures
 
@@ -104,6 +104,8 @@ class CompressionCallback(TrainerCallback):
         self._made: Callable[[], CompressedOptimizer | None] = lambda: None
         self._figures: Figures | None = None
         self._disabled = self._training = False
+        # optimizer steps of the run that begins
+        self._training_steps: int | None = None
 
     def detach(self) -> None:
         """Give the model back: the optimizer that was made for this callback averages
@@ -188,6 +190,8 @@ class CompressionCallback(TrainerCallback):
         else:
             check_trainer(trainer, self.compression, _WHO)
             wrap_method(trainer, "train", self._train)
+            if hasattr(trainer, LENGTH):
+                wrap_method(trainer, LENGTH, self._learn_length)
             wrap_method(trainer, "create_optimizer", self._create_optimizer)
             wrap_method(trainer, SAVING, self._save)
         wrap_method(trainer, "log", self._log)
@@ -215,6 +219,14 @@ class CompressionCallback(TrainerCallback):
         finally:
             self._training = False
 
+    def _learn_length(self, values: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Wrap the method in which Trainer finds out how many steps it will make, of
+        which a warm-up may be a fraction.
+        """
+        found = values(*args, **kwargs)
+        self._training_steps = int(found[-1])
+        return found
+
     def _create_optimizer(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Wrap `trainer.create_optimizer`, which Trainer calls at the start of
         `train()`, before anything is prepared.
@@ -234,7 +246,9 @@ class CompressionCallback(TrainerCallback):
                 )
             # the optimizer of an earlier trial or train()
             self.detach()
-            trainer.optimizer = optimizer = around(optimizer, self.compression)
+            trainer.optimizer = optimizer = around(
+                optimizer, self.compression, self._training_steps
+            )
             self._made = weakref.ref(optimizer)
         # Trainer may have made a new accelerator since the last time
         wrap_method(trainer.accelerator, "prepare", self._prepare)
@@ -264,6 +278,7 @@ class CompressionCallback(TrainerCallback):
             trainer.accelerator,
             [*models, *(one for one in several if not isinstance(one, nn.Module))],
             self._is_training(weakref.ref(trainer), weakref.ref(self)),
+            self._training_steps,
         )
         return result
 

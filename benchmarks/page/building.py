@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ PARTS = (
 
 def page(results: Path = RESULTS) -> str:
     """Return the page of the files in a folder."""
-    return "\n".join([HEAD, *(_section(part, results) for part in PARTS), AGAINST])
+    sections = (section_of(part, results, PLOTS.name) for part in PARTS)
+    return "\n".join([HEAD, *sections, AGAINST])
 
 
 def without_notes(text: str) -> str:
@@ -140,13 +141,18 @@ def plots_of(part: Part) -> dict[str, Figure]:
 def write_all() -> list[Path]:
     """Write the page and its plots, and delete old ones; return what was written."""
     PAGE.write_text(page(), encoding="utf-8")
-    written = [PAGE]
-    for old in PLOTS.glob("*.png"):
+    return [PAGE, *write_plots(PARTS, PLOTS)]
+
+
+def write_plots(parts: Iterable[Part], folder: Path) -> list[Path]:
+    """Write the plots of a page's sections, and delete old ones."""
+    written: list[Path] = []
+    for old in folder.glob("*.png"):
         old.unlink()
-    for part in PARTS:
+    for part in parts:
         for stem, figure in plots_of(part).items():
-            PLOTS.mkdir(exist_ok=True)
-            written.append(PLOTS / f"{stem}.png")
+            folder.mkdir(exist_ok=True)
+            written.append(folder / f"{stem}.png")
             figure.savefig(written[-1], dpi=110, metadata={SOURCE: sha256(part.file)})
     return written
 
@@ -162,14 +168,21 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _section(part: Part, results: Path) -> str:
+def section_of(part: Part, results: Path, plots: str) -> str:
+    """Return a section with the run that it comes from.
+
+    Args:
+        part: the section.
+        results: folder of the files of figures.
+        plots: folder of the plots beside the page.
+    """
     path = results / part.file.name
     if not path.is_file():
         return part.missing
     evidence = read(path)
     section: Callable[[dict[str, Any]], str] = pkgutil.resolve_name(part.maker)
     heading, _, body = section(evidence).partition("\n")
-    body = re.sub(r"\]\(([\w-]+\.png)\)", rf"]({PLOTS.name}/\1)", body.strip())
+    body = re.sub(r"\]\(([\w-]+\.png)\)", rf"]({plots}/\1)", body.strip())
     busy = evidence["load"]["before"][0] > BUSY_LOAD * evidence["machine"]["cores"]
     notes = [] if current(evidence) else [EARLIER]
     if part.timed and busy:

@@ -65,6 +65,7 @@ class DeepSpeedAdapter:
     """
 
     def __init__(self, engine: Any, store: GradientStore, section: Section) -> None:
+        steps = (engine._config.scheduler_params or {}).get("total_num_steps")
         self._engine, self._store = engine, store
         # of all parameters, since wrappers are in front of frozen ones, too
         depth = wrappers_in_front(name for name, _ in engine.module.named_parameters())
@@ -81,7 +82,7 @@ class DeepSpeedAdapter:
             section.make_compressor(),
             self._levels.group,
             intra_node=self._levels.intra_node,
-            **section.reducer_options(),
+            **section.reducer_options(steps if isinstance(steps, int) else None),
         )
         self._divergence = DivergenceCheck(
             section.check_every, section.on_divergence, f"{SECTION}."

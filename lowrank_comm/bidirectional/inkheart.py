@@ -2,11 +2,12 @@
 between.
 
 This is OUR RECONSTRUCTION and not the authors' algorithm. Inkheart SGD is known to us
-by the abstract of its paper alone ("Scalable Distributed Stochastic Optimization via
-Bidirectional Compression: Beyond Pessimistic Limits", May 2026), whose full text was
-not available. What the abstract says holds of it: both the communication and the noise
-term of the time to an eps-stationary point fall with n, under a structural assumption
-(`Problem.structure` here, a guess at the paper's).
+by the abstract of its paper alone (Grigory Begunov and Alexander Tyurin, "Scalable
+Distributed Stochastic Optimization via Bidirectional Compression: Beyond Pessimistic
+Limits", arXiv 2605.07795), whose full text was not available. What the abstract says
+holds of it: both the communication and the noise term of the time to an eps-stationary
+point fall with n, under a structural assumption (`Problem.structure` here, a guess at
+the paper's).
 
     worker i   a_i = mean of B stochastic gradients at w_i;  sends RandK_i(a_i)
     server     g = mean of messages;  x+ = x - gamma g
@@ -157,8 +158,8 @@ class InkheartSGD(OneUplink):
         >>> InkheartSGD(downlink_groups=4, uplink_fraction=0.5).probability(n=8)
         0.25
 
-    Source: reconstructed from the abstract of the paper named in this file's text;
-    theorem and proof there.
+    Source: reconstructed from the abstract of arXiv 2605.07795; theorem and proof in
+    this file's text.
     """
 
     uplink_fraction: Fraction = 0.25

@@ -2,7 +2,8 @@
 mini-batches up. Heterogeneous data.
 
 This is OUR RECONSTRUCTION and not the authors' algorithm: M4 is known to us by the
-abstract of its paper alone (see `inkheart`), whose full text was not available.
+abstract of its paper alone (Begunov and Tyurin, arXiv 2605.07795; see `inkheart`),
+whose full text was not available.
 
     start      w_i = x_0;  v_i = mean of B0 gradients at x_0, sent whole;  y_i = v_i
     server     x+ = x - gamma y_bar;  y_bar, the mean of y_i, is all that it keeps
@@ -79,8 +80,8 @@ class M4(MarinaUplink):
         >>> M4(uplink_fraction=0.25).uplink_probability(d=64)
         0.25
 
-    Source: reconstructed from the abstract of the paper named in `inkheart`; theorem
-    and proof in this file's text.
+    Source: reconstructed from the abstract of arXiv 2605.07795; theorem and proof in
+    this file's text.
     """
 
     gradient_weight: Annotated[Share, Advice("at 0 no gradient would ever count")] = 0.3

@@ -84,6 +84,7 @@ class Tag:
             what older versions saved, and then nothing is deferred.
         restart: the setting of the compressor, "" where it has none; absent in what
             older versions saved.
+        warmup_steps: k of the run's warm-up.
     """
 
     kind: Literal["own", "mean"]
@@ -94,6 +95,7 @@ class Tag:
     format: int = FORMAT
     unsteady: Mapping[str, _History] = field(default_factory=dict)
     restart: str | None = None
+    warmup_steps: _Count = 0
 
     @property
     def whose(self) -> str:
@@ -159,4 +161,5 @@ def tag_of(reducer: Reducer) -> Tag:
         state.seed,
         unsteady=state.restarts.irregular(),
         restart=reducer.assignment.compressor.describe().get("restart", ""),
+        warmup_steps=state.warmup.length,
     )

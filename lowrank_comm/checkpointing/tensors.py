@@ -257,6 +257,9 @@ def restore(reducer: Reducer, tag: Tag, tensors: Mapping[str, Mapping[str, Tenso
     # may hold no row of a matrix, and could not tell that its basis is new; all of
     # them must restart alike, so there it waits.)
     owing = unsaved | set(anew) if reducer.workers.intra_node.size == 1 else unsaved
+    if reducer.state.warmup.length <= tag.step < tag.warmup_steps:
+        # saved in a warm-up that does not go on: no basis has been computed yet
+        owing = {slot.name for slot in reducer.slots}
     reducer.state.restarts.start_anew(owing, tag.step)
     if tag.kind == "mean":
         reducer.state.mark_consolidated()

@@ -59,6 +59,7 @@ class Entry:
         averaged: whether the sum over the workers is divided by their number.
         gathered: whether all workers are to have the tensors of all instead.
         format: in which it is averaged quantized, or None.
+        wire: dtype in which it is sent, or None for that of the packet.
         sent: its place in the buffer that is summed, 1-D.
         mean: once unpacked, the mean or the sum; or the tensors of all workers,
             stacked.
@@ -70,6 +71,7 @@ class Entry:
     averaged: bool = True
     gathered: bool = False
     format: Format | None = None
+    wire: torch.dtype | None = None
     sent: Tensor = field(init=False)
     mean: Tensor = field(init=False)
     own: Tensor = field(init=False)
@@ -127,8 +129,9 @@ class FlatBuffers:
         for entry in entries:
             tensor = entry.tensor
             wire = tensor.dtype
-            if wire_dtype is not None and tensor.is_floating_point():
-                wire = wire_dtype
+            asked = entry.wire or wire_dtype
+            if asked is not None and tensor.is_floating_point():
+                wire = asked
             payload = tensor.numel() * wire.itemsize
             if entry.format is not None:
                 quantized.setdefault((entry.format, tensor.dtype, tensor.device), []).append(entry)

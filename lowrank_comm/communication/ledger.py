@@ -9,7 +9,8 @@ all-reduce does: its surplus, (N / 2 - 1) times its payload, is kept apart and c
 the ratios. So is what fills up the shares of a quantized mean, less than a block a
 worker.
 
-Kinds: "factors" (P and Q), "restart" (the whole matrix of an SVD restart, or the
+Kinds: "factors" (P and Q), "warmup" (whole matrices of the first steps), "restart" (the
+whole matrix of an SVD restart, or the
 factors of a randomized one), "broadcast" (singular vectors computed on one worker),
 "scores" (by which GreedyLore chooses), "gather" (of ATOMO), "rows" (which rows of an
 embedding are sent), "dense" (what is not compressed), "control" (one finite flag and

@@ -81,6 +81,7 @@ class Acp(Compressor):
     restart: Literal["randomized", "svd"] = "randomized"
 
     json_name = "acp"
+    follows_means = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

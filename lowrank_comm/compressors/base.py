@@ -42,6 +42,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from lowrank_comm.compressors.known_means import step_on_mean
 from lowrank_comm.compressors.requests import Request
 from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, staggered
 from lowrank_comm.numerics.device import on_accelerator
@@ -73,16 +74,19 @@ class Result:
         applied: the approximation of the mean of Delta that every worker applies; the
             same bits on all workers.
         sent: this worker's contribution C(Delta_i); its mean over the workers is
-            `applied`, and Delta - sent is the next error memory.
+            `applied`, and Delta - sent is the next error memory. None in a step of the
+            warm-up, which has `kept` and `norms` in its place.
         state: next state of the batch, tensors with leading dimension B.
         kept: the next error memory itself, where it is not Delta - sent (a restart that
             makes it equal on all workers).
+        norms: ||sent|| and ||Delta|| of the batch, where these are let go.
     """
 
     applied: LowRank | Tensor
-    sent: LowRank | Tensor
+    sent: LowRank | Tensor | None
     state: dict[str, Tensor]
     kept: Tensor | None = None
+    norms: tuple[Tensor, Tensor] | None = None
 
     def copied_out(self) -> Result:
         """Return the result without views of anything larger, which they would keep in
@@ -90,7 +94,8 @@ class Result:
         """
         state = {symbol: _copied_out(tensor) for symbol, tensor in self.state.items()}
         kept = None if self.kept is None else _copied_out(self.kept)
-        return Result(_copied_out(self.applied), _copied_out(self.sent), state, kept)
+        sent = None if self.sent is None else _copied_out(self.sent)
+        return Result(_copied_out(self.applied), sent, state, kept, self.norms)
 
 
 Part = TypeVar("Part", LowRank, Tensor, LowRank | Tensor)
@@ -173,6 +178,7 @@ class Context:
         seed: of the run, equal on all workers.
         rank: r of these matrices, already cut to min(m, n).
         restart: whether these matrices restart in this step.
+        warmup: whether they are averaged whole in this step; see `warmup`.
         variant: the compressor's `variant` for them, the same for all.
         wire_rounds: whether the wire dtype is narrower than the dtype of the
             computation.
@@ -191,6 +197,7 @@ class Context:
     seed: int
     rank: int
     restart: bool = False
+    warmup: bool = False
     variant: int = 0
     wire_rounds: bool = False
     m: int = 0
@@ -260,6 +267,11 @@ class Compressor(abc.ABC):
             times as much.
         whole_restarts: a restart sends the whole matrix, and its state serves every one
             of `error_feedback.rounds`.
+        follows_means: it has a warm start, and a step on means that are known anyway
+            gives it a basis for the next one (`warmup`); else the first step after the
+            warm-up is a restart.
+        warms_up: whether the warm-up averages its matrices whole; False for what is
+            exact by itself.
     """
 
     rank: PositiveInt = 4
@@ -276,6 +288,8 @@ class Compressor(abc.ABC):
     tracks: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
     whole_restarts: ClassVar[bool] = False
+    follows_means: ClassVar[bool] = False
+    warms_up: ClassVar[bool] = True
     # Not annotated: dataclass would give the settings of these names another place.
     restart_every = None  # type: int | None
     stagger = False
@@ -312,6 +326,21 @@ class Compressor(abc.ABC):
         protocol.
         """
 
+    def follow(
+        self, mean: Tensor, own: Tensor, state: State, context: Context
+    ) -> Generator[Request, Any, State]:
+        """Return the generator of the next state after a step that has averaged the
+        matrices whole.
+
+        Args:
+            mean: (B, m, n), or this rank's rows of it, equal on all workers.
+            own: what this worker sent of its own.
+            state, context: as in `step`.
+        """
+        if not self.follows_means:
+            return {}
+        return (yield from step_on_mean(self.step(Delta(mean), state, context))).state
+
     def initial_state(self, context: Context, m: int, n: int, like: Tensor) -> State:
         """Return the state before the first step: tensors of leading dimension B, in
         dtype and device of `like`; none unless a compressor has a state.
@@ -345,15 +374,18 @@ class Compressor(abc.ABC):
         """Count the elements of a step of this variant exactly."""
         return self.restart_elements(m, n, r) if restart else self.elements(m, n, r)
 
-    def schedule(self, costs: dict[str, int]) -> RestartSchedule | None:
+    def schedule(self, costs: dict[str, int], warmup_steps: int = 0) -> RestartSchedule | None:
         """Return when each parameter restarts; None for compressors without restarts.
 
         Args:
             costs: parameter name -> elements of its restart.
+            warmup_steps: in which nothing restarts.
         """
         if self.restart_every is None:
             return None
-        return staggered(self.restart_every, costs if self.stagger else {})
+        schedule = staggered(self.restart_every, costs if self.stagger else {})
+        tracked = warmup_steps > 0 and self.follows_means
+        return replace(schedule, first=warmup_steps, restarts_first=not tracked)
 
     def describe(self) -> dict[str, Any]:
         """Return plain settings by name, compared between workers at the first step

@@ -27,6 +27,9 @@ own gradient would give each another P, and R would be a mean of coordinates in
 different systems. The paper has no error feedback, and the default here is none: what
 is orthogonal to P is lost until the next refresh, and where noise dominates the
 gradient, for ever. That is GaLore's trap, which GoLore escapes (arXiv 2410.11289).
+
+It is not GaLore's optimizer, whose moments are l x r, projected too: the base optimizer
+here gets R P^T and keeps a state of full size. `ProjectedAdamW` is that optimizer.
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ class PowerSGD(Compressor):
     json_name = "powersgd"
     row_blocks = True
     projects = True
+    follows_means = True
 
     def elements(self, m: int, n: int, r: int) -> int:
         return self.power_iterations * r * (m + n)

@@ -8,6 +8,10 @@ chosen so that every step carries about the same number of restart bytes. The of
 are a function of the names and sizes alone, so all workers agree on them without
 communication.
 
+In a warm-up of k steps nothing restarts. Where bases have followed the means, the first
+compressed step, t = k, needs no restart either; else it is one, as t = 0 is without a
+warm-up.
+
 A restart that falls on a step in which no worker has a gradient for a matrix is
 deferred: it comes in the first later step in which some worker has one. Otherwise a
 weight with gradients in every other step only (alternating adapters, the experts of a
@@ -31,16 +35,22 @@ class RestartSchedule:
     Args:
         restart_every: tau, in steps.
         offsets: parameter name -> offset in [0, tau); absent means 0.
+        first: k, the first step that compresses.
+        restarts_first: whether all restart in it.
     """
 
     restart_every: int
     offsets: Mapping[str, int] = field(default_factory=dict)
+    first: int = 0
+    restarts_first: bool = True
 
     def due(self, name: str, t: int) -> bool:
-        """Return whether the parameter restarts at step t: t = 0, or (t + offset) mod
-        tau == 0.
+        """Return whether the parameter restarts at step t: t = k, where all do, or (t +
+        offset) mod tau == 0 and t >= k.
         """
-        return t == 0 or (t + self.offsets.get(name, 0)) % self.restart_every == 0
+        if t <= self.first and self.restarts_first:
+            return t == self.first
+        return t >= self.first and (t + self.offsets.get(name, 0)) % self.restart_every == 0
 
 
 def staggered(restart_every: int, costs: Mapping[str, int]) -> RestartSchedule:
@@ -112,10 +122,13 @@ def steady(schedule: RestartSchedule | None, name: str, t: int) -> RestartHistor
         >>> [steady(RestartSchedule(3), "a", t).age for t in range(1, 6)]
         [0, 1, 2, 0, 1]
     """
-    if schedule is None or t == 0:
+    if schedule is None or t <= schedule.first:
         return RestartHistory(0, t)
-    offset = schedule.offsets.get(name, 0)
-    # restarts after that of step 0
-    later = (t - 1 + offset) // schedule.restart_every
-    last = later * schedule.restart_every - offset if later else 0
-    return RestartHistory(1 + later, t - 1 - last)
+    tau, offset = schedule.restart_every, schedule.offsets.get(name, 0)
+    # restarts after that of the first compressed step
+    later = (t - 1 + offset) // tau - (schedule.first + offset) // tau
+    restarts = later + schedule.due(name, schedule.first)
+    if not restarts:
+        return RestartHistory(0, t)
+    last = (t - 1 + offset) // tau * tau - offset if later else schedule.first
+    return RestartHistory(restarts, t - 1 - last)

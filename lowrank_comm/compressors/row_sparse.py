@@ -36,6 +36,7 @@ class RowSparse(Compressor):
     """
 
     json_name = "row_sparse"
+    warms_up = False
     feedback: ClassVar[Form] = "none"  # type: ignore[misc]
 
     def elements(self, m: int, n: int, r: int) -> int:

@@ -24,6 +24,9 @@ _OTHER_NAMES = {
     "algorithm": "compressor",
     "method": "compressor",
     "error_memory": "error_feedback",
+    "start_powerSGD_iter": "warmup_steps",
+    "start_compress_step": "warmup_steps",
+    "warmup": "warmup_steps",
 }
 _OBJECTS = {"error_feedback": ErrorFeedback, "quantization": Quantization, "topology": Topology}
 _OTHER_COMPRESSORS = {

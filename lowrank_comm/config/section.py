@@ -1,6 +1,8 @@
 """What a section holds, and how it is checked.
 
 Example:
+    {}
+    {"preset": "small", "seed": 1}
     {"compressor": "powersgd_plus", "rank": 4, "restart_every": 200, "restart": "svd",
      "error_feedback": {"form": null, "rounds": 1, "dtype": null},
      "quantization": {"factors": null, "restart": null, "dense": "int8"},
@@ -8,12 +10,13 @@ Example:
      "rules": [{"match": "lm_head.*", "treatment": "dense"}], "seed": 0,
      "topology": {"shard_size": 1}}
 
-The keys are the common ones of `Section` and the options of the compressor that it
-names; types, bounds and defaults are those of the dataclasses (`options`). Unknown keys
-are errors that name the nearest valid one; so is a key that the chosen compressor does
-not have, since ignoring it would be a silent fallback. The string "auto" is a value of
-`restart` alone, whose default it is: Accelerate, which fills in such values in a
-DeepSpeed JSON, raises on one of ours, so leave it out there.
+A section that names no compressor is a preset (`config.presets`), "balanced" unless it
+names another. The keys are the common ones of `Section` and the options of the
+compressor that it names; types, bounds and defaults are those of the dataclasses
+(`options`). Unknown keys are errors that name the nearest valid one; so is a key that
+the chosen compressor does not have, since ignoring it would be a silent fallback. The
+string "auto" is a value of `restart` alone, whose default it is: Accelerate, which
+fills in such values in a DeepSpeed JSON, raises on one of ours, so leave it out there.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from lowrank_comm.communication.flat_buffers import WireDtype
 from lowrank_comm.communication.topology import Topology
 from lowrank_comm.compressors import REGISTRY, Compressor
 from lowrank_comm.config import hints
+from lowrank_comm.config.presets import PRESETS, UNKNOWN_LENGTH, Preset, expanded
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.errors import ConfigError, UnsupportedError
 from lowrank_comm.numerics.quantization import Quantization
@@ -49,6 +53,7 @@ from lowrank_comm.reduction.divergence import OnDivergence
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
 from lowrank_comm.reduction.skipped_steps import MAX_VETOES
+from lowrank_comm.reduction.warmup import WarmupSteps, WarmupWire
 
 SECTION = "lowrank_comm"
 
@@ -115,7 +120,9 @@ class Section(Strict):
     subclasses, which have the options of a compressor too.
 
     Args:
-        compressor: the algorithm; see docs/algorithms.md.
+        preset: settings to start from, "balanced", "small" or "paper"; null for
+            "balanced" where no compressor is named, else for none. Further keys win.
+        compressor: the algorithm, with its paper's settings; see docs/algorithms.md.
         enabled: false leaves the engine alone: nothing is compressed, gradients are
             averaged by the engine as without the section.
         rank: r of the factors; cut to min(m, n) matrix by matrix. What is then not
@@ -132,6 +139,11 @@ class Section(Strict):
         rules: exceptions by parameter name, for example {"match":
             "*.embed_tokens.weight", "treatment": "dense"}; the first match wins, and
             the plan names patterns without a match.
+        warmup_steps: the first steps, which average everything while bases follow the
+            means: a number, or a fraction below 1 of the run (at least 5 steps), where
+            its length is known.
+        warmup_wire: "bfloat16" or "int8" for what these steps send of matrices; what
+            that rounds off stays in the error memory. Null: as other steps.
         seed: of the random draws, equal on all workers.
         max_vetoes: after how many skipped steps in a row to raise on all ranks; null
             for never. With a loss scale s, which is lowered first, 2 log2(s) more.
@@ -144,6 +156,7 @@ class Section(Strict):
         topology: who is a worker: every rank, or the node.
     """
 
+    preset: Preset | None = None
     compressor: str = "powersgd_plus"
     # by a factory, as everything that is neither a number nor a word
     enabled: bool = Field(default_factory=lambda: True)
@@ -155,6 +168,8 @@ class Section(Strict):
     wire_dtype: WireDtype | None = None
     min_compression_rate: Rate = 2.0
     rules: Annotated[list[Annotated[Rule, _Object()]], _RULES] = Field(default_factory=list)
+    warmup_steps: WarmupSteps = 0
+    warmup_wire: WarmupWire = None
     seed: Seed = 0
     max_vetoes: PositiveInt | None = MAX_VETOES
     check_every: PositiveInt | None = None
@@ -178,6 +193,7 @@ class Section(Strict):
             UnsupportedError: a bidirectional method, whose section is another.
         """
         kind = algorithm_of(section)
+        section = expanded(section)
         if isinstance(kind, str):
             name = section["compressor"]
             if section.get("enabled") is False:
@@ -211,9 +227,18 @@ class Section(Strict):
         kind = REGISTRY[self.compressor]
         return kind(**{key: getattr(self, key) for key in kind.options()})
 
-    def reducer_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `Reducer` (and of `CompressedOptimizer`)."""
+    def reducer_options(self, training_steps: int | None = None) -> dict[str, Any]:
+        """Return the keyword arguments of `Reducer` (and of `CompressedOptimizer`) in a
+        run of so many optimizer steps, None if nobody knows that.
+        """
+        warmup_steps = self.warmup_steps
+        of_the_preset = PRESETS[self.preset].get("warmup_steps") if self.preset else None
+        if training_steps is None and of_the_preset and warmup_steps == of_the_preset:
+            warmup_steps = UNKNOWN_LENGTH
         return {
+            "warmup_steps": warmup_steps,
+            "warmup_wire": self.warmup_wire,
+            "training_steps": training_steps,
             "min_compression_rate": self.min_compression_rate,
             "rules": tuple(self.rules),
             "error_feedback": self.error_feedback,

@@ -26,12 +26,14 @@ Sources: Seide et al. 2014 (EF14); Richtarik, Sokolov, Fatkhullin, arXiv 2106.05
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, Result, State, Steps
+from lowrank_comm.compressors.requests import Request
 from lowrank_comm.error_feedback.options import ErrorFeedback
 from lowrank_comm.error_feedback.rounds import Around, Rounds, dense
 
@@ -102,6 +104,7 @@ class EF21(Around):
             x = torch.where(started, torch.lerp(state["v"], x, self.momentum), x)
             after |= {"v": x, "v_started": torch.ones_like(state["v_started"])}
         result: Result = yield from self.inner.step(Delta(x - state["y"]), inner, context)
+        assert result.sent is not None
         if self.shared:
             applied = sent = state["y"] + dense(result.applied)
             after["y"] = applied
@@ -110,3 +113,22 @@ class EF21(Around):
             applied = state["y_mean"] + dense(result.applied)
             after |= {"y": sent, "y_mean": applied}
         return Result(applied, sent, after | result.state)
+
+    def follow(
+        self, mean: Tensor, own: Tensor, state: State, context: Context
+    ) -> Generator[Request, Any, State]:
+        """After an average of whole matrices the estimates are what they estimate: y_i
+        <- x_i, y_bar <- mean of x_i, where v is an average over time of what y_bar
+        follows too. The inner compressor follows the change of y_bar.
+        """
+        inner = {symbol: tensor for symbol, tensor in state.items() if symbol not in self.symbols}
+        known = state["y"] if self.shared else state["y_mean"]
+        x, x_mean, after = own.clone(), mean.clone(), dict[str, Tensor]()
+        if self.momentum is not None:
+            started = state["v_started"] > 0
+            x = torch.where(started, torch.lerp(state["v"], x, self.momentum), x)
+            x_mean = torch.where(started, torch.lerp(known, x_mean, self.momentum), x_mean)
+            after = {"v": x, "v_started": torch.ones_like(state["v_started"])}
+        after |= {"y": x_mean} if self.shared else {"y": x.clone(), "y_mean": x_mean}
+        change = x_mean - known
+        return after | (yield from self.inner.follow(change, change, inner, context))

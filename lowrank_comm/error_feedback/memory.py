@@ -181,7 +181,7 @@ class ErrorMemory:
     def keep(
         self,
         delta: Tensor,
-        sent: LowRank | Tensor,
+        sent: LowRank | Tensor | None,
         kept: Tensor | None,
         rows: list[int] | None,
         t: int,
@@ -190,7 +190,7 @@ class ErrorMemory:
 
         Args:
             delta: (B', m, n), gradient plus error of this step; overwritten.
-            sent: this worker's contribution.
+            sent: this worker's contribution; None where `kept` is given.
             kept: the new error itself, or None.
             rows: which matrices of the batch these are, or None for all in order.
             t: step, for the draws of stochastic rounding.
@@ -204,6 +204,7 @@ class ErrorMemory:
                 torch.baddbmm(delta, sent.p, sent.q.mT, alpha=-1, out=self.tensor[at])
                 return
         if kept is None:
+            assert sent is not None
             if isinstance(sent, LowRank):
                 kept = delta.baddbmm_(sent.p, sent.q.mT, alpha=-1)
             else:

@@ -10,6 +10,7 @@ the whole matrix (GreedyLore's) leaves nothing to repeat, and serves all rounds.
 from __future__ import annotations
 
 import functools
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from lowrank_comm.compressors.base import Compressor, Context, Delta, LowRank, Result, State, Steps
+from lowrank_comm.compressors.known_means import step_on_mean
+from lowrank_comm.compressors.requests import Request
 
 
 def dense(part: LowRank | Tensor) -> Tensor:
@@ -74,6 +77,7 @@ class Rounds(Around):
         for k in range(self._rounds_of(context.restart)):
             own = _own_of_round(k, state)
             result: Result = yield from self.inner.step(Delta(rest), own, replace(context, round=k))
+            assert result.sent is not None
             kept |= result.kept is not None
             rest = rest - dense(result.sent) if result.kept is None else result.kept
             state_after |= _of_round(k, result.state)
@@ -83,8 +87,16 @@ class Rounds(Around):
             state_after |= _of_round(
                 k, {symbol: tensor.clone() for symbol, tensor in parts[0].state.items()}
             )
-        applied, sent = _sum([part.applied for part in parts]), _sum([part.sent for part in parts])
+        applied = _sum([part.applied for part in parts])
+        sent = _sum([part.sent for part in parts if part.sent is not None])
         return Result(applied, sent, state_after, kept=rest if kept else None)
+
+    def follow(
+        self, mean: Tensor, own: Tensor, state: State, context: Context
+    ) -> Generator[Request, Any, State]:
+        if not self.inner.follows_means:
+            return {}
+        return (yield from step_on_mean(self.step(Delta(mean), state, context))).state
 
 
 ROUND = "_round"

@@ -48,11 +48,13 @@ class Experiment(abc.ABC):
         name: on the command line, and of the page.
         title: heading of the page.
         Settings: schema of a preset's `settings:`.
+        paper: sentence at the top of the page that names the paper in question.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     Settings: ClassVar[type[BaseModel]]
+    paper: ClassVar[str] = "The paper is that of PowerSGD+, arXiv 2509.11254."
 
     @abc.abstractmethod
     def cases(self, settings: Any) -> list[Case]:

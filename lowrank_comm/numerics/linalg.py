@@ -36,6 +36,8 @@ from lowrank_comm.numerics.shapes_only import once_for_a_shape
 _SVD_ELEMENTS = 1 << 20
 # a float64 Gram matrix cannot resolve an angle below about sqrt(1e-16)
 _PIVOT_FLOOR = 1e-7
+# elements of which a norm is formed at once
+_NORM_OF = 1 << 22
 
 
 def or_one(x: Tensor) -> Tensor:
@@ -242,6 +244,22 @@ def leading_left_singular_vectors(d: Tensor, r: int) -> Tensor:
         return torch.cat([leading_left_vectors(part, r) for part in parts])
     except torch.linalg.LinAlgError:
         return torch.full((*d.shape[:-1], r), torch.nan, dtype=d.dtype, device=d.device)
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """Return the norm of all numbers, formed in float64, of which torch makes a copy
+    first: of large tensors part by part.
+    """
+    return _norm_in_parts(tensor, _NORM_OF)
+
+
+@once_for_a_shape
+def _norm_in_parts(tensor: Tensor, most: int) -> Tensor:
+    """Return the norm, formed of at most so many elements at once."""
+    if tensor.numel() <= most:
+        return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    parts = tensor.reshape(-1).split(most)
+    return torch.linalg.vector_norm(torch.stack([_norm_in_parts(part, most) for part in parts]))
 
 
 def largest_magnitude(x: Tensor) -> Tensor:

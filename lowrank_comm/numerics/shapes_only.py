@@ -59,8 +59,8 @@ class ShapesOnly:
 
     def __init__(self) -> None:
         self.held = self.peak = 0
-        # function and arguments -> bytes that it took beside its result, and that
-        self.known: dict[Any, tuple[int, torch.Size]] = {}
+        # function and arguments -> bytes that it took, and its result's shape and dtype
+        self.known: dict[Any, tuple[int, torch.Size, torch.dtype]] = {}
         # of a storage's object -> its address, as if memory were never used again
         self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._addresses = itertools.count(1 << 12, 1 << 48)
@@ -121,12 +121,12 @@ def once_for_a_shape(function: Callable[[Tensor, int], Tensor]) -> Callable[[Ten
         if key not in meter.known:
             peak, before = meter.peak, meter.start()
             result = function(tensor, number)
-            meter.known[key] = (meter.peak - before, result.shape)
+            meter.known[key] = (meter.peak - before, result.shape, result.dtype)
             meter.peak = max(peak, meter.peak)
             return result
-        needs, shape = meter.known[key]
+        needs, shape, dtype = meter.known[key]
         meter.take(needs)
-        return tensor.new_empty(shape)
+        return tensor.new_empty(shape, dtype=dtype)
 
     return call
 

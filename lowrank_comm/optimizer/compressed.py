@@ -60,6 +60,7 @@ from lowrank_comm.optimizer.wrapper import OptimizerWrapper, parameters_of, refu
 from lowrank_comm.options import Positive, PositiveInt, check
 from lowrank_comm.reduction.divergence import DivergenceCheck
 from lowrank_comm.reduction.gradients import separate_from_parameters
+from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.plan import Plan
 from lowrank_comm.reduction.policy import Rule
 from lowrank_comm.reduction.reducer import Reducer
@@ -106,7 +107,14 @@ class CompressedOptimizer(OptimizerWrapper):
         overlap: start compressing a bucket of parameters while the backward pass goes
             on; for a plain model and DDP, with reduce_at="backward".
         bucket_cap_mb: size of such a bucket, in MB of gradients, and of the pieces in
-            which restarts send whole matrices; one larger matrix is a piece alone.
+            which restarts and the warm-up send whole matrices; one larger matrix is a
+            piece alone.
+        warmup_steps: the first steps, which average everything while bases follow the
+            means: a number, or a fraction below 1 of the run (at least 5 steps).
+        warmup_wire: "bfloat16" or "int8" for what these steps send of matrices; what
+            that rounds off stays in the error memory. None: as other steps.
+        training_steps: optimizer steps of the whole run, of which `warmup_steps` may be
+            a fraction; engines that know them tell `attach`.
         max_vetoes: after how many skipped steps in a row to raise on all workers; None
             for never. With a GradScaler, which lowers its scale s first, 2 log2(s)
             more.
@@ -165,6 +173,9 @@ class CompressedOptimizer(OptimizerWrapper):
         max_vetoes: int | None = MAX_VETOES,
         check_every: int | None = None,
         on_divergence: str = "error",
+        warmup_steps: int | float = 0,
+        warmup_wire: str | None = None,
+        training_steps: int | None = None,
     ) -> None:
         super().__init__(optimizer, "optimizer")
         if not isinstance(compressor, Compressor):
@@ -190,7 +201,8 @@ class CompressedOptimizer(OptimizerWrapper):
             raise ConfigError(
                 'overlap=True works at the end of backward only; leave reduce_at="step" out.'
             )
-        make = functools.partial(
+        self._training_steps = training_steps
+        make_reducer = functools.partial(
             Reducer,
             compressor=compressor,
             min_compression_rate=min_compression_rate,
@@ -202,7 +214,13 @@ class CompressedOptimizer(OptimizerWrapper):
             initial_basis=initial_basis,
             bucket_bytes=int(bucket_cap_mb * 1e6) if overlap else None,
             piece_bytes=int(bucket_cap_mb * 1e6),
+            warmup_steps=warmup_steps,
+            warmup_wire=warmup_wire,
         )
+
+        def make(slots: Sequence[ParamInfo], **keywords: Any) -> Reducer:
+            return make_reducer(slots, training_steps=self._training_steps, **keywords)
+
         # not by assignment, which would reach a base that has attributes of these names
         vars(self).update(compressor=compressor, max_grad_norm=max_grad_norm)
         self._told_plan = False
@@ -248,7 +266,8 @@ class CompressedOptimizer(OptimizerWrapper):
             base: the base optimizer.
             section: see `config`.
             keywords: of the constructor, for what JSON cannot hold; they win over the
-                section.
+                section. With `training_steps` the warm-up of a preset is a part of the
+                run.
 
         Returns:
             The optimizer; a `BidirectionalOptimizer` where the section names a
@@ -269,12 +288,13 @@ class CompressedOptimizer(OptimizerWrapper):
         """
         kind = algorithm_of(section)
         if isinstance(kind, str):
+            keywords.pop("training_steps", None)
             return pkgutil.resolve_name(kind).from_config(base, section, **keywords)
         parsed = Section.parse(section)
         if not parsed.enabled:
             return leave_alone(base)
         options = {
-            **parsed.reducer_options(),
+            **parsed.reducer_options(keywords.get("training_steps")),
             "shard_scope": parsed.topology.shard_scope,
             "max_vetoes": parsed.max_vetoes,
             "check_every": parsed.check_every,
@@ -296,6 +316,7 @@ class CompressedOptimizer(OptimizerWrapper):
         scaler: Any = None,
         is_last_backward: Callable[[], bool] | None = None,
         in_use: Callable[[], bool] | None = None,
+        training_steps: int | None = None,
     ) -> Plan:
         """Connect to the engine that runs the model, take the parameters' names from
         it, and print the plan on rank 0.
@@ -315,6 +336,8 @@ class CompressedOptimizer(OptimizerWrapper):
                 end of the last one, for a plain model too.
             in_use: for such loops, too: whether the loop has not ended. Another
                 optimizer may take the model over when it has.
+            training_steps: optimizer steps of the whole run, where the loop knows them
+                and the constructor was not told.
 
         Returns:
             What was found, what goes low-rank and what dense, bytes a step, memory.
@@ -331,6 +354,8 @@ class CompressedOptimizer(OptimizerWrapper):
                 " step(), as Accelerate and Trainer do; leave reduce_at out. (is_last_backward says"
                 " when a backward pass is the last one of its step.)"
             )
+        if self._training_steps is None:
+            self._training_steps = training_steps
         attachment, wrapper = self._attachment, wrapper_of(model)
         left_out = attachment.check_model(model, wrapper)
         if self.max_grad_norm is not None and kept_local(model):

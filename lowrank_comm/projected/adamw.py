@@ -4,23 +4,31 @@ Source: GaLore (Zhao et al.; arXiv 2403.03507), GoLore (He, Li, Hu et al.; arXiv
 2410.11289). With P on the side of the columns and R the mean over the workers of g_i P
 (l x r), step k is
 
-    refresh:  T = P_old^T P_new;  M <- M T;  S <- S moved as told below
+    refresh:  T = P_old^T P_new;  M and S are carried over as told below
     M  <- b1 M + (1 - b1) R
     S  <- b2 S + (1 - b2) R^2
     M^ =  M / (1 - b1^k);  S^ = S / (1 - b2^k)
     W  <- W - lr alpha [ M^ / (sqrt(S^) + eps) ] P^T - lr wd W
 
 M are coordinates of a matrix in the full space, M P_old^T, and M T are those of the
-nearest matrix in the new subspace. The variances S do not transform like that.
-`second_moment` says what becomes of them at a refresh:
+nearest matrix in the new subspace: `first_moment="rotate"`, M <- M T. With "keep" M
+stays as it is, by position: numbers of the old columns of P count for the new ones.
+
+The variances S do not transform like that. `second_moment` says what becomes of them at
+a refresh:
 
     "rotate"  S_j <- sum_i S_i T_ij^2 + (1 - sum_i T_ij^2) mean_i S_i. This is exact if
               the coordinates are uncorrelated; the share of a new direction that lies
               outside of the old subspace gets the row's mean. S stays >= 0.
-    "keep"    S stays as it is, by position, as in GaLore's published code.
+    "keep"    S stays as it is, by position.
     "reset"   S <- 0, with its own count of steps for the bias correction. The updates
               grow to full size over WARM_UP steps, since a quotient by a single R^2 is
               noise.
+
+GaLore's published optimizer (galore_torch's `AdamW`, github.com/jiaweizzhao/GaLore) is
+`first_moment="keep", second_moment="keep"`, but for two conventions: it adds eps to the
+root of S before the bias correction and not after it, and takes the decay of the
+weights after the step. docs/memory_efficient.md has its settings beside those here.
 """
 
 from __future__ import annotations
@@ -38,6 +46,7 @@ from lowrank_comm.projected.checks import BelowOne, NonNegative, check_number
 from lowrank_comm.projected.optimizer import ProjectedOptimizer, SharedOptions
 from lowrank_comm.projected.update import step_number
 
+FirstMoment = Literal["rotate", "keep"]
 SecondMoment = Literal["rotate", "keep", "reset"]
 WARM_UP = 10
 
@@ -61,7 +70,8 @@ class ProjectedAdamW(ProjectedOptimizer):
         projection: "galore" (singular vectors of the mean gradient) or "golore"
             (random, no bytes).
         galore_until: for "golore", in steps: refreshes before it are GaLore's.
-        second_moment: "rotate", "keep" or "reset"; see the module's text.
+        first_moment: "rotate" or "keep", see the module's text.
+        second_moment: "rotate", "keep" or "reset"; see there.
         scale: alpha, of projected updates; GaLore's recipes have 0.25.
         side: of P, "short" (the papers' code) or "long" (fewer bytes, less state, a
             smaller share for random subspaces).
@@ -103,6 +113,7 @@ class ProjectedAdamW(ProjectedOptimizer):
         rank: int | None = 128,
         restart_every: int = 200,
         *,
+        first_moment: FirstMoment = "rotate",
         second_moment: SecondMoment = "rotate",
         scale: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -110,7 +121,7 @@ class ProjectedAdamW(ProjectedOptimizer):
         weight_decay: float = 0.01,
         **shared: Unpack[SharedOptions],
     ) -> None:
-        rule = AdamWRule(second_moment)
+        rule = AdamWRule(first_moment, second_moment)
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "rank": rank, "scale": scale}
         super().__init__(params, rule, restart_every, defaults, **shared)
@@ -121,9 +132,10 @@ class AdamWRule:
     """AdamW on gradients or their coordinates; see the module's text.
 
     Args:
-        second_moment: see `ProjectedAdamW`.
+        first_moment, second_moment: see `ProjectedAdamW`.
     """
 
+    first_moment: FirstMoment = "rotate"
     second_moment: SecondMoment = "rotate"
 
     def __post_init__(self) -> None:
@@ -149,7 +161,8 @@ class AdamWRule:
         }
 
     def move(self, state: dict[str, Tensor], overlap: Tensor) -> None:
-        state["exp_avg"] = state["exp_avg"] @ overlap
+        if self.first_moment == "rotate":
+            state["exp_avg"] = state["exp_avg"] @ overlap
         if self.second_moment == "rotate":
             shares, old = overlap.square(), state["exp_avg_sq"]
             outside = (1.0 - shares.sum(dim=0)).clamp_(min=0.0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_comm.communication.driver import Flight
 from lowrank_comm.communication.quantized_mean import Noise
 from lowrank_comm.compressors.base import Context, Delta, Result
+from lowrank_comm.compressors.warmup import warmup_step
 from lowrank_comm.error_feedback.memory import places
 from lowrank_comm.numerics.randomness import uniform
 from lowrank_comm.reduction.batches import Batch, copy_to
@@ -60,6 +61,8 @@ class Job:
         if rows is not None:
             at = places(rows, batch.device)
             state = {symbol: tensor[at] for symbol, tensor in state.items()}
+        if self.context.warmup:
+            return warmup_step(batch.compressor, self.delta, state, self.context)
         return batch.compressor.step(self.delta, state, self.context)
 
     def start_deferred(self, bucket: Bucket, grads: Sequence[Tensor | None], scale: float) -> Steps:
@@ -160,6 +163,7 @@ class BucketPass:
         whole matrices than fit into one piece.
         """
         t = self._state.step
+        warmup = t < self._state.warmup.length and batch.compressor.warms_up
         kinds: dict[tuple[bool, bool, int], list[int]] = {}
         for (restart, history), rows in self._state.restarts.histories(batch.names, t).items():
             variant = batch.compressor.variant(history, restart)
@@ -167,7 +171,7 @@ class BucketPass:
         jobs = []
         # one order on all workers, whichever row came first
         for (deferred, restart, variant), rows in sorted(kinds.items()):
-            whole = self._whole_matrix_bytes(batch, variant, restart)
+            whole = self._whole_matrix_bytes(batch, variant, restart, warmup)
             together = max(1, self._wire.room.bytes // whole) if whole else len(rows)
             for start in range(0, len(rows), together):
                 some = sorted(rows)[start : start + together]
@@ -176,6 +180,7 @@ class BucketPass:
                     batch.context if all_of_it else batch.context.only(some),
                     t=t,
                     restart=restart,
+                    warmup=warmup,
                     variant=variant,
                     worker=rank,
                     workers=size,
@@ -185,13 +190,15 @@ class BucketPass:
                 jobs.append(Job(batch, given, context, deferred, piece))
         return jobs
 
-    def _whole_matrix_bytes(self, batch: Batch, variant: int, restart: bool) -> int:
-        """Return the bytes of a matrix of the batch if this step sends it whole, as a
-        restart may; else 0. The same on all ranks.
+    def _whole_matrix_bytes(self, batch: Batch, variant: int, restart: bool, warmup: bool) -> int:
+        """Return the bytes of a matrix of the batch if this step sends it whole, as the
+        warm-up does, and a restart may; else 0. The same on all ranks.
         """
         context = batch.context
         m, n = context.m or batch.m, batch.n
-        sent = batch.compressor.elements_in(m, n, context.rank, variant, restart) if restart else 0
+        sent = m * n if warmup else 0
+        if restart:
+            sent = batch.compressor.elements_in(m, n, context.rank, variant, restart)
         return m * n * batch.dtype.itemsize if sent >= m * n else 0
 
     def decode(self, grads: list[Tensor | None]) -> dict[int, bool]:
@@ -254,7 +261,8 @@ def _rows_of_result(result: Result, rows: slice | Tensor) -> Result:
     """Return the result of some matrices of a batch."""
     return Result(
         result.applied[rows],
-        result.sent[rows],
+        None if result.sent is None else result.sent[rows],
         {symbol: tensor[rows] for symbol, tensor in result.state.items()},
         None if result.kept is None else result.kept[rows],
+        result.norms,
     )

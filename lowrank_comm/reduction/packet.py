@@ -53,7 +53,8 @@ class Packet:
             if isinstance(request, Mean):
                 format = FORMATS[request.codes] if request.codes else wire.formats.get(request.kind)
                 tensor = self._shares[k].tensor if k in self._shares else request.tensor
-                self._entries[k] = Entry(tensor, request.kind, format=format)
+                dtype = wire.dtypes.get(request.kind)
+                self._entries[k] = Entry(tensor, request.kind, format=format, wire=dtype)
             elif isinstance(request, Gather):
                 self._entries[k] = Entry(request.tensor, request.kind, gathered=True)
             else:

@@ -18,6 +18,7 @@ from lowrank_comm.compressors.base import Result
 from lowrank_comm.compressors.requests import Request
 from lowrank_comm.numerics.quantization import Format, Quantization
 from lowrank_comm.reduction.intra_node_requests import IntraNodeRequests
+from lowrank_comm.reduction.warmup import KIND, Warmup
 
 PIECE_BYTES = 25_000_000
 """Of whole matrices that are on their way at once, unless told otherwise."""
@@ -69,10 +70,12 @@ class Wire:
         dtype: on the wire, or None for each tensor's own.
         quantization: what is sent quantized.
         piece_bytes: of whole matrices that may be on their way at once.
+        warmup: how its steps send matrices.
 
     Attributes:
         room: for these.
         formats: the ledger's kind -> format of averages that are sent quantized.
+        dtypes: the ledger's kind -> dtype on the wire, where it is another one.
         in_the_node: the requests that the ranks of a node answer together.
     """
 
@@ -82,9 +85,16 @@ class Wire:
         dtype: torch.dtype | None,
         quantization: Quantization | None = None,
         piece_bytes: int = PIECE_BYTES,
+        warmup: Warmup | None = None,
     ) -> None:
         self.workers, self.dtype, self.room = workers, dtype, Room(piece_bytes)
-        self.formats: Mapping[str, Format] = quantization.formats if quantization else {}
+        formats: dict[str, Format] = quantization.formats if quantization else {}
+        self.dtypes: Mapping[str, torch.dtype] = {}
+        if warmup is not None and warmup.format is not None:
+            formats = {**formats, KIND: warmup.format}
+        elif warmup is not None and warmup.dtype is not None:
+            self.dtypes = {KIND: warmup.dtype}
+        self.formats: Mapping[str, Format] = formats
         self.in_the_node = IntraNodeRequests(workers)
 
     def rounds(self, dtype: torch.dtype) -> bool:

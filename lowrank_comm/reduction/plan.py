@@ -34,10 +34,11 @@ class PlanRow:
     """One parameter of the plan: its treatment, its rank, what an ordinary step and one
     with a restart send, and why.
 
-    `uncompressed_bytes`: of its gradient, in its own dtype. `plain_bytes`: what an
-    ordinary step would send if nothing were quantized or sent row by row. `restart`:
-    the rule by which it restarts, where there are several, and what decides that; of
-    the largest block, where a node holds it in blocks.
+    `uncompressed_bytes`: of its gradient, in its own dtype. `warmup_bytes`: what a step
+    of the warm-up sends. `plain_bytes`: what an ordinary step would send if nothing
+    were quantized or sent row by row. `restart`: the rule by which it restarts, where
+    there are several, and what decides that; of the largest block, where a node holds
+    it in blocks.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PlanRow:
     uncompressed_bytes: int
     bytes: float
     restart_bytes: float
+    warmup_bytes: float
     plain_bytes: float
     restart: tuple[str, str]
     reason: str
@@ -68,6 +70,7 @@ class Plan:
         compressor: its settings as text.
         workers: number of workers.
         restart_every: tau, or None.
+        warmup_steps: k of the warm-up, whose bytes are in no average; 0 without one.
         error_bytes: of the error memory on this rank, and of what EF21 keeps in its
             place.
         errors_on_host: whether it lies in the host's memory, in the place of the
@@ -87,6 +90,7 @@ class Plan:
     compressor: str
     workers: int
     restart_every: int | None
+    warmup_steps: int
     error_bytes: int
     errors_on_host: bool
     rehearsal: Rehearsal = field(repr=False, compare=False)
@@ -122,6 +126,11 @@ class Plan:
         return sum(row.restart_bytes for row in self.rows)
 
     @property
+    def warmup_bytes(self) -> float:
+        """Payload of a step of the warm-up."""
+        return sum(row.warmup_bytes for row in self.rows)
+
+    @property
     def uncompressed_bytes(self) -> int:
         """What an uncompressed all-reduce of the gradients carries, in their own
         dtypes.
@@ -153,6 +162,7 @@ class Plan:
             *self._of_other_schemes(other),
             f"  whole model: {human_bytes(full)} -> {human_bytes(self.step_bytes)} an ordinary"
             f" step{_times(full, self.step_bytes)}{restarts}{coded}",
+            *self._of_warmup(),
             self._of_memory(),
         ]
         lines += [*self._of_restarts(low), *self._cap(dense)]
@@ -191,6 +201,16 @@ class Plan:
             )
         return lines
 
+    def _of_warmup(self) -> list[str]:
+        """Return the line about the warm-up."""
+        if not self.warmup_steps:
+            return []
+        sent = self.warmup_bytes
+        return [
+            f"  warm-up:  {counted(self.warmup_steps, 'step')} first, which average everything:"
+            f" {human_bytes(sent)} a step{_times(self.uncompressed_bytes, sent)}"
+        ]
+
     def _of_restarts(self, low: Sequence[PlanRow]) -> list[str]:
         """Return the line about restarts: which rule was chosen for how many matrices
         and why, and what such a step sends.
@@ -222,13 +242,15 @@ class Plan:
         # a compressor that reads numbers otherwise than by a request
         except Exception as error:
             return f"{kept}; what a step needs beside is not known: {error!r}"
-        most = max(needs.step, needs.restart, needs.save, needs.load)
+        most = needs.most
         phases = [
             f"{human_bytes(needs.between)} between steps",
             f"at most {human_bytes(needs.step)} in an ordinary step",
         ]
         if self.restart_every:
             phases.append(f"{human_bytes(needs.restart)} in one that restarts all matrices")
+        if self.warmup_steps:
+            phases.append(f"{human_bytes(needs.warmup)} in one of the warm-up")
         phases += [f"{human_bytes(needs.save)} in a save", f"{human_bytes(needs.load)} in a load"]
         total = f"in all {human_bytes(self.error_bytes + most)} of this library's"
         if self.errors_on_host:
@@ -305,7 +327,7 @@ def make_plan(
     intra_node, count = workers.intra_node, workers.group.size
     # of all blocks of a parameter in this node; `treatments` are of this rank's block
     of_the_node = [assignment.of_the_node(slot) for slot in slots]
-    schedule = state.restarts.schedule
+    schedule, warmup = state.restarts.schedule, state.warmup
 
     def in_a_restart(treatment: Treatment) -> int:
         if not treatment.low_rank:
@@ -331,6 +353,10 @@ def make_plan(
             sent = (factors.bytes(elements) if factors else sent) * gathered
             in_restart = (of_restarts.bytes(restart) if of_restarts else in_restart) * gathered
             plain *= gathered
+        in_warmup = sent
+        if largest.batched and assignment.compressor_for(largest)[0].warms_up:
+            size = (warmup.dtype or wire_dtype or slot.compute_dtype).itemsize
+            in_warmup = float(sum(warmup.bytes(part.m * part.n, size) for part in parts))
         return PlanRow(
             slot.name,
             shape,
@@ -340,6 +366,7 @@ def make_plan(
             math.prod(shape) * slot.dtype.itemsize,
             sent,
             in_restart,
+            in_warmup,
             plain,
             compressor.restart_rule(largest.m, largest.n) if largest.low_rank else ("", ""),
             largest.reason,
@@ -364,6 +391,7 @@ def make_plan(
         f"{compressor.json_name} ({settings})",
         count,
         schedule.restart_every if schedule else None,
+        warmup.length,
         state.error_bytes,
         any(batch.memory.kept and batch.memory.on_host for batch in batches),
         rehearsal,

@@ -42,7 +42,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -71,6 +71,7 @@ from lowrank_comm.reduction.rehearsal import Checkpoints, Rehearsal
 from lowrank_comm.reduction.report import PassRecord, StepReport
 from lowrank_comm.reduction.row_scatter import RowScatter
 from lowrank_comm.reduction.state import CompressionState
+from lowrank_comm.reduction.warmup import Warmup
 
 __all__ = ["Outcome", "ParamInfo", "Reducer"]
 
@@ -123,8 +124,10 @@ class Reducer:
         intra_node: the ranks of this node; None where each rank is a worker.
         bucket_bytes: size of the buckets that may start during backward; None for one
             bucket of all parameters.
-        piece_bytes: of whole matrices that are on their way at once, where restarts
-            send them.
+        piece_bytes: of whole matrices that are on their way at once, where restarts and
+            the warm-up send them.
+        warmup_steps, warmup_wire, training_steps: the first steps, which average
+            everything; see `warmup.Warmup`.
 
     Attributes:
         workers: who takes part.
@@ -159,6 +162,9 @@ class Reducer:
         intra_node: IntraNodeGroup | None = None,
         bucket_bytes: int | None = None,
         piece_bytes: int = PIECE_BYTES,
+        warmup_steps: int | float = 0,
+        warmup_wire: str | None = None,
+        training_steps: int | None = None,
     ) -> None:
         # of the same settings, for a rehearsal
         self._alike = functools.partial(
@@ -172,7 +178,12 @@ class Reducer:
             seed=seed,
             bucket_bytes=bucket_bytes,
             piece_bytes=piece_bytes,
+            warmup_wire=warmup_wire,
         )
+        warmup = Warmup(warmup_steps, warmup_wire, training_steps)
+        if not slots and training_steps is None:
+            # settings are being checked, and nothing depends on how long the run is
+            warmup = replace(warmup, training_steps=1)
         self._rehearsals: dict[tuple[RowScatter | None, Checkpoints], Rehearsal] = {}
         self._wire_name, wire = wire_dtype, wire_dtype_called(wire_dtype)
         check("seed", seed, Seed)
@@ -189,10 +200,22 @@ class Reducer:
             self.workers.intra_node,
             seed,
         )
+        if warmup.format is not None and not self.assignment.error_feedback.keeps_errors:
+            raise ConfigError(
+                f'warmup_wire="{warmup.wire}" needs an error memory for what it rounds off, which'
+                f' error_feedback.form="{self.assignment.error_feedback.form}" does not have; use'
+                ' warmup_wire="bfloat16", leave it out, or use error_feedback.form="ef14".'
+            )
         self.state = CompressionState(
-            self.slots, self.assignment, self.workers, seed, initial_basis or {}, bucket_bytes
+            self.slots,
+            self.assignment,
+            self.workers,
+            seed,
+            initial_basis or {},
+            bucket_bytes,
+            warmup,
         )
-        self._wire = Wire(self.workers, wire, self.assignment.quantization, piece_bytes)
+        self._wire = Wire(self.workers, wire, self.assignment.quantization, piece_bytes, warmup)
         self.ledger = Ledger()
         self.further_settings: Callable[[bool], dict[str, Any]] | None = None
         self.base_steps: Callable[[], int | None] = lambda: None
@@ -498,6 +521,8 @@ class Reducer:
             "wire_dtype": self._wire_name,
             "piece_bytes": self.piece_bytes,
             "shards": ranks,
+            "warmup_steps": self.state.warmup.length,
+            "warmup_wire": self.state.warmup.wire,
             **self.state.describe(),
         }
 
@@ -520,7 +545,9 @@ class Reducer:
         """
         rehearsal = self._rehearsals.get((rows, checkpoints))
         if rehearsal is None:
-            rehearsal = Rehearsal(self._alike, self.slots, self.workers, rows, checkpoints)
+            wire = self.state.warmup.wire
+            warmup = {"warmup_steps": 1, "warmup_wire": wire} if self.state.warmup.length else {}
+            rehearsal = Rehearsal(self._alike, self.slots, self.workers, rows, checkpoints, warmup)
             self._rehearsals[rows, checkpoints] = rehearsal
         return make_plan(self.state, self.workers, self._wire.dtype, rehearsal)
 

@@ -3,8 +3,8 @@
 The reducer's own code runs, on tensors without numbers (`numerics.shapes_only`) and
 with workers of whom nothing comes: a step that restarts all matrices, as the first
 does; two ordinary ones, the second of which begins with what the first leaves; a save,
-and a load. So whatever a step does, its memory is known, and no formula has to follow
-the code.
+and a load; and a step of the warm-up, if there is one. So whatever a step does, its
+memory is known, and no formula has to follow the code.
 
 What is rehearsed goes well: every gradient is there, no basis has lost a direction, no
 worker vetoes. Counted is what this library holds on one rank beside the error memory:
@@ -39,6 +39,7 @@ class Needs:
         between: steps, at all times: bases, and on a CPU room for Delta.
         step: in an ordinary step.
         restart: in a step that restarts all matrices.
+        warmup: in a step of the warm-up; 0 without one.
         save: while the state is consolidated, and its tensors are taken one by one.
         load: while the state is restored, beside what is read.
     """
@@ -46,8 +47,14 @@ class Needs:
     between: int
     step: int
     restart: int
+    warmup: int
     save: int
     load: int
+
+    @property
+    def most(self) -> int:
+        """In whatever needs most."""
+        return max(self.step, self.restart, self.warmup, self.save, self.load)
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class Rehearsal:
         rows: what cuts whole gradients into the slots' blocks; None where the engine
             does.
         checkpoints: what they do.
+        warmup: options of `make` for one step of the warm-up; none without one.
     """
 
     def __init__(
@@ -102,7 +110,9 @@ class Rehearsal:
         workers: Workers,
         rows: RowScatter | None,
         checkpoints: Checkpoints,
+        warmup: Mapping[str, Any],
     ) -> None:
+        self._warmup = warmup
         group, node = workers.group, workers.intra_node
         self._make, self._checkpoints = make, checkpoints
         self._group = PretendedGroup(group.size, group.rank)
@@ -123,14 +133,15 @@ class Rehearsal:
             return self._run(meter)
 
     def _run(self, meter: ShapesOnly) -> Needs:
-        reducer = self._make(self._slots, group=self._group, intra_node=self._node)
-        state, checkpoints = reducer.state, self._checkpoints
+        make = functools.partial(self._make, self._slots, group=self._group, intra_node=self._node)
+        reducer, checkpoints = make(), self._checkpoints
+        state = reducer.state
         cut = None if self._whole is None else RowScatter(self._whole, self._node)
         whole = self._slots if self._whole is None else self._whole
         gradients = [torch.empty(slot.shape, dtype=slot.dtype) for slot in whole]
         not_ours = state.error_bytes + sum(gradient.nbytes for gradient in gradients)
 
-        def step() -> int:
+        def step(reducer: Any) -> int:
             meter.start()
             # nobody is asked
             reducer.workers.agreed = True
@@ -143,10 +154,10 @@ class Rehearsal:
             reducer.commit()
             return meter.peak - not_ours
 
-        restart = step()
+        restart = step(reducer)
         state.restarts.schedule = None
-        step()
-        ordinary = step()
+        step(reducer)
+        ordinary = step(reducer)
         between = meter.start() - not_ours
         # of the error memory, before it changes
         state.last_report()
@@ -155,10 +166,15 @@ class Rehearsal:
         checkpoints.save(reducer)
         save = meter.peak - not_ours
         read = checkpoints.read(reducer)
-        not_ours += sum(tensor.nbytes for parts in read.values() for tensor in parts.values())
+        read_bytes = sum(tensor.nbytes for parts in read.values() for tensor in parts.values())
         meter.start()
         checkpoints.load(reducer, read)
-        return Needs(between, ordinary, restart, save, meter.peak - not_ours)
+        load = meter.peak - not_ours - read_bytes
+        warmup = 0
+        if self._warmup:
+            del reducer, state, read
+            warmup = step(make(**self._warmup))
+        return Needs(between, ordinary, restart, warmup, save, load)
 
     def __getstate__(self) -> dict[str, Needs]:
         """Take what was found along, and not the run."""

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from lowrank_comm.communication.ledger import PassStats, ratio_of
 from lowrank_comm.compressors.base import LowRank, Result
+from lowrank_comm.numerics.linalg import norm
 from lowrank_comm.reduction.batches import Batch
-
-# elements of which a norm is formed at once
-NORM_OF = 1 << 22
 
 
 @dataclass
@@ -102,13 +100,17 @@ class PassRecord:
         # what is applied is an estimate, of which only the change was sent
         if batch.compressor.tracks:
             return
+        if result.norms is not None:
+            self.parts.append(_Part(batch, rows, *result.norms))
+            return
         projects = batch.compressor.projects and batch.context.m == batch.m
+        assert result.sent is not None
         if not isinstance(result.sent, LowRank):
-            sent = _norm_of(result.sent)
+            sent = norm(result.sent)
         else:
             sent = result.sent.q if projects else _norm_of_product(result.sent)
         follows = projects and result.kept is None and batch.memory.kept
-        self.parts.append(_Part(batch, rows, sent, None if follows else _norm_of(delta)))
+        self.parts.append(_Part(batch, rows, sent, None if follows else norm(delta)))
 
     def report(self, batches: Sequence[Batch]) -> StepReport:
         """Return the report, made once."""
@@ -117,7 +119,7 @@ class PassRecord:
             or self._made.applied != self.applied
             or len(self._made.seconds) != len(self.stats.seconds)
         ):
-            captured, norm = self._energy(batches)
+            captured, kept = self._energy(batches)
             self._made = StepReport(
                 self.step,
                 self.applied,
@@ -126,7 +128,7 @@ class PassRecord:
                 self.uncompressed_bytes,
                 self.restarts if self.applied else 0,
                 captured,
-                norm,
+                kept,
                 dict(self.stats.seconds),
                 dict(self.stats.inside),
                 self.stats.surplus,
@@ -143,20 +145,20 @@ class PassRecord:
         neither holds, nor of other schemes: there the norms are formed when the step is
         committed.
         """
-        kept = [_norm_of(batch.memory.tensor) for batch in batches if batch.memory.kept]
+        kept = [norm(batch.memory.tensor) for batch in batches if batch.memory.kept]
         parts = self.parts if self.applied else []
         squares = iter(
             _squares([*kept, *(part.sent_norm for part in parts), *(p.rest_norm for p in parts)])
         )
-        norm = sum(itertools.islice(squares, len(kept))) ** 0.5 if kept else None
+        left = sum(itertools.islice(squares, len(kept))) ** 0.5 if kept else None
         if not parts:
-            return None, norm
+            return None, left
         sent = list(itertools.islice(squares, len(parts)))
         given = sum(
             rest + (own if part.follows else 0.0)
             for part, own, rest in zip(parts, sent, squares, strict=True)
         )
-        return (sum(sent) / given if given > 0 else None), norm
+        return (sum(sent) / given if given > 0 else None), left
 
 
 @dataclass
@@ -178,7 +180,7 @@ class _Part:
     @property
     def sent_norm(self) -> Tensor:
         """||sent||."""
-        return _norm_of(self.sent)
+        return norm(self.sent)
 
     @property
     def rest_norm(self) -> Tensor:
@@ -186,7 +188,7 @@ class _Part:
         if self.delta_norm is not None:
             return self.delta_norm
         memory = self.batch.memory.tensor
-        return _norm_of(memory if self.rows is None else memory[self.rows])
+        return norm(memory if self.rows is None else memory[self.rows])
 
 
 def _norm_of_product(sent: LowRank) -> Tensor:
@@ -198,17 +200,9 @@ def _norm_of_product(sent: LowRank) -> Tensor:
 def _squares(norms: Sequence[Tensor]) -> list[float]:
     """Return the squares of norms; the host waits once for each device."""
     values = [0.0] * len(norms)
-    for device in {norm.device for norm in norms}:
-        here = [k for k, norm in enumerate(norms) if norm.device == device]
+    for device in {one.device for one in norms}:
+        here = [k for k, one in enumerate(norms) if one.device == device]
         read = torch.stack([norms[k] for k in here]).square().tolist()
         for k, value in zip(here, read, strict=True):
             values[k] = value
     return values
-
-
-def _norm_of(tensor: Tensor) -> Tensor:
-    """Return the norm, formed in float64, of which torch makes a copy first."""
-    if tensor.numel() <= NORM_OF:
-        return torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    parts = tensor.reshape(-1).split(NORM_OF)
-    return torch.linalg.vector_norm(torch.stack([_norm_of(part) for part in parts]))

@@ -15,10 +15,13 @@ class Restarts:
     Args:
         schedule: None for compressors without restarts.
         names: of the matrices.
+        warmup_steps: k of the warm-up, in which nothing restarts.
     """
 
-    def __init__(self, schedule: RestartSchedule | None, names: Iterable[str]) -> None:
-        self.schedule, self._names = schedule, frozenset(names)
+    def __init__(
+        self, schedule: RestartSchedule | None, names: Iterable[str], warmup_steps: int = 0
+    ) -> None:
+        self.schedule, self._names, self._warmup_steps = schedule, frozenset(names), warmup_steps
         # the history of all others follows from the step
         self._irregular: dict[str, RestartHistory] = {}
 
@@ -43,7 +46,8 @@ class Restarts:
         kinds: dict[tuple[bool, RestartHistory], list[int]] = {}
         for row, name in enumerate(names):
             history = self.history(name, t)
-            kinds.setdefault((history.deferred or self.due(name, t), history), []).append(row)
+            restart = self.due(name, t) or (history.deferred and t >= self._warmup_steps)
+            kinds.setdefault((restart, history), []).append(row)
         return kinds
 
     def due(self, name: str, t: int) -> bool:
@@ -58,13 +62,17 @@ class Restarts:
         """Count step t. present: parameter name -> whether a worker had a gradient."""
         for name, there in present.items():
             if name in self._names and (name in self._irregular or not there):
-                self._set(name, self.history(name, t).after(self.due(name, t), there), t + 1)
+                after = self.history(name, t).after(self.due(name, t), there)
+                if t + 1 == self._warmup_steps and self.schedule is not None and not after.age:
+                    # without a gradient its basis could not follow
+                    after = RestartHistory(deferred=True)
+                self._set(name, after, t + 1)
 
     def start_anew(self, names: Collection[str], t: int) -> None:
-        """Forget the history of these matrices; the restart of step 0, which they have
-        missed, is deferred.
+        """Forget the history of these matrices; the restart of the first compressed
+        step, or the warm-up, which they have missed, is made up for by a restart.
         """
-        owing = t > 0 and self.schedule is not None
+        owing = t >= max(1, self._warmup_steps) and self.schedule is not None
         for name in self._names.intersection(names):
             self._set(
                 name, RestartHistory(deferred=True) if owing else steady(self.schedule, name, t), t

@@ -29,6 +29,7 @@ from lowrank_comm.reduction.params import ParamInfo
 from lowrank_comm.reduction.policy import Treatment
 from lowrank_comm.reduction.report import PassRecord, StepReport
 from lowrank_comm.reduction.restarts import Restarts
+from lowrank_comm.reduction.warmup import Warmup
 
 _log = logging.getLogger("lowrank_comm")
 
@@ -74,8 +75,10 @@ class CompressionState:
         seed: of all random draws.
         initial_basis: parameter name -> Q (n x r) to start from.
         bucket_bytes: size of the buckets that may start early; None for one bucket.
+        warmup: the first steps, which average everything.
 
     Attributes:
+        warmup: as given.
         step: t of the next pass.
         treatments: of the slots, in their order.
         buckets: parameters whose pass may start together.
@@ -103,7 +106,9 @@ class CompressionState:
         seed: int,
         initial_basis: Mapping[str, Tensor],
         bucket_bytes: int | None,
+        warmup: Warmup | None = None,
     ) -> None:
+        self.warmup = warmup or Warmup()
         self.slots, self.assignment, self._workers, self.seed = slots, assignment, workers, seed
         self.step = 0
         # of the largest block of each slot in the node, which decides for all its ranks
@@ -180,7 +185,8 @@ class CompressionState:
         for slot, largest in zip(self.slots, self._largest, strict=True):
             if largest.low_rank:
                 costs[slot.name] = compressor.restart_elements(largest.m, largest.n, largest.rank)
-        return Restarts(compressor.schedule(costs), costs)
+        steps = self.warmup.length
+        return Restarts(compressor.schedule(costs, steps), costs, steps)
 
     @property
     def compressed(self) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import RESULTS, read
-from benchmarks.page import building
+from benchmarks.page import building, demo
 from benchmarks.page.building import BUSY, EARLIER, PAGE, PARTS, PLOTS, Part, page, without_notes
 from lowrank_comm.lab.runner.pages import source_of
 
@@ -44,7 +44,8 @@ def test_the_plots_are_of_the_files() -> None:
 
 
 def test_the_files_are_of_whole_runs_and_nothing_lies_beside() -> None:
-    assert {path.name for path in RESULTS.iterdir()} <= {part.file.name for part in PARTS}
+    files = {part.file.name for part in (*PARTS, demo.PART)}
+    assert {path.name for path in RESULTS.iterdir()} <= files
     for part in MEASURED:
         evidence = read(part.file)
         assert not evidence["quick"]

@@ -7,6 +7,7 @@ import torch
 
 from lowrank_comm import PowerSGDPlus
 from lowrank_comm.communication import Group
+from lowrank_comm.compressors.restart_schedule import RestartHistory, RestartSchedule, steady
 from lowrank_comm.reduction.reducer import ParamInfo, Reducer
 from tests.support.checkpointed import Trainer
 from tests.support.driver import simulation
@@ -26,6 +27,21 @@ def test_restart_schedule_goes_on_where_it_was() -> None:
         other.train(t, 1, 0)
         restarts.append(other.optimizer.last_report.restarts)
     assert restarts == [0, 0, 2, 0]
+
+
+@pytest.mark.parametrize("tau", [1, 2, 3, 7])
+@pytest.mark.parametrize("first", [0, 1, 3, 7, 8])
+@pytest.mark.parametrize("restarts_first", [True, False])
+def test_the_steady_history_is_what_steps_make(tau: int, first: int, restarts_first: bool) -> None:
+    """Counted step by step, for every offset."""
+    for offset in range(tau):
+        schedule = RestartSchedule(tau, {"w": offset}, first, restarts_first or not first)
+        history = RestartHistory()
+        for t in range(25):
+            assert steady(schedule, "w", t) == history, (offset, t)
+            due = schedule.due("w", t)
+            assert not (due and t < first)
+            history = history.after(due, present=True)
 
 
 @pytest.mark.parametrize("restart", ["svd", "randomized"])

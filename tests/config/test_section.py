@@ -54,7 +54,8 @@ def test_the_documented_section() -> None:
 @pytest.mark.parametrize(
     ("section", "compressor"),
     [
-        ({}, PowerSGDPlus(4, restart_every=200)),
+        ({}, PowerSGDPlus(16, restart_every=200, restart="randomized")),
+        ({"compressor": "powersgd_plus"}, PowerSGDPlus(4, restart_every=200)),
         ({"compressor": "powersgd"}, PowerSGD(4)),
         ({"compressor": "powersgd", "rank": 2}, PowerSGD(2)),
         (

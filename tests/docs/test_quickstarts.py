@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,22 +132,30 @@ def test_a_plain_loop(tmp_path: Path) -> None:
     assert loss < lines[0]["loss"]
 
 
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of the section on DDP once it has run, and what it printed."""
+    folder = tmp_path_factory.mktemp("ddp")
+    (printed,) = run_section("DDP", folder)
+    return folder, printed
+
+
 @pytest.mark.slow
-def test_ddp(tmp_path: Path) -> None:
-    (printed,) = run_section("DDP", tmp_path)
+def test_ddp(ddp: tuple[Path, str]) -> None:
+    folder, printed = ddp
     assert "over 2 workers, DDP" in printed
     ratio, loss = ratio_and_loss(printed)
     assert ratio > 2
     assert loss < 2.2
-    saves = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    saves = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saves == ["save-00000001", "save-00000002"]
-    assert (tmp_path / "checkpoints" / saves[1] / "state.pt").stat().st_size > 100_000
+    assert (folder / "checkpoints" / saves[1] / "state.pt").stat().st_size > 100_000
 
 
 @pytest.mark.slow
-def test_fsdp2_and_hsdp(tmp_path: Path) -> None:
+def test_fsdp2_and_hsdp(ddp: tuple[Path, str], tmp_path: Path) -> None:
     """They go on from what train_ddp.py has saved in the same folder."""
-    (ddp,) = run_section("DDP", tmp_path)
+    shutil.copytree(ddp[0] / "checkpoints", tmp_path / "checkpoints")
     hsdp, flat = run_section("FSDP2 and HSDP", tmp_path)
     assert "over 2 nodes of 2 ranks, FSDP2, HSDP" in hsdp
     assert "over 2 workers, FSDP2, flat" in flat
@@ -155,7 +164,7 @@ def test_fsdp2_and_hsdp(tmp_path: Path) -> None:
         assert ratio > 2
         assert loss < 2.2
     # each went on from the one before
-    assert ratio_and_loss(hsdp)[1] < ratio_and_loss(ddp)[1]
+    assert ratio_and_loss(hsdp)[1] < ratio_and_loss(ddp[1])[1]
     assert ratio_and_loss(flat)[1] < ratio_and_loss(hsdp)[1]
 
 

@@ -42,17 +42,23 @@ def run(command: list[str], folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_plain_loop(tmp_path: Path, workers: int) -> None:
+def test_the_plain_loop(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(block("A plain loop", "python"))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        if workers == 2
-        else []
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     printed = run([sys.executable, *launcher, "train.py"], tmp_path)
-    assert f"over {workers} worker" in printed
-    assert printed.count("StepReport(step=2, applied=True") == workers
+    assert "over 2 workers" in printed
+    assert printed.count("StepReport(step=2, applied=True") == 2
+
+
+def test_the_plain_loop_without_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which is as good as a fresh one to a single worker."""
+    monkeypatch.delenv("RANK", raising=False)
+    exec(compile(block("A plain loop", "python"), "train.py", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert "over 1 worker" in printed
+    assert printed.count("StepReport(step=2, applied=True") == 1
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_gradient_bytes_count_tied_parameters_once_and_frozen_ones_not_at_all():
     layers[0].weight = layers[1].weight
     layers[1].bias.requires_grad_(False)
     assert recording.gradient_bytes(layers) == 4 * 25
+    assert recording.gradient_bytes(layers, 2) == 2 * 25
 
 
 @pytest.mark.parametrize("log_every", [1, 2, 3])

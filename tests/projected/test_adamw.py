@@ -64,6 +64,36 @@ def test_fifteen_steps_as_numpy(projection: str, until: int, side: str, second_m
             )
 
 
+def test_with_both_moments_kept_it_is_galores_published_optimizer() -> None:
+    """Three refreshes, as galore_torch's `AdamW` and `GaLoreProjector` compute them,
+    but for eps and the decay, whose conventions differ. Bases are taken from the
+    optimizer, since singular vectors have no sign of their own.
+    """
+    held, tau, rank, lr, scale, (b1, b2) = parameters(), 4, 3, 0.01, 0.25, (0.8, 0.95)
+    weights = {name: held[name].detach().clone() for name in SHAPES}
+    moments = {name: (torch.zeros(()), torch.zeros(())) for name in SHAPES}
+    optimizer = ProjectedAdamW(
+        held.items(), lr, rank, tau, projection="galore", first_moment="keep",
+        second_moment="keep", scale=scale, betas=(b1, b2), eps=0.0, weight_decay=0.0,
+    )  # fmt: skip
+    for t in range(10):
+        (after,) = run(optimizer, held, 1, t)
+        for k, (name, (m, n)) in enumerate(SHAPES.items()):
+            g = torch.from_numpy(gradient((m, n), t, 0, k))
+            p = optimizer.state[held[name]]["projector"]
+            if t % tau == 0:
+                u, _, vt = torch.linalg.svd(g, full_matrices=False)
+                theirs = vt[:rank].T if m >= n else u[:, :rank]
+                torch.testing.assert_close(p @ p.T, theirs @ theirs.T)
+            r = g @ p if m >= n else p.T @ g
+            first, second = (b1 * moments[name][0] + (1 - b1) * r, b2 * moments[name][1])
+            moments[name] = (first, second + (1 - b2) * r.square())
+            step_size = lr * math.sqrt(1 - b2 ** (t + 1)) / (1 - b1 ** (t + 1))
+            update = first / moments[name][1].sqrt()
+            weights[name] -= step_size * scale * (update @ p.T if m >= n else p @ update)
+            torch.testing.assert_close(after[name], weights[name], rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("how", ["not two dimensions", "rank=None", "full rank"])
 def test_what_is_not_projected_is_torchs_adamw(how: str) -> None:
     held, others = parameters(), parameters()

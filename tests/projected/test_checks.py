@@ -23,6 +23,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "projection": ({"projection": "svd"}, ["projection", "'svd'", "'galore'", "'golore'"]),
     "until": ({"galore_until": 10}, ["galore_until=10", '"golore"']),
     "side": ({"side": "left"}, ["side", "'left'"]),
+    "first moment": ({"first_moment": "reset"}, ["first_moment", "'reset'", "'keep'"]),
     "second moment": ({"second_moment": "drop"}, ["second_moment", "'drop'", "'rotate'"]),
     "norm": ({"max_grad_norm": 0.0}, ["max_grad_norm", "above 0"]),
     "wire": ({"wire_dtype": "int8"}, ["wire_dtype", "'int8'"]),

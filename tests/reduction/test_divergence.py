@@ -29,7 +29,7 @@ from tests.support.engines import Setup
 from tests.support.gloo import GlooPool
 from tests.support.networks import BASES, compressed, loss_of, network
 
-TRIALS = 10
+TRIALS = 4
 
 # engine -> (ranks, how it is set up, what has replicas)
 ENGINES: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {

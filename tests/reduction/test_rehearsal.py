@@ -77,6 +77,8 @@ SETTINGS: dict[str, Settings] = {
     "EF21": (PowerSGD(4), {"error_feedback": ErrorFeedback(form="ef21")}),
     "EF21-SGDM": (PowerSGD(4), {"error_feedback": ErrorFeedback(form="ef21_sgdm")}),
     "int8 factors": (PowerSGD(4), {"quantization": Quantization(factors="int8")}),
+    "warm-up": (PowerSGDPlus(4), {"warmup_steps": 1}),
+    "warm-up in int8": (PowerSGD(4), {"warmup_steps": 1, "warmup_wire": "int8"}),
     "GreedyLore": (GreedyLore(4), {}),
     "GaLore": (GaLore(4), {}),
     "GoLore": (GoLore(4), {}),

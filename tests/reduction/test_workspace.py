@@ -12,11 +12,11 @@ from lowrank_comm.numerics.device import accelerator_path
 from lowrank_comm.reduction.plan import Plan
 from tests.support.allocations import metered
 
-PIECE = 4_000_000
+PIECE = 1_000_000
 SHAPES = {
-    "svd": [(1024, 512)] * 16,
+    "svd": [(512, 256)] * 16,
     # above 2^20 elements "auto" restarts by factors
-    "auto": [(1024, 512)] * 8 + [(1040, 1024)] * 4,
+    "auto": [(512, 256)] * 8 + [(1040, 1024)] * 4,
 }
 
 
@@ -32,7 +32,7 @@ def measured(restart: str, wire: str | None) -> tuple[dict[str, float], int, Pla
             optimizer = CompressedOptimizer(
                 base, compressor, wire_dtype=wire, bucket_cap_mb=PIECE / 1e6
             )
-            for t in range(6):
+            for t in range(4):
                 for parameter in model:
                     parameter.grad = torch.randn_like(parameter)
                 with meter.part("ordinary" if t % 2 else "restart"):

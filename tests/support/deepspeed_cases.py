@@ -86,6 +86,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "compressor": "powersgd",
         "rules": [{"match": "first.weight", "treatment": "row_sparse"}],
     },
+    "warm-up": {"compressor": "powersgd_plus", "restart_every": 3, "warmup_steps": 4},
 }
 """Sections by what they show; of rank 2, and with every matrix compressed."""
 

@@ -73,6 +73,9 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+    from tests.support.rehearsals import remember_rehearsals
+
+    remember_rehearsals()
     torch.set_num_threads(1)
     while True:
         try:

@@ -79,7 +79,7 @@ class Watched:
         needs = asdict(plan.needs)
         return {
             phase: (self._meter.total(phase, OURS) - plan.error_bytes, needs[phase])
-            for phase in ("step", "restart", "save", "load")
+            for phase in ("step", "restart", "warmup", "save", "load")
             if phase in self._begun
         }
 
@@ -157,7 +157,8 @@ def plain(
         watched.wrap(reducer, "reduce", "commit")
         watch_rows(watched, optimizer._attachment.engine.rows)
         for t in range(3):
-            watched.begin("step" if t else "restart")
+            first = "warmup" if options.get("warmup_steps") else "restart"
+            watched.begin("step" if t else first)
             for parameter in model:
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()

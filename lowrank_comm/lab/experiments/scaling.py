@@ -122,6 +122,11 @@ CONTENDERS: dict[str, Contender] = {
 class Scaling(Experiment):
     name: ClassVar[str] = "scaling"
     title: ClassVar[str] = "Scaling with the number of workers on the simulated clock"
+    paper: ClassVar[str] = (
+        "The paper is that of Inkheart SGD and M4: Grigory Begunov and Alexander Tyurin,"
+        ' "Scalable Distributed Stochastic Optimization via Bidirectional Compression: Beyond'
+        ' Pessimistic Limits", arXiv 2605.07795.'
+    )
     Settings: ClassVar[type[ScalingSettings]] = ScalingSettings
 
     def cases(self, settings: ScalingSettings) -> list[Case]:

@@ -89,10 +89,7 @@ def page_of(published: Published) -> str:
             f"<!-- Made from {kind.name}.jsonl by `make results`. Change the experiment or run it"
             " anew; do not edit. -->\n"
         ),
-        (
-            "The paper is that of PowerSGD+, arXiv 2509.11254. [Algorithms](../algorithms.md), [all"
-            " results](README.md).\n"
-        ),
+        f"{kind.paper} [Algorithms](../algorithms.md), [all results](README.md).\n",
         (
             f"`{meta['command']}`, {meta['date']}, {device}, {computer['cores']} cores, torch"
             f" {computer['torch']}. {_seeds(meta['settings'])}{len(published.rows)} cases in"
