@@ -133,7 +133,8 @@ def assert_trained(path: Path, output: Path, printed: str) -> None:
     sent = {kind: size for kind, size in summary["bytes"].items() if kind != "consolidation"}
     ratio = summary["uncompressed_bytes"] / sum(sent.values())
     # Three steps: PowerSGD+ sends the whole of every matrix in the first one, the
-    # warm-up in all of them, in int8, and PowerSGD never does. Of the last checkpoint: at ZeRO-3, Trainer saves the model by another
+    # warm-up in all of them, in int8, and PowerSGD never does. Of the last checkpoint:
+    # at ZeRO-3, Trainer saves the model by another
     saves = 2 if path.stem.endswith("zero3") else 1
     assert summary["bytes"]["consolidation"] < saves * summary["uncompressed_bytes"] / STEPS
     assert ratio > {"ds_powersgd": 15, "ds_balanced": 3.5}.get(path.stem, 2)

@@ -1,4 +1,4 @@
-"""Small runs of the language-model experiment, and rows as it makes them."""
+"""Small runs of the language-model experiment."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 from lowrank_comm.lab.experiments.language_model import LanguageModel, LanguageModelSettings
 
 EXPERIMENT = LanguageModel()
-RATES = (0.001, 0.004)
-TUNING = (10, 11)
 
 
 def contents(text_file: Path, **changes: Any) -> dict[str, Any]:
@@ -24,16 +22,19 @@ def contents(text_file: Path, **changes: Any) -> dict[str, Any]:
         },
         "workers": 2,
         "training": {"model": "S", "batch": 2, "recipe": {"steps": 4, "warmup_steps": 1}},
-        "bases": {"adamw": {"learning_rates": list(RATES), "beta2": [0.99]}},
+        "reference": "adam",
         "methods": {
-            "powersgd": {
-                "label": "PowerSGD",
-                "group": "rival",
-                "section": {"compressor": "powersgd", "rank": 2},
-            }
+            "adam": {
+                "label": "full precision",
+                "section": {"compressor": "identity"},
+                "has_rank": False,
+            },
+            "powersgd": {"label": "PowerSGD", "section": {"compressor": "powersgd"}},
         },
-        "factors": [0.5, 1.0],
-        "tuning_seeds": list(TUNING),
+        "ranks": [2],
+        "learning_rates": [0.001, 0.004],
+        "tuning_rank": 2,
+        "tuning_seed": 0,
         "seeds": [1],
     }
     return {"experiment": "language_model", "settings": settings | changes}
@@ -43,38 +44,12 @@ def settings_of(text_file: Path, **changes: Any) -> LanguageModelSettings:
     return LanguageModelSettings.model_validate(contents(text_file, **changes)["settings"])
 
 
-def row(part: str, method: str, seed: int, loss: float | None, **extra: Any) -> dict[str, Any]:
-    """A finished case of base adamw; `extra` goes to its params, but for `sent`."""
-    sent = extra.pop("sent", 1000.0)
-    params = {"part": part, "base": extra.pop("base", "adamw"), "method": method, "seed": seed}
-    return {
-        "key": f"{params}",
-        "params": params | {"learning_rate": 0.004} | extra,
-        "result": {
-            "loss": loss,
-            "diverged": loss is None,
-            "parameters": 1_000_000,
-            "steps": 4,
-            "curve": [[1, 5.0]],
-            "sent": {"bytes": {}, "bytes_per_step": sent, "ratio": 40_000 / sent},
-        },
-        "seconds": 1.0,
-    }
-
-
-def dense_tuning(losses: dict[float, list[float | None]]) -> list[dict[str, Any]]:
-    """Tuning rows of dense training: learning rate -> losses by tuning seed."""
+def tuned(method: str, perplexities: dict[float, float | None]) -> list[dict]:
     return [
-        row("tune", "dense", seed, loss, learning_rate=rate, beta2=0.99)
-        for rate, found in losses.items()
-        for seed, loss in zip(TUNING, found, strict=False)
-    ]
-
-
-def tuning(method: str, losses: dict[float, list[float | None]]) -> list[dict[str, Any]]:
-    """Tuning rows of a method: factor -> losses by tuning seed."""
-    return [
-        row("tune", method, seed, loss, factor=factor)
-        for factor, found in losses.items()
-        for seed, loss in zip(TUNING, found, strict=False)
+        {
+            "key": "",
+            "params": {"part": "tune", "method": method, "learning_rate": rate},
+            "result": {"perplexity": perplexity},
+        }
+        for rate, perplexity in perplexities.items()
     ]

@@ -1,16 +1,13 @@
-"""A language model trained from random weights: what a byte of communication buys, for
-every compressor, for others' methods, and under two base optimizers.
+"""A language model trained from random weights under every compressor: Table 3 of the
+PowerSGD+ paper, at the size of the preset.
 
-The ruler. One model, one text, N workers, AdamW or Muon as the base. Uncompressed
-training ("dense") is tuned first: on the tuning seeds, every learning rate with every
-beta2 of the base's grid, judged by the mean loss on part 0 of the held-out text. Then
-each method takes the base's beta2 and has its learning rate tuned, by factors of the
-dense one, on the same seeds and part. Results are of other seeds and of part 1. Runs
-with one seed share initial weights and batches, and every ratio is to dense training
-under the same base and seed.
-
-Cases come by importance: dense tuning, then tuning and results of the main methods,
-seed by seed, then those of the methods marked `few`, which have fewer seeds.
+Protocol. One model, one text, N workers, AdamW. Stage 0, `tune/...`: every method at
+`tuning_rank` with every learning rate of one grid, on one seed; judged on part 0 of the
+held-out text. Stage 1, `final/...`: every method at every rank on the final seeds,
+which the tuning has not seen, with the learning rate that its tuning found; judged on
+part 1. `larger/...`: a larger model with the same learning rates, as a check of the
+order. Runs with one seed share initial weights and batches, so methods are compared
+seed by seed (`comparison`).
 
 Under torchrun with as many processes as the preset has workers, each process is a
 worker of its own; otherwise all of them are simulated in one.
@@ -19,33 +16,24 @@ worker of its own; otherwise all of them are simulated in one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowrank_comm.config import Section
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.lab import peers
 from lowrank_comm.lab.data.models import LlamaSize, new_llama, random_state
 from lowrank_comm.lab.data.texts import TextSettings, load_text
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
 from lowrank_comm.lab.experiments.language_model_figures import figures
 from lowrank_comm.lab.experiments.language_model_page import page
-from lowrank_comm.lab.experiments.language_model_results import (
-    DENSE,
-    chosen_dense,
-    chosen_factor,
-    factors_of,
-)
-from lowrank_comm.lab.training.bases import Base, BaseName, base_optimizer
-from lowrank_comm.lab.training.fast_llama import FastLlama
-from lowrank_comm.lab.training.training_loop import Recipe, train
+from lowrank_comm.lab.experiments.language_model_results import chosen_rate, tuning
+from lowrank_comm.lab.training.training_loop import Method, Recipe, train
 from lowrank_comm.lab.training.workers import (
     Device,
-    PeerWorkers,
+    Workers,
     join_processes,
     make_workers,
     trained_parameters,
@@ -55,71 +43,46 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class AdamWRecipe(Recipe):
+    """A recipe for AdamW.
+
+    Attributes:
+        betas: of AdamW.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
 class Training(LabSettings):
-    """What is trained, and for how long.
+    """How one size of model is trained.
 
     Attributes:
         model: a name in `models.LLAMAS`.
         batch: blocks of a worker and step.
         micro_batch: blocks of one backward pass; null for all.
-        recipe: steps, schedule, clipping.
+        recipe: the optimizer and its schedule.
     """
 
     model: LlamaSize = "S"
     batch: int = Field(default=2, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
-    recipe: Recipe
+    recipe: AdamWRecipe
 
 
-class Grid(LabSettings):
-    """The grid on which dense training of a base is tuned; beta2 is AdamW's, under Muon
-    that of what Muon does not step.
-    """
+class Larger(LabSettings):
+    """The check with a larger model: which methods, at which ranks, on which seeds."""
 
-    learning_rates: list[float] = Field(min_length=1)
-    beta2: list[float] = Field(min_length=1)
-
-
-class LanguageMethod(LabSettings):
-    """A line of the tables.
-
-    Attributes:
-        label: in tables and figures.
-        section: a `lowrank_comm` section, see `config`; the experiment sets the seed.
-        peer: a method of others, see `peers`, in the place of a section.
-        group: "preset" of the library, "rival" (PowerSGD in float32, which presets are
-            held against), or "other".
-        bases: under which it is run.
-        few: whether it has `few_seeds` seeds only.
-        factors: of the dense learning rate, in the place of the experiment's.
-    """
-
-    label: str
-    section: dict[str, Any] | None = None
-    peer: peers.PeerSettings | None = None
-    group: Literal["preset", "rival", "other"] = "other"
-    bases: tuple[BaseName, ...] = ("adamw", "muon")
-    few: bool = False
-    factors: list[float] | None = None
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> LanguageMethod:
-        if (self.section is None) == (self.peer is None):
-            raise ValueError("give either a section or a peer")
-        return self
+    training: Training
+    methods: list[str]
+    ranks: list[int]
+    seeds: list[int]
 
 
 class LanguageModelSettings(LabSettings):
     """What is trained, and how; see the top of this file.
 
     Attributes:
-        bases: base optimizer -> the grid of its dense training.
-        methods: name -> method; "dense" is there without being named.
-        claims: pairs of methods; the first is expected to end at a lower loss.
-        factors: of the dense learning rate, among which a method's is chosen.
-        few_seeds: how many of `seeds` the methods marked `few` have.
-        curves: methods whose training losses are drawn beside dense's; none draws no
-            such figure.
+        paper: names the column of the paper's table that is shown beside the results.
     """
 
     text: TextSettings = TextSettings()
@@ -127,184 +90,166 @@ class LanguageModelSettings(LabSettings):
     training: Training
     device: Device = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    bases: dict[BaseName, Grid]
-    methods: dict[str, LanguageMethod]
-    claims: tuple[tuple[str, str], ...] = ()
-    factors: tuple[float, ...] = (0.6, 1.0, 1.6)
-    tuning_seeds: list[int]
+    methods: dict[str, Method]
+    reference: str
+    ranks: list[int]
+    learning_rates: list[float]
+    tuning_rank: int
+    tuning_seed: int = 0
     seeds: list[int]
-    few_seeds: int = Field(default=3, ge=1)
-    curves: tuple[str, ...] = ()
+    larger: Larger | None = None
+    paper: Literal["60M", "130M"] = "60M"
 
     @model_validator(mode="after")
     def _consistent(self) -> LanguageModelSettings:
-        if DENSE in self.methods:
-            raise ValueError(f"{DENSE!r} is there without being named among the methods")
-        named = [*self.curves, *(name for pair in self.claims for name in pair)]
-        unknown = [name for name in named if name not in self.methods]
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)} is none of the methods")
-        both = set(self.tuning_seeds) & set(self.seeds)
-        if both:
+        if self.reference not in self.methods or self.methods[self.reference].has_rank:
             raise ValueError(
-                f"seed {min(both)} is in tuning_seeds and in seeds; results would be told of what"
+                f"reference={self.reference!r} must be one of the methods, with has_rank: false"
+            )
+        unknown = [
+            name
+            for name in (self.larger.methods if self.larger else [])
+            if name not in self.methods
+        ]
+        if unknown:
+            raise ValueError(f"larger.methods: {', '.join(unknown)} is none of the methods")
+        if self.tuning_seed in self.seeds:
+            raise ValueError(
+                f"tuning_seed={self.tuning_seed} is among the seeds; results would be told of what"
                 " was tuned on"
             )
         return self
 
-    def is_tuned(self, base: BaseName, method: str) -> bool:
-        """Return whether there is a choice to be made."""
-        grid = self.bases[base]
-        if method == DENSE:
-            return len(grid.learning_rates) * len(grid.beta2) > 1
-        return len(factors_of(self, method)) > 1
-
-    def arms(self, few: bool) -> list[tuple[BaseName, str]]:
-        """Return (base, method) of the methods with few seeds, or with all; dense has
-        all.
-        """
-        found: list[tuple[BaseName, str]] = []
-        for base in self.bases:
-            found += [] if few else [(base, DENSE)]
-            found += [
-                (base, name)
-                for name, method in self.methods.items()
-                if method.few == few and base in method.bases
-            ]
-        return found
-
 
 class LanguageModel(Experiment):
-    """Loss per byte of pre-training, under every compressor."""
+    """Pre-training under every compressor, after Table 3 of the PowerSGD+ paper."""
 
     name: ClassVar[str] = "language_model"
-    title: ClassVar[str] = "A language model from nothing: loss per byte"
+    title: ClassVar[str] = "A language model from nothing, under every compressor"
     Settings = LanguageModelSettings
 
     def cases(self, settings: LanguageModelSettings) -> list[Case]:
-        """Return all cases by importance; see the top of this file."""
+        """Return tuning, then the final runs seed by seed, so that a part of them has
+        all methods, then the larger model.
+        """
         cases = []
-        for base in settings.bases:
-            if settings.is_tuned(base, DENSE):
-                cases += list(_dense_tuning(settings, base))
-        for few in (False, True):
-            for base, name in settings.arms(few):
-                if name != DENSE and settings.is_tuned(base, name):
-                    cases += list(_tuning(settings, base, name))
-            for seed in settings.seeds[: settings.few_seeds if few else None]:
-                cases += [_final(base, name, seed) for base, name in settings.arms(few)]
+        for name, method in settings.methods.items():
+            rank = settings.tuning_rank if method.has_rank else None
+            for rate in settings.learning_rates:
+                params = _params("tune", name, rank, settings.tuning_seed) | {"learning_rate": rate}
+                cases.append(Case(f"tune/{name}/lr{rate:g}", params))
+        cases += _grid("final", settings, list(settings.methods), settings.ranks, settings.seeds)
+        if settings.larger is not None:
+            larger = settings.larger
+            cases += _grid("larger", settings, larger.methods, larger.ranks, larger.seeds)
         return cases
 
     def stage(self, settings: LanguageModelSettings, case: Case) -> int:
-        """Return the case's place in the order: dense tuning, tuning and results of the
-        main methods, tuning and results of the others.
-        """
-        name = case.params["method"]
-        late = 2 if name != DENSE and settings.methods[name].few else 0
-        if case.params["part"] == "tune":
-            return 0 if name == DENSE else 1 + late
-        return 2 + late
+        """Return 0 for tuning, which comes first, and 1 for the other cases."""
+        return int(case.params["part"] != "tune")
 
     def prepared(self, settings: LanguageModelSettings, case: Case, rows: Sequence[Row]) -> Case:
-        """Give a case the learning rate and beta2 that tuning found.
+        """Give a final case the learning rate that its method's tuning found.
 
         Raises:
-            ConfigError: tuning cases have not been finished, or all of them diverged.
+            ConfigError: a tuning case of the method has not been finished, or all of
+                them diverged.
         """
-        params = case.params
-        if "learning_rate" in params:
+        if case.params["part"] == "tune":
             return case
-        base, name = params["base"], params["method"]
-        rate, beta2 = chosen_dense(settings, rows, base)
-        factor = 1.0 if name == DENSE else params.get("factor")
-        if factor is None:
-            factor = chosen_factor(settings, rows, base, name)
-        found = {"factor": factor, "learning_rate": rate * factor, "beta2": beta2}
-        return Case(case.key, params | found)
+        method = case.params["method"]
+        tuned = tuning(rows).get(method, {})
+        missing = [rate for rate in settings.learning_rates if rate not in tuned]
+        if missing:
+            raise ConfigError(
+                f"{case.key} needs the tuning of {method!r}, which lacks the learning rates"
+                f" {missing}: run --only 'tune/{method}/*' first, or see why it failed."
+            )
+        rate = chosen_rate(tuned)
+        if rate is None:
+            raise ConfigError(
+                f"{case.key}: {method!r} diverged at every learning rate of {list(tuned)}; add"
+                " smaller ones."
+            )
+        return Case(case.key, case.params | {"learning_rate": rate})
 
     def depends_on(self, settings: LanguageModelSettings, case: Case) -> Any:
         """Return all settings but the lists that say which other cases there are."""
-        params = case.params
-        name, final = params["method"], params["part"] == "final"
-        method = None if name == DENSE else settings.methods[name]
-        tuned = final or method is not None
-        return {
+        part, method = case.params["part"], settings.methods[case.params["method"]]
+        common = {
             "text": settings.text.what_it_says(),
             "workers": settings.workers,
             "dtype": settings.dtype,
-            "training": settings.training.model_dump(mode="json"),
-            "method": method and method.model_dump(mode="json", include={"section", "peer"}),
-            "grid": settings.bases[params["base"]].model_dump(mode="json") if tuned else None,
-            "factors": factors_of(settings, name) if final and method else None,
-            "tuning_seeds": settings.tuning_seeds if tuned else None,
+        }
+        tuning = {
+            "rates": settings.learning_rates,
+            "rank": settings.tuning_rank,
+            "seed": settings.tuning_seed,
+        }
+        return common | {
+            "training": _training(settings, part).model_dump(mode="json"),
+            "section": method.section,
+            "tuning": (
+                None
+                if part == "tune"
+                else tuning | {"training": settings.training.model_dump(mode="json")}
+            ),
         }
 
     def run(
         self, settings: LanguageModelSettings, case: Case, progress: Progress
     ) -> dict[str, Any]:
         """Train one model and evaluate it."""
-        params, training, recipe = case.params, settings.training, settings.training.recipe
-        seed = params["seed"]
+        params, training = case.params, _training(settings, case.params["part"])
+        section = settings.methods[params["method"]].checked(params["rank"], params["seed"])
         device = join_processes(settings.device)
         text = load_text(settings.text)
-        with random_state(seed):
+        with random_state(params["seed"]):
             model = new_llama(
                 training.model, text.vocabulary, settings.text.sequence_length, text.token
             )
         torch.nn.Module.to(model, device, getattr(torch, settings.dtype))
-        parameters = trained_parameters(model)
-        base = Base(params["base"], params["learning_rate"], params["beta2"], recipe.weight_decay)
-        method = settings.methods.get(params["method"])
-        if method is not None and method.peer is not None:
-            if torch.distributed.is_initialized():
-                raise ConfigError(
-                    f"{case.key}: peers are simulated in one process; run it without torchrun."
-                )
-            peer = peers.start(
-                method.peer,
-                parameters,
-                settings.workers,
-                base,
-                base.rate / params["factor"],
-                seed,
-            )
-            optimizer = peer.optimizer
-            team: Any = PeerWorkers(parameters, peer, settings.workers, recipe.clip)
-        else:
-            section = {"compressor": "identity"} if method is None else dict(method.section or {})
-            optimizer = base_optimizer(parameters, base)
-            team = make_workers(
-                model,
-                optimizer,
-                Section.parse(section | {"seed": seed}),
-                settings.workers,
-                recipe.clip,
-            )
-        local = list(team.local_workers)
-        streams = [text.batches(k, settings.workers, training.batch, seed) for k in local]
-        fast = FastLlama(model)
+        streams = [
+            text.batches(worker, settings.workers, training.batch, params["seed"])
+            for worker in range(settings.workers)
+        ]
+
+        def backward(worker: int) -> float:
+            batch, loss = next(streams[worker]).to(device), 0.0
+            for micro in batch.split(training.micro_batch or training.batch):
+                part = model(input_ids=micro, labels=micro).loss * (len(micro) / len(batch))
+                part.backward()
+                loss += part.item()
+            return loss
+
+        recipe = training.recipe
+        optimizer = torch.optim.AdamW(
+            trained_parameters(model).values(),
+            lr=params["learning_rate"],
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+        )
+        workers = make_workers(model, optimizer, section, settings.workers, recipe.clip)
+        trained = train(model, optimizer, workers, recipe, backward, progress)
+        held_out = text.held_out(0 if params["part"] == "tune" else 1)
+        # a batch that fits into the memory in training
         at_once = training.micro_batch or training.batch
-        backward = _backward(fast, streams, at_once, local, device)
-        trained = train(model, optimizer, team, recipe, backward, progress)
         loss = math.nan
         if not trained.diverged:
-            own = team.share(text.held_out(0 if params["part"] == "tune" else 1))
-            # as many as the memory holds in training
-            total = fast.held_out(own, at_once * len(local))
-            sums = torch.tensor([total, len(own)], dtype=torch.float64, device=device)
-            total, count = team.total(sums).tolist()
-            loss = total / count
+            loss = held_out_loss(model, held_out, workers, at_once, device)
+        perplexity = math.exp(loss) if loss < 50 else math.inf
         return {
             "loss": loss,
-            "diverged": not math.isfinite(loss),
-            "parameters": sum(parameter.numel() for parameter in parameters.values()),
+            "perplexity": perplexity if math.isfinite(perplexity) else None,
+            "diverged": trained.diverged or not math.isfinite(perplexity),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "steps": trained.steps,
             "curve": trained.curve,
             "sent": trained.sent,
         }
 
     def figures(self, settings: LanguageModelSettings, rows: Sequence[Row]) -> dict[str, Figure]:
-        """Draw bytes against gap, and training losses."""
+        """Draw the gap to full precision, and the training losses."""
         return figures(settings, rows)
 
     def page(self, settings: LanguageModelSettings, rows: Sequence[Row]) -> str:
@@ -312,69 +257,48 @@ class LanguageModel(Experiment):
         return page(settings, rows)
 
 
-class LongLanguageModel(LanguageModel):
-    """The same for a larger model and more steps, with results of its own."""
-
-    name: ClassVar[str] = "language_model_long"
-    title: ClassVar[str] = "A language model from nothing: a longer run"
+def _params(part: str, method: str, rank: int | None, seed: int) -> dict[str, Any]:
+    return {"part": part, "method": method, "rank": rank, "seed": seed}
 
 
-def _dense_tuning(settings: LanguageModelSettings, base: BaseName) -> Iterator[Case]:
-    grid = settings.bases[base]
-    for seed in settings.tuning_seeds:
-        for rate in grid.learning_rates:
-            for beta2 in grid.beta2:
-                found = {"learning_rate": rate, "beta2": beta2}
-                key = f"tune/{base}/{DENSE}/lr{rate:g}/b{beta2:g}/seed{seed}"
-                yield Case(key, _params("tune", base, DENSE, seed) | found)
+def _grid(
+    part: str,
+    settings: LanguageModelSettings,
+    methods: list[str],
+    ranks: list[int],
+    seeds: list[int],
+) -> list[Case]:
+    """Return the cases of a grid, seed by seed; a method without a rank comes once."""
+    cases = []
+    for seed in seeds:
+        for name in methods:
+            for rank in ranks if settings.methods[name].has_rank else [None]:
+                at = "" if rank is None else f"/r{rank}"
+                cases.append(Case(f"{part}/{name}{at}/seed{seed}", _params(part, name, rank, seed)))
+    return cases
 
 
-def _tuning(settings: LanguageModelSettings, base: BaseName, name: str) -> Iterator[Case]:
-    for seed in settings.tuning_seeds:
-        for factor in factors_of(settings, name):
-            key = f"tune/{base}/{name}/x{factor:g}/seed{seed}"
-            yield Case(key, _params("tune", base, name, seed) | {"factor": factor})
+def _training(settings: LanguageModelSettings, part: str) -> Training:
+    if part == "larger" and settings.larger is not None:
+        return settings.larger.training
+    return settings.training
 
 
-def _final(base: BaseName, name: str, seed: int) -> Case:
-    return Case(f"final/{base}/{name}/seed{seed}", _params("final", base, name, seed))
-
-
-def _params(part: str, base: BaseName, method: str, seed: int) -> dict[str, Any]:
-    return {"part": part, "base": base, "method": method, "seed": seed}
-
-
-def _backward(
-    fast: FastLlama,
-    streams: Sequence[Iterator[Tensor]],
-    at_once: int,
-    local: Sequence[int],
-    device: torch.device,
-) -> Callable[[int], float]:
-    """Return what `train` calls for each worker of this process: the first call
-    computes the gradients of all of them, each call hands out one worker's.
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, blocks: Sequence[Tensor], workers: Workers, batch: int, device: torch.device
+) -> float:
+    """Return the mean loss of a token over held-out blocks of one length; the processes
+    of a run share the blocks.
     """
-    losses: list[float] = []
-    found: list[dict[str, Tensor]] = []
-
-    def backward(worker: int) -> float:
-        if worker == local[0]:
-            batch = torch.stack([next(stream) for stream in streams]).to(device)
-            losses[:], found[:] = [], []
-            for micro in batch.split(at_once, dim=1):
-                share = micro.shape[1] / batch.shape[1]
-                loss, grads = fast.gradients(micro)
-                if not found:
-                    found[:] = [{n: grad * share for n, grad in one.items()} for one in grads]
-                    losses[:] = [value * share for value in loss.tolist()]
-                    continue
-                for total, one in zip(found, grads, strict=True):
-                    for name, grad in one.items():
-                        total[name] += grad * share
-                losses[:] = [a + b * share for a, b in zip(losses, loss.tolist(), strict=True)]
-        place = worker - local[0]
-        for name, parameter in fast.parameters.items():
-            parameter.grad = found[place][name]
-        return losses[place]
-
-    return backward
+    model.eval()
+    own = workers.share(blocks)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for start in range(0, len(own), batch):
+        ids = torch.stack(list(own[start : start + batch])).to(device)
+        loss = model(input_ids=ids, labels=ids).loss
+        sums += torch.stack(
+            [loss.double() * len(ids), torch.full_like(loss, len(ids), dtype=torch.float64)]
+        )
+    total, count = workers.total(sums).tolist()
+    return float(total / count)

@@ -1,254 +1,190 @@
-"""Tuning, gaps to dense training, fronts and claims of `language_model`, computed from
-its rows. Its page and figure are made of these.
+"""Perplexities, ratios to full precision and claims of `language_model`, computed from
+its rows and held against the paper's numbers. Its page and figures are made of these.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lowrank_comm.errors import ConfigError
 from lowrank_comm.lab.experiment import Row
-from lowrank_comm.lab.experiments.comparison import Spread, difference
+from lowrank_comm.lab.experiments.comparison import (
+    Spread,
+    difference,
+    magnitude,
+    ratio,
+    verdict,
+)
 
-DENSE = "dense"
-GOAL_GAP, GOAL_RATIO = 0.03, 10.0
-"""Aimed at: at most 3 % behind dense training, at a tenth of the bytes."""
+PAPER: dict[str, dict[str, dict[int | None, float]]] = {
+    "60M": {
+        "adam": {None: 29.88},
+        "powersgd": {4: 36.11, 8: 32.57},
+        "powersgd_plus": {4: 35.46, 8: 32.63},
+        "galore": {4: 94.96, 8: 92.91},
+    },
+    "130M": {
+        "adam": {None: 23.06},
+        "powersgd": {4: 27.60, 8: 26.24},
+        "powersgd_plus": {4: 27.36, 8: 26.11},
+        "galore": {4: 92.93, 8: 70.55},
+    },
+}
+"""Perplexity on C4: Table 3 of arXiv 2509.11254. One seed; GaLore's are reported as
+diverged.
+"""
 
-Losses = dict[int, float]
-"""Seed -> held-out loss."""
-Tuned = dict[Any, dict[int, float | None]]
-"""Point of a grid -> seed -> held-out loss, None where the run diverged."""
+ORDER = (
+    ("adam", "powersgd"),
+    ("adam", "powersgd_plus"),
+    ("powersgd_plus", "powersgd"),
+    ("powersgd", "galore"),
+)
+"""Pairs whose order the paper's table states."""
+
+Values = dict[int, float]
+"""Seed -> perplexity."""
 
 
-def factors_of(settings: Any, method: str) -> list[float]:
-    """Return the factors of the dense learning rate that a method is tuned on."""
-    own = settings.methods[method].factors if method != DENSE else None
-    return list(own or settings.factors)
-
-
-def rows_of(rows: Iterable[Row], part: str, base: str, method: str) -> list[Row]:
-    """Return the rows of a method under a base."""
-    wanted = {"part": part, "base": base, "method": method}
-    return [row for row in rows if all(row["params"][key] == v for key, v in wanted.items())]
-
-
-def tuning(rows: Iterable[Row], base: str, method: str) -> Tuned:
-    """Return the tuning runs of a method: by (learning rate, beta2) for dense, by
-    factor for others.
+def tuning(rows: Iterable[Row]) -> dict[str, dict[float, float | None]]:
+    """Return method -> learning rate -> held-out perplexity of its tuning run, None
+    where it diverged.
     """
-    found: Tuned = {}
-    for row in rows_of(rows, "tune", base, method):
-        params = row["params"]
-        point = (params["learning_rate"], params["beta2"]) if method == DENSE else params["factor"]
-        found.setdefault(point, {})[params["seed"]] = row["result"]["loss"]
+    found: dict[str, dict[float, float | None]] = {}
+    for row in rows:
+        if row["params"]["part"] == "tune":
+            of_method = found.setdefault(row["params"]["method"], {})
+            of_method[row["params"]["learning_rate"]] = row["result"]["perplexity"]
     return found
 
 
-def best(tuned: Tuned, seeds: Sequence[int]) -> Any:
-    """Return the point of the lowest mean loss over the seeds, among those that were
-    run on all of them and never diverged; None if there is none.
-    """
-    means = {point: mean for point in tuned if (mean := mean_loss(tuned[point], seeds)) is not None}
-    return min(means, key=lambda point: means[point]) if means else None
+def chosen_rate(tuned: dict[float, float | None]) -> float | None:
+    """Return the learning rate of the lowest perplexity; None if all diverged."""
+    finite = {rate: perplexity for rate, perplexity in tuned.items() if perplexity is not None}
+    return min(finite, key=lambda rate: finite[rate]) if finite else None
 
 
-def mean_loss(losses: Mapping[int, float | None], seeds: Sequence[int]) -> float | None:
-    """Return the mean over the seeds; None if one is missing or diverged."""
-    found = [losses.get(seed) for seed in seeds]
-    known = [loss for loss in found if loss is not None]
-    return statistics.fmean(known) if len(known) == len(found) else None
+def perplexities(rows: Iterable[Row], part: str, method: str, rank: int | None) -> Values:
+    """Return seed -> perplexity of the runs that did not diverge."""
+    return {
+        row["params"]["seed"]: row["result"]["perplexity"]
+        for row in of(rows, part, method, rank)
+        if row["result"]["perplexity"] is not None
+    }
 
 
-def chosen_dense(settings: Any, rows: Sequence[Row], base: str) -> tuple[float, float]:
-    """Return learning rate and beta2 of dense training.
-
-    Raises:
-        ConfigError: its tuning is not finished, or diverged everywhere.
-    """
-    grid = settings.bases[base]
-    points = [(rate, beta2) for rate in grid.learning_rates for beta2 in grid.beta2]
-    return _chosen(settings, rows, base, DENSE, points)  # type: ignore[no-any-return]
+def of(rows: Iterable[Row], part: str, method: str, rank: int | None) -> list[Row]:
+    """Return the rows of a method at a rank."""
+    wanted = {"part": part, "method": method, "rank": rank}
+    return [
+        row for row in rows if all(row["params"][key] == value for key, value in wanted.items())
+    ]
 
 
-def chosen_factor(settings: Any, rows: Sequence[Row], base: str, method: str) -> float:
-    """Return the factor of the dense learning rate that a method's tuning found.
-
-    Raises:
-        ConfigError: its tuning is not finished, or diverged everywhere.
-    """
-    points = factors_of(settings, method)
-    return _chosen(settings, rows, base, method, points)  # type: ignore[no-any-return]
-
-
-def _chosen(settings: Any, rows: Sequence[Row], base: str, method: str, points: list[Any]) -> Any:
-    if len(points) == 1:
-        return points[0]
-    tuned = tuning(rows, base, method)
-    seeds = settings.tuning_seeds
-    missing = sum(seed not in tuned.get(point, {}) for point in points for seed in seeds)
-    if missing:
-        raise ConfigError(
-            f"{missing} tuning runs of {method!r} under {base} are missing: run --only"
-            f" 'tune/{base}/{method}/*' first, or see why it failed."
-        )
-    found = best(tuned, seeds)
-    if found is None:
-        raise ConfigError(
-            f"{method!r} under {base} diverged at every point of {points}; add smaller learning"
-            " rates."
-        )
-    return found
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """exp(mean of n paired differences of losses), with its 95 % t interval; without
-    an interval for n = 1.
+class Part:
+    """The final runs, or those of the larger model, with the figures that tables and
+    plots need.
     """
 
-    n: int
-    value: float
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, own: Losses, other: Losses) -> Ratio | None:
-        """Return the ratio of perplexities over the common seeds; None if there are
-        none.
-        """
-        found = difference(own, other)
-        return None if found is None else cls.from_spread(found)
-
-    @classmethod
-    def from_spread(cls, found: Spread) -> Ratio:
-        width = found.half_width
-        if width is None:
-            return cls(found.n, math.exp(found.mean), None, None)
-        low, high = math.exp(found.mean - width), math.exp(found.mean + width)
-        return cls(found.n, math.exp(found.mean), low, high)
-
-    @property
-    def percent(self) -> str:
-        """The difference in per cent, with its interval."""
-        text = f"{100 * (self.value - 1):+.1f} %"
-        if self.low is None or self.high is None:
-            return text
-        return f"{text} [{100 * (self.low - 1):+.1f}, {100 * (self.high - 1):+.1f}]"
-
-    @property
-    def sign(self) -> int | None:
-        """-1 or +1 if the interval is below or above 1, 0 if it holds 1, None for
-        n = 1.
-        """
-        if self.low is None or self.high is None:
-            return None
-        return -1 if self.high < 1 else 1 if self.low > 1 else 0
-
-    @property
-    def evidence(self) -> str:
-        """How many seeds, and whether the difference is inside the interval."""
-        if self.sign is None:
-            return "one seed, so no interval is known"
-        return f"n = {self.n}" + (", inside the interval" if self.sign == 0 else "")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A method under a base, with what its final runs came to.
-
-    Attributes:
-        ours: whether it is a setting of this library.
-        gap: to dense training of the same seeds.
-        sent: bytes that a worker hands to collectives a step, over the whole model.
-        times_less: than uncompressed.
-    """
-
-    name: str
-    label: str
-    group: str
-    ours: bool
-    gap: Ratio
-    losses: Losses
-    sent: float
-    times_less: float
-    gathered: bool
-    rate: float
-    seconds: float
-    diverged: int
-
-
-class Final:
-    """The final runs under one base."""
-
-    def __init__(self, settings: Any, rows: Sequence[Row], base: str) -> None:
-        self.settings, self.base = settings, base
-        self._rows = [
-            row
-            for row in rows
-            if row["params"]["part"] == "final" and row["params"]["base"] == base
+    def __init__(self, settings: Any, rows: Sequence[Row], part: str) -> None:
+        self.settings, self.rows, self.part = settings, rows, part
+        larger = settings.larger if part == "larger" else None
+        self.methods = [
+            name for name in settings.methods if larger is None or name in larger.methods
         ]
-        self.dense = self.losses(DENSE)
-        self.points = [
-            point for name in (DENSE, *settings.methods) if (point := self._point(name)) is not None
-        ]
+        self.ranks = larger.ranks if larger else settings.ranks
+        self.column = "130M" if larger and larger.training.model == "130M" else settings.paper
 
-    def losses(self, method: str) -> Losses:
-        """Return seed -> loss of the runs that did not diverge."""
-        return {
-            row["params"]["seed"]: row["result"]["loss"]
-            for row in self._of(method)
-            if row["result"]["loss"] is not None
-        }
+    def rank_of(self, method: str, rank: int) -> int | None:
+        return rank if self.settings.methods[method].has_rank else None
+
+    def values(self, method: str, rank: int) -> Values:
+        return perplexities(self.rows, self.part, method, self.rank_of(method, rank))
+
+    def gap(self, method: str, rank: int) -> Spread | None:
+        """Return perplexity over that of full precision, seed by seed."""
+        return ratio(self.values(method, rank), self.values(self.settings.reference, rank))
+
+    def paper(self, method: str, rank: int) -> float | None:
+        """Return the paper's perplexity."""
+        return PAPER[self.column].get(method, {}).get(self.rank_of(method, rank))
+
+    def paper_gap(self, method: str, rank: int) -> float | None:
+        """Return the paper's ratio to full precision."""
+        own, full = self.paper(method, rank), self.paper("adam", rank)
+        return None if own is None or full is None else own / full
 
     def label(self, method: str) -> str:
-        return "uncompressed" if method == DENSE else str(self.settings.methods[method].label)
+        return str(self.settings.methods[method].label)
 
-    def point(self, method: str) -> Point | None:
-        return next((point for point in self.points if point.name == method), None)
-
-    def ratio(self, method: str, other: str) -> Ratio | None:
-        """Return a method's perplexity over another's on their common seeds."""
-        return Ratio.of(self.losses(method), self.losses(other))
-
-    @property
-    def compressed(self) -> list[Point]:
-        return [point for point in self.points if point.name != DENSE]
-
-    def beaten_by(self, point: Point) -> Point | None:
-        """Return the method of the lowest mean gap among those that send no more and
-        end lower; None on the front.
+    def against(self, method: str, other: str, rank: int) -> str:
+        """State how much larger the perplexity is than another method's, and whether
+        the difference is inside the spread.
         """
-        better = [
-            other
-            for other in self.points
-            if other.sent <= point.sent and other.gap.value < point.gap.value
-        ]
-        return min(better, key=lambda other: other.gap.value) if better else None
-
-    def _of(self, method: str) -> list[Row]:
-        return [row for row in self._rows if row["params"]["method"] == method]
-
-    def _point(self, name: str) -> Point | None:
-        rows = self._of(name)
-        gap = Ratio.of(self.losses(name), self.dense)
-        if gap is None:
-            return None
-        sent, own = rows[0]["result"]["sent"], self.settings.methods.get(name)
-        return Point(
-            name,
-            self.label(name),
-            DENSE if own is None else own.group,
-            own is not None and own.section is not None,
-            gap,
-            self.losses(name),
-            sent["bytes_per_step"],
-            sent["ratio"],
-            "gather" in sent["bytes"],
-            rows[0]["params"]["learning_rate"],
-            statistics.fmean(row["seconds"] for row in rows),
-            sum(row["result"]["diverged"] for row in rows),
+        found = ratio(self.values(method, rank), self.values(other, rank))
+        if method == other or found is None:
+            return "-"
+        deviation = None if found.deviation is None else 100 * found.deviation
+        off = Spread(found.n, 100 * (found.mean - 1), deviation)
+        if off.half_width is None:
+            return f"{off.mean:+.1f} %"
+        return f"{off.mean:+.1f} ± {off.half_width:.1f} %" + (
+            ", inside the spread" if off.sign == 0 else ""
         )
+
+    def lines(self, rank: int) -> list[list[str]]:
+        """Return the lines of a rank's table."""
+        lines = []
+        for name in self.methods:
+            rows = of(self.rows, self.part, name, self.rank_of(name, rank))
+            if not rows:
+                continue
+            values = Spread.of(list(self.values(name, rank).values()))
+            gap = self.gap(name, rank)
+            paper = self.paper_gap(name, rank)
+            lost = sum(row["result"]["diverged"] for row in rows)
+            diverged = f" ({lost} of {len(rows)} diverged)" if lost else ""
+            sent = rows[0]["result"]["sent"]
+            lines.append(
+                [
+                    self.label(name),
+                    f"{rows[0]['params']['learning_rate']:g}",
+                    (values.text(2) if values else "-") + diverged,
+                    gap.text(3) if gap else "-",
+                    "-" if paper is None else f"{paper:.3f}",
+                    self.against(name, "powersgd", rank) if "powersgd" in self.methods else "-",
+                    magnitude(sent["bytes_per_step"]),
+                    f"{sent['ratio']:.1f}",
+                ]
+            )
+        return lines
+
+    def claims(self, rank: int) -> list[str]:
+        """State the order in the paper's table, and what came out."""
+        said = []
+        for left, right in ORDER:
+            if left not in self.methods or right not in self.methods:
+                continue
+            a, b = self.paper(left, rank), self.paper(right, rank)
+            if a is None or b is None:
+                continue
+            sign = "<" if a < b else ">"
+            claim = (
+                f"rank {rank}, {self.label(left)} {sign} {self.label(right)} (paper: {a:.2f} {sign}"
+                f" {b:.2f})"
+            )
+            found = difference(self.values(left, rank), self.values(right, rank))
+            said.append(verdict(claim, found, -1 if a < b else 1, 2))
+        return said
+
+    def shrinking(self) -> list[str]:
+        """State, method by method, whether a higher rank gives a lower perplexity."""
+        said = []
+        for low, high in zip(self.ranks, self.ranks[1:], strict=False):
+            for name in self.methods:
+                if self.settings.methods[name].has_rank:
+                    found = difference(self.values(name, high), self.values(name, low))
+                    said.append(
+                        verdict(f"{self.label(name)}: rank {high} < rank {low}", found, -1, 2)
+                    )
+        return said

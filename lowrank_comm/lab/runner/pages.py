@@ -202,6 +202,13 @@ def index_of(folder: Path) -> str:
             f"| [{title}]({meta['experiment']}.md) | {meta['description']} | `{meta['command']}` |"
             f" {meta['date']} |"
         )
+    here = {path.stem for path in published_files(folder)}
+    if without := [f"`{name}`" for name in EXPERIMENTS if name not in here]:
+        lines += [
+            "",
+            f"Not run in full yet, so without results here: {', '.join(without)}. Run one by"
+            " `python -m lowrank_comm.lab run <experiment> --preset small`.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,9 @@
-"""The lab's language model: tuning before results, importance of cases, one model for
-every method, bases and peers.
+"""The lab's language model: texts and who sees which blocks, tuning before the final
+runs, what a page says of its rows.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -18,29 +17,20 @@ import pytest
 import torch
 
 from lowrank_comm import ConfigError
-from lowrank_comm.config import Section
-from lowrank_comm.lab import peers
+from lowrank_comm.compressors import REGISTRY
+from lowrank_comm.compressors.powersgd_plus import RESTARTS
 from lowrank_comm.lab.data.texts import TextSettings
 from lowrank_comm.lab.experiment import Case
 from lowrank_comm.lab.experiments.language_model import LanguageModelSettings
 from lowrank_comm.lab.runner.preset import load
 from lowrank_comm.lab.runner.running import ordered_rows, run_preset
-from lowrank_comm.lab.training.bases import Base
-from lowrank_comm.reduction.reducer import Reducer
 from tests.support import ROOT
-from tests.support.language_model_runs import (
-    EXPERIMENT,
-    contents,
-    dense_tuning,
-    settings_of,
-    tuning,
-)
+from tests.support.language_model_runs import EXPERIMENT, contents, settings_of, tuned
 
 IMPORTS = 200.0
 """Seconds for a case whose processes import transformers first; some when the machine
 is idle.
 """
-HAS_WARMUP = "warmup_steps" in inspect.signature(Reducer.__init__).parameters
 
 
 def quiet(share: float, text: str) -> None:
@@ -48,16 +38,18 @@ def quiet(share: float, text: str) -> None:
 
 
 def run(
-    settings: LanguageModelSettings, method: str = "powersgd", seed: int = 1, **extra: Any
+    settings: LanguageModelSettings,
+    method: str = "powersgd",
+    rank: int | None = 2,
+    seed: int = 1,
+    **extra: Any,
 ) -> dict:
     params = {
         "part": "final",
-        "base": "adamw",
         "method": method,
+        "rank": rank,
         "seed": seed,
         "learning_rate": 0.004,
-        "beta2": 0.99,
-        "factor": 1.0,
     } | extra
     return EXPERIMENT.run(settings, Case("x", params), quiet)
 
@@ -72,95 +64,86 @@ PRESETS = {size: load("language_model", size) for size in ("small", "paper")}
 )
 def test_every_method_of_the_presets_works(size: str, name: str) -> None:
     method = PRESETS[size].settings.methods[name]
-    if method.peer is not None:
-        weights = {"w": torch.zeros(8, 6), "b": torch.zeros(6)}
-        assert peers.start(method.peer, weights, 2, Base("adamw", 1e-3), 1e-3, 0).optimizer
-    elif "warmup_steps" in method.section and not HAS_WARMUP:
-        pytest.skip("warm-up is not in this version")
-    else:
-        kind = Section.parse(method.section).make_compressor().json_name
-        assert kind == method.section["compressor"]
+    kind, restart = method.section["compressor"], method.section.get("restart", "auto")
+    if kind not in REGISTRY or restart not in RESTARTS:
+        pytest.skip(f"{kind} with restart={restart!r} is not in this version")
+    compressor = method.checked(4 if method.has_rank else None, 0).make_compressor()
+    assert compressor.json_name == kind
 
 
-def test_the_small_preset_is_as_the_protocol_says() -> None:
-    """Eight seeds for the main methods, none of which any tuning has seen."""
-    settings = PRESETS["small"].settings
-    assert len(settings.seeds) == 8
-    assert len(settings.tuning_seeds) == 3
-    keys = [case.key for case in EXPERIMENT.cases(settings)]
+@pytest.mark.parametrize("size", list(PRESETS))
+def test_the_keys_of_the_presets_differ(size: str) -> None:
+    keys = [case.key for case in EXPERIMENT.cases(PRESETS[size].settings)]
     assert len(set(keys)) == len(keys)
-    stages = [EXPERIMENT.stage(settings, case) for case in EXPERIMENT.cases(settings)]
-    assert stages == sorted(stages)
 
 
 def test_the_papers_preset_is_its_table_5() -> None:
     settings = PRESETS["paper"].settings
-    recipe = settings.training.recipe
-    assert (recipe.steps, recipe.warmup_steps, recipe.schedule, recipe.clip) == (
-        10_000,
-        1000,
-        "cosine",
-        1.0,
-    )
-    tokens = settings.workers * settings.training.batch * settings.text.sequence_length
-    assert tokens * recipe.steps == pytest.approx(1.31e9, rel=1e-2)
-    assert settings.bases["adamw"].learning_rates == [1e-3, 2e-3, 4e-3]
-    sections = [method.section for method in settings.methods.values()]
-    assert {section.get("restart_every", 200) for section in sections} == {200}
+    for training, steps, tokens in (
+        (settings.training, 10_000, 1.31e9),
+        (settings.larger.training, 20_000, 2.62e9),
+    ):
+        recipe = training.recipe
+        assert (recipe.steps, recipe.warmup_steps, recipe.schedule, recipe.clip) == (
+            steps,
+            steps // 10,
+            "cosine",
+            1.0,
+        )
+        assert (
+            settings.workers * training.batch * settings.text.sequence_length * steps
+            == pytest.approx(tokens, rel=1e-2)
+        )
+    assert settings.learning_rates == [1e-3, 2e-3, 4e-3]
+    assert {m.section.get("restart_every", 200) for m in settings.methods.values()} == {200}
 
 
-def test_cases_come_by_importance(text_file: Path) -> None:
-    methods = contents(text_file)["settings"]["methods"]
-    methods["late"] = {"label": "late", "section": {"compressor": "identity"}, "few": True}
-    settings = settings_of(
-        text_file, methods=methods, seeds=[1, 2], few_seeds=1, tuning_seeds=[10], factors=[1.0, 2.0]
-    )
-    assert [case.key for case in EXPERIMENT.cases(settings)] == [
-        "tune/adamw/dense/lr0.001/b0.99/seed10", "tune/adamw/dense/lr0.004/b0.99/seed10",
-        "tune/adamw/powersgd/x1/seed10", "tune/adamw/powersgd/x2/seed10",
-        "final/adamw/dense/seed1", "final/adamw/powersgd/seed1",
-        "final/adamw/dense/seed2", "final/adamw/powersgd/seed2",
-        "tune/adamw/late/x1/seed10", "tune/adamw/late/x2/seed10", "final/adamw/late/seed1",
+def test_tuning_is_at_one_rank_on_a_seed_of_its_own(text_file: Path) -> None:
+    settings = settings_of(text_file, ranks=[2, 4], seeds=[1, 2])
+    keys = [case.key for case in EXPERIMENT.cases(settings)]
+    assert keys == [
+        "tune/adam/lr0.001", "tune/adam/lr0.004", "tune/powersgd/lr0.001", "tune/powersgd/lr0.004",
+        "final/adam/seed1", "final/powersgd/r2/seed1", "final/powersgd/r4/seed1",
+        "final/adam/seed2", "final/powersgd/r2/seed2", "final/powersgd/r4/seed2",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"seed 2 is in tuning_seeds and in seeds"):
-        settings_of(text_file, seeds=[1, 2], tuning_seeds=[2])
-    with pytest.raises(ValueError, match=r"either a section or a peer"):
-        settings_of(text_file, methods={"x": {"label": "x"}})
+    with pytest.raises(ValueError, match=r"tuning_seed=2 is among the seeds"):
+        settings_of(text_file, seeds=[1, 2], tuning_seed=2)
+    with pytest.raises(ValueError, match=r"reference='powersgd' must be .* has_rank: false"):
+        settings_of(text_file, reference="powersgd")
 
 
-def test_rates_come_from_the_means_over_the_tuning_seeds(text_file: Path) -> None:
+def test_a_final_run_takes_the_best_learning_rate_of_its_method(text_file: Path) -> None:
     settings = settings_of(text_file)
-    cases = {case.key: case for case in EXPERIMENT.cases(settings)}
-    dense = dense_tuning({0.001: [4.0, 7.0], 0.004: [5.0, 5.0]})
+    case = next(
+        case for case in EXPERIMENT.cases(settings) if case.key == "final/powersgd/r2/seed1"
+    )
+    others = tuned("adam", {0.001: 1.0, 0.004: 9.0})
 
-    def found(key: str, rows: list) -> tuple[float, float]:
-        params = EXPERIMENT.prepared(settings, cases[key], rows).params
-        return params["factor"], params["learning_rate"]
+    def rate(own: dict[float, float | None]) -> float:
+        return EXPERIMENT.prepared(settings, case, others + tuned("powersgd", own)).params[
+            "learning_rate"
+        ]
 
-    assert found("final/adamw/dense/seed1", dense) == (1.0, 0.004)
-    assert found("tune/adamw/powersgd/x0.5/seed10", dense) == (0.5, 0.002)
-    own = tuning("powersgd", {0.5: [4.0, 5.0], 1.0: [5.0, 5.0]})
-    assert found("final/adamw/powersgd/seed1", dense + own) == (0.5, 0.002)
-    # a point that diverged on one seed is not chosen
-    own = tuning("powersgd", {0.5: [1.0, None], 1.0: [5.0, 5.0]})
-    assert found("final/adamw/powersgd/seed1", dense + own) == (1.0, 0.004)
-    with pytest.raises(ConfigError, match=r"3 tuning runs of 'powersgd' .*'tune/adamw/powersgd/"):
-        found("final/adamw/powersgd/seed1", dense + own[:1])
-    lost = tuning("powersgd", {0.5: [None, None], 1.0: [None, 1.0]})
-    with pytest.raises(ConfigError, match="diverged at every point"):
-        found("final/adamw/powersgd/seed1", dense + lost)
+    assert rate({0.001: 50.0, 0.004: 40.0}) == 0.004
+    assert rate({0.001: 40.0, 0.004: 50.0}) == 0.001
+    assert rate({0.001: 50.0, 0.004: None}) == 0.001
+    with pytest.raises(
+        ConfigError, match=r"lacks the learning rates \[0.004\].*--only 'tune/powersgd/\*'"
+    ):
+        rate({0.001: 40.0})
+    with pytest.raises(ConfigError, match="diverged at every learning rate"):
+        rate({0.001: None, 0.004: None})
 
 
 def test_a_row_depends_on_its_method_and_not_on_which_others_there_are(text_file: Path) -> None:
     settings = settings_of(text_file)
-    tune, case = EXPERIMENT.cases(settings)[0], EXPERIMENT.cases(settings)[-1]
-    more = settings_of(text_file, seeds=[1, 2, 3], few_seeds=2)
-    finer = settings_of(text_file, factors=[0.5, 1.0, 2.0])
-    wider = settings_of(text_file, bases={"adamw": {"learning_rates": [0.001], "beta2": [0.99]}})
+    case = EXPERIMENT.cases(settings)[-1]
+    more = settings_of(text_file, seeds=[1, 2, 3], ranks=[2, 4])
     assert EXPERIMENT.depends_on(settings, case) == EXPERIMENT.depends_on(more, case)
+    finer = settings_of(text_file, learning_rates=[0.001, 0.002, 0.004])
     assert EXPERIMENT.depends_on(settings, case) != EXPERIMENT.depends_on(finer, case)
-    assert EXPERIMENT.depends_on(settings, case) != EXPERIMENT.depends_on(wider, case)
-    assert EXPERIMENT.depends_on(settings, tune) == EXPERIMENT.depends_on(wider, tune)
+    tune = EXPERIMENT.cases(settings)[0]
+    assert EXPERIMENT.depends_on(settings, tune) == EXPERIMENT.depends_on(finer, tune)
 
 
 def test_a_row_depends_on_what_is_in_the_text(tmp_path: Path) -> None:
@@ -182,24 +165,20 @@ def test_a_whole_run_tunes_first_and_goes_on_where_it_was(text_file: Path, tmp_p
     methods = contents(text_file)["settings"]["methods"]
     methods["other"] = {"label": "other", "section": {"compressor": "not_there"}}
     preset_file = tmp_path / "tiny.yaml"
-    preset_file.write_text(json.dumps(contents(text_file, methods=methods, tuning_seeds=[10])))
+    preset_file.write_text(json.dumps(contents(text_file, methods=methods)))
     preset = load(str(preset_file))
-    ended = run_preset(preset, tmp_path / "out")
-    assert set(ended.failed) == {
-        "tune/adamw/other/x0.5/seed10",
-        "tune/adamw/other/x1/seed10",
-        "final/adamw/other/seed1",
-    }
-    assert "'not_there' is unknown" in ended.failed["tune/adamw/other/x1/seed10"]
-    assert "2 tuning runs of 'other'" in ended.failed["final/adamw/other/seed1"]
+    ended = run_preset(preset, tmp_path / "out", only="tune/*")
+    assert set(ended.failed) == {"tune/other/lr0.001", "tune/other/lr0.004"}
+    assert "'not_there' is unknown" in ended.failed["tune/other/lr0.001"]
+    ended = run_preset(preset, tmp_path / "out", only="final/*")
+    assert set(ended.failed) == {"final/other/r2/seed1"}
     rows = {row["key"]: row for row in ordered_rows(preset, tmp_path / "out")}
     assert len(rows) == 6
-    losses = {
-        rate: rows[f"tune/adamw/dense/lr{rate:g}/b0.99/seed10"]["result"]["loss"]
-        for rate in (0.001, 0.004)
-    }
-    chosen = rows["final/adamw/dense/seed1"]["params"]["learning_rate"]
-    assert chosen == min(losses, key=lambda rate: losses[rate])
+    for name, key in (("adam", "final/adam/seed1"), ("powersgd", "final/powersgd/r2/seed1")):
+        losses = {
+            rate: rows[f"tune/{name}/lr{rate:g}"]["result"]["loss"] for rate in (0.001, 0.004)
+        }
+        assert rows[key]["params"]["learning_rate"] == min(losses, key=lambda rate: losses[rate])
     page = EXPERIMENT.page(preset.settings, list(rows.values()))
     shown = set(re.findall(r"\]\(([\w-]+)\.png\)", page))
     assert shown == set(EXPERIMENT.figures(preset.settings, list(rows.values())))
@@ -211,7 +190,7 @@ def test_a_whole_run_tunes_first_and_goes_on_where_it_was(text_file: Path, tmp_p
 # --- a run ---
 def test_methods_start_from_the_same_model_and_batches(text_file: Path) -> None:
     settings, state = settings_of(text_file), torch.get_rng_state()
-    dense, compressed, other = run(settings, "dense"), run(settings), run(settings, seed=2)
+    dense, compressed, other = run(settings, "adam", None), run(settings), run(settings, seed=2)
     # before the first update
     assert dense["curve"][0] == compressed["curve"][0]
     assert dense["curve"][-1] != compressed["curve"][-1]
@@ -221,25 +200,7 @@ def test_methods_start_from_the_same_model_and_batches(text_file: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert dense["sent"]["ratio"] == pytest.approx(1.0, abs=1e-2)
     assert compressed["sent"]["ratio"] > 3
-
-
-def test_peers_and_muon_start_there_too(text_file: Path) -> None:
-    """The first training loss is that of the weights, whatever then steps them; k = all
-    of SparseLoCo's step is uncompressed training.
-    """
-    methods = {
-        "whole": {"label": "all", "peer": {"kind": "sparse", "k": 4096, "bits": None, "decay": 0}},
-        "demo": {"label": "DeMo", "peer": {"kind": "demo"}},
-    }
-    settings = settings_of(text_file, methods=methods)
-    for base in ("adamw", "muon"):
-        dense = run(settings, "dense", base=base)
-        whole, demo = (run(settings, name, base=base) for name in ("whole", "demo"))
-        assert whole["loss"] == pytest.approx(dense["loss"], rel=1e-5)
-        assert demo["curve"][0] == dense["curve"][0]
-        assert demo["loss"] != pytest.approx(dense["loss"], rel=1e-4)
-        assert demo["sent"]["ratio"] > 10
-    assert dense["loss"] != pytest.approx(run(settings, "dense")["loss"], rel=1e-4)
+    assert compressed["perplexity"] == pytest.approx(math.exp(compressed["loss"]))
 
 
 def test_training_lowers_the_held_out_loss(text_file: Path) -> None:
@@ -264,7 +225,7 @@ def test_a_run_that_diverges_is_a_result(text_file: Path) -> None:
     settings = settings_of(text_file, training={"model": "S", "batch": 1, "recipe": recipe})
     found = run(settings, learning_rate=1e30)
     assert found["diverged"]
-    assert not math.isfinite(found["loss"])
+    assert found["perplexity"] is None
     # given up after so many skipped steps
     assert found["steps"] < 60
 

@@ -2,143 +2,94 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lowrank_comm.lab.experiments.language_model import LanguageModelSettings
-from lowrank_comm.lab.experiments.language_model_results import Final, Ratio
-from tests.support.language_model_runs import EXPERIMENT, dense_tuning, row, settings_of, tuning
-
-DENSE = {1: 5.0, 2: 5.1, 3: 4.9}
+from lowrank_comm.lab.experiments.language_model_results import PAPER
+from tests.support.language_model_runs import EXPERIMENT, contents, settings_of, tuned
 
 
-def behind(percent: float, *noise: float) -> dict[int, float | None]:
-    """Losses so far behind dense, with noise by seed."""
-    return {
-        seed: loss + math.log1p(percent / 100) + extra
-        for (seed, loss), extra in zip(DENSE.items(), noise or (0.0, 0.0, 0.0), strict=False)
-    }
-
-
-def rows_of(**methods: tuple[float, dict[int, float | None]]) -> list[dict[str, Any]]:
-    """Final rows: method -> (bytes a step, losses); dense sends 40 kB."""
+def rows_of(perplexities: dict[tuple[str, int | None], list[float | None]]) -> list[dict[str, Any]]:
+    """Final rows on seeds 1, 2, ...; None for a run that diverged."""
     return [
-        row("final", method, seed, loss, sent=sent)
-        for method, (sent, losses) in {"dense": (40_000.0, DENSE), **methods}.items()
-        for seed, loss in losses.items()
+        {
+            "key": f"final/{method}/{rank}/{seed}",
+            "params": {
+                "part": "final",
+                "method": method,
+                "rank": rank,
+                "seed": seed,
+                "learning_rate": 0.004,
+            },
+            "result": {
+                "perplexity": value,
+                "loss": None,
+                "diverged": value is None,
+                "parameters": 1_000_000,
+                "steps": 4,
+                "curve": [[1, 5.0]],
+                "sent": {"bytes": {}, "bytes_per_step": 2000.0, "ratio": 20.0},
+            },
+            "seconds": 1.0,
+        }
+        for (method, rank), values in perplexities.items()
+        for seed, value in enumerate(values, start=1)
     ]
 
 
 @pytest.fixture
-def settings(text_file: Path) -> LanguageModelSettings:
-    def method(label: str, group: str, **more: Any) -> dict[str, Any]:
-        return {"label": label, "group": group, "section": {"compressor": "powersgd"}} | more
+def four(text_file: Path) -> LanguageModelSettings:
+    """Full precision, PowerSGD, PowerSGD+ and GaLore at the paper's ranks."""
+    methods = contents(text_file)["settings"]["methods"]
+    methods["powersgd_plus"] = {"label": "PowerSGD+", "section": {"compressor": "powersgd_plus"}}
+    methods["galore"] = {"label": "GaLore", "section": {"compressor": "galore"}}
+    return settings_of(text_file, methods=methods, ranks=[4, 8], seeds=[1, 2, 3])
 
-    peer = {"label": "Peer", "peer": {"kind": "demo"}}
-    methods = {
-        "balanced": method("Balanced", "preset"),
-        "powersgd": method("PowerSGD", "rival"),
-        "peer": peer,
-    }
-    return settings_of(
-        text_file, methods=methods, claims=[("balanced", "powersgd")], seeds=[1, 2, 3]
+
+def test_the_page_tells_what_the_rows_say(four: LanguageModelSettings) -> None:
+    rows = rows_of({
+        ("adam", None): [100.0, 110.0, 105.0],
+        # 1.2 times full precision on every seed
+        ("powersgd", 4): [120.0, 132.0, 126.0],
+        # now above PowerSGD, now below
+        ("powersgd_plus", 4): [121.0, 131.0, 126.2],
+        ("galore", 4): [None, 400.0, 410.0],
+        ("powersgd", 8): [110.0, 121.1, 115.5],
+    })  # fmt: skip
+    page = EXPERIMENT.page(four, rows)
+    line = next(line for line in page.splitlines() if line.startswith("| PowerSGD |"))
+    assert "| 126.00 ± 6.00 | 1.200 ± 0.000 | 1.209 | - | 2 kB | 20.0 |" in line
+    plus = next(line for line in page.splitlines() if line.startswith("| PowerSGD+ |"))
+    assert "inside the spread" in plus
+    assert f"{PAPER['60M']['powersgd_plus'][4] / PAPER['60M']['adam'][None]:.3f}" in plus
+    assert "(1 of 3 diverged)" in page
+    assert "rank 4, full precision < PowerSGD (paper: 29.88 < 36.11): holds" in page
+    assert (
+        "rank 4, PowerSGD+ < PowerSGD (paper: 35.46 < 36.11): undecided, inside the spread" in page
     )
+    assert "rank 8, PowerSGD+ > PowerSGD (paper: 32.63 > 32.57): not measured." in page
+    assert "rank 4, PowerSGD < GaLore (paper: 36.11 < 94.96): holds" in page
+    assert "PowerSGD: rank 8 < rank 4: holds" in page
 
 
-def test_a_ratio_is_of_paired_differences_with_student_s_interval() -> None:
-    found = Ratio.of({1: 5.1, 2: 5.2, 3: 9.0, 4: 5.3}, {1: 5.0, 2: 5.1, 4: 5.1})
-    # differences .1, .1, .2: sd .0577, t = 4.303, n = 3
-    assert found is not None
-    assert found.n == 3
-    assert found.value == pytest.approx(math.exp(0.4 / 3))
-    assert found.high == pytest.approx(
-        math.exp(0.4 / 3 + 4.30265 * 0.057735 / math.sqrt(3)), rel=1e-5
-    )
-    assert found.sign == 0
-    assert "inside the interval" in found.evidence
-    one = Ratio.of({1: 5.1}, {1: 5.0})
-    assert one is not None
-    assert one.sign is None
-    assert "one seed" in one.evidence
-
-
-def test_the_page_tells_what_the_rows_say(settings: LanguageModelSettings) -> None:
+def test_the_page_says_where_the_paper_is_contradicted(four: LanguageModelSettings) -> None:
     rows = rows_of(
-        balanced=(2000.0, behind(2, 0.001, -0.001, 0.0)),
-        powersgd=(2500.0, behind(20, 0.01, 0.0, 0.0)),
-        peer=(1000.0, behind(30)),
+        {("powersgd", 4): [120.0, 130.0, 125.0], ("powersgd_plus", 4): [124.0, 134.1, 129.2]}
     )
-    page = EXPERIMENT.page(settings, rows)
-    line = next(line for line in page.splitlines() if line.startswith("| 1 | Balanced"))
-    assert "| 2 kB | 20.0 | 1.020 | +2.0 % [+1.7, +2.3] | 3 | 0.004 | 1 |" in line
-    assert "at 10 times fewer bytes or more: **reached**" in page
-    assert "Balanced (2 kB) against PowerSGD (2.5 kB): -15.3 % [" in page
-    assert "Balanced ends lower than PowerSGD (2 kB and 2.5 kB a step): holds" in page
-    assert "Balanced: on the front." in page
-
-
-def test_what_is_not_shown_is_called_so(settings: LanguageModelSettings) -> None:
-    """Inside the interval, one seed, missed, beaten by a peer, not measured."""
-
-    def page(*rows: dict[str, Any]) -> str:
-        return EXPERIMENT.page(settings, list(rows))
-
-    wide = page(*rows_of(balanced=(2000.0, behind(2, 0.05, -0.05, 0.0))))
-    assert "undecided, 3 % is inside the interval" in wide
-    assert "no such PowerSGD was run" in wide
-    assert "Balanced ends lower than PowerSGD: not measured." in wide
-    rows = rows_of(
-        balanced=(2000.0, behind(9, 0.001, 0.0, 0.0)),
-        powersgd=(2500.0, behind(10, 0.05, -0.05, 0.0)),
-        peer=(1500.0, behind(5, 0.001, 0.0, 0.0)),
+    assert (
+        "PowerSGD+ < PowerSGD (paper: 35.46 < 36.11): **contradicted** (left minus right +4.10"
+        in EXPERIMENT.page(four, rows)
     )
-    far = page(*rows)
-    assert "**missed**. The lowest gap of 2 settings there is that of Balanced" in far
-    assert "no setting has a mean gap of 3 % or less" in far
-    assert "Balanced is **not on the front**: Peer sends 1.5 kB against 2 kB" in far
-    assert "(2 kB and 2.5 kB a step): undecided" in far
-    single = page(*(one for one in rows if one["params"]["seed"] == 1))
-    assert "one seed, so no interval is known" in single
-    assert "not seen on one seed" in single
-    nothing = page()
-    assert "not measured" in nothing
-    # no division by what is not there, and a figure all the same
-    assert set(EXPERIMENT.figures(settings, [])) == {"pareto"}
 
 
-def test_a_diverged_run_has_no_ratio_and_is_told(settings: LanguageModelSettings) -> None:
-    losses: dict[int, float | None] = behind(2) | {2: None}
-    page = EXPERIMENT.page(settings, rows_of(balanced=(2000.0, losses)))
-    assert "| 2 (1 diverged) |" in page
-
-
-def test_the_front_is_of_those_that_send_less_and_end_lower(
-    settings: LanguageModelSettings,
-) -> None:
-    rows = rows_of(
-        balanced=(2000.0, behind(5)), powersgd=(2500.0, behind(6)), peer=(1000.0, behind(9))
-    )
-    final = Final(settings, rows, "adamw")
-    beaten = {
-        point.name: other and other.name
-        for point in final.points
-        for other in [final.beaten_by(point)]
-    }
-    assert beaten == {"dense": None, "balanced": None, "powersgd": "balanced", "peer": None}
-
-
-def test_the_ruler_shows_all_tuning_and_what_lies_at_an_edge(
-    settings: LanguageModelSettings,
-) -> None:
-    rows = dense_tuning({0.001: [4.0, 7.0], 0.004: [5.0, None]})
-    page = EXPERIMENT.page(
-        settings, [*rows, *tuning("balanced", {0.5: [4.0, 5.0], 1.0: [4.0, 6.0]})]
-    )
-    assert "| 0.001 | **5.500 ± 2.121** |" in page
-    assert "| 0.004 | diverged |" in page
-    assert "It lies at the edge of the grid" in page
-    assert "| adamw | Balanced | ×0.5: **4.500 ± 0.707**; ×1: 5.000 ± 1.414 |" in page
-    assert "Chosen at the edge of the grid: Balanced (adamw, ×0.5)." in page
+def test_a_learning_rate_at_the_edge_of_the_grid_is_told(four: LanguageModelSettings) -> None:
+    rows = tuned("powersgd", {0.001: 50.0, 0.004: 40.0})
+    for row in rows:
+        row["params"] |= {"rank": 4, "seed": 0}
+        row["result"] |= {"parameters": 1, "diverged": False}
+    page = EXPERIMENT.page(four, rows)
+    assert "| PowerSGD | 50.00 | **40.00** |" in page
+    assert "at the edge of the grid, so perhaps not the best there is: PowerSGD (0.004)" in page
