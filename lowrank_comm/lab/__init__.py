@@ -9,11 +9,12 @@ its settings: `small` presets run on a laptop in minutes, `paper` presets have t
 paper's own settings. A run (`runner.running`) appends one JSON line for each finished
 case, so a run that was stopped continues where it was. A page (`runner.pages`) is
 computed from these lines alone: docs/results holds lines, pages and figures, and a test
-compares them.
+compares them. `run --published docs/results` goes on from published lines, e.g. with
+more seeds.
 
 `experiments/` holds the experiments and their pages, `problems/` small problems whose
 solution is known, `data/` texts, tasks, models and metrics, `training/` workers and
-training loops, `runner/` presets, runs and pages.
+training loops, `peers/` methods of others, `runner/` presets, runs and pages.
 
 Needs the extra `lab`: pip install 'lowrank-comm[lab]'.
 """

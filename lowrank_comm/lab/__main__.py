@@ -21,6 +21,7 @@ from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.lab.runner import pages
 from lowrank_comm.lab.runner.note import RUN_FILE, read_note
 from lowrank_comm.lab.runner.preset import Preset, checked, load, names
+from lowrank_comm.lab.runner.rows import Rows
 from lowrank_comm.lab.runner.running import first_process, ordered_rows, run_preset
 
 app = typer.Typer(
@@ -53,10 +54,16 @@ def run(
     ] = None,
     only: Annotated[str | None, typer.Option(help="pattern of case keys, e.g. 'powersgd*'")] = None,
     jobs: Annotated[int, typer.Option(help="processes side by side")] = 1,
+    published: Annotated[
+        Path | None, typer.Option(help="folder of published results whose rows count as finished")
+    ] = None,
 ) -> None:
     """Run the cases that are not finished yet; a run that was stopped goes on."""
     chosen = load(experiment, preset)
     folder = output_dir or Path("runs/lab") / chosen.name
+    if published is not None and first_process():
+        file = published / f"{chosen.experiment.name}.jsonl"
+        Rows(folder).adopt(pages.read_published(file).rows)
     ended = run_preset(chosen, folder, only=only, jobs=jobs, console=console)
     for key, text in ended.failed.items():
         console.print(f"--- {key}\n{text}", markup=False, highlight=False)

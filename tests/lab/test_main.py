@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -61,6 +62,14 @@ def test_from_the_command_line(
     assert here(monkeypatch, "publish", "out", "results") == 0
     assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
     assert "tiny.yaml" in (tmp_path / "results" / "README.md").read_text()
+    # a later session goes on from what is published
+    assert (
+        here(monkeypatch, "run", "tiny.yaml", "--output-dir", "on", "--published", "results") == 0
+    )
+    taken = [json.loads(row) for row in (tmp_path / "on" / "rows.jsonl").read_text().splitlines()]
+    made = [json.loads(row) for row in rows.splitlines()]
+    for key in ("seconds", "made_for", "code", "versions"):
+        assert [row[key] for row in taken] == [row[key] for row in made]
     capsys.readouterr()
     assert here(monkeypatch, "run", "speedap") == 2
     said = capsys.readouterr()

@@ -11,6 +11,8 @@ EXPERIMENTS: dict[str, str] = {
     "counterexamples": "counterexamples:Counterexamples",
     "speedup": "speedup:Speedup",
     "language_model": "language_model:LanguageModel",
+    "loss_per_byte": "loss_per_byte:LossPerByte",
+    "loss_per_byte_long": "loss_per_byte:LongLossPerByte",
     "fine_tuning": "fine_tuning:FineTuning",
     "traffic": "traffic:Traffic",
     "scaling": "scaling:Scaling",

@@ -32,8 +32,16 @@ from lowrank_comm.lab.data.models import random_state
 from lowrank_comm.lab.data.sentence_tasks import Example, Task, bbc_task, glue_task, package_folder
 from lowrank_comm.lab.experiment import Case, Experiment, LabSettings, Progress, Row
 from lowrank_comm.lab.experiments import fine_tuning_page as pages
+from lowrank_comm.lab.training.bases import Base, base_optimizer
 from lowrank_comm.lab.training.training_loop import Method, Recipe, train
-from lowrank_comm.lab.training.workers import Device, Workers, join_processes, process_rank
+from lowrank_comm.lab.training.workers import (
+    Device,
+    Workers,
+    join_processes,
+    make_workers,
+    process_rank,
+    trained_parameters,
+)
 from lowrank_comm.numerics.randomness import stream
 
 if TYPE_CHECKING:
@@ -165,9 +173,10 @@ class FineTuning(Experiment):
                 loss.backward()
                 return float(loss.detach())
 
-            trained, workers = train(
-                model, section, recipe, plan.learning_rate, settings.workers, backward, progress
-            )
+            base = Base("adamw", plan.learning_rate, weight_decay=recipe.weight_decay)
+            optimizer = base_optimizer(trained_parameters(model), base)
+            workers = make_workers(model, optimizer, section, settings.workers, settings.clip)
+            trained = train(model, optimizer, workers, recipe, backward, progress)
         examples = task.held_out[: settings.held_out_examples]
         predicted = predictions(model, examples, task, tokenizer, settings.length, workers, device)
         fine = all(map(math.isfinite, predicted)) and not trained.diverged

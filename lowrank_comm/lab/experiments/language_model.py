@@ -31,10 +31,26 @@ from lowrank_comm.lab.experiments.language_model_figures import figures
 from lowrank_comm.lab.experiments.language_model_page import page
 from lowrank_comm.lab.experiments.language_model_results import chosen_rate, tuning
 from lowrank_comm.lab.training.training_loop import Method, Recipe, train
-from lowrank_comm.lab.training.workers import Device, Workers, join_processes
+from lowrank_comm.lab.training.workers import (
+    Device,
+    Workers,
+    join_processes,
+    make_workers,
+    trained_parameters,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class AdamWRecipe(Recipe):
+    """A recipe for AdamW.
+
+    Attributes:
+        betas: of AdamW.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 class Training(LabSettings):
@@ -44,13 +60,13 @@ class Training(LabSettings):
         model: a name in `models.LLAMAS`.
         batch: blocks of a worker and step.
         micro_batch: blocks of one backward pass; null for all.
-        recipe: the optimizer.
+        recipe: the optimizer and its schedule.
     """
 
     model: LlamaSize = "S"
     batch: int = Field(default=2, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
-    recipe: Recipe
+    recipe: AdamWRecipe
 
 
 class Larger(LabSettings):
@@ -206,15 +222,15 @@ class LanguageModel(Experiment):
                 loss += part.item()
             return loss
 
-        trained, workers = train(
-            model,
-            section,
-            training.recipe,
-            params["learning_rate"],
-            settings.workers,
-            backward,
-            progress,
+        recipe = training.recipe
+        optimizer = torch.optim.AdamW(
+            trained_parameters(model).values(),
+            lr=params["learning_rate"],
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
         )
+        workers = make_workers(model, optimizer, section, settings.workers, recipe.clip)
+        trained = train(model, optimizer, workers, recipe, backward, progress)
         held_out = text.held_out(0 if params["part"] == "tune" else 1)
         # a batch that fits into the memory in training
         at_once = training.micro_batch or training.batch

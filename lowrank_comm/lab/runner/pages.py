@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIGITS = 6
+KEPT = ("key", "params", "result", "seconds", "made_for", "code", "versions")
 SOURCE = "Source sha256"
 """Key in a figure's PNG header of the sha256 of its data."""
 
@@ -51,7 +52,7 @@ class Published:
 
 def published_text(meta: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return the text of a published file of these rows."""
-    kept = [{key: row[key] for key in ("key", "params", "result", "seconds")} for row in rows]
+    kept = [{key: row[key] for key in KEPT if key in row} for row in rows]
     first = {key: value for key, value in meta.items() if key != "settings_hash"}
     # hashes of the sources that made the rows
     first["code"] = sorted({row.get("code", NOT_NOTED) for row in rows})
@@ -201,6 +202,13 @@ def index_of(folder: Path) -> str:
             f"| [{title}]({meta['experiment']}.md) | {meta['description']} | `{meta['command']}` |"
             f" {meta['date']} |"
         )
+    here = {path.stem for path in published_files(folder)}
+    if without := [f"`{name}`" for name in EXPERIMENTS if name not in here]:
+        lines += [
+            "",
+            f"Not run in full yet, so without results here: {', '.join(without)}. Run one by"
+            " `python -m lowrank_comm.lab run <experiment> --preset small`.",
+        ]
     return "\n".join(lines) + "\n"
 
 

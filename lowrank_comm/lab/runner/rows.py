@@ -1,12 +1,13 @@
 """The rows of a run: one JSON line a finished case, in a file that only grows, so that
 a run can be killed at any time.
 
-A line: {"key", "params", "result", "seconds", "made_for", "code"}. `made_for` is a hash
-of all settings that the result depends on; a row that was made for other settings is
-never mixed with new ones. `code` is the hash of the sources that the experiment imports
-(`sources`). Rows of another version are kept, and a run reports them, since most
-changes affect no result. A last line without its end, which a killed run leaves, does
-not count and is cut off before the next row is written.
+A line: {"key", "params", "result", "seconds", "made_for", "code", "versions"}.
+`made_for` is a hash of all settings that the result depends on; a row that was made for
+other settings is never mixed with new ones. `code` is the hash of the sources that the
+experiment imports (`sources`), `versions` are those of this library and torch. Rows of
+another version are kept, and a run reports them, since most changes affect no result. A
+last line without its end, which a killed run leaves, does not count and is cut off
+before the next row is written.
 """
 
 from __future__ import annotations
@@ -110,6 +111,22 @@ class Rows:
                 " again."
             )
         return rows
+
+    def adopt(self, rows: Iterable[Row]) -> None:
+        """Append published rows whose cases are not finished here.
+
+        Raises:
+            ConfigError: a row does not say what it was made for.
+        """
+        here = {row["key"] for row in read_lines(self.path)}
+        for row in rows:
+            if "made_for" not in row:
+                raise ConfigError(
+                    f"the published row {row['key']} does not say what it was made for; it is from"
+                    " before rows did, so run its case again."
+                )
+            if row["key"] not in here:
+                self.append(row)
 
     def append(self, row: Row) -> None:
         """Write a finished case; it is on the disk when this returns."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lowrank_comm import __version__
 from lowrank_comm.errors import ConfigError, LowRankCommError
 from lowrank_comm.lab.experiment import Case, Row
 from lowrank_comm.lab.experiments import experiment
@@ -130,7 +131,11 @@ def run_preset(
                         )
                 else:
                     if first:
-                        made = {"made_for": made_for(kind, settings, given[case.key]), "code": now}
+                        made = {
+                            "made_for": made_for(kind, settings, given[case.key]),
+                            "code": now,
+                            "versions": {"lowrank_comm": __version__, "torch": torch.__version__},
+                        }
                         rows.append(outcome | made)
                     done[case.key] = outcome
                     ended.finished += 1

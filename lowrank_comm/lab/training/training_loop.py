@@ -1,9 +1,9 @@
 """Trains one model by N workers under one compressor; shared by the experiments that
 train language models and encoders.
 
-A `Method` is a line of a table: a `lowrank_comm` section with a label. A `Recipe` is
-the optimizer: AdamW, its schedule, clipping. `train` runs the steps and returns what
-came out; a run that diverged is a result, not an error.
+A `Method` is a line of a table: a `lowrank_comm` section with a label. A `Recipe` says
+how many steps there are, the schedule of the learning rate, and clipping. `train` runs
+the steps and returns what came out; a run that diverged is a result, not an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
@@ -22,7 +21,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from lowrank_comm.config import Section
 from lowrank_comm.lab.experiment import LabSettings, Progress
-from lowrank_comm.lab.training.workers import Workers, averaged, make_workers
+from lowrank_comm.lab.training.workers import Workers, averaged
 
 SKIPPED_IN_A_ROW = 20
 """A run has diverged after so many skipped steps in a row (gradients not finite)."""
@@ -59,20 +58,19 @@ class Method(LabSettings):
 
 
 class Recipe(LabSettings):
-    """AdamW whose learning rate rises linearly and then falls to zero.
+    """Steps whose learning rate rises linearly and then falls to zero.
 
     Attributes:
         steps: optimizer steps.
         warmup_steps: of linear warm-up.
         schedule: of the fall.
-        betas, weight_decay: of AdamW.
+        weight_decay: of the base optimizer.
         clip: largest norm of the averaged gradient; null for any.
     """
 
     steps: int = Field(ge=1)
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "linear"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float | None = 1.0
 
@@ -110,33 +108,24 @@ class Trained:
 
 def train(
     model: nn.Module,
-    section: Section,
+    optimizer: Optimizer,
+    team: Workers,
     recipe: Recipe,
-    learning_rate: float,
-    workers: int,
     backward: Callable[[int], float],
     progress: Progress,
-) -> tuple[Trained, Workers]:
+) -> Trained:
     """Train the model in place.
 
     Args:
         model: on its device.
-        section: the compressor.
-        recipe: the optimizer.
-        learning_rate: the highest.
-        workers: N.
+        optimizer: the base, whose learning rate follows the schedule.
+        team: the workers, who average and step.
+        recipe: steps and schedule.
         backward: takes a worker's number, runs its next batch forward and backward
             into the parameters' `.grad`, and returns the loss. Called once a step for
             each worker of this process.
         progress: called with the share of the steps that are done.
-
-    Returns:
-        What came out, and the workers, which may share an evaluation.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
-    team = make_workers(model, optimizer, section, workers, recipe.clip)
     schedule = recipe.scheduler(optimizer)
     every = max(1, recipe.steps // CURVE_POINTS)
     curve: list[tuple[int, float | None]] = []
@@ -157,4 +146,4 @@ def train(
             curve.append((step, mean if math.isfinite(mean) else None))
             recent = []
             progress(step / recipe.steps, f"step {step} of {recipe.steps}, loss {mean:.3f}")
-    return Trained(step, skipped >= SKIPPED_IN_A_ROW, curve, averaged(team.sent(), step)), team
+    return Trained(step, skipped >= SKIPPED_IN_A_ROW, curve, averaged(team.sent(), step))

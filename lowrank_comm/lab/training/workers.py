@@ -8,6 +8,8 @@ through the compressor, clips by the norm of the average, and lets the base opti
 step. A simulated run computes the N gradients one after another with one model; under
 torchrun every process is one worker and a `CompressedOptimizer` averages. Both sum the
 same numbers, so a run of either kind gives the same model up to the order of a sum.
+
+`PeerWorkers` are simulated workers of a method that is not of this library (`peers`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from torch.optim import Optimizer
 from lowrank_comm.communication.ledger import Ledger
 from lowrank_comm.config import Section
 from lowrank_comm.errors import ConfigError
+from lowrank_comm.numerics.linalg import all_finite
 from lowrank_comm.optimizer.compressed import CompressedOptimizer
 from lowrank_comm.simulation import Simulation
 
@@ -115,6 +118,87 @@ class SimulatedWorkers:
         return values
 
 
+class Peer(Protocol):
+    """A method of others for N workers, with its own optimizer.
+
+    Attributes:
+        clip: whether what is averaged is clipped to the recipe's norm.
+        sent: bytes that one worker has sent, by the ledger's kinds.
+    """
+
+    clip: bool
+    sent: Counter[str]
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Steps the parameters by what `average` returns."""
+
+    def average(self, gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return parameter name -> what the optimizer takes for its gradient.
+
+        Args:
+            gradients: parameter name -> gradient, for each worker.
+        """
+
+
+class PeerWorkers:
+    """N workers of a peer in this process.
+
+    Args:
+        parameters: name -> parameter of the one model.
+        peer: the method.
+        workers: N.
+        clip: largest norm of what the peer averages; None for any.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], peer: Peer, workers: int, clip: float | None
+    ) -> None:
+        self.local_workers = range(workers)
+        self._parameters, self._peer = dict(parameters), peer
+        self._clip = clip if peer.clip else None
+        self._gradients: list[dict[str, Tensor]] = []
+        self._steps = self._skipped = 0
+
+    def collect(self) -> None:
+        """Take the next worker's gradients out of the parameters."""
+        self._gradients.append({name: p.grad for name, p in self._parameters.items()})  # type: ignore[misc]
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Average, clip, step. Return False if a gradient was not finite and nothing
+        has changed.
+        """
+        gradients, self._gradients = self._gradients, []
+        self._steps += 1
+        if not all(all_finite(list(each.values())) for each in gradients):
+            self._skipped += 1
+            return False
+        for name, mean in self._peer.average(gradients).items():
+            self._parameters[name].grad = mean
+        if self._clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self._clip)
+        self._peer.optimizer.step()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return True
+
+    def sent(self) -> Sent:
+        """Return what one worker has sent so far."""
+        whole = 4 * sum(parameter.numel() for parameter in self._parameters.values())
+        return Sent(dict(self._peer.sent), whole * self._steps, self._skipped)
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's part of work that is shared out: all of it."""
+        return items
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sums of values over the shares."""
+        return values
+
+
 class ProcessWorkers:
     """This process is one of N workers. Arguments as of `SimulatedWorkers`, without N:
     the default process group's size.
@@ -163,7 +247,7 @@ class ProcessWorkers:
         return values
 
 
-Workers = SimulatedWorkers | ProcessWorkers
+Workers = SimulatedWorkers | PeerWorkers | ProcessWorkers
 
 
 def make_workers(
@@ -176,9 +260,7 @@ def make_workers(
         ConfigError: the settings ask for another number of workers than there are
             processes.
     """
-    named = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    named = trained_parameters(model)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return SimulatedWorkers(named, optimizer, section, workers, clip)
@@ -188,6 +270,11 @@ def make_workers(
             " preset."
         )
     return ProcessWorkers(named, optimizer, section, clip)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return name -> parameter of all that is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def process_rank() -> int:
