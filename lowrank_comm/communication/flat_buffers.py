@@ -7,8 +7,8 @@ is summed over the workers in place by the driver of the pass; then `unpack` cut
 into pieces again. For float16 wires the division by the number of workers comes before
 the sum, which would overflow otherwise.
 
-What is to be gathered has buffers of its own, and what is sent quantized
-(`quantized_mean`) takes two legs.
+What is to be gathered has buffers of its own, and so has what is sent quantized
+(`quantized_mean`), which between many workers takes two legs.
 """
 
 from __future__ import annotations
@@ -151,10 +151,10 @@ class FlatBuffers:
 
     def _add_quantized(self, mean: QuantizedMean, members: list[Entry]) -> None:
         self._quantized.append((mean, members))
-        self._first_leg.append(mean.scatter())
-        self._to_check.append(mean.blocks)
-        self._stats.surplus += mean.filling
-        self._stats.spared -= mean.filling
+        self._first_leg.append(mean.first_leg())
+        self._to_check.append(mean.largest())
+        self._stats.surplus += mean.surplus
+        self._stats.spared -= mean.surplus
         for entry, sent in zip(members, mean.bytes, strict=True):
             self._stats.bytes[entry.kind] += sent
             self._stats.spared -= sent
@@ -198,12 +198,13 @@ class FlatBuffers:
 
     def legs(self) -> Iterator[list[Exchange]]:
         """Yield what is to be carried out between the workers, one leg after the other:
-        sums, gathers, and the first leg of what is sent quantized; then, if anything
-        is, its second leg.
+        sums, gathers, and the first leg of what is sent quantized, which are on the
+        wire side by side; then the second leg of what takes two.
         """
         yield self._first_leg
-        if self._quantized:
-            yield [mean.gather() for mean, _ in self._quantized]
+        further = [leg for mean, _ in self._quantized if (leg := mean.second_leg()) is not None]
+        if further:
+            yield further
 
     def all_sound(self) -> Tensor:
         """Return whether every number that is to be exchanged or has arrived is finite,
@@ -228,7 +229,9 @@ class FlatBuffers:
         """Fill in `mean` and `own` of all entries, once everything was exchanged;
         return whether all that has arrived is sound, as `all_sound` does.
         """
-        self._to_check = self._arriving + [mean.decode() for mean, _ in self._quantized]
+        for quantized, _ in self._quantized:
+            quantized.decode()
+        self._to_check = self._arriving + [mean.largest() for mean, _ in self._quantized]
         sound = self.all_sound()
         for quantized, members in self._quantized:
             for entry, answer in zip(members, quantized.answers(), strict=True):

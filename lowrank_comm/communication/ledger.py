@@ -3,11 +3,11 @@ buffers are packed.
 
 Counted is the payload: elements times bytes of the wire dtype, or the bytes of
 quantized blocks. A ring all-reduce carries 2 (N - 1) / N times that over each worker's
-link, compressed or not, and so do the two legs of a quantized mean; so ratios are
-ratios of traffic too. A gather carries N - 1 times its payload, N / 2 times what an
-all-reduce does: its surplus, (N / 2 - 1) times its payload, is kept apart and counts in
-the ratios. So is what fills up the shares of a quantized mean, less than a block a
-worker.
+link, compressed or not, and so do a quantized mean's two legs, or its gather between
+two workers; so ratios are ratios of traffic too. A gather carries N - 1 times its
+payload, N / 2 times what an all-reduce does: its surplus, (N / 2 - 1) times its
+payload, is kept apart and counts in the ratios. So is what fills up the shares of a
+quantized mean of two legs, less than a block a worker.
 
 Kinds: "factors" (P and Q), "warmup" (whole matrices of the first steps), "restart" (the
 whole matrix of an SVD restart, or the

@@ -270,6 +270,13 @@ def largest_magnitude(x: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(x)).abs().amax()
 
 
+def largest_magnitudes(x: Tensor) -> Tensor:
+    """Return max |x| of each row: (k,); NaN if a number of it is NaN. x: (k, n)."""
+    if on_accelerator(x.device):
+        return torch.linalg.vector_norm(x, torch.inf, dim=1)
+    return x.abs().amax(dim=1)
+
+
 def columns_of(a: Tensor, which: Tensor) -> Tensor:
     """Return some columns of each matrix. a: (B, m, k), which: (B, j)."""
     return a.gather(2, which[:, None, :].expand(-1, a.shape[1], -1))

@@ -15,13 +15,13 @@ delta = ||x||_1^2 / (d ||x||_2^2) in each block of d numbers, and needs error fe
 What is sent is what the codes decode to, so that the rounding error stays in the error
 memory: sent + kept = given, exactly.
 
-How the mean is formed (see `communication.quantized_mean`): the blocks are dealt out
-among the workers; each receives its share of every worker's codes (all-to-all),
-averages them, rounds the mean to codes again, and all receive those (all-gather). So
-2 (N - 1) / N times the codes go over each link, as in an all-reduce, where gathering
-them all would take N - 1 times. The second rounding is made by one worker for all,
-which books N times what it took off as its own: the mean of what the workers sent is
-then what all apply.
+How the mean is formed (see `communication.quantized_mean`): two workers gather each
+other's codes and average them. Among more, the blocks are dealt out; each worker
+receives its share of every worker's codes (all-to-all), averages them, rounds the mean
+to codes again, and all receive those (all-gather). So 2 (N - 1) / N times the codes go
+over each link, as in an all-reduce, where gathering them all would take N - 1 times.
+The second rounding is made by one worker for all, which books N times what it took off
+as its own: the mean of what the workers sent is then what all apply.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lowrank_comm.errors import ConfigError
-from lowrank_comm.numerics.linalg import or_one
+from lowrank_comm.numerics.linalg import largest_magnitudes
 from lowrank_comm.options import check_options
 
 _SCALE_BYTES = 4
@@ -68,13 +68,23 @@ class Format:
         """Count the bytes of a matrix of so many numbers."""
         return self.blocks(numel) * self.block_bytes
 
-    def encode(self, x: Tensor, counts: Tensor, noise: Tensor | None = None) -> Tensor:
+    @property
+    def averages(self) -> bool:
+        """Whether a block's scale is a mean, for which it matters how many of its
+        numbers are filling.
+        """
+        return not self.top
+
+    def encode(
+        self, x: Tensor, counts: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Quantize blocks of numbers to bytes.
 
         Args:
             x: (k, block), float32 or float64, zeros behind the first `counts` numbers
                 of each block.
-            counts: (k,) in x's dtype: how many of a block's numbers are no filling.
+            counts: (k,) in x's dtype: how many of a block's numbers are no filling; of
+                a format that averages, else None will do.
             noise: (k, block) uniform in [0, 1) for stochastic rounding, or None for the
                 nearest code.
 
@@ -82,44 +92,65 @@ class Format:
             (k, block_bytes) uint8. A block with a number that is not finite decodes to
             numbers that are not finite.
         """
-        size = x.abs()
-        if not self.top:
-            scale = (size.sum(dim=1) / counts.clamp(min=1)).to(torch.float32)
+        if self.averages:
+            assert counts is not None
+            scale = (x.abs().sum(dim=1) / counts.clamp(min=1)).to(torch.float32)
             codes = _packed((x >= 0).to(torch.uint8), 1)
         else:
-            scale = (size.amax(dim=1) / self.top).to(torch.float32)
-            steps = x / or_one(scale).to(x.dtype).unsqueeze(1)
-            if noise is None:
-                rounded = torch.round(steps)
-            else:
-                rounded = torch.floor(steps + noise.to(x.dtype))
-            rounded = torch.nan_to_num(rounded).clamp(-self.top, self.top)
-            codes = _packed((rounded + (1 << (self.bits - 1))).to(torch.uint8), self.bits)
+            scale = (largest_magnitudes(x) / self.top).to(torch.float32)
+            # NaN in a block of zeros, infinite where a scale is below float32's range:
+            # whatever their code is, it decodes to zero
+            codes = x / scale.to(x.dtype).unsqueeze(1)
+            codes = codes.round_() if noise is None else codes.add_(noise).floor_()
+            codes = codes.nan_to_num_().clamp_(-self.top, self.top)
+            codes = _in_bytes(codes, self.bits)
         return torch.cat([codes, scale.unsqueeze(1).view(torch.uint8)], dim=1)
 
     def decode(self, written: Tensor, dtype: torch.dtype) -> Tensor:
         """Decode bytes (k, block_bytes) to numbers (k, block)."""
-        codes, last = written[:, :-_SCALE_BYTES], written[:, -_SCALE_BYTES:]
-        # a view as float32 needs an aligned copy
-        scale = last.clone(memory_format=torch.contiguous_format).view(torch.float32).to(dtype)
-        numbers = _unpacked(codes, self.bits).to(dtype)
-        if not self.top:
-            return (2 * numbers - 1) * scale
-        return (numbers - (1 << (self.bits - 1))) * scale
+        codes, scales = written[:, :-_SCALE_BYTES], _scales(written).to(dtype)
+        if self.averages:
+            return _unpacked(codes, 1).to(dtype).mul_(2).sub_(1).mul_(scales)
+        return _from_bytes(codes, self.bits, dtype).mul_(scales)
+
+    def largest(self, written: Tensor) -> Tensor:
+        """Return the size that the largest code of each block decodes to: (k, 1)
+        float32, not finite where a number of the block was not.
+        """
+        return _scales(written) * max(self.top, 1)
+
+
+def _scales(written: Tensor) -> Tensor:
+    """Return the scales of blocks in bytes, as a view: (k, 1) float32. All formats'
+    block bytes are multiples of a scale's.
+    """
+    return written.view(torch.float32)[:, -1:]
+
+
+def _in_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Return whole numbers, (k, block) from -2^(bits - 1) upwards, in bytes: those of 8
+    bits as they are, smaller ones without a sign.
+    """
+    if bits == 8:
+        return codes.to(torch.int8).view(torch.uint8)
+    return _packed((codes + (1 << (bits - 1))).to(torch.uint8), bits)
+
+
+def _from_bytes(written: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return the whole numbers that `_in_bytes` wrote."""
+    if bits == 8:
+        return written.view(torch.int8).to(dtype)
+    return _unpacked(written, bits).to(dtype).sub_(1 << (bits - 1))
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
     """Pack (k, block) codes below 2^bits into bytes, the first in the lowest bits."""
-    if bits == 8:
-        return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     groups = codes.view(codes.shape[0], codes.shape[1] * bits // 8, 8 // bits)
     return (groups << shifts).sum(dim=2, dtype=torch.uint8)
 
 
 def _unpacked(codes: Tensor, bits: int) -> Tensor:
-    if bits == 8:
-        return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     groups = (codes.unsqueeze(2) >> shifts) & ((1 << bits) - 1)
     return groups.view(codes.shape[0], codes.shape[1] * 8 // bits)

@@ -11,7 +11,8 @@ A pass goes on in phases, and all workers are in the same phase. In each phase
 3. the pieces that come back are the generators' answers.
 
 So a step has as many collectives as the algorithm has phases, however many matrices
-there are; what is sent quantized takes two instead of one.
+there are; what is sent quantized takes one beside it, which more than two workers
+follow by a second (`communication.quantized_mean`).
 
 Before the host acts on what came back it reads whether a number was not finite on any
 worker (`veto`). All workers read the same sums; if there is a veto, all close their

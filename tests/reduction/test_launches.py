@@ -8,13 +8,18 @@ its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from lowrank_comm import CompressedOptimizer, PowerSGD, PowerSGDPlus
+from lowrank_comm.communication.collectives import AllGather, AllToAll, Exchange
+from lowrank_comm.communication.group import PretendedGroup
 from lowrank_comm.compressors.base import Compressor
 from lowrank_comm.numerics.device import accelerator_path
+from lowrank_comm.numerics.quantization import Quantization
+from lowrank_comm.reduction.reducer import ParamInfo, Reducer
 from tests.support.launches import Launches, count
 
 A_SHAPE, A_MATRIX, BYTES, HOST_READS = 60, 1, 12.0, 2
@@ -104,6 +109,50 @@ def test_a_piece_costs_launches_and_reads_of_its_own() -> None:
     matrices = 7 * (4 - 2)
     assert launched(many) - launched(few) <= 45 * matrices
     assert many.host_reads - few.host_reads <= 2 * matrices
+
+
+class _Echo(PretendedGroup):
+    """A group whose other workers send what this one does."""
+
+    def start(self, exchanges: Sequence[Exchange]) -> list[Any]:
+        for one in exchanges:
+            if isinstance(one, AllGather):
+                one.everyone.copy_(one.own.expand_as(one.everyone))
+            elif isinstance(one, AllToAll):
+                one.received.copy_(one.given)
+        return []
+
+
+def reduced(workers: int, quantization: Quantization | None) -> Launches:
+    """Count the fourth pass of a reducer of a LLaMA's 226 matrices."""
+    with accelerator_path():
+        slots = [
+            ParamInfo(str(k), shape, torch.float32, torch.device("cpu"))
+            for k, shape in enumerate(llama(32))
+        ]
+        group = _Echo(workers, 0)
+        reducer = Reducer(
+            slots, PowerSGD(4), group, min_compression_rate=0, quantization=quantization
+        )
+        # nobody is asked
+        reducer.workers.agreed = True
+
+        def step() -> None:
+            assert reducer.reduce([torch.randn(slot.shape) for slot in slots]).applied
+            reducer.commit()
+
+        for _ in range(3):
+            step()
+        return count(step)
+
+
+@pytest.mark.parametrize(("workers", "more"), [(2, 60), (4, 80)])
+def test_int8_factors_cost_few_launches_more(workers: int, more: int) -> None:
+    """In one leg between two workers, in two between four; no read by the host more."""
+    plain, coded = (reduced(workers, q) for q in (None, Quantization(factors="int8")))
+    assert plain.launches < coded.launches <= plain.launches + more
+    assert coded.host_reads == plain.host_reads == HOST_READS
+    assert coded.bytes <= 1.35 * plain.bytes
 
 
 def launched(one: Launches) -> int:
