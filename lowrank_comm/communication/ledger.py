@@ -48,7 +48,7 @@ class PassStats:
     inside: Counter[str] = field(default_factory=Counter)
     collectives: int = 0
     surplus: float = 0.0
-    spared: int = 0
+    spared: float = 0
     seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
 
     def add(self, other: PassStats) -> None:
